@@ -1,0 +1,190 @@
+"""Everything a run can be told, in one flat frozen dataclass.
+
+Names are TRL's and Transformers' where they have one. Defaults are those of the GRAO paper
+(arXiv 2508.07750, section 4) where it states them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Statistics = Literal["group", "samples"]
+ReferenceAdvantage = Literal["signed", "clip"]
+RewardType = Literal["pointwise", "pairwise"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+@dataclass(frozen=True)
+class GRAOConfig:
+    """Configuration of a GRAO run.
+
+    Objective:
+        num_generations: G, completions sampled for every prompt.
+        beta: weight of the imitation term, beta in Eq. 3.
+        lam: weight of the alignment regulariser, lambda in Eq. 3.
+        statistics: rewards that enter mean and deviation: all G+1 ("group") or the G samples
+            ("samples", the literal Eq. 4).
+        reference_advantage: "signed" as in the paper, or "clip" to hold A_y at or above 0, so that
+            a reference that the samples beat is never pushed down.
+        reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
+            compares a completion with the reference (+1, 0, -1) and the reference's own reward is 0.
+        reward_weights: one weight for each reward function; all 1 by default.
+
+    Generation:
+        temperature: of sampling, and of log pi in the objective.
+        max_new_tokens: tokens sampled for a completion, at the most.
+        max_prompt_length: prompts with more tokens are dropped (and counted); None: a prompt that
+            does not fit the model is an error.
+        max_reference_length: references are cut to this many tokens; None: never cut.
+        generation_batch_size: sequences decoded at once.
+
+    Optimisation:
+        prompts_per_step: prompts of one optimiser step.
+        max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
+        share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
+            padded rows, for models that a shared prefix cannot serve.
+        learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+        lr_scheduler_type, warmup_steps: of the learning rate.
+        max_grad_norm: gradients are clipped to this norm.
+        num_train_epochs: passes over the dataset; ignored when max_steps is positive.
+        max_steps: optimiser steps; -1 to go by num_train_epochs.
+        gradient_checkpointing: recompute activations in the backward pass.
+        bf16: autocast to bfloat16; None: where a CUDA device supports it. Parameters stay float32.
+        workspace_mib: memory in MiB for the logits slab of the loss.
+        device: "cpu", "cuda", "cuda:1"...; None: CUDA where there is one.
+        seed: of the data order, of sampling and of dropout.
+
+    Evaluation, logging and saving:
+        eval_steps: evaluate every so many steps, besides start and end; None: start and end only.
+        logging_steps: a line of metrics every so many steps.
+        log_completions_steps: a table of samples every so many steps; 0: never.
+        save_steps: a checkpoint every so many steps, besides the end; 0: only the final model.
+        save_total_limit: checkpoints kept; None: all.
+        report_to: experiment trackers of accelerate: "tensorboard", "wandb"...
+        disable_tqdm: no progress bar.
+    """
+
+    num_generations: int = 8
+    beta: float = 0.5
+    lam: float = 0.6
+    statistics: Statistics = "group"
+    reference_advantage: ReferenceAdvantage = "signed"
+    reward_type: RewardType = "pointwise"
+    reward_weights: tuple[float, ...] | None = None
+
+    temperature: float = 0.7
+    max_new_tokens: int = 2048
+    max_prompt_length: int | None = None
+    max_reference_length: int | None = None
+    generation_batch_size: int = 64
+
+    prompts_per_step: int = 64
+    max_tokens_per_microbatch: int = 16384
+    share_prefix: bool = True
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: Scheduler = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    gradient_checkpointing: bool = True
+    bf16: bool | None = None
+    workspace_mib: int = 512
+    device: str | None = None
+    seed: int = 42
+
+    eval_steps: int | None = None
+    logging_steps: int = 1
+    log_completions_steps: int = 10
+    save_steps: int = 100
+    save_total_limit: int | None = None
+    report_to: tuple[str, ...] = ()
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("reward_weights", "report_to"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} takes a list, got the string {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        for field in _AT_LEAST:
+            _check_at_least(field, getattr(self, field), _AT_LEAST[field])
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
+                )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: greedy samples of one prompt "
+                "are all the same, so their group teaches nothing"
+            )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps must be positive, or -1 for num_train_epochs; got {self.max_steps}"
+            )
+
+    def replace(self, **changes: Any) -> GRAOConfig:
+        """A copy with some fields changed; an unknown field is a TypeError."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GRAOConfig:
+        """The inverse of `to_dict`. Raises ValueError on a key that is not a field."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}")
+        return cls(**values)
+
+
+_CHOICES = {
+    "statistics": get_args(Statistics),
+    "reference_advantage": get_args(ReferenceAdvantage),
+    "reward_type": get_args(RewardType),
+    "lr_scheduler_type": get_args(Scheduler),
+}
+
+_AT_LEAST: dict[str, float] = {
+    "num_generations": 1,
+    "beta": 0,
+    "lam": 0,
+    "max_new_tokens": 1,
+    "max_prompt_length": 1,
+    "max_reference_length": 1,
+    "generation_batch_size": 1,
+    "prompts_per_step": 1,
+    "max_tokens_per_microbatch": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0,
+    "workspace_mib": 1,
+    "eval_steps": 1,
+    "logging_steps": 1,
+    "log_completions_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+}
+
+
+def _check_at_least(name: str, value: float | None, minimum: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
