@@ -1,0 +1,37 @@
+"""Where completions come from: the `Sampler` protocol and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    token_ids: the sampled tokens, the end-of-sequence token included when there is one.
+    logprobs: log pi(token) at the sampling temperature, one for each token; greedy completions
+        carry theirs at temperature 1.
+    finished: True when it ended with an end-of-sequence token, False when it was cut.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Sampler(Protocol):
+    """Samples groups of completions. One call, one seed, one result: the same call repeats it."""
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """`num_generations` completions of every prompt; temperature 0 decodes greedily."""
+        ...

@@ -1,0 +1,180 @@
+"""Groups of sequences -> packed micro-batches.
+
+A group is one prompt and its K = G + 1 continuations: G samples, then the reference. Its layout is
+
+    [prompt, o_1, ..., o_G, y]      positions: 0..P-1, then P, P+1, ... anew for every continuation
+
+so that the prompt is computed once; several groups stand one behind the other in one row, without
+padding. The last prompt position predicts the first token of every continuation of its group, so
+the rows that enter the language-model head repeat it.
+
+Suffixes of names: B rows of L tokens, T rows of the head (each predicts a token), N groups,
+K sequences of a group, P tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its continuations, as token ids.
+
+    Args:
+        prompt_ids: P tokens, at least one.
+        sequence_ids: K lists, the reference last; an empty list is an absent sequence.
+        rewards_K: float64 on the CPU; NaN for an absent sequence.
+        live_K: bool on the CPU, the sequences whose weight in the objective is not 0.
+    """
+
+    prompt_ids: list[int]
+    sequence_ids: list[list[int]]
+    rewards_K: Tensor
+    live_K: Tensor
+
+    @property
+    def live_sequences(self) -> list[int]:
+        """Indices of the sequences that need a forward pass: live and not empty."""
+        return [k for k, ids in enumerate(self.sequence_ids) if ids and bool(self.live_K[k])]
+
+    def num_tokens(self, *, share_prefix: bool = True) -> int:
+        """Tokens of the forward pass; 0 for a dead group, which needs none at all."""
+        lengths = [len(self.sequence_ids[k]) for k in self.live_sequences]
+        if not lengths:
+            return 0
+        P = len(self.prompt_ids)
+        return P + sum(lengths) if share_prefix else len(lengths) * (P + max(lengths))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one group stands in the packed row: a prefix, then suffixes that each see it."""
+
+    start: int
+    prefix_length: int
+    suffix_lengths: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prefix_length + sum(self.suffix_lengths)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole groups for one forward and backward pass; every tensor is on the CPU.
+
+    input_ids_BL, position_ids_BL: int64, the rows of the forward pass.
+    attention_mask_BL: int64, 0 on padding; None for a packed row.
+    segments: where the groups stand in a packed row; None for padded rows.
+    row_T: int64, the place in the flattened (B * L) rows whose hidden state predicts target_T.
+    target_T: int64 token ids.
+    sequence_T: int64, n * K + k of every target, for `linear_grao_loss`.
+    rewards_NK: float64; n counts the groups of this micro-batch.
+    """
+
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    attention_mask_BL: Tensor | None
+    segments: tuple[Segment, ...] | None
+    row_T: Tensor
+    target_T: Tensor
+    sequence_T: Tensor
+    rewards_NK: Tensor
+
+
+def split_by_tokens(
+    groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True
+) -> Iterator[list[Group]]:
+    """Whole groups, longest first, filled up to `max_tokens` each; dead groups are left out.
+
+    The longest group comes first so that a run which does not fit the memory says so at once. A
+    group of more than `max_tokens` stands alone.
+    """
+
+    def size(group: Group) -> int:
+        return group.num_tokens(share_prefix=share_prefix)
+
+    waiting = sorted((group for group in groups if size(group)), key=size, reverse=True)
+    while waiting:
+        chosen, rest, room = [], [], max_tokens
+        for group in waiting:
+            if not chosen or size(group) <= room:
+                chosen.append(group)
+                room -= size(group)
+            else:
+                rest.append(group)
+        yield chosen
+        waiting = rest
+
+
+def pack(groups: Sequence[Group]) -> MicroBatch:
+    """Lay live groups out in one packed row, every prompt once, no padding."""
+    input_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    segments: list[Segment] = []
+    for group in groups:
+        start, P = len(input_ids), len(group.prompt_ids)
+        input_ids += group.prompt_ids
+        positions += range(P)
+        live = [group.sequence_ids[k] for k in group.live_sequences]
+        for ids in live:
+            first = len(input_ids)
+            # the last prompt token predicts the first token; the others predict their successors
+            rows += [start + P - 1, *range(first, first + len(ids) - 1)]
+            input_ids += ids
+            positions += range(P, P + len(ids))
+        segments.append(Segment(start, P, tuple(len(ids) for ids in live)))
+    return MicroBatch(
+        input_ids_BL=torch.tensor([input_ids]),
+        position_ids_BL=torch.tensor([positions]),
+        attention_mask_BL=None,
+        segments=tuple(segments),
+        row_T=torch.tensor(rows),
+        **_targets(groups),
+    )
+
+
+def pad(groups: Sequence[Group], *, pad_token_id: int) -> MicroBatch:
+    """Lay live sequences out in right-padded rows of their own, the prompt repeated in each."""
+    sequences = [
+        (group.prompt_ids, group.sequence_ids[k]) for group in groups for k in group.live_sequences
+    ]
+    L = max(len(prompt) + len(ids) for prompt, ids in sequences)
+    input_ids = torch.full((len(sequences), L), pad_token_id)
+    mask = torch.zeros((len(sequences), L), dtype=torch.int64)
+    rows: list[int] = []
+    for b, (prompt, ids) in enumerate(sequences):
+        stop = len(prompt) + len(ids)
+        input_ids[b, :stop] = torch.tensor(prompt + ids)
+        mask[b, :stop] = 1
+        rows += range(b * L + len(prompt) - 1, b * L + stop - 1)
+    return MicroBatch(
+        input_ids_BL=input_ids,
+        position_ids_BL=torch.arange(L).expand(len(sequences), L),
+        attention_mask_BL=mask,
+        segments=None,
+        row_T=torch.tensor(rows),
+        **_targets(groups),
+    )
+
+
+def _targets(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """What the head predicts, in the order of the rows of `pack` and `pad`."""
+    K = len(groups[0].sequence_ids)
+    targets: list[int] = []
+    sequences: list[int] = []
+    for n, group in enumerate(groups):
+        for k in group.live_sequences:
+            targets += group.sequence_ids[k]
+            sequences += [n * K + k] * len(group.sequence_ids[k])
+    return {
+        "target_T": torch.tensor(targets),
+        "sequence_T": torch.tensor(sequences),
+        "rewards_NK": torch.stack([group.rewards_K for group in groups]),
+    }

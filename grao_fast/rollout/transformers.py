@@ -1,0 +1,163 @@
+"""Sampling with a Transformers model: one prefill a prompt, finished rows dropped.
+
+`generate` prefills a prompt once for every sample and decodes until the last row has ended. Here
+the prompt is prefilled once, its key/value cache is repeated for the G samples, and rows that have
+ended leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from grao_fast.rollout import Completion
+
+# Dropping rows copies the cache, so it waits until this share of the batch has ended.
+_DROP_SHARE = 1 / 8
+
+
+class TransformersSampler:
+    """A `Sampler` over a causal language model of Transformers.
+
+    Args:
+        model: a causal language model whose cache is a `DynamicCache`.
+        eos_token_ids: tokens that end a completion.
+        pad_token_id: fills the left of short prompts in a batch; never attended to.
+        batch_size: sequences decoded at once; at least one prompt's group.
+        dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Iterable[int],
+        pad_token_id: int,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.eos_ids = torch.tensor(sorted(eos_token_ids), device=model.device)
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`. Prompts are batched by length, the longest first."""
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        prompts_per_batch = max(1, self.batch_size // num_generations)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(prompts), prompts_per_batch):
+                chosen = longest_first[start : start + prompts_per_batch]
+                with torch.autocast(
+                    self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None
+                ):
+                    completions = self._decode(
+                        [prompts[i] for i in chosen],
+                        num_generations,
+                        max_new_tokens,
+                        temperature,
+                        generator,
+                    )
+                for place, i in enumerate(chosen):
+                    first = place * num_generations
+                    groups[i] = completions[first : first + num_generations]
+        finally:
+            self.model.train(training)
+        return groups
+
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Completions of a batch of prompts, each prompt's one behind the other."""
+        cache = DynamicCache(config=self.model.config)
+        logits, mask = self._prefill(prompts, cache)
+        cache.batch_repeat_interleave(num_generations)
+        logits, mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))
+        rows = torch.arange(logits.shape[0], device=logits.device)  # who is still in the batch
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        tokens = torch.full((len(rows), max_new_tokens), self.pad_token_id, device=rows.device)
+        logprobs = torch.zeros((len(rows), max_new_tokens), device=rows.device)
+        lengths = torch.zeros_like(rows)
+        finished = torch.zeros_like(ended)
+        for step in range(max_new_tokens):
+            token, logprob = _draw(logits, temperature, generator)
+            tokens[rows, step] = torch.where(ended, self.pad_token_id, token)
+            logprobs[rows, step] = torch.where(ended, 0.0, logprob)
+            lengths[rows] += ~ended
+            ended |= torch.isin(token, self.eos_ids)
+            finished[rows] = ended
+            if step + 1 == max_new_tokens or bool(ended.all()):
+                break
+            if ended.float().mean() >= _DROP_SHARE:
+                keep = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, mask, ended = rows[keep], token[keep], mask[keep], ended[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
+        return _completions(tokens, logprobs, lengths, finished)
+
+    def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Last logits (B, V) and attention mask (B, P) of left-padded prompts."""
+        P = max(len(prompt) for prompt in prompts)
+        device = self.model.device
+        ids = torch.tensor(
+            [[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device
+        )
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+        return self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache), mask
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits (B, V) in float32 behind the last of `ids`."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A token of every row and its log-prob under the distribution it was drawn from."""
+    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
+    if temperature > 0:
+        token = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    else:
+        token = logprobs.argmax(-1, keepdim=True)
+    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+
+
+def _completions(
+    tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor
+) -> list[Completion]:
+    rows = zip(
+        tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
+    )
+    return [
+        Completion(token_ids=ids[:length], logprobs=logps[:length], finished=done)
+        for ids, logps, length, done in rows
+    ]
