@@ -1,0 +1,302 @@
+"""From a dataset to token ids: rows become `Example`s, examples become `Encoded` ones.
+
+What counts as a prompt and as a reference:
+
+    prompt                   text, or messages [{"role": ..., "content": ...}, ...]
+    reference                the first of the columns `reference`, `completion`, `chosen`; text, or
+                             messages that end in the assistant's turn, which is taken
+    chosen without prompt    holds its prompt: messages before the last turn; an HH transcript
+                             ("\\n\\nHuman: ...\\n\\nAssistant: ..."); or text, of which the prompt
+                             is what `chosen` and `rejected` share
+    anything else            goes to the reward function by name
+
+A blank reference is an absent one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grao_fast.data_sources import Rows, read_rows
+from grao_fast.fields import (
+    Messages,
+    is_hh_transcript,
+    parse_hh_transcript,
+    read_messages,
+    read_prompt,
+    read_reference,
+    shared_prefix,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_COLUMNS = ("reference", "completion", "chosen")
+RESERVED_COLUMNS = ("prompts", "completions", "references")  # names the reward is called with
+_TOKENIZER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its reference answer (None: absent) and the columns that rewards may ask for."""
+
+    prompt: str | Messages
+    reference: str | None
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids; `reference_ids` is empty where the reference is absent."""
+
+    example: Example
+    prompt_ids: list[int]
+    reference_ids: list[int]
+
+
+def load_examples(
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
+) -> list[Example]:
+    """Read a dataset into examples; see the top of this file for the columns.
+
+    Args:
+        dataset: a file (json, jsonl, csv, parquet or arrow, compressed or not), a folder of such
+            files or one written by `Dataset.save_to_disk`, a hub id, a `datasets.Dataset` or
+            `DatasetDict`, or a list of dicts.
+        split: which one, where the dataset has several.
+
+    Raises:
+        ValueError: the dataset cannot be found or read, is empty, or lacks a column; or a row's
+            prompt or reference is of the wrong type. The message names row and column.
+    """
+    rows = read_rows(dataset, split=split)
+    columns = _Columns.of(rows)
+    examples = [columns.example(index, row) for index, row in enumerate(rows.rows)]
+    blank = sum(example.reference is None for example in examples)
+    if columns.reference is not None and blank:
+        logger.warning(
+            "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
+            blank, len(examples), rows.name, columns.reference,
+        )  # fmt: skip
+    return examples
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns hold what, decided once for the whole dataset."""
+
+    prompt: str | None
+    reference: str | None
+    transcripts: bool  # `chosen` holds HH transcripts
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Columns:
+        present = rows.columns
+        for name in RESERVED_COLUMNS:
+            if name in present:
+                raise ValueError(
+                    f"{rows.name} has a column `{name}`, a name that rewards are called with: "
+                    f"rename the column"
+                )
+        prompt = "prompt" if "prompt" in present else None
+        reference = next((name for name in REFERENCE_COLUMNS if name in present), None)
+        if prompt is None and reference != "chosen":
+            raise ValueError(
+                f"{rows.name} has no column `prompt`; it has {', '.join(present)}. Needed: "
+                "`prompt` with `reference`, `completion` or `chosen`, or a `chosen` that holds "
+                "its prompt"
+            )
+        first = rows.rows[0].get("chosen")
+        transcripts = prompt is None and isinstance(first, str) and is_hh_transcript(first)
+        plain = prompt is None and isinstance(first, str) and not transcripts
+        if plain and "rejected" not in present:
+            raise ValueError(
+                f"{rows.name} has `chosen` as text, and neither `prompt` nor `rejected` to tell "
+                f"where its prompt ends; it has {', '.join(present)}"
+            )
+        return cls(prompt, reference, transcripts)
+
+    def example(self, index: int, row: Mapping[str, Any]) -> Example:
+        where = f"row {index}"
+        used = {self.prompt, self.reference}
+        columns = {name: value for name, value in row.items() if name not in used}
+        if self.prompt is not None:
+            prompt = read_prompt(row.get(self.prompt), f"{where}, `{self.prompt}`")
+            value = row.get(self.reference) if self.reference else None
+            reference = read_reference(value, f"{where}, `{self.reference}`")
+        else:
+            prompt, reference = self._implicit(row, f"{where}, `chosen`")
+        return Example(prompt, reference, columns)
+
+    def _implicit(self, row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | None]:
+        chosen = row.get("chosen")
+        if self.transcripts:
+            if not isinstance(chosen, str):
+                raise ValueError(f"{where} must be a transcript, got {type(chosen).__name__}")
+            prompt, reference = parse_hh_transcript(chosen, where)
+            return prompt, reference or None
+        if isinstance(chosen, str):
+            rejected = row.get("rejected")
+            if not isinstance(rejected, str):
+                raise ValueError(
+                    f"{where} is text, so `rejected` must be; got {type(rejected).__name__}"
+                )
+            text = shared_prefix(chosen, rejected)
+            if not text.strip():
+                raise ValueError(
+                    f"{where} and `rejected` share no prompt: give it in a column `prompt`"
+                )
+            return text, read_reference(chosen[len(text) :], where)
+        messages = read_messages(chosen, where)
+        if len(messages) == 1:
+            raise ValueError(f"{where} holds an answer and no prompt before it")
+        return messages[:-1], read_reference(messages, where)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int | None,
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+    max_reference_length: int | None = None,
+) -> list[Encoded]:
+    """Tokenise examples and check that they fit the model.
+
+    Messages go through the tokenizer's chat template, with the generation prompt; text is encoded
+    as it is. A reference is its text and an EOS, or, cut to `max_reference_length`, no EOS.
+
+    Args:
+        context_length: tokens the model can hold, a prompt and its continuation; None: no limit.
+        max_new_tokens: tokens to sample after a prompt.
+        max_prompt_length: longer prompts are dropped, with a warning that counts them.
+        max_reference_length: longer references are cut.
+
+    Raises:
+        ValueError: no EOS or chat template; a prompt or reference that does not fit the model
+            (the message says which row, by how much, and what to set); nothing left.
+    """
+    if not examples:
+        raise ValueError("there are no examples to encode")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")
+    if context_length is not None and max_new_tokens >= context_length:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's "
+            f"{context_length} tokens: lower it"
+        )
+    prompts = _encode_prompts(examples, tokenizer)
+    references = _encode_references(examples, tokenizer, max_reference_length)
+    encoded, dropped = [], 0
+    for row, (example, prompt_ids, reference_ids) in enumerate(
+        zip(examples, prompts, references, strict=True)
+    ):
+        if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
+            dropped += 1
+            continue
+        _check_fit(row, len(prompt_ids), len(reference_ids), context_length, max_new_tokens)
+        encoded.append(Encoded(example, prompt_ids, reference_ids))
+    if dropped:
+        logger.warning(
+            "dropped %d of %d prompts of more than max_prompt_length=%d tokens",
+            dropped, len(examples), max_prompt_length,
+        )  # fmt: skip
+    if not encoded:
+        raise ValueError(
+            f"none of {len(examples)} prompts has at most max_prompt_length={max_prompt_length} "
+            f"tokens; the shortest has {min(map(len, prompts))}"
+        )
+    return encoded
+
+
+def _check_fit(
+    row: int, prompt: int, reference: int, context_length: int | None, max_new_tokens: int
+) -> None:
+    if prompt == 0:
+        raise ValueError(f"row {row}: the prompt has no tokens")
+    if context_length is None:
+        return
+    room = context_length - prompt
+    if room < max_new_tokens:
+        raise ValueError(
+            f"row {row}: a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} do not "
+            f"fit the model's {context_length}: lower max_new_tokens, or set "
+            f"max_prompt_length={context_length - max_new_tokens} to drop such prompts"
+        )
+    if room < reference:
+        raise ValueError(
+            f"row {row}: a prompt of {prompt} tokens and a reference of {reference} do not fit "
+            f"the model's {context_length}: set max_reference_length={max_new_tokens} to cut "
+            f"references"
+        )
+
+
+def _encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in examples]
+    texts = [row for row, example in enumerate(examples) if isinstance(example.prompt, str)]
+    chats = [row for row, example in enumerate(examples) if not isinstance(example.prompt, str)]
+    raw = [str(examples[row].prompt) for row in texts]
+    for row, text, encoded in zip(texts, raw, _encode(tokenizer, raw, True), strict=True):
+        # Some tokenizers close every text with an EOS; nothing could follow such a prompt.
+        closed = encoded and encoded[-1] == tokenizer.eos_token_id
+        if closed and not text.endswith(str(tokenizer.eos_token)):
+            encoded = encoded[:-1]
+        ids[row] = encoded
+    rendered = [_render(row, examples[row].prompt, tokenizer) for row in chats]
+    # The template writes BOS itself.
+    for row, encoded in zip(chats, _encode(tokenizer, rendered, False), strict=True):
+        ids[row] = encoded
+    return ids
+
+
+def _render(row: int, prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2.exceptions import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"row {row}: the prompt is a list of messages, and the tokenizer has no chat template: "
+            "set tokenizer.chat_template, or give the prompts as text"
+        )
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"row {row}: the chat template refuses the prompt: {error}") from error
+
+
+def _encode_references(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_reference_length: int | None,
+) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in examples]
+    rows = [row for row, example in enumerate(examples) if example.reference is not None]
+    texts = [str(examples[row].reference) for row in rows]
+    for row, encoded in zip(rows, _encode(tokenizer, texts, False), strict=True):
+        ids[row] = [*encoded, tokenizer.eos_token_id][:max_reference_length]
+    return ids
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
+) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), _TOKENIZER_BATCH):
+        # verbose=False: the tokenizer's own warning about length names no row; ours is an error.
+        batch = tokenizer(
+            texts[start : start + _TOKENIZER_BATCH],
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids += batch["input_ids"]
+    return ids
