@@ -1,2 +1,74 @@
-from setuptools import setup
-setup(name="grao-fast", version="0.0.1", packages=["grao_fast","grao_fast.kernels","grao_fast.rollout","grao_fast.rewards","grao_fast.demo"], package_dir={"grao_fast":"grao_fast","grao_fast.kernels":"kernels"})
+"""Metadata of grao-fast. `kernels/` at the root is installed as `grao_fast.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "grao_fast" / "__init__.py").read_text("utf-8"), re.MULTILINE
+).group(1)
+
+TEST = [
+    "gguf>=0.10",  # the tests marked `real` read SmolLM2 from a GGUF file
+    "hypothesis>=6.100",
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "setuptools>=77",  # the packaging tests build wheels without the network
+]
+
+setup(
+    name="grao-fast",
+    version=VERSION,
+    description="Group Relative Alignment Optimization for language models, with one-pass kernels",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["grao_fast", "grao_fast.*"]),
+        "grao_fast.kernels",
+        *(f"grao_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"grao_fast": "grao_fast", "grao_fast.kernels": "kernels"},
+    package_data={"grao_fast": ["py.typed"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4",
+        "jinja2>=3.1",  # chat templates
+        "jsonargparse>=4.40",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "rich>=13",
+        "safetensors>=0.4",
+        "torch>=2.8",
+        "transformers>=5",
+        'triton>=3.4; sys_platform == "linux"',
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6"],
+        "judge": ["openai>=1"],
+        "liger": ["liger-kernel>=0.8"],
+        "peft": ["peft>=0.17"],
+        "trl": ["trl>=1.16"],
+        "vllm": ["vllm>=0.22"],
+        "test": TEST,
+        "dev": [*TEST, "build>=1.2", "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["grao-fast = grao_fast.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,73 @@
+"""grao-fast: Group Relative Alignment Optimization (arXiv 2508.07750) for language models.
+
+Exports load on first use (PEP 562): `import grao_fast` and `import grao_fast.kernels` bring in
+neither transformers nor the trainer, so the kernels cost no more than they need inside any other
+program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grao_fast.config import GRAOConfig
+    from grao_fast.data import Example, load_examples
+    from grao_fast.evaluate import EvaluationResult, evaluate, evaluate_completions
+    from grao_fast.plots import plot_run
+    from grao_fast.trainer import TrainResult, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EvaluationResult",
+    "Example",
+    "GRAOConfig",
+    "TrainResult",
+    "__version__",
+    "evaluate",
+    "evaluate_completions",
+    "load_examples",
+    "plot_run",
+    "train",
+]
+
+_MODULE_OF = {
+    "EvaluationResult": "evaluate",
+    "Example": "data",
+    "GRAOConfig": "config",
+    "TrainResult": "trainer",
+    "evaluate": "evaluate",
+    "evaluate_completions": "evaluate",
+    "load_examples": "data",
+    "plot_run": "plots",
+    "train": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `grao_fast.evaluate` the function, though the module that holds it has that name too.
+
+    Importing a submodule binds it on its package, which would hide the export from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,86 @@
+"""What the command says when something is wrong: one line, with the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
+    """A parser's complaint as one line.
+
+    Args:
+        message: what jsonargparse says; may span lines and name its own classes.
+        command: the subcommand, or "" where none was recognised.
+        hints: type of each of its options.
+        commands: all subcommands.
+    """
+    where = f"{command} --help".lstrip()
+    if not command:
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong:
+            near = _nearest(wrong[1], commands)
+            return f"no such command {wrong[1]!r}{near}; commands: {', '.join(commands)}"
+        if "to be one of" in message:
+            return f"a command is needed: {', '.join(commands)}"
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        if not unknown[1].startswith("-"):
+            return f"unexpected argument {unknown[1]!r}; see grao-fast {where}"
+        near = _nearest(unknown[1].lstrip("-"), list(hints), "--")
+        return f"unknown option {unknown[1]}{near}; see grao-fast {where}"
+    if unknown := re.search(r"does not accept (?:option|nested key|key) '([^']+)'", message):
+        near = _nearest(unknown[1], list(hints))
+        return f"unknown key {unknown[1]!r} in the config file{near}; see grao-fast {where}"
+    if missing := re.search(r"arguments are required: (.+)", message):
+        keys = [key.removeprefix(f"{command}.") for key in missing[1].split(", ")]
+        flags = ", ".join(key if key == "output_dir" else f"--{key}" for key in keys)
+        return f"missing {flags}; see grao-fast {where}"
+    key = re.match(r'Parser key "([^"]+)":', message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if key and value and key[1].removeprefix(f"{command}.") in hints:
+        name = key[1].removeprefix(f"{command}.")
+        return f"{name} must be {describe(hints[name])}, got {value[1]!r}"
+    message = message.replace('Parser key "config":', "--config:")
+    return " ".join(message.replace('"<unicode string>"', "the config file").split())
+
+
+def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    found = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {prefix}{found[0]}?)" if found else ""
+
+
+def describe(hint: Any) -> str:
+    """A type in words: `int | None` is "int or null"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"a list [{describe(arguments[0])}, ...]"
+    return {bool: "true, false", str: "text", float: "a number", int: "an integer"}[hint]
+
+
+def is_users_fault(error: BaseException) -> bool:
+    """Whether a ValueError or OSError tells the user what to change.
+
+    Files are the user's; a ValueError is where this package raised it on purpose. One that comes
+    out of a library is a bug, ours or theirs, and its traceback is wanted.
+    """
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.split(".")[0] == "grao_fast"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without its line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
