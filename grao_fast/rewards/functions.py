@@ -1,0 +1,231 @@
+"""Rewards for groups of completions.
+
+A reward function is `f(prompts, completions, **columns) -> list[float | None]`, plain or async:
+one call holds all completions of a step, `prompts` and the dataset's other columns repeated to
+match. It takes by name what it wants of `prompts`, `completions`, `references` and the columns.
+Where prompts are messages, completions and references are too:
+[{"role": "assistant", "content": ...}]. None means that the function has no reward to give.
+
+Several functions are summed, each times its weight; one that returns None is left out of a sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grao_fast.config import RewardType
+from grao_fast.data import Example
+from grao_fast.rewards.calling import (
+    RewardError,
+    RewardFunction,
+    call_functions,
+    find_function,
+    function_name,
+    require_references,
+    select_arguments,
+)
+
+__all__ = ["GroupScores", "Reward", "RewardError", "resolve_reward"]
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Rewards of a step.
+
+    rewards_NK: float64 on the CPU, K = G+1 with the reference last; NaN where there is none.
+    per_function: the mean of every function over the samples, references left out; NaN where a
+        function gave no reward at all.
+    """
+
+    rewards_NK: Tensor
+    per_function: dict[str, float]
+
+
+def resolve_reward(
+    spec: str | RewardFunction | Reward | Sequence[str | RewardFunction],
+    *,
+    weights: Sequence[float] | None = None,
+) -> Reward:
+    """Find the function or functions of a reward.
+
+    Args:
+        spec: a callable, "package.module:function", "path/file.py:function", or a list of these.
+        weights: one for each function; all 1 by default.
+
+    Raises:
+        RewardError: not found, not callable, a signature that cannot be called, or a wrong number
+            of weights.
+    """
+    if isinstance(spec, Reward):
+        return spec if weights is None else Reward(spec.functions, weights=weights)
+    specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    return Reward([find_function(item) for item in specs], weights=weights)
+
+
+class Reward:
+    """One or more reward functions and their weights."""
+
+    def __init__(
+        self, functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None
+    ) -> None:
+        if not functions:
+            raise RewardError("no reward function was given")
+        weights = [1.0] * len(functions) if weights is None else list(weights)
+        if len(weights) != len(functions) or not all(map(math.isfinite, weights)):
+            raise RewardError(
+                f"reward_weights must hold {len(functions)} finite numbers, one for each reward "
+                f"function; got {weights}"
+            )
+        self.functions = list(functions)
+        self.weights = [float(weight) for weight in weights]
+        self.names = _unique([function_name(function) for function in functions])
+
+    def check(self, examples: Sequence[Example], *, reward_type: RewardType) -> None:
+        """Check, without calling them, that the functions can be called on these examples.
+
+        Raises RewardError where a function needs a column that is not there, or a pairwise one
+        takes no `references`, or there is no reference at all to compare with.
+        """
+        offered = _arguments(examples[:1], [""], [""], _column_names(examples))
+        for function in self.functions:
+            if reward_type == "pairwise":
+                require_references(function)
+            select_arguments(function, offered)
+        if reward_type == "pairwise" and all(example.reference is None for example in examples):
+            raise RewardError(
+                "reward_type='pairwise' compares completions with references, and the dataset has "
+                "none: add a column `reference`, or set reward_type='pointwise'"
+            )
+
+    def score_groups(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[Sequence[str]],
+        *,
+        reward_type: RewardType,
+    ) -> GroupScores:
+        """Score G completions of every example, and its reference.
+
+        "pointwise": samples and references are scored alike, in one call. "pairwise": samples are
+        scored against `references`, and the reference's own reward is 0; a group without a
+        reference has no rewards. Raises RewardError.
+        """
+        groups, samples = len(examples), len(completions[0])
+        if len(completions) != groups or any(len(group) != samples for group in completions):
+            raise ValueError(
+                f"completions must be {groups} groups of one size, got groups of "
+                f"{[len(group) for group in completions]}"
+            )
+        cells, texts, labels = [], [], []  # cell n*K + k of rewards_NK, the text to score there
+        for n, (example, group) in enumerate(zip(examples, completions, strict=True)):
+            if reward_type == "pairwise" and example.reference is None:
+                continue
+            scored = [*group]
+            if reward_type == "pointwise" and example.reference is not None:
+                scored.append(example.reference)
+            cells += [n * (samples + 1) + k for k in range(len(scored))]
+            texts += scored
+            labels += [
+                f"completion {k} of prompt {n}" if k < samples else f"the reference of prompt {n}"
+                for k in range(len(scored))
+            ]
+        rows = [examples[cell // (samples + 1)] for cell in cells]
+        references = [example.reference for example in rows]
+        scores_FR = self._call(rows, texts, references, reward_type, labels)
+
+        rewards_NK = torch.full((groups, samples + 1), math.nan, dtype=torch.float64)
+        cell_R = torch.tensor(cells, dtype=torch.long)
+        rewards_NK.view(-1)[cell_R] = self._sum(scores_FR)
+        if reward_type == "pairwise":
+            present_N = torch.tensor([example.reference is not None for example in examples])
+            rewards_NK[present_N, -1] = 0.0
+        sample_R = cell_R % (samples + 1) < samples
+        means = scores_FR[:, sample_R].nanmean(dim=1).tolist()
+        return GroupScores(rewards_NK, dict(zip(self.names, means, strict=True)))
+
+    def score(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        """Score one completion of every example, pointwise; NaN where there is no reward."""
+        references = [example.reference for example in examples]
+        labels = [f"completion {row}" for row in range(len(examples))]
+        scores_FR = self._call(examples, completions, references, "pointwise", labels)
+        return self._sum(scores_FR).tolist()
+
+    def compare(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        others: Sequence[str],
+        *,
+        reward_type: RewardType,
+    ) -> list[float]:
+        """R(o, other): above 0 where the completion is the better one; NaN where there is none.
+
+        "pairwise": the functions are called with the others as `references`. "pointwise": the
+        difference R(o) - R(other), both scored in one call.
+        """
+        if reward_type == "pairwise":
+            labels = [f"pair {row}" for row in range(len(examples))]
+            scores_FR = self._call(examples, completions, others, reward_type, labels)
+            return self._sum(scores_FR).tolist()
+        both = self.score([*examples, *examples], [*completions, *others])
+        half = len(examples)
+        return [mine - other for mine, other in zip(both[:half], both[half:], strict=True)]
+
+    def _call(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        references: Sequence[str | None],
+        reward_type: RewardType,
+        labels: Sequence[str],
+    ) -> Tensor:
+        """scores_FR of every function on every row, float64; NaN for None."""
+        if reward_type == "pairwise":
+            for function in self.functions:
+                require_references(function)
+        if not examples:
+            return torch.empty(len(self.functions), 0, dtype=torch.float64)
+        offered = _arguments(examples, completions, references, _column_names(examples))
+        values = call_functions(self.functions, offered, labels)
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _sum(self, scores_FR: Tensor) -> Tensor:
+        weights_F1 = torch.tensor(self.weights, dtype=torch.float64)[:, None]
+        total_R = (weights_F1 * scores_FR).nansum(dim=0)
+        return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
+
+
+def _arguments(
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    references: Sequence[str | None],
+    columns: Sequence[str],
+) -> dict[str, list[Any]]:
+    def as_prompt(example: Example, text: str | None) -> Any:
+        if text is None or isinstance(example.prompt, str):
+            return text
+        return [{"role": "assistant", "content": text}]
+
+    return {
+        "prompts": [example.prompt for example in examples],
+        "completions": [as_prompt(*pair) for pair in zip(examples, completions, strict=True)],
+        "references": [as_prompt(*pair) for pair in zip(examples, references, strict=True)],
+        **{name: [example.columns.get(name) for example in examples] for name in columns},
+    }
+
+
+def _column_names(examples: Sequence[Example]) -> list[str]:
+    return list(dict.fromkeys(name for example in examples for name in example.columns))
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return [
+        name if name not in names[:index] else f"{name}_{names[:index].count(name) + 1}"
+        for index, name in enumerate(names)
+    ]
