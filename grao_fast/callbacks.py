@@ -1,0 +1,27 @@
+"""Hooks into a run, for what `train` has no option for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grao_fast.config import GRAOConfig
+    from grao_fast.evaluate import EvaluationResult
+    from grao_fast.policy import Policy
+
+
+class Callback:
+    """Subclass it, override what you need, pass instances as `callbacks=`."""
+
+    def on_train_begin(self, policy: Policy, config: GRAOConfig) -> None:
+        """Before the first step."""
+
+    def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:
+        """After every optimiser step, counted from 1; return True to end the run after it."""
+
+    def on_evaluate(self, step: int, result: EvaluationResult) -> None:
+        """After every evaluation."""
+
+    def on_save(self, step: int, path: Path) -> None:
+        """After every checkpoint."""

@@ -1,0 +1,138 @@
+"""What a run needs to go on exactly where it was.
+
+All randomness of a step is a function of (seed, step), and the data cursor is a function of the
+step, so that weights, optimiser and scheduler are the whole state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from grao_fast.checkpoint import CheckpointError, write_folder
+from grao_fast.config import GRAOConfig
+from grao_fast.data import Encoded
+from grao_fast.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+_STATE = "state.json"
+_OPTIMIZER = "optimizer.pt"
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in a step: sampling, dropout, a reward's own draws."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@dataclass(frozen=True)
+class DataStream:
+    """An endless stream of shuffled epochs, of which step s takes the s-th batch."""
+
+    size: int
+    batch_size: int
+    seed: int
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of a step."""
+        start = step * self.batch_size
+        places = range(start, start + self.batch_size)
+        orders = {epoch: self._order(epoch) for epoch in {p // self.size for p in places}}
+        return [orders[p // self.size][p % self.size] for p in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, -1 - epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+def fingerprint(prompts: Sequence[Encoded]) -> str:
+    """A digest of the tokenised dataset, to know it again when a run resumes."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.prompt_ids, prompt.reference_ids]).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Weights (of the adapter alone, where one is trained) and tokenizer, as Transformers saves them."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(
+    path: Path,
+    policy: Policy,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    step: int,
+    config: GRAOConfig,
+    data: str,
+) -> None:
+    """Write a whole checkpoint, or none."""
+
+    def fill(folder: Path) -> None:
+        save_model(policy, folder)
+        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        torch.save(state, folder / _OPTIMIZER)
+        facts = {"step": step, "data": data, "config": config.to_dict(), "versions": versions()}
+        (folder / _STATE).write_text(json.dumps(facts, indent=1))
+
+    write_folder(path, fill)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Step, dataset digest, config and versions of a verified checkpoint."""
+    try:
+        return json.loads((path / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a checkpoint of a run: no {_STATE}") from error
+
+
+def check_same_run(path: Path, state: dict[str, Any], *, config: GRAOConfig, data: str) -> None:
+    """Refuse a checkpoint of another dataset; say which options have changed."""
+    if state["data"] != data:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was written on another dataset (digest {state['data']}, now "
+            f"{data}); resume with the dataset, tokenizer and lengths of that run"
+        )
+    now = json.loads(json.dumps(config.to_dict()))
+    changed = [key for key, value in now.items() if state["config"].get(key) != value]
+    if changed:
+        logger.warning("resuming with other options than the checkpoint's: %s", ", ".join(changed))
+
+
+def load_weights(policy: Policy, path: Path) -> None:
+    """Load a checkpoint's weights into the model as it stands."""
+    if hasattr(policy.model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.model, load_peft_weights(str(path)))
+        return
+    saved = type(policy.causal_lm).from_pretrained(path, dtype=policy.causal_lm.dtype)
+    policy.causal_lm.load_state_dict(saved.state_dict())
+
+
+def load_optimizer(
+    path: Path, optimizer: Optimizer, scheduler: LRScheduler, device: torch.device
+) -> None:
+    """Load a checkpoint's optimiser and learning-rate schedule."""
+    state = torch.load(path / _OPTIMIZER, map_location=device, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {name: version(name) for name in ("grao-fast", "torch", "transformers")}

@@ -1,0 +1,392 @@
+"""`train`: the run from a dataset and a reward to an aligned model, read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+
+from grao_fast.callbacks import Callback
+from grao_fast.checkpoint import (
+    checkpoint_path,
+    delete_old,
+    find_checkpoint,
+    write_folder,
+)
+from grao_fast.config import GRAOConfig
+from grao_fast.data import Encoded, Example, encode_examples, load_examples
+from grao_fast.evaluate import EvaluationResult, evaluate_completions
+from grao_fast.policy import Policy, load_policy
+from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.state import (
+    DataStream,
+    check_same_run,
+    fingerprint,
+    load_optimizer,
+    load_weights,
+    read_state,
+    save_checkpoint,
+    save_model,
+    step_seed,
+    versions,
+)
+from grao_fast.step import Rollout, decode, rollout_metrics, sample_and_score, update
+from grao_fast.tracking import Tracker
+from grao_fast.watch import Watch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_BASELINE = "baseline.json"  # greedy completions from before training, for NAG
+
+RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    steps: optimiser steps done, those before a resume included.
+    metrics: of the last step, by the names in metrics.jsonl.
+    before, after: evaluations at step 0 and at the end; None without an eval_dataset.
+    output_dir: holds metrics.jsonl, completions.jsonl, summary.json, checkpoints and `final/`.
+    model: the aligned model, as in `final/`.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    output_dir: Path
+    model: nn.Module
+
+
+def train(
+    model: str | Path | nn.Module,
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    reward: RewardSpec,
+    *,
+    config: GRAOConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None = None,
+    metric: RewardSpec | None = None,
+    peft_config: Any = None,
+    callbacks: Sequence[Callback] = (),
+    output_dir: str | Path = "grao-output",
+    resume_from_checkpoint: str | Path | bool | None = None,
+) -> TrainResult:
+    """Align a causal language model by GRAO (arXiv 2508.07750).
+
+    Args:
+        model: a folder, a hub id, or a Transformers causal language model.
+        dataset: prompts with reference answers; see `grao_fast.data` for columns and sources.
+        reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
+            "file.py:function", or a list of these. See `GRAOConfig.reward_type`.
+        config: options; the paper's by default.
+        tokenizer: of the model; None loads the one beside it.
+        eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
+        metric: a held-out measure, called as a reward is, that training never sees.
+        peft_config: a peft config, to train an adapter.
+        callbacks: see `grao_fast.callbacks.Callback`.
+        output_dir: made if needed.
+        resume_from_checkpoint: True for the latest whole checkpoint in output_dir, or its path.
+
+    Returns:
+        TrainResult; the model is also in `output_dir/final`.
+
+    Raises:
+        ValueError: an argument, the dataset, a reward or the model is not usable; said before the
+            model is loaded where that can be known.
+        RewardError: a reward failed or returned something else than one number a completion.
+        CheckpointError: nothing whole to resume from.
+        FloatingPointError: the gradient became NaN or infinite.
+    """
+    config = config or GRAOConfig()
+    output = _writable_folder(output_dir)
+    examples = load_examples(dataset, split="train")
+    eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
+    reward_function = resolve_reward(reward, weights=config.reward_weights)
+    metric_function = None if metric is None else resolve_reward(metric)
+    for rows in filter(None, (examples, eval_examples)):
+        reward_function.check(rows, reward_type=config.reward_type)
+    if metric_function and eval_examples:
+        metric_function.check(eval_examples, reward_type="pointwise")
+    _check_references(examples, eval_examples, config)
+    checkpoint = (
+        find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
+    )
+    policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
+    run = _Run(
+        config=config,
+        policy=policy,
+        reward=reward_function,
+        metric=metric_function,
+        prompts=_encode(policy, examples, config),
+        eval_prompts=None if eval_examples is None else _encode(policy, eval_examples, config),
+        output=output,
+        callbacks=callbacks,
+    )
+    return run.train(checkpoint)
+
+
+class _Run:
+    """One run: everything that lives as long as its loop."""
+
+    def __init__(
+        self,
+        *,
+        config: GRAOConfig,
+        policy: Policy,
+        reward: Reward,
+        metric: Reward | None,
+        prompts: list[Encoded],
+        eval_prompts: list[Encoded] | None,
+        output: Path,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.config, self.policy, self.reward, self.metric = config, policy, reward, metric
+        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.output, self.callbacks = output, callbacks
+        self.data = fingerprint(prompts)
+        if config.prompts_per_step > len(prompts):
+            logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
+                           config.prompts_per_step, len(prompts))  # fmt: skip
+        batch_size = min(config.prompts_per_step, len(prompts))
+        self.stream = DataStream(len(prompts), batch_size, config.seed)
+        epochs = math.ceil(config.num_train_epochs * len(prompts) / batch_size)
+        self.total_steps = config.max_steps if config.max_steps > 0 else max(1, epochs)
+        self.optimizer = _adamw(policy.model, config)
+        self.scheduler: LRScheduler = get_scheduler(
+            config.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        self.before: EvaluationResult | None = None
+        self.baseline_texts: list[str] | None = None
+
+    def train(self, checkpoint: Path | None) -> TrainResult:
+        """The loop."""
+        config, started = self.config, time.perf_counter()
+        first_step = 0 if checkpoint is None else self._resume(checkpoint)
+        (self.output / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        self.tracker = Tracker(
+            self.output,
+            report_to=config.report_to,
+            config=config.to_dict(),
+            total_steps=self.total_steps,
+            show_progress=not config.disable_tqdm,
+            start_step=first_step,
+        )
+        watch = Watch()
+        metrics: dict[str, float] = {}
+        try:
+            for callback in self.callbacks:
+                callback.on_train_begin(self.policy, config)
+            self.before = self._recall_baseline() if first_step else self._evaluate(0)
+            after = self.before
+            step = first_step
+            while step < self.total_steps:
+                rollout, metrics = self._step(step)
+                step += 1
+                last = step == self.total_steps
+                last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
+                if step % config.logging_steps == 0 or last:
+                    self.tracker.log(step, metrics)
+                for message in watch.messages(step, metrics):
+                    self.tracker.message(message)
+                if config.log_completions_steps and step % config.log_completions_steps == 0:
+                    self.tracker.log_completions(step, _table(rollout))
+                if last or (config.eval_steps and step % config.eval_steps == 0):
+                    after = self._evaluate(step)
+                if config.save_steps and (last or step % config.save_steps == 0):
+                    self._save(step)
+                if last:
+                    break
+            write_folder(self.output / "final", lambda folder: save_model(self.policy, folder))
+        finally:
+            self.tracker.close()
+        result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
+        _write_summary(result, config, seconds=time.perf_counter() - started)
+        return result
+
+    def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
+        """Sample, score, update. The seed of a step makes it the same after a resume."""
+        seed = step_seed(self.config.seed, step)
+        set_seed(seed)
+        prompts = [self.prompts[i] for i in self.stream.batch(step)]
+        rollout = sample_and_score(self.policy, self.reward, prompts, self.config, seed=seed)
+        metrics = update(self.policy, self.optimizer, self.scheduler, rollout, self.config)
+        epoch = (step + 1) * self.stream.batch_size / self.stream.size
+        return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
+
+    def _evaluate(self, step: int) -> EvaluationResult | None:
+        """Greedy completions of the held-out prompts, compared with those from before training."""
+        if self.eval_prompts is None:
+            return None
+        groups = self.policy.sampler.sample(
+            [prompt.prompt_ids for prompt in self.eval_prompts],
+            num_generations=1,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=0.0,
+            seed=self.config.seed,
+        )
+        texts = decode(self.policy, [group[0] for group in groups])
+        if step == 0:
+            self.baseline_texts = texts
+            (self.output / _BASELINE).write_text(json.dumps(texts))
+        result = self._compare(texts, None if step == 0 else self.baseline_texts)
+        self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
+        for callback in self.callbacks:
+            callback.on_evaluate(step, result)
+        return result
+
+    def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
+        assert self.eval_prompts is not None
+        return evaluate_completions(
+            self.reward,
+            [prompt.example for prompt in self.eval_prompts],
+            texts,
+            baseline=baseline,
+            reward_type=self.config.reward_type,
+            metric=self.metric,
+            seed=self.config.seed,
+        )
+
+    def _save(self, step: int) -> None:
+        path = checkpoint_path(self.output, step)
+        save_checkpoint(
+            path,
+            self.policy,
+            self.optimizer,
+            self.scheduler,
+            step=step,
+            config=self.config,
+            data=self.data,
+        )
+        delete_old(self.output, self.config.save_total_limit)
+        for callback in self.callbacks:
+            callback.on_save(step, path)
+
+    def _resume(self, checkpoint: Path) -> int:
+        """Load a checkpoint; returns the number of steps it has done."""
+        state = read_state(checkpoint)
+        check_same_run(checkpoint, state, config=self.config, data=self.data)
+        load_weights(self.policy, checkpoint)
+        load_optimizer(checkpoint, self.optimizer, self.scheduler, self.policy.device)
+        logger.info("resuming from %s", checkpoint)
+        return state["step"]
+
+    def _recall_baseline(self) -> EvaluationResult | None:
+        """The evaluation at step 0 of the run that resumes, from the completions it kept."""
+        if self.eval_prompts is None:
+            return None
+        try:
+            texts = json.loads((self.output / _BASELINE).read_text())
+        except FileNotFoundError:
+            logger.warning("%s is not in %s: no NAG in this run", _BASELINE, self.output)
+            return None
+        self.baseline_texts = texts
+        return self._compare(texts, None)
+
+
+def _writable_folder(output_dir: str | Path) -> Path:
+    """Make `output_dir` and prove that it can be written to, before any work is lost."""
+    output = Path(output_dir).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
+        ) from error
+    return output
+
+
+def _check_references(
+    examples: list[Example], eval_examples: list[Example] | None, config: GRAOConfig
+) -> None:
+    """A pairwise reward compares with the reference, and every metric against it needs one."""
+    for name, rows, needed in (
+        ("dataset", examples, config.reward_type == "pairwise"),
+        ("eval_dataset", eval_examples or [], True),
+    ):
+        absent = [i for i, example in enumerate(rows) if example.reference is None]
+        if needed and absent:
+            raise ValueError(
+                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which "
+                + (
+                    'a pairwise reward compares with; leave them out or use reward_type="pointwise"'
+                    if name == "dataset"
+                    else "RAS compares with; leave them out"
+                )
+            )
+
+
+def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list[Encoded]:
+    return encode_examples(
+        examples,
+        policy.tokenizer,
+        context_length=policy.context_length,
+        max_new_tokens=config.max_new_tokens,
+        max_prompt_length=config.max_prompt_length,
+        max_reference_length=config.max_reference_length,
+    )
+
+
+def _adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
+    """AdamW over what is trainable; matrices decay, norms and biases do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameter; unfreeze it or pass peft_config")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def _table(rollout: Rollout) -> list[dict[str, Any]]:
+    """A row for every prompt of a step, for the tables of samples."""
+    return [
+        {
+            "prompt": prompt.example.prompt,
+            "reference": prompt.example.reference,
+            "completions": rollout.texts[n],
+            "rewards": rollout.rewards_NK[n].tolist(),
+            "advantages": rollout.advantages_NK[n].tolist(),
+        }
+        for n, prompt in enumerate(rollout.prompts)
+    ]
+
+
+def _write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) -> None:
+    summary = {
+        "steps": result.steps,
+        "seconds": seconds,
+        "before": None if result.before is None else result.before.to_dict(),
+        "after": None if result.after is None else result.after.to_dict(),
+        "metrics": {k: v if math.isfinite(v) else None for k, v in result.metrics.items()},
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
+    (result.output_dir / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -1,0 +1,52 @@
+"""Watches a run's metrics and says in words what they mean when something is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+# The reference's mean log-prob has collapsed when its moving average has lost this many nats a token.
+_COLLAPSE_NATS = 1.0
+_SMOOTHING = 0.8
+_REPEAT_EVERY = 10
+
+
+class Watch:
+    """Turns metrics into messages, each kind once or at most every tenth time."""
+
+    def __init__(self) -> None:
+        self._dead_steps = 0
+        self._first_logprob: float | None = None
+        self._mean_logprob = 0.0
+        self._collapsed = False
+
+    def messages(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
+        """What there is to say of this step."""
+        yield from self._no_signal(step, metrics)
+        yield from self._collapse(step, metrics)
+
+    def _no_signal(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
+        if metrics["frac_reward_zero_std"] < 1:
+            return
+        if self._dead_steps % _REPEAT_EVERY == 0:
+            yield (
+                f"step {step}: the loss is 0, since in every group all rewards are equal "
+                f"(mean {metrics['reward']:.4g}): there is nothing to learn from. "
+                "Look at the reward, raise temperature or num_generations, or change the prompts"
+            )
+        self._dead_steps += 1
+
+    def _collapse(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
+        logprob = metrics["reference/logprob"]
+        if math.isnan(logprob) or self._collapsed:
+            return
+        if self._first_logprob is None:
+            self._first_logprob = self._mean_logprob = logprob
+        self._mean_logprob = _SMOOTHING * self._mean_logprob + (1 - _SMOOTHING) * logprob
+        if self._mean_logprob < self._first_logprob - _COLLAPSE_NATS:
+            self._collapsed = True
+            yield (
+                f"step {step}: the references' mean log-prob fell from {self._first_logprob:.2f} to "
+                f"{self._mean_logprob:.2f} nats a token: samples beat them, and a negative "
+                'advantage pushes them down. reference_advantage="clip" prevents it'
+            )

@@ -1,0 +1,107 @@
+"""Checkpoints are whole or not there, whatever moment the process dies at."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grao_fast.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    delete_old,
+    find_checkpoint,
+    list_checkpoints,
+    verify,
+    write_folder,
+)
+
+
+def write(output: Path, step: int, text: str = "weights") -> Path:
+    path = checkpoint_path(output, step)
+
+    def fill(folder: Path) -> None:
+        (folder / "model.bin").write_text(text)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "tokenizer.json").write_text("{}")
+
+    write_folder(path, fill)
+    return path
+
+
+def test_a_written_checkpoint_verifies(tmp_path: Path):
+    verify(write(tmp_path, 3))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "change", "delete", "manifest"])
+def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+):
+    good, torn = write(tmp_path, 9), write(tmp_path, 10)
+    file = torn / "model.bin"
+    if damage == "truncate":
+        os.truncate(file, 3)
+    elif damage == "change":
+        file.write_text("weightz")
+    elif damage == "delete":
+        file.unlink()
+    else:
+        os.truncate(torn / "manifest.json", 10)
+    with pytest.raises(CheckpointError, match="checkpoint-10"):
+        find_checkpoint(tmp_path, torn)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path, True) == good
+    assert "checkpoint-10" in caplog.text
+
+
+def test_nothing_to_resume_from_is_an_error(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path, True)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_checkpoint(tmp_path, tmp_path / "checkpoint-7")
+
+
+def test_a_failed_write_leaves_no_checkpoint(tmp_path: Path):
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(checkpoint_path(tmp_path, 1), fill)
+    assert list_checkpoints(tmp_path) == []
+    verify(write(tmp_path, 1))
+
+
+def test_the_oldest_are_deleted_by_step_not_by_name(tmp_path: Path):
+    for step in (9, 10, 100):
+        write(tmp_path, step)
+    delete_old(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
+
+
+def test_kill_9_in_the_middle_of_a_write(tmp_path: Path):
+    write(tmp_path, 1)
+    program = """
+import sys, time
+from pathlib import Path
+from grao_fast.checkpoint import checkpoint_path, write_folder
+def fill(folder):
+    (folder / "model.bin").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+write_folder(checkpoint_path(Path(sys.argv[1]), 2), fill)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert find_checkpoint(tmp_path, True) == checkpoint_path(tmp_path, 1)
+    verify(write(tmp_path, 2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
