@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: {_how_to_resume(arguments, options)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if not is_users_fault(error):
             raise
         return _fail(one_line(error))

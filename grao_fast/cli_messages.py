@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
+
+Frame = tuple[types.FrameType, int]  # and the line it stopped at
 
 
 def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
@@ -67,20 +71,30 @@ def describe(hint: Any) -> str:
 
 
 def is_users_fault(error: BaseException) -> bool:
-    """Whether a ValueError or OSError tells the user what to change.
+    """Whether an error tells the user what to change, so that its message is all they need.
 
-    Files are the user's; a ValueError is where this package raised it on purpose. One that comes
+    Files are the user's. Any other error is where this package raised it on purpose; one that comes
     out of a library is a bug, ours or theirs, and its traceback is wanted.
     """
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return module.split(".")[0] == "grao_fast"
+    return isinstance(error, OSError) or _is_ours(_frames(error)[-1])
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without its line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message without its line breaks; for a reward that failed, where it did."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    # By name: importing the class would bring in torch, only to say that a file is missing.
+    if type(error).__name__ == "RewardError" and error.__cause__ is not None:
+        for frame in _frames(error.__cause__):
+            file = frame[0].f_code.co_filename
+            if not _is_ours(frame) and os.path.isfile(file):
+                return f"{text} ({file}, line {frame[1]})"
+    return text
+
+
+def _frames(error: BaseException) -> list[Frame]:
+    """From where an exception was caught to where it was raised."""
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _is_ours(frame: Frame) -> bool:
+    return frame[0].f_globals.get("__name__", "").split(".")[0] == "grao_fast"
