@@ -1,6 +1,8 @@
 """Attention over packed groups: every suffix sees its group's prefix and itself.
 
-    out_q = sum_k softmax_k(q . k * scaling) v_k     over k in prefix + own suffix, position_k <= position_q
+    out_q = sum_k softmax_k(q . k * scaling) v_k
+
+over the k of the prefix and of its own suffix whose position is at most that of q.
 
 Registered with Transformers as "grao_shared_prefix", so that stock models run it: the keyword
 argument `segments` of the model's forward reaches `shared_prefix_attention` in every layer.
@@ -88,14 +90,21 @@ def _suffixes(
 
 
 def _causal_mask(Q: int, K: int, window: int | None, device: torch.device) -> Tensor:
-    """(Q, K) bool: the last Q of K positions may see what is before them, at most window - 1 back."""
+    """(Q, K) bool: the last Q of K positions see themselves and the window - 1 before them."""
     distance = torch.arange(K - Q, K, device=device)[:, None] - torch.arange(K, device=device)
     mask = distance >= 0
     return mask if window is None else mask & (distance < window)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scaling: float, dropout: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
@@ -115,7 +124,10 @@ AttentionMaskInterface.register(SHARED_PREFIX, lambda **unused: None)
 
 @contextmanager
 def shared_prefix(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model` on packed groups inside, backward passes included: checkpointed layers run again."""
+    """Run `model` on packed groups inside.
+
+    Backward passes belong inside too: they run checkpointed layers again.
+    """
     stock = model.config._attn_implementation
     model.set_attn_implementation(SHARED_PREFIX)
     try:

@@ -34,7 +34,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill` on an empty folder, seal it with a manifest, and let it take the place of `path`."""
+    """Call `fill` on an empty folder, seal it with a manifest, and rename it to `path`."""
     partial = path.with_name(path.name + _PARTIAL)
     if partial.exists():
         shutil.rmtree(partial)
@@ -76,7 +76,9 @@ def verify(path: Path) -> None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the latest step first; not verified."""
-    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    found = [
+        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -30,7 +30,7 @@ class GRAOConfig:
         reference_advantage: "signed" as in the paper, or "clip" to hold A_y at or above 0, so that
             a reference that the samples beat is never pushed down.
         reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
-            compares a completion with the reference (+1, 0, -1) and the reference's own reward is 0.
+            compares a completion with the reference (+1, 0, -1), whose own reward is 0.
         reward_weights: one weight for each reward function; all 1 by default.
 
     Generation:
@@ -124,8 +124,8 @@ class GRAOConfig:
                 )
         if self.temperature <= 0:
             raise ValueError(
-                f"temperature must be above 0, got {self.temperature}: greedy samples of one prompt "
-                "are all the same, so their group teaches nothing"
+                f"temperature must be above 0, got {self.temperature}: greedy samples of one "
+                "prompt are all the same, so their group teaches nothing"
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
@@ -146,7 +146,9 @@ class GRAOConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}")
+            raise ValueError(
+                f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}"
+            )
         return cls(**values)
 
 

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grao_fast.attention import shared_prefix
 from grao_fast.batch import Group, MicroBatch, pack, pad
@@ -40,7 +45,9 @@ class LogitTransform:
         scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         scaling = getattr(config, "logits_scaling", None)
         if scaling is not None:
-            scale = 1 / scaling if config.model_type.startswith(_DIVIDES_LOGITS_SCALING) else scaling
+            scale = (
+                1 / scaling if config.model_type.startswith(_DIVIDES_LOGITS_SCALING) else scaling
+            )
         return cls(float(scale or 1.0), getattr(config, "final_logit_softcapping", None))
 
 
@@ -141,7 +148,9 @@ def load_policy(
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     tokenizer = tokenizer or _load_tokenizer(model)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {_name(model)} has no eos_token; set tokenizer.eos_token")
+        raise ValueError(
+            f"the tokenizer of {_name(model)} has no eos_token; set tokenizer.eos_token"
+        )
     if not isinstance(model, nn.Module):
         frozen_bf16 = bf16 and peft_config is not None
         model = AutoModelForCausalLM.from_pretrained(
@@ -153,7 +162,7 @@ def load_policy(
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     _check_head(causal_lm)
     if config.gradient_checkpointing and causal_lm.supports_gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(causal_lm)
         if hasattr(model, "peft_config"):
             causal_lm.enable_input_require_grads()
     dtype = torch.bfloat16 if bf16 else None
@@ -190,7 +199,9 @@ def existing_path(name: str | Path) -> str:
 
 
 def _load_tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
-    name = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else existing_path(model)
+    name = (
+        getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else existing_path(model)
+    )
     if not name:
         raise ValueError("a model given as a module needs its tokenizer: pass tokenizer=...")
     return AutoTokenizer.from_pretrained(name)
@@ -211,6 +222,14 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     return get_peft_model(model, peft_config)
 
 
+def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
+    """Transformers 5.23 renamed the method; both take these options."""
+    enable = getattr(
+        causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
 def _check_head(causal_lm: PreTrainedModel) -> None:
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -221,7 +240,9 @@ def _check_head(causal_lm: PreTrainedModel) -> None:
         )
 
 
-def _eos_token_ids(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _eos_token_ids(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
     generation = getattr(causal_lm, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -261,8 +282,8 @@ def _check_parity(policy: Policy) -> None:
     if not error <= tolerance * largest:
         remedy = "set share_prefix=False" if policy.share_prefix else "this model is not supported"
         raise ValueError(
-            f"{type(model).__name__}: logits from its hidden states differ from its own by {error:.3g} "
-            f"where the largest is {largest:.3g}; {remedy}"
+            f"{type(model).__name__}: logits from its hidden states differ from its own by "
+            f"{error:.3g} where the largest is {largest:.3g}; {remedy}"
         )
     logger.info(
         "%s on %s: prompts %s, parity error %.1e",

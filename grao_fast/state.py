@@ -65,7 +65,7 @@ def fingerprint(prompts: Sequence[Encoded]) -> str:
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """Weights (of the adapter alone, where one is trained) and tokenizer, as Transformers saves them."""
+    """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 

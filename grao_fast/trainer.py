@@ -125,9 +125,7 @@ def train(
     if metric_function and eval_examples:
         metric_function.check(eval_examples, reward_type="pointwise")
     _check_references(examples, eval_examples, config)
-    checkpoint = (
-        find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
-    )
+    checkpoint = find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
     policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
     run = _Run(
         config=config,

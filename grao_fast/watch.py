@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-# The reference's mean log-prob has collapsed when its moving average has lost this many nats a token.
+# The references' log-prob has collapsed when its moving average lost this many nats a token.
 _COLLAPSE_NATS = 1.0
 _SMOOTHING = 0.8
 _REPEAT_EVERY = 10
@@ -46,7 +46,7 @@ class Watch:
         if self._mean_logprob < self._first_logprob - _COLLAPSE_NATS:
             self._collapsed = True
             yield (
-                f"step {step}: the references' mean log-prob fell from {self._first_logprob:.2f} to "
-                f"{self._mean_logprob:.2f} nats a token: samples beat them, and a negative "
+                f"step {step}: the references' mean log-prob fell from {self._first_logprob:.2f} "
+                f"to {self._mean_logprob:.2f} nats a token: samples beat them, and a negative "
                 'advantage pushes them down. reference_advantage="clip" prevents it'
             )

@@ -122,9 +122,7 @@ class TransformersSampler:
         """Last logits (B, V) and attention mask (B, P) of left-padded prompts."""
         P = max(len(prompt) for prompt in prompts)
         device = self.model.device
-        ids = torch.tensor(
-            [[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device
-        )
+        ids = torch.tensor([[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
         return self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache), mask
 
@@ -154,9 +152,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tup
 def _completions(
     tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor
 ) -> list[Completion]:
-    rows = zip(
-        tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
-    )
+    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)
     return [
         Completion(token_ids=ids[:length], logprobs=logps[:length], finished=done)
         for ids, logps, length, done in rows

@@ -1,0 +1,257 @@
+"""`train` from end to end on a tiny model: it learns, it is the formula, it resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import grao_fast
+from grao_fast.callbacks import Callback
+from grao_fast.config import GRAOConfig
+from grao_fast.data import encode_examples, load_examples
+from grao_fast.kernels import reference
+from grao_fast.policy import load_policy
+from grao_fast.rewards import resolve_reward
+from grao_fast.step import micro_batch_loss, sample_and_score, to_groups
+
+CONFIG = GRAOConfig(
+    num_generations=4,
+    max_new_tokens=8,
+    prompts_per_step=4,
+    max_tokens_per_microbatch=120,
+    learning_rate=3e-3,
+    lr_scheduler_type="linear",
+    max_steps=6,
+    save_steps=2,
+    temperature=1.0,
+    disable_tqdm=True,
+    device="cpu",
+)
+ROWS = [
+    {"prompt": prompt, "reference": prompt[::-1], "target": "abc"[i % 3]}
+    for i, prompt in enumerate(["one", "two and", "three", "4", "five of them", "six", "seven!"])
+]
+
+
+def letters(prompts, completions, target, **columns):
+    """The share of the completion that is the target letter."""
+    pairs = zip(completions, target, strict=True)
+    return [text.count(letter) / max(1, len(text)) for text, letter in pairs]
+
+
+def run(tiny_model, output: Path, **options):
+    options = {"dataset": ROWS, "reward": letters, "config": CONFIG} | options
+    return grao_fast.train(tiny_model, output_dir=output, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def lines(output: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def test_it_learns(tiny_model, tmp_path: Path):
+    config = CONFIG.replace(max_steps=40, save_steps=0, beta=0.0)
+    result = run(tiny_model, tmp_path, config=config, eval_dataset=ROWS)
+    rewards = [row["reward"] for row in lines(tmp_path) if "reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    assert result.after.ras > result.before.ras
+    assert result.after.nag > 0.5
+    assert not same_bits(tmp_path / "final", tiny_model)
+
+
+def step_groups(tiny_model, config: GRAOConfig):
+    policy = load_policy(tiny_model, config=config)
+    prompts = encode_examples(
+        load_examples(ROWS), policy.tokenizer, context_length=512, max_new_tokens=8
+    )
+    rollout = sample_and_score(policy, resolve_reward(letters), prompts, config, seed=5)
+    return policy, rollout, to_groups(rollout, beta=config.beta, lam=config.lam)
+
+
+def naive_loss(model, rollout, config: GRAOConfig) -> torch.Tensor:
+    """The paper's formula: every sequence by itself, full logits, float64."""
+    N, K = rollout.rewards_NK.shape
+    means = []
+    for prompt, completions in zip(rollout.prompts, rollout.completions, strict=True):
+        for ids in [*(c.token_ids for c in completions), prompt.reference_ids]:
+            tokens = torch.tensor([prompt.prompt_ids + ids])
+            logits = model(tokens).logits[0, len(prompt.prompt_ids) - 1 : -1] / config.temperature
+            logprobs = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+            means.append(logprobs.mean())
+    L = torch.stack(means).view(N, K)
+    A = reference.group_advantages(rollout.rewards_NK)
+    G = K - 1
+    exploration = (A[:, :G] * L[:, :G]).sum(1) / G
+    imitation = config.beta * A[:, G] * L[:, G]
+    alignment = config.lam / G * (A[:, :G] * (L[:, :G] - L[:, G:])).sum(1)
+    return -(exploration + imitation + alignment).mean()
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_a_step_is_the_formula(tiny_model, share_prefix: bool, budget: int):
+    """Loss and every gradient, however the step is split, against float64 of the stock model."""
+    from grao_fast.batch import split_by_tokens
+
+    config = CONFIG.replace(share_prefix=share_prefix, temperature=0.8)
+    policy, rollout, groups = step_groups(tiny_model, config)
+    total = 0.0
+    with policy.updating():
+        for part in split_by_tokens(groups, budget, share_prefix=share_prefix):
+            loss = micro_batch_loss(policy, policy.lay_out(part), config, num_prompts=len(groups))
+            loss.loss.backward()
+            total += float(loss.loss.detach())
+    double = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    expected = naive_loss(double, rollout, config)
+    expected.backward()
+    assert abs(total - float(expected.detach())) < 1e-5
+    for (name, ours), theirs in zip(
+        policy.model.named_parameters(), double.parameters(), strict=True
+    ):
+        error = float((ours.grad - theirs.grad).abs().max())
+        assert error <= 1e-5 * max(1e-2, float(theirs.grad.abs().max())), name
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, step: int, metrics: dict[str, float]) -> bool:
+        return step == self.step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    run(tiny_model, output, eval_dataset=ROWS[:3])
+    return output
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_resume_is_bit_identical(tiny_model, tmp_path: Path, uninterrupted: Path, step: int):
+    run(tiny_model, tmp_path, eval_dataset=ROWS[:3], callbacks=[StopAt(step)])
+    result = run(tiny_model, tmp_path, eval_dataset=ROWS[:3], resume_from_checkpoint=True)
+    assert result.steps == 6
+    assert same_bits(tmp_path / "final", uninterrupted / "final")
+    trained = [row for row in lines(tmp_path) if "loss" in row]
+    assert trained == [row for row in lines(uninterrupted) if "loss" in row]
+    assert result.after.nag is not None
+
+
+def test_kill_9_in_the_middle_of_a_checkpoint(tiny_model, tmp_path: Path, uninterrupted: Path):
+    """The process dies while it writes checkpoint-4; the resumed run ends with the same bits."""
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[3])
+        import torch
+        from test_trainer import ROWS, run
+        save = torch.save
+        def dying_save(state, path):
+            save(state, path)
+            if "checkpoint-4" in str(path):
+                os.truncate(path, 100)
+                os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = dying_save
+        run(sys.argv[1], sys.argv[2], eval_dataset=ROWS[:3])
+        """
+    )
+    tests = str(Path(__file__).parent)
+    killed = subprocess.run([sys.executable, "-c", program, str(tiny_model), str(tmp_path), tests])
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert not (tmp_path / "final").exists()
+    run(tiny_model, tmp_path, eval_dataset=ROWS[:3], resume_from_checkpoint=True)
+    assert same_bits(tmp_path / "final", uninterrupted / "final")
+    assert same_bits(tmp_path / "checkpoint-4", uninterrupted / "checkpoint-4")
+
+
+def test_a_module_can_be_resumed_as_a_module(tiny_model, tmp_path: Path, uninterrupted: Path):
+    from transformers import AutoTokenizer
+
+    def module():
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        return {"model": model, "tokenizer": AutoTokenizer.from_pretrained(tiny_model)}
+
+    options = {"dataset": ROWS, "reward": letters, "config": CONFIG, "output_dir": tmp_path}
+    grao_fast.train(**module(), **options, callbacks=[StopAt(2)])
+    grao_fast.train(**module(), **options, resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert same_bits(tmp_path / "final", uninterrupted / "final")
+
+
+def test_another_dataset_cannot_be_resumed(tiny_model, uninterrupted: Path):
+    with pytest.raises(ValueError, match="another dataset"):
+        run(tiny_model, uninterrupted, dataset=ROWS[:5], resume_from_checkpoint=True)
+
+
+def test_an_adapter_trains_and_resumes(tiny_model, tmp_path: Path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    options = {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
+    torch.manual_seed(0)
+    run(tiny_model, tmp_path / "whole", **options)
+    torch.manual_seed(0)
+    run(tiny_model, tmp_path / "parts", **options, callbacks=[StopAt(3)])
+    run(tiny_model, tmp_path / "parts", **options, resume_from_checkpoint=True)
+    adapters = [
+        peft.load_peft_weights(str(tmp_path / name / "final")) for name in ("whole", "parts")
+    ]
+    assert any(
+        float(value.abs().max()) > 0 for key, value in adapters[0].items() if "lora_B" in key
+    )
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+
+def test_equal_rewards_cost_nothing_and_are_said(tiny_model, tmp_path: Path, caplog):
+    def constant(prompts, completions):
+        return [0.1] * len(completions)
+
+    config = CONFIG.replace(max_steps=2, save_steps=0)
+    with caplog.at_level("WARNING"):
+        run(tiny_model, tmp_path, reward=constant, config=config)
+    rows = lines(tmp_path)
+    assert [row["loss"] for row in rows] == [0.0, 0.0]
+    assert [row["tokens"] for row in rows] == [0, 0]
+    assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0]
+    assert "the loss is 0" in caplog.text
+    assert same_bits(tmp_path / "final", tiny_model)
+
+
+def test_absent_rewards_and_references_are_left_out(tiny_model, tmp_path: Path):
+    def sometimes(prompts, completions):
+        return [None if i % 3 == 0 else float(len(text)) for i, text in enumerate(completions)]
+
+    rows = [{**row, "reference": None if i % 2 else row["reference"]} for i, row in enumerate(ROWS)]
+    config = CONFIG.replace(max_steps=2, save_steps=0)
+    result = run(tiny_model, tmp_path, dataset=rows, reward=sometimes, config=config)
+    assert torch.isfinite(torch.tensor([result.metrics["loss"], result.metrics["grad_norm"]])).all()
+    assert result.metrics["grad_norm"] > 0
+
+
+def test_a_pairwise_reward_gives_the_reference_zero(tiny_model, tmp_path: Path):
+    def longer(prompts, completions, references):
+        return [
+            float((len(a) > len(b)) - (len(a) < len(b)))
+            for a, b in zip(completions, references, strict=True)
+        ]
+
+    config = CONFIG.replace(max_steps=2, save_steps=0, reward_type="pairwise")
+    run(tiny_model, tmp_path, reward=longer, config=config)
+    assert [row["reference/reward"] for row in lines(tmp_path)] == [0.0, 0.0]
