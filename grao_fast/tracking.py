@@ -1,0 +1,231 @@
+"""What a run reports: metrics.jsonl, completions.jsonl, a progress bar, experiment trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from grao_fast.tables import completions_table
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+_ERRORS = "backslashreplace"  # writes a lone surrogate as JSON's own escape for it
+_PROJECT = "grao-fast"
+_PIP_NAME = {"comet_ml": "comet-ml"}  # where pip's name differs from accelerate's
+
+
+class Tracker:
+    """Writes down what a run reports, and shows it.
+
+    Args:
+        output_dir: holds metrics.jsonl and completions.jsonl; made where it is missing.
+        report_to: accelerate's experiment trackers, by name ("tensorboard", "wandb"...) or as
+            GeneralTracker objects.
+        config: hyperparameters for those trackers.
+        total_steps: length of the progress bar.
+        show_progress: the bar and the tables of samples, on stderr; lines of text where stderr is
+            no terminal. False: messages go to `logging`, nothing else is shown.
+        start_step: 0 starts the files anew; above, lines of later steps are removed from them, as
+            the run that resumes there writes its own.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+        OSError: output_dir cannot be written.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        report_to: Sequence[str | GeneralTracker],
+        config: Mapping[str, Any],
+        total_steps: int,
+        show_progress: bool,
+        start_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._trackers = _make_trackers(report_to, self.output_dir)
+        self._metrics = _open_lines(self.output_dir / METRICS_FILE, start_step)
+        self._completions = _open_lines(self.output_dir / COMPLETIONS_FILE, start_step)
+        for tracker in self._trackers:
+            tracker.start()
+            tracker.store_init_configuration(_hyperparameters(config))
+        self._console = console or Console(stderr=True)
+        self._total_steps = total_steps
+        self._show = show_progress
+        self._progress = Progress(
+            TextColumn("GRAO"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("reward [bold]{task.fields[reward]}[/]  loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (show_progress and self._console.is_terminal),
+            speed_estimate_period=24 * 3600,  # steps may take minutes: rate all that is kept
+        )
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=start_step, reward="-", loss="-"
+        )
+        self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a line of metrics; NaN and infinity become null."""
+        _write_line(self._metrics, {"step": step, **metrics})
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(finite, step=step)
+        live = {name: f"{metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics}
+        self._progress.update(self._task, completed=step, **live)
+        if self._show and not self._console.is_terminal and live:
+            shown = "  ".join(f"{name} {value}" for name, value in live.items())
+            self._print(f"step {step}/{self._total_steps}  {shown}")
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write samples, a line for each prompt, and show a few in a table.
+
+        A row holds `prompt`, `reference` (text or None), `reference_reward`,
+        `reference_advantage`, and the lists `completions`, `rewards` and `advantages`.
+        """
+        for row in rows:
+            _write_line(self._completions, {"step": step, **row})
+        if self._show and rows:
+            self._console.print(completions_table(step, rows))
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches: above the bar, or through `logging` where none is shown."""
+        if self._show:
+            self._print(text)
+        else:
+            logger.info("%s", text)
+
+    def close(self) -> None:
+        """Stop the bar, finish the trackers, close the files; once more does nothing."""
+        self._progress.stop()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+        self._metrics.close()
+        self._completions.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file. A torn last line, of a run that was killed, is left out.
+
+    Raises ValueError naming a line before the last that is no JSON.
+    """
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        lines = list(file)  # not splitlines(), which also splits at U+2028 inside a string
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _open_lines(path: Path, start_step: int) -> TextIO:
+    """Open a file to append to, holding the lines up to start_step; empty where that is 0."""
+    kept = []
+    if start_step > 0 and path.exists():
+        kept = [row for row in read_lines(path) if row["step"] <= start_step]
+    # Beside and renamed: a kill here must not cost the lines of the run so far.
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8", errors=_ERRORS) as file:
+        for row in kept:
+            _write_line(file, row)
+    beside.replace(path)
+    return path.open("a", encoding="utf-8", errors=_ERRORS)
+
+
+def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
+    line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    file.write(line + "\n")
+    file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Data that JSON has: no tuples, no NaN, no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _make_trackers(
+    report_to: Sequence[str | GeneralTracker], output_dir: Path
+) -> list[GeneralTracker]:
+    if not report_to:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    trackers = []
+    for item in report_to:
+        if isinstance(item, GeneralTracker):
+            trackers.append(item)
+            continue
+        if item not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"report_to does not know {item!r}; it takes "
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
+        if item not in available:
+            raise ValueError(
+                f"report_to={item!r} needs its package: pip install {_PIP_NAME.get(item, item)}"
+            )
+        kind = LOGGER_TYPE_TO_CLASS[item]
+        where = [str(output_dir)] if kind.requires_logging_directory else []
+        trackers.append(kind(_PROJECT, *where))
+    return trackers
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The types that every tracker takes; the rest as text."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in config.items()
+    }

@@ -1,0 +1,190 @@
+"""metrics.jsonl, completions.jsonl, trackers, and what is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.tracking import GeneralTracker
+from rich.console import Console
+
+from grao_fast.tables import head, tail
+from grao_fast.tracking import Tracker, read_lines
+
+ROW = {
+    "prompt": [{"role": "user", "content": "first " + "x" * 500 + " last"}],
+    "reference": "the [bold]reference[/bold]\nin two lines",
+    "reference_reward": 0.5,
+    "reference_advantage": 0.25,
+    "completions": ["poor", "fine", "absent"],
+    "rewards": [-1.0, 2.0, math.nan],
+    "advantages": [-1.5, 1.25, math.nan],
+}
+
+
+def tracker(output_dir: Path, **options: Any) -> Tracker:
+    defaults = {"report_to": (), "config": {}, "total_steps": 4, "show_progress": False}
+    return Tracker(output_dir, **{**defaults, **options})
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=100, force_terminal=terminal)
+
+
+def test_lines_are_flushed_exact_and_valid_json(tmp_path: Path) -> None:
+    run = tracker(tmp_path / "new" / "folder")
+    third = 1 / 3
+    run.log(1, {"loss": third, "reward": math.nan, "grad_norm": math.inf, "tokens": 7})
+    text = (tmp_path / "new" / "folder" / "metrics.jsonl").read_text()  # before close
+    (line,) = text.splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row == {"step": 1, "loss": third, "reward": None, "grad_norm": None, "tokens": 7}
+    assert next(iter(row)) == "step"
+    run.log_completions(1, [ROW])
+    (row,) = read_lines(tmp_path / "new" / "folder" / "completions.jsonl")
+    assert row == {"step": 1, **ROW, "rewards": [-1.0, 2.0, None], "advantages": [-1.5, 1.25, None]}
+    run.close()
+    run.close()
+
+
+def test_a_new_run_starts_new_files_and_a_resumed_one_continues(tmp_path: Path) -> None:
+    for _ in range(2):
+        with tracker(tmp_path) as run:
+            for step in range(4):
+                run.log(step, {"loss": step / 3})
+                run.log_completions(step, [ROW])
+    path = tmp_path / "metrics.jsonl"
+    assert [row["step"] for row in read_lines(path)] == [0, 1, 2, 3]
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    with tracker(tmp_path, start_step=2) as run:
+        run.log(3, {"loss": 9.0})
+    assert read_lines(path) == [
+        *({"step": step, "loss": step / 3} for step in range(3)),
+        {"step": 3, "loss": 9.0},
+    ]
+    assert [row["step"] for row in read_lines(tmp_path / "completions.jsonl")] == [0, 1, 2]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["\u2028 \x85 \x0b \r\n", "\ud800"])
+def test_any_text_survives_a_resume(tmp_path: Path, text: str) -> None:
+    with tracker(tmp_path) as run:
+        run.log_completions(1, [{"prompt": text}])
+    tracker(tmp_path, start_step=1).close()
+    assert read_lines(tmp_path / "completions.jsonl") == [{"step": 1, "prompt": text}]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        tracker(tmp_path, start_step=2)
+
+
+class Recorder(GeneralTracker):
+    name = "recorder"
+    requires_logging_directory = False
+    main_process_only = False
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.calls.append(values)
+
+    def log(self, values: dict[str, float], step: int | None = None, **options: Any) -> None:
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_trackers_are_told(tmp_path: Path) -> None:
+    recorder = Recorder()
+    config = {"beta": 0.5, "report_to": ("a", "b"), "device": None}
+    with tracker(tmp_path, report_to=[recorder], config=config) as run:
+        run.log(1, {"loss": 0.5, "reward": math.nan})
+    run.close()
+    assert recorder.calls == [
+        "start",
+        {"beta": 0.5, "report_to": "('a', 'b')", "device": "None"},
+        (1, {"loss": 0.5}),
+        "finish",
+    ]
+
+
+def test_trackers_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    with pytest.raises(ValueError, match="'comet_ml' needs its package: pip install comet-ml"):
+        tracker(tmp_path, report_to=("comet_ml",))
+    with pytest.raises(ValueError, match="does not know 'tensorbored'; it takes aim, clearml"):
+        tracker(tmp_path, report_to=("tensorbored",))
+    assert (tmp_path / "metrics.jsonl").read_text() == "kept"
+
+
+def test_nothing_is_shown_without_progress(
+    tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), tracker(tmp_path) as run:
+        run.log(1, {"loss": 0.5, "reward": 0.25})
+        run.log_completions(1, [ROW])
+        run.message("all groups are dead")
+    assert capfd.readouterr() == ("", "")
+    assert "all groups are dead" in caplog.text
+
+
+def test_lines_of_text_where_there_is_no_terminal(tmp_path: Path) -> None:
+    screen = console()
+    with tracker(tmp_path, show_progress=True, console=screen) as run:
+        run.log(1, {"loss": 0.5, "reward": 0.123456})
+        run.log(1, {"eval/ras": 0.5})
+        run.message("look [here]")
+    assert screen.file.getvalue() == "step 1/4  reward 0.1235  loss 0.5\nlook [here]\n"
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    screen = console(terminal=True)
+    with tracker(tmp_path, show_progress=True, console=screen, start_step=2) as run:
+        run.log(3, {"loss": 0.5, "reward": 0.25})
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.file.getvalue())
+    assert re.search(r"2/4 +reward - +loss -", shown)
+    assert re.search(r"3/4 +reward 0\.25 +loss 0\.5 +\d:\d\d:\d\d left", shown)
+    assert "step 3" not in shown  # the bar says it
+
+
+def test_table_of_samples(tmp_path: Path) -> None:
+    screen = console()
+    tie = {**ROW, "reference": None, "completions": ["same", "same"], "rewards": [1.0, 1.0]}
+    with tracker(tmp_path, show_progress=True, console=screen) as run:
+        run.log_completions(7, [ROW, tie, ROW, {**ROW, "reference": "fourth"}])
+    shown = screen.file.getvalue()
+    assert "samples of step 7" in shown
+    assert "the [bold]reference[/bold] in two lines" in shown  # as text, not as markup
+    assert " last" in shown
+    assert "first" not in shown  # of a long prompt the tail
+    assert shown.count("best") == shown.count("worst") == 2
+    assert shown.count("sample ") == 1
+    assert "fourth" not in shown
+    lines = {line.split()[1]: line.split() for line in shown.splitlines() if "│" in line}
+    assert lines["best"][3:8:2] == ["2.000", "1.250", "fine"]
+    assert lines["worst"][3:8:2] == ["-1.000", "-1.500", "poor"]
+
+
+def test_texts_are_cut_to_length() -> None:
+    assert head("a  b\nc", 5) == tail("a  b\nc", 5) == "a b c"
+    assert head("abcdefgh", 5) == "ab..."
+    assert tail("abcdefgh", 5) == "...gh"
