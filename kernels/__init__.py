@@ -1,0 +1,21 @@
+"""GRAO's loss as kernels, for any trainer: PyTorch and Triton, nothing else.
+
+    from grao_fast.kernels import linear_grao_loss
+
+`grao_fast.kernels.reference` is the specification that they are tested against.
+"""
+
+from . import reference
+from .advantage import group_advantages, sequence_weights
+from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
+from .linear_grao import GRAOLoss, linear_grao_loss
+
+__all__ = [
+    "GRAOLoss",
+    "LinearCrossEntropy",
+    "group_advantages",
+    "linear_grao_loss",
+    "linear_weighted_cross_entropy",
+    "reference",
+    "sequence_weights",
+]

@@ -1,0 +1,165 @@
+"""Rewards -> advantages -> the coefficient of every token, before the LM head runs.
+
+J is linear in the log-probs (arXiv 2508.07750, equations 2-4): with L(s) the mean log-prob of s,
+
+    J = sum_i w_i L(o_i) + w_y L(y),    w_i = (1 + lam) A_i / G,
+                                        w_y = beta A_y - (lam / G) sum_i A_i
+
+and each of its three terms is linear as well. So a row t of sequence s has three coefficients,
+one a term, and their sum c_t = w_s / (|s| * prompts) is all that the gradient needs.
+
+Shapes: N prompts, G samples a prompt, K = G + 1 with the reference last, S = N * K sequences, T
+rows. Terms come in the order exploration, imitation, alignment. NaN is an absent sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_choice, check_constant, check_number
+
+STATISTICS = ("group", "samples")
+REFERENCE_ADVANTAGES = ("signed", "clip")
+
+
+def group_advantages(
+    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "signed"
+) -> Tensor:
+    """A = (r - mu) / sigma within each group; on a CUDA device, one launch.
+
+    Args:
+        rewards_NK: (N, K) floats, the reference's reward last; NaN where the sequence is absent.
+        statistics: rewards that make mu and the population's sigma: all present ones ("group"),
+            or the samples' ("samples", the literal Eq. 4).
+        reference_advantage: "signed", or "clip" to hold A_y at or above 0.
+
+    Returns:
+        (N, K) float64 for float64 rewards and float32 for others. NaN where absent. 0 throughout
+        a group whose rewards, those that make the statistics, are all equal or all absent.
+
+    Raises:
+        ValueError: wrong shape, dtype or option, or an infinite reward in a CPU tensor.
+
+    Source: arXiv 2508.07750, Eq. 4.
+    """
+    check_rewards("rewards_NK", rewards_NK)
+    check_choice("statistics", statistics, STATISTICS)
+    check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
+    if rewards_NK.is_cuda:
+        from .advantage_kernels import launch_group_advantages
+
+        return launch_group_advantages(rewards_NK, statistics, reference_advantage)
+    return _group_advantages(rewards_NK, statistics, reference_advantage)
+
+
+def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
+    """w_i and w_y of J = sum_i w_i L(o_i) + w_y L(y); on a CUDA device, one launch.
+
+    Args:
+        advantages_NK: (N, K) floats from `group_advantages`, NaN where absent.
+        beta: weight of the imitation term.
+        lam: weight of the alignment regulariser.
+
+    Returns:
+        (N, K), float64 for float64 advantages and float32 for others; 0 where absent. G is the
+        number of samples present. Not divided by lengths or prompts.
+
+    Raises:
+        ValueError: wrong shape, dtype or option.
+
+    Source: arXiv 2508.07750, Eq. 3, its terms collected.
+    """
+    check_rewards("advantages_NK", advantages_NK)
+    check_number("beta", beta)
+    check_number("lam", lam)
+    if advantages_NK.is_cuda:
+        from .advantage_kernels import launch_sequence_terms
+
+        return launch_sequence_terms(advantages_NK, beta, lam).sum(0)
+    return _sequence_terms(advantages_NK, beta, lam).sum(0)
+
+
+def advantages_and_terms(
+    rewards_NK: Tensor, *, statistics: str, reference_advantage: str, beta: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages (N, K) and every sequence's three coefficients (3, N, K), in one launch."""
+    if rewards_NK.is_cuda:
+        from .advantage_kernels import launch_advantages_and_terms
+
+        return launch_advantages_and_terms(rewards_NK, statistics, reference_advantage, beta, lam)
+    advantages_NK = _group_advantages(rewards_NK, statistics, reference_advantage)
+    return advantages_NK, _sequence_terms(advantages_NK, beta, lam)
+
+
+def row_coefficients(terms_3NK: Tensor, sequence_T: Tensor, num_prompts: float) -> Tensor:
+    """Each row's coefficients (3, T) in float32: its sequence's, over |s| * num_prompts.
+
+    0 for a row of no sequence. A row whose coefficients cancel to 0 has no gradient and is not
+    computed, so that all three are 0 there: the terms still sum to the loss.
+    """
+    S = terms_3NK[0].numel()
+    sequence_T = sequence_T.to(device=terms_3NK.device, dtype=torch.int64)
+    # Lengths without atomics, and without the device sync of bincount.
+    edges_S1 = torch.arange(S + 1, device=sequence_T.device)
+    ends_S1 = torch.searchsorted(sequence_T.sort().values, edges_S1)
+    length_S = ends_S1.diff().clamp(min=1)
+    terms_3S = terms_3NK.reshape(3, S) / (length_S * num_prompts)
+    terms_3T = terms_3S[:, sequence_T.clamp(min=0)].float()
+    counts_T = (sequence_T >= 0) & (terms_3T.sum(0) != 0)
+    return torch.where(counts_T, terms_3T, 0.0)
+
+
+def check_rewards(name: str, rewards_NK: Tensor) -> None:
+    if rewards_NK.ndim != 2 or rewards_NK.shape[1] < 2:
+        raise ValueError(
+            f"{name} must be (N, G + 1) with G >= 1 samples and the reference last, "
+            f"got {tuple(rewards_NK.shape)}"
+        )
+    if not rewards_NK.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {rewards_NK.dtype}")
+    check_constant(name, rewards_NK)
+    if rewards_NK.device.type == "cpu" and rewards_NK.isinf().any():
+        n, k = rewards_NK.isinf().nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} must be finite, or NaN for an absent sequence; "
+            f"got {rewards_NK[n, k].item()} for sequence {k} of prompt {n}"
+        )
+
+
+def _group_advantages(rewards_NK: Tensor, statistics: str, reference_advantage: str) -> Tensor:
+    rewards_NK = _to_statistics_dtype(rewards_NK)
+    present_NK = ~rewards_NK.isnan()
+    basis_NK = present_NK.clone()
+    if statistics == "samples":
+        basis_NK[:, -1] = False
+    count_N1 = basis_NK.sum(1, keepdim=True).clamp(min=1)
+    mean_N1 = rewards_NK.where(basis_NK, 0).sum(1, keepdim=True) / count_N1
+    centred_NK = rewards_NK - mean_N1
+    variance_N1 = centred_NK.where(basis_NK, 0).square().sum(1, keepdim=True) / count_N1
+    high_N1 = rewards_NK.where(basis_NK, -torch.inf).amax(1, keepdim=True)
+    low_N1 = rewards_NK.where(basis_NK, torch.inf).amin(1, keepdim=True)
+    # high > low is false for a constant basis and for an empty one (-inf > inf).
+    advantages_NK = torch.where(high_N1 > low_N1, centred_NK / variance_N1.sqrt(), 0)
+    if reference_advantage == "clip":
+        advantages_NK[:, -1].clamp_(min=0)
+    return advantages_NK.where(present_NK, torch.nan)
+
+
+def _sequence_terms(advantages_NK: Tensor, beta: float, lam: float) -> Tensor:
+    advantages_NK = _to_statistics_dtype(advantages_NK)
+    present_NK = ~advantages_NK.isnan()
+    advantages_NK = advantages_NK.nan_to_num(0)
+    samples_NG = advantages_NK[:, :-1]
+    reference_N = advantages_NK[:, -1]
+    count_N = present_NK[:, :-1].sum(1).clamp(min=1)
+    terms_3NK = advantages_NK.new_zeros(3, *advantages_NK.shape)
+    terms_3NK[0, :, :-1] = samples_NG / count_N[:, None]
+    terms_3NK[1, :, -1] = beta * reference_N
+    terms_3NK[2, :, :-1] = lam * terms_3NK[0, :, :-1]
+    terms_3NK[2, :, -1] = -lam * samples_NG.sum(1) / count_N
+    return terms_3NK.where(present_NK, 0)
+
+
+def _to_statistics_dtype(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

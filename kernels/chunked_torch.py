@@ -1,0 +1,97 @@
+"""The row function in PyTorch, for the CPU and for any device without Triton.
+
+It is the arithmetic of `rowwise.py`. On the CPU a slab of logits does not fit in the cache, so it
+is worked through in blocks of rows that do: memory is read and written once, the exponential is
+taken once, and nothing the size of the slab is allocated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import LogitTransform
+
+# Rows of one block: 1 MiB of logits stays in a core's L2 over the five passes, and is still enough
+# work to share between threads (PyTorch gives a thread no less than 32768 elements).
+_CPU_BLOCK_BYTES = 2**20
+
+
+def weighted_ce_rows(
+    logits_RV: Tensor,
+    dlogits_RV: Tensor | None,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    weight_R: Tensor,
+    logprob_R: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """logprob = log softmax(z)[target] and dlogits = weight (softmax(z) - onehot) dz/dx.
+
+    Args:
+        logits_RV: (R, V) float32, x without its bias; destroyed.
+        dlogits_RV: (R, V) to write, in the operands' dtype; may be `logits_RV`. None: no gradient.
+        bias_V: (V,) float32 or None.
+        target_R: (R,) int64 in [0, V).
+        weight_R: (R,) float32. A row of weight 0 gets a gradient of 0 and a log-prob of NaN.
+        logprob_R: (R,) float32 to write.
+        transform: the constants of z.
+    """
+    R, V = logits_RV.shape
+    on_cpu = logits_RV.device.type == "cpu"
+    block = max(1, _CPU_BLOCK_BYTES // (4 * V)) if on_cpu else R
+    for start in range(0, R, block):
+        rows = slice(start, start + block)
+        _block_rows(
+            logits_RV[rows],
+            None if dlogits_RV is None else dlogits_RV[rows],
+            bias_V,
+            target_R[rows, None],
+            weight_R[rows, None],
+            logprob_R[rows, None],
+            transform,
+        )
+    logprob_R.masked_fill_(weight_R == 0, torch.nan)
+
+
+def _block_rows(
+    z_BV: Tensor,
+    dlogits_BV: Tensor | None,
+    bias_V: Tensor | None,
+    target_B1: Tensor,
+    weight_B1: Tensor,
+    logprob_B1: Tensor,
+    transform: LogitTransform,
+) -> None:
+    bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
+    peak_B1 = z_BV.amax(1, keepdim=True)
+    target_logit_B1 = z_BV.gather(1, target_B1)
+    z_BV.sub_(peak_B1).exp_()
+    total_B1 = z_BV.sum(1, keepdim=True)
+    # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
+    logprob_B1.copy_(target_logit_B1.sub_(peak_B1).sub_(total_B1.log()))
+    if dlogits_BV is None:
+        return
+    slope_B1 = weight_B1 * transform.slope
+    z_BV.mul_(slope_B1 / total_B1)
+    z_BV.scatter_add_(1, target_B1, -slope_B1)
+    if bend_BV is not None:
+        z_BV.mul_(bend_BV)
+    if dlogits_BV is not z_BV and dlogits_BV.data_ptr() != z_BV.data_ptr():
+        dlogits_BV.copy_(z_BV)
+
+
+def _transform_logits_(
+    x_BV: Tensor, bias_V: Tensor | None, transform: LogitTransform, keep_bend: bool
+) -> Tensor | None:
+    """x -> z in place; returns (dz/dx) / slope where that is not 1 throughout."""
+    if bias_V is not None:
+        x_BV.add_(bias_V)
+    if transform.cap is None:
+        if transform.slope != 1.0:
+            x_BV.mul_(transform.slope)
+        return None
+    x_BV.mul_(transform.inner).tanh_()
+    bend_BV = torch.addcmul(x_BV.new_ones(()), x_BV, x_BV, value=-1) if keep_bend else None
+    x_BV.mul_(transform.cap)
+    return bend_BV

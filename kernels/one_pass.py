@@ -1,0 +1,243 @@
+"""The one pass: hidden states and head to log-probs, loss terms and gradients, chunk by chunk.
+
+For the rows of a chunk: (1) a GEMM writes their logits to a slab, in float32; (2) the row function
+turns each row into its log-prob and, since the row's weight is known, its gradient in the logits;
+(3) and (4), two GEMMs carry that to hidden and head. The slab is reused by the next chunk: logits
+never exist whole, nothing is computed twice, and a row of weight 0 is not computed at all.
+
+Shapes: T rows, L live ones, R of a chunk, D width, V vocabulary, C terms of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .checks import LogitTransform, check_range
+
+# Slab rows start at multiples of 64 elements: 128 bytes or more, so that every row can be read and
+# written 16 bytes at a time whatever V is.
+_ROW_ALIGNMENT = 64
+
+
+class Options(NamedTuple):
+    """What the pass is told besides its tensors."""
+
+    transform: LogitTransform
+    workspace_bytes: int
+    backend: str
+    dtype: torch.dtype  # of the GEMMs' operands
+    wants: tuple[bool, bool, bool]  # a gradient for hidden, head, bias
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss, each multiplied by 1 / `unscale`; None where not wanted."""
+
+    hidden_TD: Tensor | None
+    head_VD: Tensor | None
+    bias_V: Tensor | None
+    unscale: float | Tensor
+
+
+class PassResult(NamedTuple):
+    loss: Tensor
+    parts_C: Tensor
+    logprob_T: Tensor
+    gradients: Gradients
+
+
+class _LiveRows(NamedTuple):
+    """The rows to compute, on the device. `index_L` is None where these are all T rows."""
+
+    index_L: Tensor | None
+    target_L: Tensor
+    weight_L: Tensor
+    terms_CL: Tensor
+    some_dead: bool  # rows of weight 0 may still be among them
+
+
+def one_pass(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    target_T: Tensor,
+    terms_CT: Tensor,
+    options: Options,
+) -> PassResult:
+    """parts = terms . logprob, loss = -sum(parts), and the gradients of the loss.
+
+    A row's weight is the sum of its C terms.
+    """
+    T, D = hidden_TD.shape
+    V = head_VD.shape[0]
+    device = hidden_TD.device
+    rows = _live_rows(terms_CT, target_T, V, device)
+    L = rows.weight_L.numel()
+    weight_L, unscale = _normalise(rows.weight_L, options.dtype)
+    head_VD = _gemm_operand(head_VD, options.dtype)
+    bias_V = None if bias_V is None else bias_V.float().contiguous()
+
+    wants_hidden, wants_head, wants_bias = options.wants
+    dhidden_TD = _allocate(wants_hidden, (T, D), hidden_TD.dtype, device, L < T)
+    dhead_VD = _allocate(wants_head, (V, D), torch.float32, device, L == 0)
+    dbias_V = _allocate(wants_bias, (V,), torch.float32, device, True)
+    logprob_L = torch.empty(L, dtype=torch.float32, device=device)
+
+    stride = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    second_slab = (
+        any(options.wants)
+        and options.dtype != torch.float32
+        and (device.type == "cuda" or options.backend == "triton")
+    )
+    chunk = _chunk_rows(L, stride, D, options, second_slab)
+    logits_RS = torch.empty((chunk, stride), dtype=torch.float32, device=device)
+    dlogits_RS = logits_RS
+    if second_slab:
+        dlogits_RS = torch.empty((chunk, stride), dtype=options.dtype, device=device)
+    weighted_ce_rows = _row_function(options.backend)
+
+    for start in range(0, L, chunk):
+        stop = min(start + chunk, L)
+        hidden_RD = _take(hidden_TD, rows, start, stop).to(options.dtype)
+        logits_RV = logits_RS[: stop - start, :V]
+        dlogits_RV = dlogits_RS[: stop - start, :V]
+        gemm.project(hidden_RD, head_VD, logits_RV)
+        weighted_ce_rows(
+            logits_RV,
+            dlogits_RV if any(options.wants) else None,
+            bias_V,
+            rows.target_L[start:stop],
+            weight_L[start:stop],
+            logprob_L[start:stop],
+            options.transform,
+        )
+        if dhidden_TD is not None:
+            _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop)
+        if dhead_VD is not None:
+            gemm.grad_head(dlogits_RV, hidden_RD, dhead_VD, accumulate=start > 0)
+        if dbias_V is not None:
+            dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
+
+    # In float64: the sums run over signed terms that may cancel.
+    seen_L = logprob_L.where(rows.weight_L != 0, 0).double()
+    parts_C = (rows.terms_CL.double() * seen_L).sum(1)
+    logprob_T = logprob_L
+    if rows.index_L is not None:
+        logprob_T = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
+        logprob_T.index_copy_(0, rows.index_L, logprob_L)
+    gradients = Gradients(dhidden_TD, dhead_VD, dbias_V, unscale)
+    return PassResult(-parts_C.sum().float(), parts_C.float(), logprob_T, gradients)
+
+
+def _live_rows(terms_CT: Tensor, target_T: Tensor, V: int, device: torch.device) -> _LiveRows:
+    """Terms on the CPU: dead rows are dropped here, at no cost to the device.
+
+    Terms on a device: which rows are dead is not known without waiting for it, so all are kept,
+    and the row function skips the dead.
+    """
+    terms_CT = terms_CT.float()
+    weight_T = terms_CT.sum(0)
+    index_L = None
+    if weight_T.device.type == "cpu":
+        live_L = weight_T.nonzero().squeeze(1)
+        if live_L.numel() < weight_T.numel():
+            weight_T, terms_CT = weight_T[live_L], terms_CT[:, live_L]
+            index_L = to_device(live_L, device)
+            target_T = target_T[live_L if target_T.device.type == "cpu" else index_L]
+        if target_T.device.type == "cpu":
+            check_range("target_T of the rows that count", target_T, 0, V)
+    some_dead = device.type != "cpu" and weight_T.device.type != "cpu"
+    weight_L = to_device(weight_T, device)
+    target_L = to_device(target_T, device).to(torch.int64)
+    if some_dead:
+        target_L = target_L.where(weight_L != 0, 0)
+    return _LiveRows(index_L, target_L, weight_L, to_device(terms_CT, device), some_dead)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for, where there is one to make."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _normalise(weight_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+    """For float16, the weights over a power of two that brings the largest to [1/2, 1).
+
+    Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
+    power of two changes no other bit, and is given back when the gradients leave.
+    """
+    if dtype != torch.float16 or weight_L.numel() == 0:
+        return weight_L, 1.0
+    exponent = weight_L.abs().amax().frexp().exponent
+    return torch.ldexp(weight_L, -exponent), torch.ldexp(weight_L.new_ones(()), exponent)
+
+
+def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, copied only if it must be; GEMMs read both row and column order."""
+    tensor = tensor.to(dtype)
+    return tensor if 1 in tensor.stride() else tensor.contiguous()
+
+
+def _allocate(
+    wanted: bool, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zero: bool
+) -> Tensor | None:
+    if not wanted:
+        return None
+    return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+
+
+def _chunk_rows(L: int, stride: int, D: int, options: Options, second_slab: bool) -> int:
+    """As many rows as the workspace holds, in chunks of about one size; at least one row.
+
+    A row costs its logits, their gradient where that is apart, and hidden and dhidden copies.
+    """
+    row_bytes = stride * (4 + (options.dtype.itemsize if second_slab else 0)) + 8 * D
+    fits = max(1, options.workspace_bytes // row_bytes)
+    chunks = max(1, -(-L // fits))
+    rows = -(-L // chunks)
+    # Whole GEMM tiles where that still fits.
+    tiled = -(-rows // 128) * 128
+    return min(tiled, L) if tiled <= fits else rows
+
+
+def _row_function(backend: str) -> Callable[..., None]:
+    if backend == "triton":
+        from .rowwise import weighted_ce_rows
+    else:
+        from .chunked_torch import weighted_ce_rows
+    return weighted_ce_rows
+
+
+def _take(hidden_TD: Tensor, rows: _LiveRows, start: int, stop: int) -> Tensor:
+    if rows.index_L is not None:
+        return hidden_TD.index_select(0, rows.index_L[start:stop])
+    hidden_RD = hidden_TD[start:stop]
+    if rows.some_dead:
+        # 0 * NaN is NaN: what a dead row holds must not reach the head's gradient.
+        return hidden_RD.where(rows.weight_L[start:stop, None] != 0, 0)
+    return hidden_RD
+
+
+def _grad_hidden(
+    dlogits_RV: Tensor,
+    head_VD: Tensor,
+    dhidden_TD: Tensor,
+    index_L: Tensor | None,
+    start: int,
+    stop: int,
+) -> None:
+    if index_L is None and dhidden_TD.dtype == torch.float32:
+        gemm.grad_hidden(dlogits_RV, head_VD, dhidden_TD[start:stop])
+        return
+    shape = (stop - start, dhidden_TD.shape[1])
+    dhidden_RD = torch.empty(shape, dtype=torch.float32, device=dhidden_TD.device)
+    gemm.grad_hidden(dlogits_RV, head_VD, dhidden_RD)
+    if index_L is None:
+        dhidden_TD[start:stop] = dhidden_RD
+    else:
+        dhidden_TD.index_copy_(0, index_L[start:stop], dhidden_RD.to(dhidden_TD.dtype))

@@ -1,0 +1,164 @@
+"""The specification: GRAO in plain PyTorch, in whatever dtype it is given. Nothing is fast here.
+
+    J = (1/G) sum_i A_i L(o_i)                    exploration
+      + beta A_y L(y)                             imitation
+      + lam (1/G) sum_i A_i (L(o_i) - L(y))       alignment
+    A = (r - mu) / sigma,    L(s) = (1/|s|) sum_t log pi(s_t),    loss = -J, averaged over prompts
+
+Source: arXiv 2508.07750, equations 2-4. Everything else in this package is tested against this
+file in float64.
+
+Shapes: T rows (tokens), D width, V vocabulary, N prompts, G samples a prompt, K = G + 1 sequences
+a prompt with the reference y last. NaN stands for an absent reward, and so an absent sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ReferenceLoss(NamedTuple):
+    """What `grao_loss` returns; exploration + imitation + alignment = -loss."""
+
+    loss: Tensor
+    exploration: Tensor
+    imitation: Tensor
+    alignment: Tensor
+    logprob_T: Tensor
+    advantages_NK: Tensor
+
+
+def group_advantages(
+    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "signed"
+) -> Tensor:
+    """A = (r - mu) / sigma in each group of K, with the population's sigma.
+
+    `statistics` names the rewards that make mu and sigma: all present ones of the "group", or
+    those of the "samples" (the literal Eq. 4). When these are all equal, or there are none, the
+    group is dead and A = 0. Equality is tested, not sigma = 0: rounding gives eight rewards of 0.1
+    a sigma of 1e-9. `reference_advantage="clip"` holds A_y at or above 0.
+    """
+    advantages_NK = torch.empty_like(rewards_NK)
+    for n, rewards_K in enumerate(rewards_NK):
+        basis = rewards_K if statistics == "group" else rewards_K[:-1]
+        basis = basis[~basis.isnan()]
+        if basis.numel() == 0 or basis.max() == basis.min():
+            advantages_K = torch.zeros_like(rewards_K)
+        else:
+            mu = basis.mean()
+            sigma = ((basis - mu) ** 2).mean().sqrt()
+            advantages_K = (rewards_K - mu) / sigma
+        if reference_advantage == "clip":
+            advantages_K[-1] = advantages_K[-1].clamp(min=0)
+        advantages_NK[n] = torch.where(rewards_K.isnan(), torch.nan, advantages_K)
+    return advantages_NK
+
+
+def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
+    """The coefficients of L in J = sum_i w_i L(o_i) + w_y L(y); 0 for an absent sequence.
+
+    w_i = (1 + lam) A_i / G,    w_y = beta A_y - (lam / G) sum_i A_i, G the samples present.
+    """
+    weights_NK = torch.zeros_like(advantages_NK)
+    for n, advantages_K in enumerate(advantages_NK):
+        present_G = ~advantages_K[:-1].isnan()
+        samples = advantages_K[:-1][present_G]
+        G = max(samples.numel(), 1)
+        weights_NK[n, :-1][present_G] = (1 + lam) * samples / G
+        if not advantages_K[-1].isnan():
+            weights_NK[n, -1] = beta * advantages_K[-1] - lam / G * samples.sum()
+    return weights_NK
+
+
+def token_logprobs(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    target_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """log softmax(z)[target] of each row, z = softcap((h W^T + b) * logit_scale) / temperature.
+
+    softcap(x) = c tanh(x / c), or x where there is no softcap.
+    """
+    logits_TV = hidden_TD @ head_VD.T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V
+    logits_TV = logits_TV * logit_scale
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
+    logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+    return logprobs_TV.gather(1, target_T[:, None]).squeeze(1)
+
+
+def grao_loss(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    rewards_NK: Tensor,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.6,
+    statistics: str = "group",
+    reference_advantage: str = "signed",
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    num_prompts: int | None = None,
+) -> ReferenceLoss:
+    """The loss and its three components as the paper writes them, one prompt after another.
+
+    `sequence_T` holds n * K + k for a row of sequence k of prompt n, and -1 for a row that does
+    not count. L of a sequence that is absent or has no rows is 0. A group without advantages adds
+    nothing, and its rows are not computed: `logprob_T` is NaN there.
+    """
+    K = rewards_NK.shape[1]
+    prompts = rewards_NK.shape[0] if num_prompts is None else num_prompts
+    advantages_NK = group_advantages(
+        rewards_NK, statistics=statistics, reference_advantage=reference_advantage
+    ).to(hidden_TD.dtype)
+    logprob_T = torch.full_like(hidden_TD[:, 0], torch.nan)
+    zero = (hidden_TD[:0].sum() + head_VD[:0].sum()) * 0.0
+    exploration, imitation, alignment = zero, zero, zero
+
+    for n, advantages_K in enumerate(advantages_NK):
+        present = [k for k in range(K) if not advantages_K[k].isnan()]
+        if all(advantages_K[k] == 0 for k in present):
+            continue
+        mean_logprob = [zero] * K
+        for k in present:
+            rows = (sequence_T == n * K + k).nonzero().squeeze(1)
+            if rows.numel() > 0:
+                logprob = token_logprobs(
+                    hidden_TD[rows],
+                    head_VD,
+                    target_T[rows],
+                    bias_V=bias_V,
+                    temperature=temperature,
+                    logit_scale=logit_scale,
+                    softcap=softcap,
+                )
+                logprob_T[rows] = logprob.detach()
+                mean_logprob[k] = logprob.mean()
+        samples = [k for k in present if k < K - 1]
+        G = max(len(samples), 1)
+        for k in samples:
+            exploration = exploration + advantages_K[k] * mean_logprob[k] / G
+            gap = mean_logprob[k] - mean_logprob[-1]
+            alignment = alignment + lam * advantages_K[k] * gap / G
+        if K - 1 in present:
+            imitation = imitation + beta * advantages_K[-1] * mean_logprob[-1]
+
+    exploration, imitation, alignment = (
+        term / prompts for term in (exploration, imitation, alignment)
+    )
+    loss = -(exploration + imitation + alignment)
+    return ReferenceLoss(loss, exploration, imitation, alignment, logprob_T, advantages_NK)
