@@ -80,7 +80,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "grao-fast"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra")) >= set(
-        "flash judge liger peft trl vllm test dev".split()
+        ["flash", "judge", "liger", "peft", "trl", "vllm", "test", "dev"]
     )
 
 
