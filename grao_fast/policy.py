@@ -80,11 +80,15 @@ class Policy:
         return getattr(self.causal_lm.config, "max_position_embeddings", None)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, D) and bias (V,) of the language-model head, in the dtype of its GEMMs."""
+        """Weight (V, D) and bias (V,) of the language-model head, as parameters."""
         head = self.causal_lm.get_output_embeddings()
-        dtype = self.autocast_dtype or head.weight.dtype
-        bias = getattr(head, "bias", None)
-        return head.weight.to(dtype), None if bias is None else bias.to(dtype)
+        return head.weight, head.bias
+
+    def autocast(self) -> torch.autocast:
+        """The context in which this policy computes."""
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
 
     def lay_out(self, groups: list[Group]) -> MicroBatch:
         """The groups as this policy computes them: packed behind shared prompts, or padded."""
@@ -111,13 +115,10 @@ class Policy:
             inputs["segments"] = batch.segments
         if batch.attention_mask_BL is not None:
             inputs["attention_mask"] = batch.attention_mask_BL.to(device, non_blocking=True)
-        with torch.autocast(
-            device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
-        ):
+        with self.autocast():
             hidden = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         rows = batch.row_T.to(device, non_blocking=True)
-        hidden_TD = hidden.flatten(0, 1).index_select(0, rows)
-        return hidden_TD if self.autocast_dtype is None else hidden_TD.to(self.autocast_dtype)
+        return hidden.flatten(0, 1).index_select(0, rows)
 
 
 def load_policy(
@@ -266,9 +267,7 @@ def _check_parity(policy: Policy) -> None:
     logits = logits * policy.transform.logit_scale
     if policy.transform.softcap is not None:
         logits = policy.transform.softcap * torch.tanh(logits / policy.transform.softcap)
-    with torch.autocast(
-        device.type, dtype=policy.autocast_dtype, enabled=policy.autocast_dtype is not None
-    ):
+    with policy.autocast():
         rows = [
             model(input_ids=torch.tensor([prompt + suffix], device=device)).logits[0, 3:-1].float()
             for suffix in suffixes

@@ -107,24 +107,26 @@ def micro_batch_loss(
     num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
         depend on how the step was split.
     """
+    hidden_TD = policy.hidden(batch)
     head_VD, bias_V = policy.head()
-    return linear_grao_loss(
-        policy.hidden(batch),
-        head_VD,
-        batch.target_T.to(policy.device, non_blocking=True),
-        batch.sequence_T,
-        batch.rewards_NK,
-        beta=config.beta,
-        lam=config.lam,
-        statistics=config.statistics,
-        reference_advantage=config.reference_advantage,
-        bias_V=bias_V,
-        temperature=config.temperature,
-        logit_scale=policy.transform.logit_scale,
-        softcap=policy.transform.softcap,
-        num_prompts=num_prompts,
-        workspace_mib=config.workspace_mib,
-    )
+    with policy.autocast():
+        return linear_grao_loss(
+            hidden_TD,
+            head_VD,
+            batch.target_T,
+            batch.sequence_T,
+            batch.rewards_NK,
+            beta=config.beta,
+            lam=config.lam,
+            statistics=config.statistics,
+            reference_advantage=config.reference_advantage,
+            bias_V=bias_V,
+            temperature=config.temperature,
+            logit_scale=policy.transform.logit_scale,
+            softcap=policy.transform.softcap,
+            num_prompts=num_prompts,
+            workspace_mib=config.workspace_mib,
+        )
 
 
 def update(

@@ -370,8 +370,10 @@ def _table(rollout: Rollout) -> list[dict[str, Any]]:
             "prompt": prompt.example.prompt,
             "reference": prompt.example.reference,
             "completions": rollout.texts[n],
-            "rewards": rollout.rewards_NK[n].tolist(),
-            "advantages": rollout.advantages_NK[n].tolist(),
+            "rewards": rollout.rewards_NK[n, :-1].tolist(),
+            "advantages": rollout.advantages_NK[n, :-1].tolist(),
+            "reference_reward": float(rollout.rewards_NK[n, -1]),
+            "reference_advantage": float(rollout.advantages_NK[n, -1]),
         }
         for n, prompt in enumerate(rollout.prompts)
     ]
