@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_constant, check_number
+from .checks import check_choice, check_constant, check_number, resolve_backend
 
 STATISTICS = ("group", "samples")
 REFERENCE_ADVANTAGES = ("signed", "clip")
@@ -46,7 +46,7 @@ def group_advantages(
     check_rewards("rewards_NK", rewards_NK)
     check_choice("statistics", statistics, STATISTICS)
     check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
-    if rewards_NK.is_cuda:
+    if resolve_backend(None, rewards_NK.device) == "triton":
         from .advantage_kernels import launch_group_advantages
 
         return launch_group_advantages(rewards_NK, statistics, reference_advantage)
@@ -73,7 +73,7 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
     check_rewards("advantages_NK", advantages_NK)
     check_number("beta", beta)
     check_number("lam", lam)
-    if advantages_NK.is_cuda:
+    if resolve_backend(None, advantages_NK.device) == "triton":
         from .advantage_kernels import launch_sequence_terms
 
         return launch_sequence_terms(advantages_NK, beta, lam).sum(0)
@@ -81,10 +81,19 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
 
 
 def advantages_and_terms(
-    rewards_NK: Tensor, *, statistics: str, reference_advantage: str, beta: float, lam: float
+    rewards_NK: Tensor,
+    *,
+    statistics: str,
+    reference_advantage: str,
+    beta: float,
+    lam: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages (N, K) and every sequence's three coefficients (3, N, K), in one launch."""
-    if rewards_NK.is_cuda:
+    """Advantages (N, K) and every sequence's three coefficients (3, N, K).
+
+    One launch for rewards on a device; rewards on the CPU stay there under either backend.
+    """
+    if backend == "triton" and rewards_NK.is_cuda:
         from .advantage_kernels import launch_advantages_and_terms
 
         return launch_advantages_and_terms(rewards_NK, statistics, reference_advantage, beta, lam)
@@ -135,10 +144,11 @@ def _group_advantages(rewards_NK: Tensor, statistics: str, reference_advantage: 
         basis_NK[:, -1] = False
     count_N1 = basis_NK.sum(1, keepdim=True).clamp(min=1)
     mean_N1 = rewards_NK.where(basis_NK, 0).sum(1, keepdim=True) / count_N1
-    centred_NK = rewards_NK - mean_N1
-    variance_N1 = centred_NK.where(basis_NK, 0).square().sum(1, keepdim=True) / count_N1
     high_N1 = rewards_NK.where(basis_NK, -torch.inf).amax(1, keepdim=True)
     low_N1 = rewards_NK.where(basis_NK, torch.inf).amin(1, keepdim=True)
+    # In units of the range, so that no square under- or overflows.
+    centred_NK = (rewards_NK - mean_N1) / (high_N1 - low_N1)
+    variance_N1 = centred_NK.where(basis_NK, 0).square().sum(1, keepdim=True) / count_N1
     # high > low is false for a constant basis and for an empty one (-inf > inf).
     advantages_NK = torch.where(high_N1 > low_N1, centred_NK / variance_N1.sqrt(), 0)
     if reference_advantage == "clip":

@@ -7,6 +7,7 @@ checked where they lie on the CPU, which costs nothing there.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,19 @@ def check_range(name: str, index_T: Tensor, low: int, high: int) -> None:
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """ "triton" for CUDA tensors and "torch" for others, unless `backend` says which."""
     if backend is None:
-        return "triton" if device.type == "cuda" else "torch"
+        backend = "triton" if device.type == "cuda" else "torch"
     check_choice("backend", backend, ("triton", "torch"))
+    if backend == "triton":
+        if find_spec("triton") is None:
+            raise ValueError(
+                "backend 'triton' needs Triton, which is not installed: pip install triton "
+                "(Linux only), or pass backend='torch'"
+            )
+        from .rowwise import runs_on
+
+        if not runs_on(device):
+            raise ValueError(
+                f"backend 'triton' cannot run on {device}: pass backend='torch', or set "
+                "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
+            )
     return backend

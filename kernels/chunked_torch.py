@@ -77,7 +77,7 @@ def _block_rows(
     z_BV.scatter_add_(1, target_B1, -slope_B1)
     if bend_BV is not None:
         z_BV.mul_(bend_BV)
-    if dlogits_BV is not z_BV and dlogits_BV.data_ptr() != z_BV.data_ptr():
+    if dlogits_BV.data_ptr() != z_BV.data_ptr():
         dlogits_BV.copy_(z_BV)
 
 

@@ -84,6 +84,7 @@ def linear_weighted_cross_entropy(
     check_constant("weight_T", weight_T)
     check_home("weight_T", weight_T, hidden_TD)
     transform = logit_transform(temperature, logit_scale, softcap)
+    backend = resolve_backend(backend, hidden_TD.device)
     loss, _, logprob_T = weighted_terms(
         hidden_TD, head_VD, bias_V, target_T, weight_T[None], transform, workspace_mib, backend
     )
@@ -98,7 +99,7 @@ def weighted_terms(
     terms_CT: Tensor,
     transform: LogitTransform,
     workspace_mib: float,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its parts (C,) = terms_CT . logprob_T with loss = -sum of parts, and logprob_T."""
     check_number("workspace_mib", workspace_mib, above=0)
@@ -106,7 +107,7 @@ def weighted_terms(
     options = Options(
         transform=transform,
         workspace_bytes=int(workspace_mib * 2**20),
-        backend=resolve_backend(backend, hidden_TD.device),
+        backend=backend,
         dtype=compute_dtype(hidden_TD, head_VD),
         wants=(
             tracked and hidden_TD.requires_grad,

@@ -21,6 +21,7 @@ from .checks import (
     check_operands,
     check_range,
     logit_transform,
+    resolve_backend,
 )
 from .linear_ce import weighted_terms
 
@@ -109,6 +110,7 @@ def linear_grao_loss(
         num_prompts = max(1, rewards_NK.shape[0])
     check_number("num_prompts", num_prompts, above=0)
     transform = logit_transform(temperature, logit_scale, softcap)
+    backend = resolve_backend(backend, hidden_TD.device)
 
     advantages_NK, terms_3NK = advantages_and_terms(
         rewards_NK,
@@ -116,6 +118,7 @@ def linear_grao_loss(
         reference_advantage=reference_advantage,
         beta=beta,
         lam=lam,
+        backend=backend,
     )
     terms_3T = row_coefficients(terms_3NK, sequence_T, num_prompts)
     loss, parts_3, logprob_T = weighted_terms(

@@ -1,0 +1,218 @@
+"""The row function in Triton, and the arithmetic that every row kernel shares.
+
+A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
+from V to the stride belong to the slab: they are read and written without meaning, so that every
+access is 16 bytes wide whatever V is.
+
+Shapes: R rows of a slab, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import LogitTransform
+
+# Columns that a program holds at once, and columns for each of its warps. 8192 over 16 warps is
+# 16 logits a thread: four 16-byte loads in flight each, and registers few enough (40 or fewer, see
+# tests/kernels/test_compile.py) for three or four such programs on an SM, so that one loads while
+# another reduces. 32768 would halve the reductions, which are already under a tenth of a row's
+# time at V = 131072, and need 64 registers. A row that ends sooner gets a smaller block.
+MAX_BLOCK = 8192
+_LOGITS_PER_THREAD = 16
+_SCALE_BLOCK = 4096
+
+
+def launch_shape(V: int, warp_size: int) -> tuple[int, int]:
+    """BLOCK and num_warps for rows of V logits."""
+    block = min(MAX_BLOCK, max(triton.next_power_of_2(V), 64))
+    warps = max(1, min(16, block // (_LOGITS_PER_THREAD * warp_size)))
+    return block, warps
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) and its derivative, to float32 precision near 0 and far from it."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(x < 0, -far, far)
+    # 1 - exp cancels near 0; four terms of the series leave 1e-9 of x below 0.1.
+    x2 = x * x
+    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
+    value = tl.where(tl.abs(x) < 0.1, near, far)
+    return value, 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
+def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
+    """z and dz/dx of a logit x that has its bias; see LogitTransform."""
+    if HAS_CAP:
+        value, derivative = _tanh(x * inner)
+        z = value * cap
+        dz = derivative * slope
+    else:
+        z = x * slope
+        dz = slope
+    return z, dz
+
+
+@triton.jit
+def _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS: tl.constexpr):
+    x = tl.load(logits_ptr + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=columns < V, other=0.0)
+    return x
+
+
+@triton.jit
+def _online_softmax(peak, total, z):
+    """Running maximum and sum of exp(z - maximum), with one more block of z."""
+    new_peak = tl.maximum(peak, tl.max(z, 0))
+    # Where all logits so far are -inf, any finite base keeps the sum at 0.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
+    return new_peak, total
+
+
+@triton.jit(
+    # Scalars at any offset of a chunk: their alignment would only compile the same code twice.
+    do_not_specialize_on_alignment=["target_ptr", "weight_ptr", "logprob_ptr"]
+)
+def _weighted_ce_rows_kernel(
+    logits_ptr,  # (R, row_stride) float32
+    dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
+    bias_ptr,  # (V,) float32
+    target_ptr,  # (R,) int64
+    weight_ptr,  # (R,) float32
+    logprob_ptr,  # (R,) float32
+    row_stride,
+    V,
+    slope,
+    inner,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """logprob = z[target] - log sum exp z; dlogits = weight (softmax(z) - onehot) dz/dx.
+
+    One program a row. It reads the row twice and writes the gradient once: 10 bytes a logit for
+    16-bit operands, 12 for float32. A row of weight 0 is not read.
+    """
+    row = tl.program_id(0).to(tl.int64)  # R * row_stride passes 2^31
+    logits_ptr += row * row_stride
+    dlogits_ptr += row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    blocks = tl.cdiv(V, BLOCK)
+    weight = tl.load(weight_ptr + row)
+
+    if weight == 0.0:
+        tl.store(logprob_ptr + row, float("nan"))
+        if WRITE_GRADIENT:
+            for block in range(blocks):
+                columns = block * BLOCK + lanes
+                zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
+    else:
+        # Before anything is written: the gradient may take the logits' place.
+        target = tl.load(target_ptr + row)
+        x = _load_logits(logits_ptr, bias_ptr, target, row_stride, V, HAS_BIAS)
+        target_logit, _ = _transform(x, slope, inner, cap, HAS_CAP)
+
+        peak = float("-inf")
+        total = 0.0
+        for block in range(blocks):
+            columns = block * BLOCK + lanes
+            x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS)
+            z, _ = _transform(x, slope, inner, cap, HAS_CAP)
+            peak, total = _online_softmax(peak, total, tl.where(columns < V, z, float("-inf")))
+        # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
+        tl.store(logprob_ptr + row, (target_logit - peak) - tl.log(total))
+
+        if WRITE_GRADIENT:
+            for step in range(blocks):
+                # Backwards: what was read last is what the L2 still holds.
+                columns = (blocks - 1 - step) * BLOCK + lanes
+                x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS)
+                z, dz = _transform(x, slope, inner, cap, HAS_CAP)
+                p = tl.exp(z - peak) / total
+                dlogits = weight * tl.where(columns == target, p - 1.0, p) * dz
+                dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
+
+
+@triton.jit
+def _scale_kernel(
+    gradient_ptr, out_ptr, scale_ptr, numel, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = scale * gradient in float32; a scale of 1 in place touches no memory."""
+    scale = tl.load(scale_ptr)
+    if (not IN_PLACE) or scale != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        gradient = tl.load(gradient_ptr + offsets, mask=offsets < numel, other=0.0)
+        scaled = (gradient.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, scaled, mask=offsets < numel)
+
+
+def weighted_ce_rows(
+    logits_RV: Tensor,
+    dlogits_RV: Tensor | None,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    weight_R: Tensor,
+    logprob_R: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
+
+    Rows of both slabs must be the same multiple of 16 elements apart, and theirs up to there.
+    """
+    R, V = logits_RV.shape
+    row_stride = logits_RV.stride(0)
+    assert row_stride % 16 == 0 and row_stride >= V
+    assert dlogits_RV is None or dlogits_RV.stride(0) == row_stride
+    block, warps = launch_shape(V, _warp_size(logits_RV.device))
+    with torch.cuda.device_of(logits_RV):
+        _weighted_ce_rows_kernel[(R,)](
+            logits_RV,
+            logits_RV if dlogits_RV is None else dlogits_RV,
+            logits_RV if bias_V is None else bias_V,
+            target_R,
+            weight_R,
+            logprob_R,
+            row_stride,
+            V,
+            transform.slope,
+            transform.inner,
+            0.0 if transform.cap is None else transform.cap,
+            HAS_BIAS=bias_V is not None,
+            HAS_CAP=transform.cap is not None,
+            WRITE_GRADIENT=dlogits_RV is not None,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def scale_gradient(gradient: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out = scale * gradient, with `scale` read on the device; both contiguous."""
+    numel = gradient.numel()
+    if numel == 0:
+        return
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(triton.cdiv(numel, _SCALE_BLOCK),)](
+            gradient, out, scale, numel, IN_PLACE=out is gradient, BLOCK=_SCALE_BLOCK, num_warps=8
+        )
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can run there: on CUDA, or anywhere under TRITON_INTERPRET=1."""
+    interpreted = not isinstance(_weighted_ce_rows_kernel, triton.runtime.JITFunction)
+    return device.type == "cuda" or interpreted
+
+
+def _warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
