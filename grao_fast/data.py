@@ -10,7 +10,7 @@ What counts as a prompt and as a reference:
                              is what `chosen` and `rejected` share
     anything else            goes to the reward function by name
 
-A blank reference is an absent one.
+A blank reference is an absent one; an HH transcript that ends in a blank answer is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data_sources import Rows, read_rows
+from grao_fast.encoding import encode_prompts, encode_references
 from grao_fast.fields import (
     Messages,
     is_hh_transcript,
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_COLUMNS = ("reference", "completion", "chosen")
 RESERVED_COLUMNS = ("prompts", "completions", "references")  # names the reward is called with
-_TOKENIZER_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,15 @@ def load_examples(
     columns = _Columns.of(rows)
     examples = [columns.example(index, row) for index, row in enumerate(rows.rows)]
     blank = sum(example.reference is None for example in examples)
-    if columns.reference is not None and blank:
+    if columns.transcripts and blank:
+        logger.warning(
+            "left out %d of %d transcripts of %s, which end in a blank answer",
+            blank, len(examples), rows.name,
+        )  # fmt: skip
+        examples = [example for example in examples if example.reference is not None]
+        if not examples:
+            raise ValueError(f"every transcript of {rows.name} ends in a blank answer")
+    elif columns.reference is not None and blank:
         logger.warning(
             "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
             blank, len(examples), rows.name, columns.reference,
@@ -140,8 +148,7 @@ class _Columns:
         if self.transcripts:
             if not isinstance(chosen, str):
                 raise ValueError(f"{where} must be a transcript, got {type(chosen).__name__}")
-            prompt, reference = parse_hh_transcript(chosen, where)
-            return prompt, reference or None
+            return parse_hh_transcript(chosen, where)
         if isinstance(chosen, str):
             rejected = row.get("rejected")
             if not isinstance(rejected, str):
@@ -182,7 +189,8 @@ def encode_examples(
 
     Raises:
         ValueError: no EOS or chat template; a prompt or reference that does not fit the model
-            (the message says which row, by how much, and what to set); nothing left.
+            (the message says which example, counted from 0, by how much, and what
+            to set); nothing left.
     """
     if not examples:
         raise ValueError("there are no examples to encode")
@@ -193,8 +201,10 @@ def encode_examples(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's "
             f"{context_length} tokens: lower it"
         )
-    prompts = _encode_prompts(examples, tokenizer)
-    references = _encode_references(examples, tokenizer, max_reference_length)
+    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
+    references = encode_references(
+        [example.reference for example in examples], tokenizer, max_length=max_reference_length
+    )
     encoded, dropped = [], 0
     for row, (example, prompt_ids, reference_ids) in enumerate(
         zip(examples, prompts, references, strict=True)
@@ -221,82 +231,19 @@ def _check_fit(
     row: int, prompt: int, reference: int, context_length: int | None, max_new_tokens: int
 ) -> None:
     if prompt == 0:
-        raise ValueError(f"row {row}: the prompt has no tokens")
+        raise ValueError(f"example {row}: the prompt has no tokens")
     if context_length is None:
         return
     room = context_length - prompt
     if room < max_new_tokens:
         raise ValueError(
-            f"row {row}: a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} do not "
-            f"fit the model's {context_length}: lower max_new_tokens, or set "
+            f"example {row}: a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} do "
+            f"not fit the model's {context_length}: lower max_new_tokens, or set "
             f"max_prompt_length={context_length - max_new_tokens} to drop such prompts"
         )
     if room < reference:
         raise ValueError(
-            f"row {row}: a prompt of {prompt} tokens and a reference of {reference} do not fit "
+            f"example {row}: a prompt of {prompt} tokens and a reference of {reference} do not fit "
             f"the model's {context_length}: set max_reference_length={max_new_tokens} to cut "
             f"references"
         )
-
-
-def _encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    ids: list[list[int]] = [[] for _ in examples]
-    texts = [row for row, example in enumerate(examples) if isinstance(example.prompt, str)]
-    chats = [row for row, example in enumerate(examples) if not isinstance(example.prompt, str)]
-    raw = [str(examples[row].prompt) for row in texts]
-    for row, text, encoded in zip(texts, raw, _encode(tokenizer, raw, True), strict=True):
-        # Some tokenizers close every text with an EOS; nothing could follow such a prompt.
-        closed = encoded and encoded[-1] == tokenizer.eos_token_id
-        if closed and not text.endswith(str(tokenizer.eos_token)):
-            encoded = encoded[:-1]
-        ids[row] = encoded
-    rendered = [_render(row, examples[row].prompt, tokenizer) for row in chats]
-    # The template writes BOS itself.
-    for row, encoded in zip(chats, _encode(tokenizer, rendered, False), strict=True):
-        ids[row] = encoded
-    return ids
-
-
-def _render(row: int, prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"row {row}: the prompt is a list of messages, and the tokenizer has no chat template: "
-            "set tokenizer.chat_template, or give the prompts as text"
-        )
-    try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"row {row}: the chat template refuses the prompt: {error}") from error
-
-
-def _encode_references(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_reference_length: int | None,
-) -> list[list[int]]:
-    ids: list[list[int]] = [[] for _ in examples]
-    rows = [row for row, example in enumerate(examples) if example.reference is not None]
-    texts = [str(examples[row].reference) for row in rows]
-    for row, encoded in zip(rows, _encode(tokenizer, texts, False), strict=True):
-        ids[row] = [*encoded, tokenizer.eos_token_id][:max_reference_length]
-    return ids
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
-) -> list[list[int]]:
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        # verbose=False: the tokenizer's own warning about length names no row; ours is an error.
-        batch = tokenizer(
-            texts[start : start + _TOKENIZER_BATCH],
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids += batch["input_ids"]
-    return ids

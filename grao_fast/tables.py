@@ -80,3 +80,29 @@ def tail(text: str, characters: int = _CHARACTERS) -> str:
     """The end of a text on one line: of a prompt, the part that asks."""
     line = " ".join(text.split())
     return line if len(line) <= characters else "..." + line[len(line) - characters + 3 :].lstrip()
+
+
+_RESULTS = {
+    "reward": "mean reward",
+    "ras": "RAS, beats the reference",
+    "ras_win_or_tie": "RAS, ties counted as wins",
+    "nag": "NAG, wins minus losses against the base model",
+    "nag_wins": "NAG, wins alone",
+    "metric": "held-out metric",
+}
+_RATES = {"ras", "ras_win_or_tie", "nag", "nag_wins"}
+
+
+def results_table(
+    prompts: int, means: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> Table:
+    """The results of an evaluation; rates in percent."""
+    table = Table(title=f"{prompts} prompts, greedy", title_justify="left")
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("95% interval", justify="right")
+    for name, mean in means.items():
+        form = ".1%" if name in _RATES else ".3f"
+        low, high = (number(bound, form) for bound in intervals[name])
+        table.add_row(_RESULTS[name], number(mean, form), f"{low} to {high}")
+    return table

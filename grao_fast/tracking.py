@@ -164,6 +164,13 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON lines file; NaN and infinity become null."""
+    with path.open("w", encoding="utf-8", errors=_ERRORS) as file:
+        for row in rows:
+            _write_line(file, row)
+
+
 def _open_lines(path: Path, start_step: int) -> TextIO:
     """Open a file to append to, holding the lines up to start_step; empty where that is 0."""
     kept = []
@@ -171,9 +178,7 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
         kept = [row for row in read_lines(path) if row["step"] <= start_step]
     # Beside and renamed: a kill here must not cost the lines of the run so far.
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8", errors=_ERRORS) as file:
-        for row in kept:
-            _write_line(file, row)
+    write_lines(beside, kept)
     beside.replace(path)
     return path.open("a", encoding="utf-8", errors=_ERRORS)
 

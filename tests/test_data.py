@@ -207,7 +207,6 @@ def transcript(*turns: str) -> str:
         (("Ha", "Ab\n\nc", "Hd", "Ae"), [user("a"), assistant("b\n\nc"), user("d")], "e"),
         (("Ha", "Ab", "Ac"), [user("a")], "b\n\nc"),  # two turns running are one
         (("Ha", "Hb", "Ac"), [user("a\n\nb")], "c"),
-        (("Ha", "A"), [user("a")], None),  # a blank answer is an absent one
         (("Ha", "Ab", "H", "Ac"), [user("a")], "b\n\nc"),  # a blank turn is no turn
         (("Ha", "Ab", "Hc"), [user("a")], "b"),  # the last answer ends it
         (("Ab", "Hc", "Ad"), [assistant("b"), user("c")], "d"),
@@ -217,6 +216,16 @@ def test_hh_transcripts(turns: tuple[str, ...], prompt: list, reference: str | N
     rejected = transcript("Ha", "Az")
     (example,) = load_examples([{"chosen": transcript(*turns), "rejected": rejected}])
     assert example == Example(prompt, reference, {"rejected": rejected})
+
+
+def test_transcripts_that_end_in_a_blank_answer_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [{"chosen": transcript("Ha", last), "rejected": ""} for last in ("Ab", "A ", "Ac")]
+    assert [example.reference for example in load_examples(rows)] == ["b", "c"]
+    assert "left out 1 of 3 transcripts" in caplog.text
+    with pytest.raises(ValueError, match="every transcript of the dataset ends in a blank"):
+        load_examples(rows[1:2])
 
 
 @pytest.mark.parametrize(
@@ -237,8 +246,8 @@ def test_malformed_transcripts_are_named(chosen: str | None, message: str) -> No
 @pytest.mark.skipif(not HH.is_dir(), reason=f"the HH data is not at {HH}")
 def test_real_hh_data() -> None:
     train = load_examples(HH / "train.jsonl.gz")
-    assert len(train) == 1400
-    assert sum(example.reference is None for example in train) == 4
+    assert len(train) == 1400 - 4  # blank answers
+    assert all(example.reference for example in train)
     assert len(load_examples(HH, split="test")) == 300
     for example in train:
         roles = [message["role"] for message in example.prompt]
@@ -282,7 +291,9 @@ def test_a_cut_reference_has_no_eos(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_long_prompts(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     examples = [Example("a", "b", {}), Example("a b c d e f", "b", {})]
-    with pytest.raises(ValueError, match=r"row 1: a prompt of 6 .* max_prompt_length=5 to drop"):
+    with pytest.raises(
+        ValueError, match=r"example 1: a prompt of 6 .* max_prompt_length=5 to drop"
+    ):
         encode(examples, tokenizer, context_length=9)
     kept = encode(examples, tokenizer, context_length=9, max_prompt_length=5)
     assert [item.example for item in kept] == examples[:1]
@@ -305,10 +316,12 @@ def test_tokenizers_that_cannot_serve(tokenizer: PreTrainedTokenizerFast) -> Non
     with pytest.raises(ValueError, match="no examples"):
         encode([], tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"row 0.*no chat template: set tokenizer\.chat_"):
+    with pytest.raises(ValueError, match=r"example 0.*no chat template: set tokenizer\.chat_"):
         encode([Example([user("a")], "b", {})], tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"row 0: the chat template refuses.*roles must alternate"):
+    with pytest.raises(
+        ValueError, match=r"example 0: the chat template refuses.*roles must alternate"
+    ):
         encode([Example([user("a")], "b", {})], tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
