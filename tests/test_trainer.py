@@ -68,8 +68,11 @@ def lines(output: Path) -> list[dict]:
 
 
 def test_it_learns(tiny_model, tmp_path: Path):
-    config = CONFIG.replace(max_steps=40, save_steps=0, beta=0.0)
-    result = run(tiny_model, tmp_path, config=config, eval_dataset=ROWS)
+    def vowels(prompts, completions):
+        return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in completions]
+
+    config = CONFIG.replace(max_steps=40, save_steps=0, num_generations=8, learning_rate=1e-2)
+    result = run(tiny_model, tmp_path, reward=vowels, config=config, eval_dataset=ROWS)
     rewards = [row["reward"] for row in lines(tmp_path) if "reward" in row]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     assert result.after.ras > result.before.ras
@@ -224,7 +227,7 @@ def test_equal_rewards_cost_nothing_and_are_said(tiny_model, tmp_path: Path, cap
         return [0.1] * len(completions)
 
     config = CONFIG.replace(max_steps=2, save_steps=0)
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO"):
         run(tiny_model, tmp_path, reward=constant, config=config)
     rows = lines(tmp_path)
     assert [row["loss"] for row in rows] == [0.0, 0.0]
