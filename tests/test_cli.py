@@ -105,6 +105,15 @@ WRONG_MEETINGS = {
 }
 
 
+def short_name(argv: str) -> str:
+    return argv.replace(TRAIN, "").replace("--", "") or "nothing"
+
+
+def short_run(argv: str) -> str:
+    settings = "--max_steps 1 --num_generations 2 --max_new_tokens 4 --device cpu"
+    return f"{argv} {settings}" if argv.startswith(TRAIN) else argv
+
+
 def one_line_of_error(argv: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(argv.split()) == 2
     captured = capsys.readouterr()
@@ -114,18 +123,13 @@ def one_line_of_error(argv: str, capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def short_run(argv: str) -> str:
-    settings = "--max_steps 1 --num_generations 2 --max_new_tokens 4 --device cpu"
-    return f"{argv} {settings}" if argv.startswith(TRAIN) else argv
-
-
-@pytest.mark.parametrize("argv", WRONG_OPTIONS)
+@pytest.mark.parametrize("argv", WRONG_OPTIONS, ids=short_name)
 def test_wrong_option(argv: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = one_line_of_error(argv, capsys)
     assert re.search(WRONG_OPTIONS[argv], line)
 
 
-@pytest.mark.parametrize("argv", WRONG_INPUTS)
+@pytest.mark.parametrize("argv", WRONG_INPUTS, ids=short_name)
 def test_wrong_input_is_told_before_a_model_is_loaded(
     argv: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +143,7 @@ def test_wrong_input_is_told_before_a_model_is_loaded(
     assert re.search(WRONG_INPUTS[argv], line)
 
 
-@pytest.mark.parametrize("argv", WRONG_MEETINGS)
+@pytest.mark.parametrize("argv", WRONG_MEETINGS, ids=short_name)
 def test_wrong_meeting_of_model_and_data(
     argv: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
