@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
@@ -27,7 +23,10 @@ from grao_fast.checkpoint import (
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
+from grao_fast.inputs import check_references, writable_folder
+from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
+from grao_fast.results import TrainResult, samples, write_summary
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.state import (
     DataStream,
@@ -39,7 +38,6 @@ from grao_fast.state import (
     save_checkpoint,
     save_model,
     step_seed,
-    versions,
 )
 from grao_fast.step import Rollout, decode, rollout_metrics, sample_and_score, update
 from grao_fast.tracking import Tracker
@@ -53,25 +51,6 @@ logger = logging.getLogger(__name__)
 _BASELINE = "baseline.json"  # greedy completions from before training, for NAG
 
 RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves behind.
-
-    steps: optimiser steps done, those before a resume included.
-    metrics: of the last step, by the names in metrics.jsonl.
-    before, after: evaluations at step 0 and at the end; None without an eval_dataset.
-    output_dir: holds metrics.jsonl, completions.jsonl, summary.json, checkpoints and `final/`.
-    model: the aligned model, as in `final/`.
-    """
-
-    steps: int
-    metrics: dict[str, float]
-    before: EvaluationResult | None
-    after: EvaluationResult | None
-    output_dir: Path
-    model: nn.Module
 
 
 def train(
@@ -115,7 +94,7 @@ def train(
         FloatingPointError: the gradient became NaN or infinite.
     """
     config = config or GRAOConfig()
-    output = _writable_folder(output_dir)
+    output = writable_folder(output_dir)
     examples = load_examples(dataset, split="train")
     eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
     reward_function = resolve_reward(reward, weights=config.reward_weights)
@@ -124,7 +103,7 @@ def train(
         reward_function.check(rows, reward_type=config.reward_type)
     if metric_function and eval_examples:
         metric_function.check(eval_examples, reward_type="pointwise")
-    _check_references(examples, eval_examples, config)
+    check_references(examples, eval_examples, config)
     checkpoint = find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
     policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
     run = _Run(
@@ -164,9 +143,8 @@ class _Run:
                            config.prompts_per_step, len(prompts))  # fmt: skip
         batch_size = min(config.prompts_per_step, len(prompts))
         self.stream = DataStream(len(prompts), batch_size, config.seed)
-        epochs = math.ceil(config.num_train_epochs * len(prompts) / batch_size)
-        self.total_steps = config.max_steps if config.max_steps > 0 else max(1, epochs)
-        self.optimizer = _adamw(policy.model, config)
+        self.total_steps = count_steps(config, prompts=len(prompts), prompts_per_step=batch_size)
+        self.optimizer = adamw(policy.model, config)
         self.scheduler: LRScheduler = get_scheduler(
             config.lr_scheduler_type,
             self.optimizer,
@@ -207,7 +185,7 @@ class _Run:
                 for message in watch.messages(step, metrics):
                     self.tracker.message(message)
                 if config.log_completions_steps and step % config.log_completions_steps == 0:
-                    self.tracker.log_completions(step, _table(rollout))
+                    self.tracker.log_completions(step, samples(rollout))
                 if last or (config.eval_steps and step % config.eval_steps == 0):
                     after = self._evaluate(step)
                 if config.save_steps and (last or step % config.save_steps == 0):
@@ -218,7 +196,7 @@ class _Run:
         finally:
             self.tracker.close()
         result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
-        _write_summary(result, config, seconds=time.perf_counter() - started)
+        write_summary(result, config, seconds=time.perf_counter() - started)
         return result
 
     def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
@@ -301,40 +279,6 @@ class _Run:
         return self._compare(texts, None)
 
 
-def _writable_folder(output_dir: str | Path) -> Path:
-    """Make `output_dir` and prove that it can be written to, before any work is lost."""
-    output = Path(output_dir).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
-        ) from error
-    return output
-
-
-def _check_references(
-    examples: list[Example], eval_examples: list[Example] | None, config: GRAOConfig
-) -> None:
-    """A pairwise reward compares with the reference, and every metric against it needs one."""
-    for name, rows, needed in (
-        ("dataset", examples, config.reward_type == "pairwise"),
-        ("eval_dataset", eval_examples or [], True),
-    ):
-        absent = [i for i, example in enumerate(rows) if example.reference is None]
-        if needed and absent:
-            raise ValueError(
-                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which "
-                + (
-                    'a pairwise reward compares with; leave them out or use reward_type="pointwise"'
-                    if name == "dataset"
-                    else "RAS compares with; leave them out"
-                )
-            )
-
-
 def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list[Encoded]:
     return encode_examples(
         examples,
@@ -344,49 +288,3 @@ def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list
         max_prompt_length=config.max_prompt_length,
         max_reference_length=config.max_reference_length,
     )
-
-
-def _adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
-    """AdamW over what is trainable; matrices decay, norms and biases do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("the model has no trainable parameter; unfreeze it or pass peft_config")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-
-
-def _table(rollout: Rollout) -> list[dict[str, Any]]:
-    """A row for every prompt of a step, for the tables of samples."""
-    return [
-        {
-            "prompt": prompt.example.prompt,
-            "reference": prompt.example.reference,
-            "completions": rollout.texts[n],
-            "rewards": rollout.rewards_NK[n, :-1].tolist(),
-            "advantages": rollout.advantages_NK[n, :-1].tolist(),
-            "reference_reward": float(rollout.rewards_NK[n, -1]),
-            "reference_advantage": float(rollout.advantages_NK[n, -1]),
-        }
-        for n, prompt in enumerate(rollout.prompts)
-    ]
-
-
-def _write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) -> None:
-    summary = {
-        "steps": result.steps,
-        "seconds": seconds,
-        "before": None if result.before is None else result.before.to_dict(),
-        "after": None if result.after is None else result.after.to_dict(),
-        "metrics": {k: v if math.isfinite(v) else None for k, v in result.metrics.items()},
-        "config": config.to_dict(),
-        "versions": versions(),
-    }
-    (result.output_dir / "summary.json").write_text(json.dumps(summary, indent=1))

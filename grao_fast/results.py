@@ -1,0 +1,64 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from grao_fast.config import GRAOConfig
+from grao_fast.evaluate import EvaluationResult
+from grao_fast.state import versions
+from grao_fast.step import Rollout
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    steps: optimiser steps done, those before a resume included.
+    metrics: of the last step, by the names in metrics.jsonl.
+    before, after: evaluations at step 0 and at the end; None without an eval_dataset.
+    output_dir: holds metrics.jsonl, completions.jsonl, summary.json, checkpoints and `final/`.
+    model: the aligned model, as in `final/`.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    output_dir: Path
+    model: nn.Module
+
+
+def samples(rollout: Rollout) -> list[dict[str, Any]]:
+    """A row for every prompt of a step, for the tables of samples."""
+    return [
+        {
+            "prompt": prompt.example.prompt,
+            "reference": prompt.example.reference,
+            "completions": rollout.texts[n],
+            "rewards": rollout.rewards_NK[n, :-1].tolist(),
+            "advantages": rollout.advantages_NK[n, :-1].tolist(),
+            "reference_reward": float(rollout.rewards_NK[n, -1]),
+            "reference_advantage": float(rollout.advantages_NK[n, -1]),
+        }
+        for n, prompt in enumerate(rollout.prompts)
+    ]
+
+
+def write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) -> None:
+    summary = {
+        "steps": result.steps,
+        "seconds": seconds,
+        "before": None if result.before is None else result.before.to_dict(),
+        "after": None if result.after is None else result.after.to_dict(),
+        "metrics": {k: v if math.isfinite(v) else None for k, v in result.metrics.items()},
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
+    (result.output_dir / "summary.json").write_text(json.dumps(summary, indent=1))
