@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,10 +125,10 @@ def evaluate_completions(
         scores["metric"] = _tensor(resolve_reward(metric).score(examples, completions))
     per_prompt = {
         "reward": scores["reward"],
-        "ras": _indicator(scores["vs_reference"], lambda r: r > 0),
-        "ras_win_or_tie": _indicator(scores["vs_reference"], lambda r: r >= 0),
-        "nag": scores["vs_baseline"].sign(),
-        "nag_wins": _indicator(scores["vs_baseline"], lambda r: r > 0),
+        "ras": _where_present(scores["vs_reference"], lambda r: r > 0),
+        "ras_win_or_tie": _where_present(scores["vs_reference"], lambda r: r >= 0),
+        "nag": _where_present(scores["vs_baseline"], torch.sign),
+        "nag_wins": _where_present(scores["vs_baseline"], lambda r: r > 0),
         "metric": scores["metric"],
     }
     absent = int(scores["vs_reference"].isnan().sum())
@@ -285,9 +285,9 @@ def _tensor(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _indicator(values_N: Tensor, holds: Any) -> Tensor:
-    """1 where it holds, 0 where not, NaN where the value is NaN."""
-    return torch.where(values_N.isnan(), values_N, holds(values_N).double())
+def _where_present(values_N: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of every value, NaN of NaN: comparisons and sign() would make it 0."""
+    return torch.where(values_N.isnan(), values_N, function(values_N).double())
 
 
 def _rows(

@@ -193,4 +193,5 @@ def _figure(title: str, ylabel: str, *, panels: int = 1) -> tuple[Any, ...]:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="best")
