@@ -19,8 +19,8 @@ from torch import Tensor
 from . import gemm
 from .checks import LogitTransform, check_range
 
-# Slab rows start at multiples of 64 elements: 128 bytes or more, so that every row can be read and
-# written 16 bytes at a time whatever V is.
+# Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
+# be read and written 16 bytes at a time whatever V is.
 _ROW_ALIGNMENT = 64
 
 
@@ -79,7 +79,6 @@ def one_pass(
     L = rows.weight_L.numel()
     weight_L, unscale = _normalise(rows.weight_L, options.dtype)
     head_VD = _gemm_operand(head_VD, options.dtype)
-    bias_V = None if bias_V is None else bias_V.float().contiguous()
 
     wants_hidden, wants_head, wants_bias = options.wants
     dhidden_TD = _allocate(wants_hidden, (T, D), hidden_TD.dtype, device, L < T)
@@ -88,6 +87,8 @@ def one_pass(
     logprob_L = torch.empty(L, dtype=torch.float32, device=device)
 
     stride = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    if bias_V is not None:
+        bias_V = torch.nn.functional.pad(bias_V.float(), (0, stride - V))[:V]
     second_slab = (
         any(options.wants)
         and options.dtype != torch.float32

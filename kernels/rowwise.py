@@ -1,8 +1,8 @@
 """The row function in Triton, and the arithmetic that every row kernel shares.
 
 A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
-from V to the stride belong to the slab: they are read and written without meaning, so that every
-access is 16 bytes wide whatever V is.
+from V to the stride belong to the slab, and the bias is as long: they are read and written without
+meaning, so that every access is 16 bytes wide whatever V is.
 
 Shapes: R rows of a slab, V vocabulary.
 """
@@ -17,10 +17,11 @@ from torch import Tensor
 from .checks import LogitTransform
 
 # Columns that a program holds at once, and columns for each of its warps. 8192 over 16 warps is
-# 16 logits a thread: four 16-byte loads in flight each, and registers few enough (40 or fewer, see
-# tests/kernels/test_compile.py) for three or four such programs on an SM, so that one loads while
-# another reduces. 32768 would halve the reductions, which are already under a tenth of a row's
-# time at V = 131072, and need 64 registers. A row that ends sooner gets a smaller block.
+# 16 logits a thread: four 16-byte loads in flight each, and registers few enough (64 at most, see
+# tests/kernels/test_compile.py) for two such programs on an SM, so that one loads while the other
+# reduces; together they have 64 KiB in flight, and 20 KiB would keep an H100's memory busy. Larger
+# blocks reduce less often but leave one program on an SM. A row that ends sooner gets a smaller
+# block.
 MAX_BLOCK = 8192
 _LOGITS_PER_THREAD = 16
 _SCALE_BLOCK = 4096
@@ -60,10 +61,10 @@ def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS: tl.constexpr):
+def _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS: tl.constexpr):
     x = tl.load(logits_ptr + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        x += tl.load(bias_ptr + columns, mask=columns < V, other=0.0)
+        x += tl.load(bias_ptr + columns, mask=columns < row_stride, other=0.0)
     return x
 
 
@@ -84,7 +85,7 @@ def _online_softmax(peak, total, z):
 def _weighted_ce_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
-    bias_ptr,  # (V,) float32
+    bias_ptr,  # (row_stride,) float32
     target_ptr,  # (R,) int64
     weight_ptr,  # (R,) float32
     logprob_ptr,  # (R,) float32
@@ -120,24 +121,24 @@ def _weighted_ce_rows_kernel(
     else:
         # Before anything is written: the gradient may take the logits' place.
         target = tl.load(target_ptr + row)
-        x = _load_logits(logits_ptr, bias_ptr, target, row_stride, V, HAS_BIAS)
-        target_logit, _ = _transform(x, slope, inner, cap, HAS_CAP)
+        target_x = _load_logits(logits_ptr, bias_ptr, target, row_stride, HAS_BIAS)
+        target_z, _target_dz = _transform(target_x, slope, inner, cap, HAS_CAP)
 
         peak = float("-inf")
         total = 0.0
         for block in range(blocks):
             columns = block * BLOCK + lanes
-            x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS)
-            z, _ = _transform(x, slope, inner, cap, HAS_CAP)
+            x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
+            z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
             peak, total = _online_softmax(peak, total, tl.where(columns < V, z, float("-inf")))
         # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
-        tl.store(logprob_ptr + row, (target_logit - peak) - tl.log(total))
+        tl.store(logprob_ptr + row, (target_z - peak) - tl.log(total))
 
         if WRITE_GRADIENT:
             for step in range(blocks):
                 # Backwards: what was read last is what the L2 still holds.
                 columns = (blocks - 1 - step) * BLOCK + lanes
-                x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, V, HAS_BIAS)
+                x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                 z, dz = _transform(x, slope, inner, cap, HAS_CAP)
                 p = tl.exp(z - peak) / total
                 dlogits = weight * tl.where(columns == target, p - 1.0, p) * dz
@@ -169,7 +170,8 @@ def weighted_ce_rows(
 ) -> None:
     """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
 
-    Rows of both slabs must be the same multiple of 16 elements apart, and theirs up to there.
+    Rows of both slabs are the same multiple of 16 elements apart, and theirs up to there; the
+    bias is the head of a vector of so many elements.
     """
     R, V = logits_RV.shape
     row_stride = logits_RV.stride(0)
