@@ -39,24 +39,26 @@ def read_rows(
     """Read all rows of a dataset into memory. Raises ValueError where there are none."""
     import datasets
 
-    name = "the dataset"
+    name, source = "the dataset", dataset
     if isinstance(dataset, (str, Path)):
         name = str(dataset)
-        dataset = _load(name, split)
-    if isinstance(dataset, datasets.DatasetDict):
-        dataset = _pick(dataset, split, name)
-    if isinstance(dataset, datasets.Dataset):
+        source = _load(name, split)
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
+        source = source[split]
+    if isinstance(source, datasets.Dataset):
         # with_format(None): rows as plain Python, whatever view the caller had set.
-        rows = Rows(name, dataset.column_names, dataset.with_format(None).to_list())
-    elif isinstance(dataset, Sequence):
-        for index, row in enumerate(dataset):
+        rows = Rows(name, source.column_names, list(source.with_format(None).to_list()))
+    elif isinstance(source, Sequence):
+        for index, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise ValueError(f"row {index} must be a dict, got {type(row).__name__}")
-        rows = Rows(name, list(dict.fromkeys(key for row in dataset for key in row)), dataset)
+        rows = Rows(name, list(dict.fromkeys(key for row in source for key in row)), source)
     else:
         raise ValueError(
             "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts; "
-            f"got {type(dataset).__name__}"
+            f"got {type(source).__name__}"
         )
     if len(rows.rows) == 0:
         raise ValueError(f"{name} is empty: it has no rows")
@@ -98,9 +100,3 @@ def _reader(path: Path) -> str:
             f"compressed or not"
         )
     return _READERS[suffixes[-1]]
-
-
-def _pick(splits: Mapping[str, Dataset], split: str, name: str) -> Dataset:
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    return splits[split]

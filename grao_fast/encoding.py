@@ -19,7 +19,11 @@ def encode_prompts(
     """Text as it is, messages through the chat template with the generation prompt."""
     ids: list[list[int]] = [[] for _ in prompts]
     texts = {n: prompt for n, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    chats = {n: _render(n, prompt, tokenizer) for n, prompt in enumerate(prompts) if n not in texts}
+    chats = {
+        n: _render(n, prompt, tokenizer)
+        for n, prompt in enumerate(prompts)
+        if not isinstance(prompt, str)
+    }
     encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=True)
     for (n, text), prompt_ids in zip(texts.items(), encoded, strict=True):
         # Some tokenizers close every text with an EOS; nothing could follow such a prompt.
@@ -49,7 +53,7 @@ def encode_references(
     return ids
 
 
-def _render(n: int, prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(n: int, prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
     from jinja2.exceptions import TemplateError
 
     if tokenizer.chat_template is None:
@@ -58,7 +62,9 @@ def _render(n: int, prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) 
             "template: set tokenizer.chat_template, or give the prompts as text"
         )
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return str(
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        )
     except TemplateError as error:
         raise ValueError(f"example {n}: the chat template refuses the prompt: {error}") from error
 

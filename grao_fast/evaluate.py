@@ -262,9 +262,7 @@ def _score(
 ) -> dict[str, Tensor]:
     """Rewards and comparisons of every prompt, float64; NaN where there is none."""
     absent_N = torch.full((len(examples),), math.nan, dtype=torch.float64)
-    scores = dict.fromkeys(
-        ("reward", "reference_reward", "vs_reference", "vs_baseline", "metric"), absent_N
-    )
+    scores: dict[str, Tensor] = {"vs_baseline": absent_N, "metric": absent_N}
     groups = [[text] for text in completions]
     if reward_type == "pointwise" and baseline is not None:
         # One call scores them all; a reward that is noisy or slow is asked once for each text.

@@ -44,18 +44,17 @@ def completions_table(step: int, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _best_and_worst(rewards: Sequence[float | None]) -> dict[str, int]:
-    present = [i for i, reward in enumerate(rewards) if not is_absent(reward)]
+    present = {
+        index: reward
+        for index, reward in enumerate(rewards)
+        if reward is not None and not math.isnan(reward)
+    }
     if not present:
         return {"sample": 0}
-    best = max(present, key=lambda index: rewards[index])
-    worst = min(present, key=lambda index: rewards[index])
-    if rewards[best] == rewards[worst]:
+    best, worst = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
+    if present[best] == present[worst]:
         return {"sample": best}
     return {"best": best, "worst": worst}
-
-
-def is_absent(value: float | None) -> bool:
-    return value is None or math.isnan(value)
 
 
 def number(value: float | None, form: str = ".3f") -> str:

@@ -98,7 +98,9 @@ class Tracker:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers:
             tracker.log(finite, step=step)
-        live = {name: f"{metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics}
+        live: dict[str, Any] = {
+            name: f"{metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics
+        }
         self._progress.update(self._task, completed=step, **live)
         if self._show and not self._console.is_terminal and live:
             shown = "  ".join(f"{name} {value}" for name, value in live.items())

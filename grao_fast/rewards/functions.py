@@ -64,7 +64,7 @@ def resolve_reward(
     """
     if isinstance(spec, Reward):
         return spec if weights is None else Reward(spec.functions, weights=weights)
-    specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    specs: list[Any] = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     return Reward([find_function(item) for item in specs], weights=weights)
 
 
