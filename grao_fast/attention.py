@@ -56,8 +56,8 @@ def shared_prefix_attention(
     for segment in segments:
         q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
         P = segment.prefix_length
-        prefix_mask = _causal_mask(P, P, sliding_window, q.device)
-        outputs.append(_attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], prefix_mask, **options)[0])
+        prefix = (x[:, :, :P] for x in (q, k, v))
+        outputs.append(_attend(*prefix, window=sliding_window, **options)[0])
         outputs += _suffixes(q, k, v, segment, sliding_window, options)
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
@@ -83,7 +83,7 @@ def _suffixes(
         padded(q, with_prefix=False),
         padded(k, with_prefix=True),
         padded(v, with_prefix=True),
-        _causal_mask(R, P + R, window, q.device),
+        window=window,
         **options,
     )
     return [out[s, :, :length] for s, length in enumerate(lengths)]
@@ -97,22 +97,28 @@ def _causal_mask(Q: int, K: int, window: int | None, device: torch.device) -> Te
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
+    q: Tensor,  # (S, H, Q, d), the last Q of K positions
+    k: Tensor,  # (S, J, K, d)
+    v: Tensor,  # (S, J, K, d)
     *,
+    window: int | None,
     scaling: float,
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    """Causal attention, (S, H, Q, d)."""
+    Q, K = q.shape[2], k.shape[2]
+    if Q == K and window is None and softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    mask = _causal_mask(Q, K, window, q.device)
+    # heads repeated here: with a mask, PyTorch's fused CUDA kernels take no grouped heads
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v

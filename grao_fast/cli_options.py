@@ -19,7 +19,6 @@ EVALUATION_FIELDS = (
     "reward_weights",
     "max_new_tokens",
     "max_prompt_length",
-    "max_reference_length",
     "generation_batch_size",
     "bf16",
     "device",

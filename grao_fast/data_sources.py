@@ -79,6 +79,8 @@ def _load(name: str, split: str) -> Any:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(path))  # written by save_to_disk
         return datasets.load_dataset(str(path) if exists else name, split=split)
+    except StopIteration as error:  # what the json reader says of a file without rows
+        raise ValueError(f"{name} is empty: it has no rows") from error
     except (DatasetsError, OSError, ValueError) as error:
         # OSError: unreadable files, and a hub that cannot be reached or does not know the id.
         cause = str(error.__cause__ or error).strip().split("\n")[0]

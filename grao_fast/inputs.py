@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Example
+
+
+def check_one_process() -> None:
+    """Refuse a launcher that starts several processes: each would train a model of its own."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"grao_fast.train runs in one process, and a launcher started {processes} "
+            "(WORLD_SIZE); start it with plain python"
+        )
 
 
 def writable_folder(output_dir: str | Path) -> Path:

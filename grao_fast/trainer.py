@@ -23,7 +23,7 @@ from grao_fast.checkpoint import (
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
-from grao_fast.inputs import check_references, writable_folder
+from grao_fast.inputs import check_one_process, check_references, writable_folder
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
 from grao_fast.results import TrainResult, samples, write_summary
@@ -94,6 +94,7 @@ def train(
         FloatingPointError: the gradient became NaN or infinite.
     """
     config = config or GRAOConfig()
+    check_one_process()
     output = writable_folder(output_dir)
     examples = load_examples(dataset, split="train")
     eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
@@ -173,7 +174,7 @@ class _Run:
             for callback in self.callbacks:
                 callback.on_train_begin(self.policy, config)
             self.before = self._recall_baseline() if first_step else self._evaluate(0)
-            after = self.before
+            after = None if first_step else self.before
             step = first_step
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
@@ -192,6 +193,8 @@ class _Run:
                     self._save(step)
                 if last:
                     break
+            if after is None:  # the checkpoint was the run's last
+                after = self._evaluate(step)
             write_folder(self.output / "final", lambda folder: save_model(self.policy, folder))
         finally:
             self.tracker.close()

@@ -99,7 +99,7 @@ WRONG_INPUTS = {
 # Only the model or its samples can tell.
 WRONG_MEETINGS = {
     TRAIN + "--model ./absent": "model folder './absent' does not exist",
-    TRAIN + "--dataset long.jsonl --reward rewards.py:broken": "row 0.*600",
+    TRAIN + "--dataset long.jsonl --reward rewards.py:broken": "600 tokens .* do not fit",
     TRAIN + "--reward rewards.py:broken": r"broken raised ZeroDivisionError.*rewards.py, line 9\)",
     TRAIN + "--reward rewards.py:short": r"short returned 1 values for \d+ completions",
 }

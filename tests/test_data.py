@@ -123,6 +123,13 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load_examples("org/name")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv"])
+def test_files_without_rows(tmp_path: Path, name: str) -> None:
+    path = write_jsonl(tmp_path / name, [])
+    with pytest.raises(ValueError, match=rf"{name}.* (is empty|No columns)"):
+        load_examples(path)
+
+
 def test_unreadable_file(tmp_path: Path) -> None:
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{not json\n")
