@@ -67,7 +67,7 @@ def is_hh_transcript(text: str) -> bool:
 def parse_hh_transcript(text: str, where: str) -> tuple[Messages, str | None]:
     """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." into prompt messages and the last answer.
 
-    The published data holds a few transcripts in which a speaker takes two turns running (10 of
+    The published data holds a few transcripts in which a speaker takes two turns running (6 of
     the 1,700 we looked at): they are one turn of two paragraphs, as many chat templates insist
     that roles alternate. Blank turns are left out; a blank last answer is None.
     """

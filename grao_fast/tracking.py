@@ -122,7 +122,7 @@ class Tracker:
         if self._show:
             self._print(text)
         else:
-            logger.info("%s", text)
+            logger.warning("%s", text)
 
     def close(self) -> None:
         """Stop the bar, finish the trackers, close the files; once more does nothing."""
