@@ -48,6 +48,7 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "typo.yaml").write_text("lerning_rate: 1e-5\n")
     (tmp_path / "torn.yaml").write_text("learning_rate: [\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -99,6 +100,8 @@ WRONG_INPUTS = {
 # Only the model or its samples can tell.
 WRONG_MEETINGS = {
     TRAIN + "--model ./absent": "model folder './absent' does not exist",
+    TRAIN + "--model notes": "notes",
+    TRAIN + "--model some/name": "some/name",
     TRAIN + "--dataset long.jsonl --reward rewards.py:broken": "600 tokens .* do not fit",
     TRAIN + "--reward rewards.py:broken": r"broken raised ZeroDivisionError.*rewards.py, line 9\)",
     TRAIN + "--reward rewards.py:short": r"short returned 1 values for \d+ completions",
@@ -298,3 +301,15 @@ def test_train_eval_and_plot_end_to_end(folder: Path, capsys: pytest.CaptureFixt
     assert main(argv.split()) == 0
     assert "RAS" in capsys.readouterr().out.upper()
     assert {"ras", "nag"} <= set(json.loads(Path("scores/eval.json").read_text()))
+
+
+def test_an_adapter_is_evaluated_and_resumed_like_a_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--num_generations 2 --prompts_per_step 2 --max_new_tokens 8 --device cpu"
+    argv = f"{TRAIN} {small} --output_dir run --peft.r 2 --max_steps"
+    assert main([*argv.split(), "2"]) == 0
+    assert main([*argv.split(), "3", "--resume_from_checkpoint", "true"]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    evaluation = TRAIN.replace("train", "eval").replace("./model", "run/final")
+    assert main(f"{evaluation} --max_new_tokens 8 --device cpu".split()) == 0
