@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sums, write_jsonl
+from tiny import sums, write_jsonl
 
 from grao_fast import GRAOConfig, __version__
 from grao_fast.cli import main

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, sums, write_jsonl
 from rich.console import Console
+from tiny import save_tiny_model, sums, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_fast import GRAOConfig, evaluate, evaluate_completions
