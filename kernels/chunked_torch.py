@@ -66,16 +66,25 @@ def _block_rows(
 ) -> None:
     bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
     peak_B1 = z_BV.amax(1, keepdim=True)
-    target_logit_B1 = z_BV.gather(1, target_B1)
+    target_z_B1 = z_BV.gather(1, target_B1).sub_(peak_B1)
     z_BV.sub_(peak_B1).exp_()
-    total_B1 = z_BV.sum(1, keepdim=True)
+    # The target stays out of the sum: 1 - p of a target that is nearly certain is then others /
+    # total with all its digits, where p - 1 would have few left.
+    target_exp_B1 = target_z_B1.exp()
+    others_B1 = z_BV.scatter_(1, target_B1, 0).sum(1, keepdim=True)
+    total_B1 = target_exp_B1 + others_B1
     # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
-    logprob_B1.copy_(target_logit_B1.sub_(peak_B1).sub_(total_B1.log()))
+    logprob_B1.copy_(
+        torch.where(
+            others_B1 < target_exp_B1,
+            -torch.log1p(others_B1 / target_exp_B1),
+            target_z_B1 - total_B1.log(),
+        )
+    )
     if dlogits_BV is None:
         return
-    slope_B1 = weight_B1 * transform.slope
-    z_BV.mul_(slope_B1 / total_B1)
-    z_BV.scatter_add_(1, target_B1, -slope_B1)
+    scale_B1 = weight_B1 * transform.slope / total_B1
+    z_BV.mul_(scale_B1).scatter_(1, target_B1, -scale_B1 * others_B1)
     if bend_BV is not None:
         z_BV.mul_(bend_BV)
     if dlogits_BV.data_ptr() != z_BV.data_ptr():

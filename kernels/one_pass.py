@@ -200,10 +200,10 @@ def _chunk_rows(L: int, stride: int, D: int, options: Options, second_slab: bool
     row_bytes = stride * (4 + (options.dtype.itemsize if second_slab else 0)) + 8 * D
     fits = max(1, options.workspace_bytes // row_bytes)
     chunks = max(1, -(-L // fits))
-    rows = -(-L // chunks)
+    rows = max(1, -(-L // chunks))
     # Whole GEMM tiles where that still fits.
     tiled = -(-rows // 128) * 128
-    return min(tiled, L) if tiled <= fits else rows
+    return min(tiled, max(1, L)) if tiled <= fits else rows
 
 
 def _row_function(backend: str) -> Callable[..., None]:

@@ -117,26 +117,26 @@ def grao_loss(
     """The loss and its three components as the paper writes them, one prompt after another.
 
     `sequence_T` holds n * K + k for a row of sequence k of prompt n, and -1 for a row that does
-    not count. L of a sequence that is absent or has no rows is 0. A group without advantages adds
-    nothing, and its rows are not computed: `logprob_T` is NaN there.
+    not count. L of a sequence that is absent or has no rows is 0. A sequence of weight 0 (all of
+    a dead group, a sample at the group's mean) adds nothing and is not computed: what its rows
+    hold has no effect, and `logprob_T` is NaN there.
     """
     K = rewards_NK.shape[1]
     prompts = rewards_NK.shape[0] if num_prompts is None else num_prompts
     advantages_NK = group_advantages(
         rewards_NK, statistics=statistics, reference_advantage=reference_advantage
     ).to(hidden_TD.dtype)
+    weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
     logprob_T = torch.full_like(hidden_TD[:, 0], torch.nan)
     zero = (hidden_TD[:0].sum() + head_VD[:0].sum()) * 0.0
     exploration, imitation, alignment = zero, zero, zero
 
     for n, advantages_K in enumerate(advantages_NK):
         present = [k for k in range(K) if not advantages_K[k].isnan()]
-        if all(advantages_K[k] == 0 for k in present):
-            continue
         mean_logprob = [zero] * K
         for k in present:
             rows = (sequence_T == n * K + k).nonzero().squeeze(1)
-            if rows.numel() > 0:
+            if rows.numel() > 0 and weights_NK[n, k] != 0:
                 logprob = token_logprobs(
                     hidden_TD[rows],
                     head_VD,

@@ -48,6 +48,13 @@ def _tanh(x):
 
 
 @triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1], to float32 precision of x."""
+    series = x * (1 - x * (1.0 / 2 - x * (1.0 / 3 - x * (1.0 / 4 - x * (1.0 / 5 - x / 6)))))
+    return tl.where(x < 0.05, series, tl.log(1.0 + x))
+
+
+@triton.jit
 def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
     """z and dz/dx of a logit x that has its bias; see LogitTransform."""
     if HAS_CAP:
@@ -69,13 +76,28 @@ def _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS: tl.constex
 
 
 @triton.jit
-def _online_softmax(peak, total, z):
-    """Running maximum and sum of exp(z - maximum), with one more block of z."""
+def _online_softmax(peak, others, z, counts):
+    """Running maximum, and sum of exp(z - maximum) where `counts`, with one more block of z."""
     new_peak = tl.maximum(peak, tl.max(z, 0))
     # Where all logits so far are -inf, any finite base keeps the sum at 0.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
-    return new_peak, total
+    block = tl.sum(tl.where(counts, tl.exp(z - base), 0.0), 0)
+    return new_peak, others * tl.exp(peak - base) + block
+
+
+@triton.jit
+def _target_logprob(target_z, others):
+    """log of p = e / (e + others) with e = exp(target_z), and e + others.
+
+    The target stays out of `others`: 1 - p of a target that is nearly certain is then others /
+    total with all its digits, where p - 1 would have few left.
+    """
+    target_exp = tl.exp(target_z)
+    total = target_exp + others
+    # Where p > 1/2, or (z - max) - log(sum); with logits of 1e4, z - lse would be off by 1e-3.
+    certain = others < target_exp
+    ratio = tl.where(certain, others / target_exp, 1.0)
+    return tl.where(certain, -_log1p(ratio), target_z - tl.log(total)), total
 
 
 @triton.jit(
@@ -125,14 +147,15 @@ def _weighted_ce_rows_kernel(
         target_z, _target_dz = _transform(target_x, slope, inner, cap, HAS_CAP)
 
         peak = float("-inf")
-        total = 0.0
+        others = 0.0
         for block in range(blocks):
             columns = block * BLOCK + lanes
             x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
             z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
-            peak, total = _online_softmax(peak, total, tl.where(columns < V, z, float("-inf")))
-        # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
-        tl.store(logprob_ptr + row, (target_z - peak) - tl.log(total))
+            z = tl.where(columns < V, z, float("-inf"))
+            peak, others = _online_softmax(peak, others, z, columns != target)
+        logprob, total = _target_logprob(target_z - peak, others)
+        tl.store(logprob_ptr + row, logprob)
 
         if WRITE_GRADIENT:
             for step in range(blocks):
@@ -140,8 +163,8 @@ def _weighted_ce_rows_kernel(
                 columns = (blocks - 1 - step) * BLOCK + lanes
                 x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                 z, dz = _transform(x, slope, inner, cap, HAS_CAP)
-                p = tl.exp(z - peak) / total
-                dlogits = weight * tl.where(columns == target, p - 1.0, p) * dz
+                above_onehot = tl.where(columns == target, -others, tl.exp(z - peak))
+                dlogits = (weight / total) * above_onehot * dz
                 dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
                 tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
 

@@ -1,0 +1,112 @@
+"""Rewards to advantages to coefficients: PyTorch and Triton against the specification."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grao_fast.kernels import advantage, group_advantages, reference, sequence_weights
+
+NAN = math.nan
+GROUPS = [
+    [0.3, -1.2, 2.0, 0.5],
+    [0.1, 0.1, 0.1, 0.1],
+    [1.0, 1.0, 1.0, 2.0],
+    [NAN, 0.5, 1.0, NAN],
+    [NAN, NAN, NAN, 1.0],
+    [NAN, NAN, NAN, NAN],
+    [0.0, 1.0, 2.0, -1.0],
+    [1e-30, 2e-30, 3e-30, 5e-30],
+    [1e30, -1e30, 0.0, 1e29],
+]
+STATISTICS = ("group", "samples")
+REFERENCE_ADVANTAGES = ("signed", "clip")
+
+
+def advantages_and_terms(backend, rewards_NK, statistics, reference_advantage, beta, lam):
+    """Through the launchers, whatever device the rewards are on."""
+    if backend == "triton":
+        from grao_fast.kernels import advantage_kernels as kernels
+
+        both = kernels.launch_advantages_and_terms(
+            rewards_NK, statistics, reference_advantage, beta, lam
+        )
+        alone = kernels.launch_group_advantages(rewards_NK, statistics, reference_advantage)
+        assert torch.equal(both[0].nan_to_num(7), alone.nan_to_num(7))
+        assert torch.equal(both[1], kernels.launch_sequence_terms(alone, beta, lam))
+        return both
+    return advantage.advantages_and_terms(
+        rewards_NK,
+        statistics=statistics,
+        reference_advantage=reference_advantage,
+        beta=beta,
+        lam=lam,
+        backend="torch",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reference_advantage", REFERENCE_ADVANTAGES)
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_matches_specification(
+    statistics: str, reference_advantage: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    groups = GROUPS if dtype in (torch.float64, torch.float32) else GROUPS[:-2]
+    rewards_NK = torch.tensor(groups, dtype=torch.float64).to(dtype)
+    truth_NK = reference.group_advantages(
+        rewards_NK.double(), statistics=statistics, reference_advantage=reference_advantage
+    )
+    truth_weights_NK = reference.sequence_weights(truth_NK, beta=0.4, lam=0.7)
+    advantages_NK, terms_3NK = advantages_and_terms(
+        backend, rewards_NK.to(device), statistics, reference_advantage, 0.4, 0.7
+    )
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    assert advantages_NK.dtype == terms_3NK.dtype == kept
+    # beta and lam enter the Triton kernels in float32.
+    close = {"rtol": 1e-6, "atol": 1e-6, "check_dtype": False, "equal_nan": True}
+    torch.testing.assert_close(advantages_NK.cpu(), truth_NK, **close)
+    torch.testing.assert_close(terms_3NK.sum(0).cpu(), truth_weights_NK, **close)
+    assert not terms_3NK[0, :, -1].any() and not terms_3NK[1, :, :-1].any()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.integers(2, 9).flatmap(
+        lambda K: st.lists(
+            st.lists(st.sampled_from([NAN, -1.0, 0.0, 0.1, 1.0]), min_size=K, max_size=K),
+            min_size=1,
+            max_size=4,
+        )
+    ),
+    st.sampled_from(STATISTICS),
+    st.sampled_from(REFERENCE_ADVANTAGES),
+)
+def test_any_rewards(groups: list, statistics: str, reference_advantage: str) -> None:
+    rewards_NK = torch.tensor(groups, dtype=torch.float64)
+    options = {"statistics": statistics, "reference_advantage": reference_advantage}
+    truth_NK = reference.group_advantages(rewards_NK, **options)
+    advantages_NK = group_advantages(rewards_NK, **options)
+    torch.testing.assert_close(advantages_NK, truth_NK, equal_nan=True)
+    torch.testing.assert_close(
+        sequence_weights(advantages_NK), reference.sequence_weights(truth_NK)
+    )
+
+
+def test_row_coefficients_are_means_over_sequences() -> None:
+    terms_3NK = torch.arange(1.0, 13.0).reshape(3, 2, 2)
+    sequence_T = torch.tensor([3, 0, -1, 3, 3, 1, -1])
+    terms_3T = advantage.row_coefficients(terms_3NK, sequence_T, 4)
+    length_T = torch.tensor([3, 1, 1, 3, 3, 1, 1])
+    expected = terms_3NK.reshape(3, 4)[:, [3, 0, 0, 3, 3, 1, 0]] / (4 * length_T)
+    expected[:, sequence_T < 0] = 0
+    torch.testing.assert_close(terms_3T, expected)
+
+
+def test_row_whose_terms_cancel_is_left_out_of_all_three() -> None:
+    terms_3NK = torch.tensor([[[0.0, 0.0]], [[0.0, 0.5]], [[1.0, -0.5]]])
+    terms_3T = advantage.row_coefficients(terms_3NK, torch.tensor([0, 1]), 1)
+    assert torch.equal(terms_3T, torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]))

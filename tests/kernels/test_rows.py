@@ -1,0 +1,118 @@
+"""The row functions by themselves: what they write, and where they do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_accurate
+
+from grao_fast.kernels.checks import logit_transform
+
+STRIDE = 320
+
+
+def row_function(backend: str):
+    if backend == "triton":
+        from grao_fast.kernels.rowwise import weighted_ce_rows
+    else:
+        from grao_fast.kernels.chunked_torch import weighted_ce_rows
+    return weighted_ce_rows
+
+
+def row_inputs(device: str, R: int = 6, V: int = 257):
+    generator = torch.Generator().manual_seed(1)
+    slab = torch.full((R, STRIDE), torch.nan)
+    slab[:, :V] = 3 * torch.randn(R, V, generator=generator)
+    target_R = torch.randint(0, V, (R,), generator=generator)
+    weight_R = torch.randn(R, generator=generator)
+    return slab.to(device), target_R.to(device), weight_R.to(device)
+
+
+def expected_rows(x_RV, target_R, weight_R, dtype):
+    x_RV = x_RV.cpu().to(dtype).requires_grad_()
+    logprob_R = torch.log_softmax(x_RV, 1).gather(1, target_R.cpu()[:, None])[:, 0]
+    (dx_RV,) = torch.autograd.grad(-(weight_R.cpu().to(dtype) * logprob_R).sum(), x_RV)
+    return logprob_R, dx_RV
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_rows_and_nothing_else_are_written(in_place: bool, backend: str, device: str) -> None:
+    """Padding holds NaN before, so that reading it into a sum would show."""
+    V = 257
+    slab, target_R, weight_R = row_inputs(device)
+    x_RV = slab[:, :V].clone()
+    truth = expected_rows(x_RV, target_R, weight_R, torch.float64)
+    naive = expected_rows(x_RV, target_R, weight_R, torch.float32)
+    out = slab if in_place else torch.full_like(slab, torch.nan)
+    logprob_R = torch.full((8,), torch.nan, device=device)
+    row_function(backend)(
+        slab[:, :V],
+        out[:, :V],
+        None,
+        target_R,
+        weight_R,
+        logprob_R[1:7],
+        logit_transform(1.0, 1.0, None),
+    )
+    assert logprob_R[[0, 7]].isnan().all()
+    assert_accurate("logprob", logprob_R[1:7], naive[0], truth[0], torch.float32)
+    assert_accurate("dlogits", out[:, :V], naive[1], truth[1], torch.float32)
+
+
+def test_row_of_weight_0_is_not_read(backend: str, device: str) -> None:
+    V = 257
+    slab, target_R, weight_R = row_inputs(device)
+    weight_R[2] = 0
+    if backend == "triton":
+        slab[2], target_R[2] = torch.nan, -100
+    logprob_R = torch.zeros(6, device=device)
+    transform = logit_transform(1.0, 1.0, None)
+    row_function(backend)(slab[:, :V], slab[:, :V], None, target_R, weight_R, logprob_R, transform)
+    assert logprob_R.isnan().nonzero().flatten().tolist() == [2]
+    assert not slab[2, :V].any() and slab[3, :V].all()
+
+
+def test_vocabulary_masked_by_the_bias(backend: str, device: str) -> None:
+    """A bias of -inf takes tokens away, be it a whole block of them at the start of a row."""
+    V, masked = 20000, 9000
+    x_RV = torch.randn(2, V, generator=torch.Generator().manual_seed(0), device="cpu")
+    slab = torch.zeros(2, 20032, device=device)
+    slab[:, :V] = x_RV
+    bias_S = torch.zeros(20032, device=device)
+    bias_S[:masked] = -math.inf
+    target_R = torch.tensor([masked, V - 1], device=device)
+    weight_R = torch.ones(2, device=device)
+    logprob_R = torch.zeros(2, device=device)
+    transform = logit_transform(1.0, 1.0, None)
+    row_function(backend)(
+        slab[:, :V], slab[:, :V], bias_S[:V], target_R, weight_R, logprob_R, transform
+    )
+    truth = expected_rows(x_RV[:, masked:], target_R - masked, weight_R, torch.float64)
+    naive = expected_rows(x_RV[:, masked:], target_R - masked, weight_R, torch.float32)
+    assert not slab[:, :masked].any()
+    assert_accurate("logprob", logprob_R, naive[0], truth[0], torch.float32)
+    assert_accurate("dlogits", slab[:, masked:V], naive[1], truth[1], torch.float32)
+
+
+def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
+    """tanh and its derivative keep their precision for logits from 1e-6 to 1e3 caps."""
+    cap, V = 2.0, 64
+    x_RV = torch.logspace(-6, 3, V, dtype=torch.float64).float()[None] * cap
+    x_RV[:, ::2] *= -1
+    slab = x_RV.clone().to(device)
+    target_R, weight_R = torch.tensor([5], device=device), torch.ones(1, device=device)
+    logprob_R = torch.zeros(1, device=device)
+
+    def plain(dtype):
+        x = x_RV.to(dtype).requires_grad_()
+        logprob = torch.log_softmax(cap * torch.tanh(x / cap), 1)[0, 5]
+        return logprob[None], torch.autograd.grad(-logprob, x)[0]
+
+    row_function(backend)(
+        slab, slab, None, target_R, weight_R, logprob_R, logit_transform(1.0, 1.0, cap)
+    )
+    truth, naive = plain(torch.float64), plain(torch.float32)
+    assert_accurate("logprob", logprob_R, naive[0], truth[0], torch.float32)
+    assert_accurate("dlogits", slab, naive[1], truth[1], torch.float32)

@@ -1,0 +1,29 @@
+"""The one tolerance of this repository. It is never widened for a test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_accurate(
+    name: str, actual: Tensor, naive: Tensor, truth: Tensor, dtype: torch.dtype
+) -> None:
+    """max |actual - truth| <= 2 max |naive - truth| + 8 eps(dtype) max |truth|.
+
+    `truth` is computed in float64, `naive` by the same formula in plain PyTorch in `dtype`. NaN
+    must be where the truth has it, and nowhere else.
+    """
+    actual, naive, truth = (tensor.detach().cpu().double() for tensor in (actual, naive, truth))
+    assert actual.shape == truth.shape, f"{name}: {tuple(actual.shape)}, not {tuple(truth.shape)}"
+    assert torch.equal(actual.isnan(), truth.isnan()), f"{name}: NaN in other places"
+    if truth.numel() == 0:
+        return
+    error = (actual - truth).nan_to_num(0).abs().max().item()
+    error_naive = (naive - truth).nan_to_num(0).abs().max().item()
+    scale = truth.nan_to_num(0).abs().max().item()
+    allowed = 2 * error_naive + 8 * torch.finfo(dtype).eps * scale
+    assert error <= allowed, (
+        f"{name}: error {error:.3g} above {allowed:.3g} "
+        f"(error of naive {error_naive:.3g}, largest value {scale:.3g})"
+    )
