@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import os
 import re
 import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
-
-Frame = tuple[types.FrameType, int]  # and the line it stopped at
 
 
 def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
@@ -73,10 +72,17 @@ def describe(hint: Any) -> str:
 def is_users_fault(error: BaseException) -> bool:
     """Whether an error tells the user what to change, so that its message is all they need.
 
-    Files are the user's. Any other error is where this package raised it on purpose; one that comes
-    out of a library is a bug, ours or theirs, and its traceback is wanted.
+    Files are the user's. Any other error is where a `raise` of this package made it on purpose; one
+    that comes out of a library or a builtin is a bug, ours or theirs: its traceback is wanted.
     """
-    return isinstance(error, OSError) or _is_ours(_frames(error)[-1])
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    assert trace is not None, "the error has been caught"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+    return _is_ours(trace.tb_frame) and dis.opname[instruction] == "RAISE_VARARGS"
 
 
 def one_line(error: BaseException) -> str:
@@ -84,17 +90,12 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     # By name: importing the class would bring in torch, only to say that a file is missing.
     if type(error).__name__ == "RewardError" and error.__cause__ is not None:
-        for frame in _frames(error.__cause__):
-            file = frame[0].f_code.co_filename
+        for frame, line in traceback.walk_tb(error.__cause__.__traceback__):
+            file = frame.f_code.co_filename
             if not _is_ours(frame) and os.path.isfile(file):
-                return f"{text} ({file}, line {frame[1]})"
+                return f"{text} ({file}, line {line})"
     return text
 
 
-def _frames(error: BaseException) -> list[Frame]:
-    """From where an exception was caught to where it was raised."""
-    return list(traceback.walk_tb(error.__traceback__))
-
-
-def _is_ours(frame: Frame) -> bool:
-    return frame[0].f_globals.get("__name__", "").split(".")[0] == "grao_fast"
+def _is_ours(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] == "grao_fast"
