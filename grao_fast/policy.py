@@ -154,13 +154,14 @@ def load_policy(
         )
     if not isinstance(model, nn.Module):
         frozen_bf16 = bf16 and peft_config is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            existing_path(model), dtype=torch.bfloat16 if frozen_bf16 else torch.float32
-        )
+        with _loading(model):
+            model = AutoModelForCausalLM.from_pretrained(
+                existing_path(model), dtype=torch.bfloat16 if frozen_bf16 else torch.float32
+            )
     model = model.to(device)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_head(causal_lm)
     if config.gradient_checkpointing and causal_lm.supports_gradient_checkpointing:
         _checkpoint_activations(causal_lm)
@@ -205,7 +206,18 @@ def _load_tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
     )
     if not name:
         raise ValueError("a model given as a module needs its tokenizer: pass tokenizer=...")
-    return AutoTokenizer.from_pretrained(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """Transformers' reasons for not loading, many lines long, as one that names the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot load model {str(name)!r}: {reason}") from error
 
 
 def _name(model: str | Path | nn.Module) -> str:

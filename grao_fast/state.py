@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.utils import logging as transformers_logging
 
 from grao_fast.checkpoint import CheckpointError, write_folder
 from grao_fast.config import GRAOConfig
@@ -66,8 +68,21 @@ def fingerprint(prompts: Sequence[Encoded]) -> str:
 
 def save_model(policy: Policy, folder: Path) -> None:
     """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
-    policy.model.save_pretrained(folder)
+    with _no_bar():  # it would tear the run's own progress bar
+        policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Transformers without its progress bar inside."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def save_checkpoint(
