@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .checks import LogitTransform
 
-# Columns that a program holds at once, and columns for each of its warps. 8192 over 16 warps is
-# 16 logits a thread: four 16-byte loads in flight each, and registers few enough (64 at most, see
-# tests/kernels/test_compile.py) for two such programs on an SM, so that one loads while the other
-# reduces; together they have 64 KiB in flight, and 20 KiB would keep an H100's memory busy. Larger
-# blocks reduce less often but leave one program on an SM. A row that ends sooner gets a smaller
-# block.
-MAX_BLOCK = 8192
-_LOGITS_PER_THREAD = 16
+# Columns that a program holds at once, and logits of each thread. 4096 over 16 warps of 32 is 8 a
+# thread: two 16-byte loads and, of a 16-bit gradient, one 16-byte store. That compiles for sm_90
+# and sm_100 to 32 registers (40 to 72 with a softcap, see tests/kernels/test_compile.py), so that
+# four programs fill an SM and 64 KiB are in flight there, three times what keeps an H100's memory
+# busy; 16 a thread takes 45 to 90 registers, which halves the threads, and spills on sm_80. Shorter
+# rows get a smaller block and fewer warps.
+MAX_BLOCK = 4096
+_LOGITS_PER_THREAD = 8
 _SCALE_BLOCK = 4096
 
 
@@ -142,7 +142,7 @@ def _weighted_ce_rows_kernel(
                 tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
     else:
         # Before anything is written: the gradient may take the logits' place.
-        target = tl.load(target_ptr + row)
+        target = tl.load(target_ptr + row).to(tl.int32)  # as wide as the columns
         target_x = _load_logits(logits_ptr, bias_ptr, target, row_stride, HAS_BIAS)
         target_z, _target_dz = _transform(target_x, slope, inner, cap, HAS_CAP)
 

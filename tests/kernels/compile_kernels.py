@@ -1,0 +1,139 @@
+"""Compiles the kernels ahead of time, for devices that need not be here; prints JSON.
+
+Run by test_compile.py in a process of its own, as kernels cannot be both interpreted and compiled.
+Pointers and strides are marked divisible by 16 exactly where the launcher's are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grao_fast.kernels import advantage_kernels, rowwise
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Of V the code sees only whether 16 divides it: 49152 stands for 128256, 151936 and 262144.
+VOCABULARIES = (49152, 32001, 7)
+
+
+def compile_kernel(kernel, types: dict[str, str], constants: dict, aligned, target, warps: int):
+    names = [*types, *constants]
+    assert names == list(kernel.arg_names), kernel.arg_names
+    source = ASTSource(
+        kernel,
+        types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def rows(target, gradient: str, V: int, transformed: bool, write_gradient: bool):
+    block, warps = rowwise.launch_shape(V, target.warp_size)
+    types = {
+        "logits_ptr": "*fp32",
+        "dlogits_ptr": f"*{gradient}",
+        "bias_ptr": "*fp32",
+        "target_ptr": "*i64",
+        "weight_ptr": "*fp32",
+        "logprob_ptr": "*fp32",
+        "row_stride": "i32",
+        "V": "i32",
+        **dict.fromkeys(("slope", "inner", "cap"), "fp32"),
+    }
+    constants = {
+        "HAS_BIAS": transformed,
+        "HAS_CAP": transformed,
+        "WRITE_GRADIENT": write_gradient,
+        "BLOCK": block,
+    }
+    aligned = ["logits_ptr", "dlogits_ptr", "bias_ptr", "row_stride"] + ["V"] * (V % 16 == 0)
+    return compile_kernel(
+        rowwise._weighted_ce_rows_kernel, types, constants, aligned, target, warps
+    )
+
+
+def scale(target, in_place: bool):
+    types = {"gradient_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "numel": "i64"}
+    constants = {"IN_PLACE": in_place, "BLOCK": rowwise._SCALE_BLOCK}
+    return compile_kernel(
+        rowwise._scale_kernel, types, constants, ["gradient_ptr", "out_ptr"], target, 8
+    )
+
+
+def advantages(target, values: str):
+    types = {
+        **dict.fromkeys(("rewards_ptr", "advantages_ptr", "terms_ptr"), f"*{values}"),
+        **dict.fromkeys(("N", "K"), "i32"),
+        **dict.fromkeys(("beta", "lam"), "fp32"),
+    }
+    constants = {"SAMPLES_ONLY": True, "CLIP": True, "BLOCK": 16}
+    kernel = advantage_kernels._advantages_and_terms_kernel
+    return compile_kernel(kernel, types, constants, [], target, 1)
+
+
+def facts(compiled) -> dict:
+    """Registers, spilled bytes, shared memory and widths of global accesses."""
+    found = {"shared": compiled.metadata.shared}
+    if "ptx" in compiled.asm:
+        found |= resource_usage(compiled.asm["cubin"])
+        accesses = re.findall(r"\b(ld|st)\.global((?:\.\w+)*)", compiled.asm["ptx"])
+        widths = Counter(f"{kind}{access_bits(suffix)}" for kind, suffix in accesses)
+    else:
+        assembly = compiled.asm["amdgcn"]
+        found["registers"] = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
+        spills = r"(?:gpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+        found["spilled"] = sum(int(number) for number in re.findall(spills, assembly))
+        accesses = re.findall(r"global_(load|store)_(\w+)", assembly)
+        bits = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
+        widths = Counter(
+            f"{'ld' if kind == 'load' else 'st'}{bits.get(width, 16)}" for kind, width in accesses
+        )
+    return found | {"accesses": widths}
+
+
+def access_bits(suffix: str) -> int:
+    vector = re.search(r"\.v(\d)", suffix)
+    return int(re.findall(r"\.[bfus](\d+)", suffix)[-1]) * int(vector[1] if vector else 1)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
+
+
+def main() -> None:
+    results = {}
+    for name, target in TARGETS.items():
+        for gradient, V, transformed in product(("fp32", "bf16"), VOCABULARIES, (False, True)):
+            form = "transformed" if transformed else "plain"
+            compiled = rows(target, gradient, V, transformed, True)
+            results[f"{name} rows {gradient} {V} {form}"] = facts(compiled)
+        results[f"{name} logprobs"] = facts(rows(target, "fp32", 49152, True, False))
+        results[f"{name} scale"] = facts(scale(target, True))
+        for values in ("fp32", "fp64"):
+            results[f"{name} advantages {values}"] = facts(advantages(target, values))
+    print(json.dumps(results))
+
+
+main()

@@ -1,0 +1,62 @@
+"""Code of the kernels for devices that need not be here: registers, spills, width of accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("compile_kernels.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+def test_every_device_is_there(compiled: dict[str, dict]) -> None:
+    for device in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        kernels = {name.split()[1] for name in compiled if name.startswith(device + " ")}
+        assert kernels == {"rows", "logprobs", "scale", "advantages"}
+
+
+def test_nothing_spills_and_shared_memory_is_small(compiled: dict[str, dict]) -> None:
+    for name, facts in compiled.items():
+        assert facts["spilled"] == 0, name
+        assert facts["shared"] <= 1024, name
+
+
+def test_registers_leave_room_for_programs(compiled: dict[str, dict]) -> None:
+    """Of 65536 registers, 512 threads of 64 take half: two programs on an SM, or four of 32."""
+    for name, facts in compiled.items():
+        if " rows " in name and "gfx942" not in name:
+            newer = "sm_80" not in name
+            plain = "plain" in name
+            assert facts["registers"] <= (40 if newer and plain else 64 if plain else 80), name
+
+
+def test_blocks_are_read_and_written_16_bytes_at_a_time(compiled: dict[str, dict]) -> None:
+    """Narrower are only a row's scalars: weight, target, its logit and bias; the log-prob."""
+    for name, facts in compiled.items():
+        if " rows " not in name or " 7 " in name:
+            continue
+        accesses = facts["accesses"]
+        reads = sum(number for width, number in accesses.items() if width.startswith("ld"))
+        writes = sum(number for width, number in accesses.items() if width.startswith("st"))
+        assert accesses["ld128"] >= 4 and reads - accesses["ld128"] <= 4, (name, accesses)
+        assert accesses["st128"] >= 2 and writes - accesses["st128"] <= 2, (name, accesses)
