@@ -17,11 +17,11 @@ from torch import Tensor
 from .checks import LogitTransform
 
 # Columns that a program holds at once, and logits of each thread. 4096 over 16 warps of 32 is 8 a
-# thread: two 16-byte loads and, of a 16-bit gradient, one 16-byte store. That compiles for sm_90
-# and sm_100 to 32 registers (40 to 72 with a softcap, see tests/kernels/test_compile.py), so that
-# four programs fill an SM and 64 KiB are in flight there, three times what keeps an H100's memory
-# busy; 16 a thread takes 45 to 90 registers, which halves the threads, and spills on sm_80. Shorter
-# rows get a smaller block and fewer warps.
+# thread: two 16-byte loads and, of a 16-bit gradient, one 16-byte store. That compiles to 32
+# registers for sm_90 (at most 40 with float32 gradients on sm_80, 64 with a softcap, see
+# tests/kernels/test_compile.py): four programs fill an SM and have 64 KiB in flight there, three
+# times what keeps an H100's memory busy. 16 a thread takes 45 to 90 registers, and spills on sm_80.
+# Shorter rows get a smaller block and fewer warps.
 MAX_BLOCK = 4096
 _LOGITS_PER_THREAD = 8
 _SCALE_BLOCK = 4096
@@ -38,12 +38,11 @@ def launch_shape(V: int, warp_size: int) -> tuple[int, int]:
 def _tanh(x):
     """tanh(x) and its derivative, to float32 precision near 0 and far from it."""
     decay = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - decay) / (1.0 + decay)
-    far = tl.where(x < 0, -far, far)
+    far = tl.where(x < 0, decay - 1.0, 1.0 - decay) / (1.0 + decay)
     # 1 - exp cancels near 0; four terms of the series leave 1e-9 of x below 0.1.
     x2 = x * x
     near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
-    value = tl.where(tl.abs(x) < 0.1, near, far)
+    value = tl.where(x2 < 0.01, near, far)
     return value, 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 
@@ -130,14 +129,13 @@ def _weighted_ce_rows_kernel(
     logits_ptr += row * row_stride
     dlogits_ptr += row * row_stride
     lanes = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(V, BLOCK)
     weight = tl.load(weight_ptr + row)
 
     if weight == 0.0:
         tl.store(logprob_ptr + row, float("nan"))
         if WRITE_GRADIENT:
-            for block in range(blocks):
-                columns = block * BLOCK + lanes
+            for start in range(0, V, BLOCK):
+                columns = start + lanes
                 zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
                 tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
     else:
@@ -148,8 +146,8 @@ def _weighted_ce_rows_kernel(
 
         peak = float("-inf")
         others = 0.0
-        for block in range(blocks):
-            columns = block * BLOCK + lanes
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
             x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
             z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
             z = tl.where(columns < V, z, float("-inf"))
@@ -158,9 +156,10 @@ def _weighted_ce_rows_kernel(
         tl.store(logprob_ptr + row, logprob)
 
         if WRITE_GRADIENT:
-            for step in range(blocks):
+            last = (V - 1) // BLOCK * BLOCK
+            for start in range(0, V, BLOCK):
                 # Backwards: what was read last is what the L2 still holds.
-                columns = (blocks - 1 - step) * BLOCK + lanes
+                columns = last - start + lanes
                 x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                 z, dz = _transform(x, slope, inner, cap, HAS_CAP)
                 above_onehot = tl.where(columns == target, -others, tl.exp(z - peak))
