@@ -47,6 +47,14 @@ CONFIG = GRAOConfig(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def all_cores():
+    """The other tests are tiny and run on one."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
 def shorter(prompts, completions):
     """A reward with a spread and no need of another model."""
     return [-float(len(messages[-1]["content"])) for messages in completions]
