@@ -2,8 +2,9 @@
 
     pytest benchmarks/test_linear_grao.py --benchmark-only
 
-Before every round of a variant the three bare GEMMs are timed, so that `gemm_ratio` in extra_info
-compares neighbours in time, whatever else the machine does. Values are checked before the clock.
+Before every round of a variant the three bare GEMMs are timed, and `gemm_ratio` in extra_info is
+the median over rounds of the two neighbours' ratio, whatever else the machine does meanwhile.
+Values are checked before the clock starts.
 """
 
 from __future__ import annotations
@@ -79,29 +80,27 @@ def gradients(loss_function: Callable[[Batch], Tensor], batch: Batch) -> tuple[T
 def test_forward_and_backward(benchmark, batch: Batch, variant: str) -> None:
     loss_function = VARIANTS[variant]
     check(loss_function, batch)
+    gemm_seconds: list[float] = []
+
+    def run() -> None:
+        gradients(loss_function, batch)
+        wait()
+
+    run()
+    peak = peak_mib(run)
+    if peak is not None:
+        benchmark.extra_info["peak_extra_mib"] = peak
     gemms = three_gemms(batch)
-    floor: list[float] = []
-
-    def time_gemms() -> None:
-        floor.append(seconds(gemms))
-
-    time_gemms()
-    floor.clear()
-    benchmark.pedantic(
-        lambda: wait(gradients(loss_function, batch)), setup=time_gemms, rounds=ROUNDS
-    )
+    seconds(gemms)
+    benchmark.pedantic(run, setup=lambda: gemm_seconds.append(seconds(gemms)), rounds=ROUNDS)
     if benchmark.stats is not None:
-        gemm_seconds = statistics.median(floor)
-        benchmark.extra_info["gemm_seconds"] = gemm_seconds
-        benchmark.extra_info["gemm_ratio"] = benchmark.stats.stats.median / gemm_seconds
+        rounds = zip(benchmark.stats.stats.data, gemm_seconds, strict=True)
+        benchmark.extra_info["gemm_seconds"] = statistics.median(gemm_seconds)
+        benchmark.extra_info["gemm_ratio"] = statistics.median(own / gemm for own, gemm in rounds)
     benchmark.extra_info["shape_TDV"] = SHAPE
     benchmark.extra_info["dtype"] = str(DTYPE)
     benchmark.extra_info["torch"] = torch.__version__
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    del gemms
-    peak = peak_mib(lambda: gradients(loss_function, batch))
-    if peak is not None:
-        benchmark.extra_info["peak_extra_mib"] = peak
 
 
 def check(loss_function: Callable[[Batch], Tensor], batch: Batch) -> None:
@@ -123,7 +122,7 @@ def check(loss_function: Callable[[Batch], Tensor], batch: Batch) -> None:
 
 def three_gemms(batch: Batch) -> Callable[[], object]:
     """6 T D V operations into buffers that are there."""
-    T, D, V = SHAPE
+    T, _, V = SHAPE
     hidden_TD, head_VD = batch.hidden_TD.detach(), batch.head_VD.detach()
     logits_TV = torch.empty(T, V, device=DEVICE, dtype=DTYPE)
     dhidden_TD, dhead_VD = torch.empty_like(hidden_TD), torch.empty_like(head_VD)
@@ -139,14 +138,14 @@ def three_gemms(batch: Batch) -> Callable[[], object]:
 def seconds(function: Callable[[], object]) -> float:
     wait()
     start = time.perf_counter()
-    wait(function())
+    function()
+    wait()
     return time.perf_counter() - start
 
 
-def wait(result: object = None) -> object:
+def wait() -> None:
     if CUDA:
         torch.cuda.synchronize()
-    return result
 
 
 def peak_mib(function: Callable[[], object]) -> float | None:
@@ -154,7 +153,8 @@ def peak_mib(function: Callable[[], object]) -> float | None:
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        wait(function())
+        function()
+        wait()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     forget = Path("/proc/self/clear_refs")
     if not forget.exists():

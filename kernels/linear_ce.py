@@ -51,7 +51,9 @@ def linear_weighted_cross_entropy(
 
     z = softcap((hidden head^T + bias) * logit_scale) / temperature, softcap(x) = c tanh(x / c).
     d loss / dz = weight (softmax(z) - onehot) needs no second look at the vocabulary, so the
-    gradients are made in this call, and `backward` only scales them.
+    gradients are made in this call, and `backward` only scales them and hands them over. Memory
+    beyond the inputs: the workspace, the gradient of hidden_TD, and that of head_VD, which is
+    summed in float32 whatever the dtype.
 
     Args:
         hidden_TD: (T, D) float32, bfloat16 or float16.
@@ -73,7 +75,7 @@ def linear_weighted_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit, by name.
-        RuntimeError: a second backward pass through one loss; "triton" where it cannot run.
+        RuntimeError: a second backward pass through one loss.
     """
     check_operands(hidden_TD, head_VD, target_T, bias_V)
     T = hidden_TD.shape[0]

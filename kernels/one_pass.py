@@ -174,7 +174,7 @@ def _normalise(weight_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Te
     """
     if dtype != torch.float16 or weight_L.numel() == 0:
         return weight_L, 1.0
-    exponent = weight_L.abs().amax().frexp().exponent
+    exponent = weight_L.abs().amax().frexp().exponent.clamp(-120, 120)  # 2^121 is finite
     return torch.ldexp(weight_L, -exponent), torch.ldexp(weight_L.new_ones(()), exponent)
 
 
