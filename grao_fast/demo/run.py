@@ -26,8 +26,8 @@ from grao_fast.trainer import train
 
 _TRAIN_PROMPTS = 4000
 _HELD_OUT_PROMPTS = 200
-_PRETRAINING_STEPS = 40
-_ALIGNMENT_STEPS = 200
+_PRETRAINING_STEPS = 25
+_ALIGNMENT_STEPS = 160
 
 _INTRODUCTION = """\
 The task: put eight digits in order, 31415926= -> 11234569.
@@ -72,16 +72,17 @@ class DemoResult:
             table.add_column(name, justify="right", no_wrap=True)
         in_place_shares = (self.reference_in_place, *(result.metric for result in results))
         table.add_row("digits in place", *map(_percent, in_place_shares))
-        table.add_row("all in place", _percent(0.0), *(_percent(exact(r)) for r in results))
-        table.add_row("reward", _signed(0.0), *(_signed(r.reward) for r in results))
+        answers_right = (exact(self.after, of="reference"), *map(exact, results))
+        table.add_row("all in place", *map(_percent, answers_right))
+        table.add_row("reward", "", *(_signed(r.reward) for r in results))
         table.add_row("RAS", "", *(_percent(r.ras) for r in results))
         table.add_row("NAG", "", "", *(_signed(r.nag) for r in results[1:]))
         return table
 
 
-def exact(result: EvaluationResult) -> float:
-    """Share of the answers without a mistake."""
-    right = sum(row["completion"] == solution(row["prompt"]) for row in result.rows)
+def exact(result: EvaluationResult, *, of: str = "completion") -> float:
+    """Share of the completions, or of the references, without a mistake."""
+    right = sum(row[of] == solution(row["prompt"]) for row in result.rows)
     return right / len(result.rows)
 
 
@@ -179,9 +180,9 @@ def demo_config(*, max_steps: int, seed: int) -> GRAOConfig:
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         max_steps=max_steps,
-        eval_steps=50,
+        eval_steps=40,
         save_steps=0,
-        log_completions_steps=100,
+        log_completions_steps=80,
         gradient_checkpointing=False,
         generation_batch_size=1024,
         device="cpu",
