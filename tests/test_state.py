@@ -1,0 +1,83 @@
+"""The data cursor, the seeds, and what a run says when something is wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from grao_fast.config import GRAOConfig
+from grao_fast.optim import count_steps
+from grao_fast.state import DataStream, step_seed
+from grao_fast.watch import Watch
+
+
+def test_every_epoch_holds_every_example_once():
+    stream = DataStream(size=7, batch_size=3, seed=1)
+    drawn = [i for step in range(14) for i in stream.batch(step)]
+    epochs = [drawn[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert DataStream(size=7, batch_size=3, seed=2).batch(0) != stream.batch(0)
+
+
+def test_seeds_differ_by_step_and_by_run():
+    seeds = {step_seed(seed, step) for seed in range(5) for step in range(-5, 20)}
+    assert len(seeds) == 5 * 25
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_steps": 5}, 5), ({"num_train_epochs": 2.0}, 7), ({"num_train_epochs": 0.0}, 1)],
+)
+def test_length_of_a_run(options: dict, steps: int):
+    assert count_steps(GRAOConfig(**options), prompts=10, prompts_per_step=3) == steps
+
+
+def metrics(**changed: float) -> dict[str, float]:
+    return {"frac_reward_zero_std": 0.2, "reward": 0.5, "reference/logprob": -1.0} | {
+        name.replace("_logprob", "/logprob"): value for name, value in changed.items()
+    }
+
+
+def said(rows: list[dict[str, float]]) -> list[str]:
+    watch = Watch()
+    return [text for step, row in enumerate(rows, 1) for text in watch.messages(step, row)]
+
+
+def test_a_loss_of_zero_is_explained_every_tenth_time():
+    messages = said([metrics(frac_reward_zero_std=1.0)] * 12)
+    assert len(messages) == 2
+    assert "step 1: the loss is 0" in messages[0]
+    assert "step 11" in messages[1]
+
+
+def test_collapsing_references_are_reported_once():
+    falling = [metrics(reference_logprob=-1.0 - 0.1 * step) for step in range(60)]
+    messages = said(falling)
+    assert len(messages) == 1
+    assert "fell from -1.00 to -2." in messages[0]
+    assert 'reference_advantage="clip"' in messages[0]
+
+
+def test_steady_and_absent_references_are_not():
+    assert said([metrics()] * 50) == []
+    assert said([metrics(reference_logprob=math.nan)] * 5) == []
+
+
+def test_config_rejects_what_cannot_be_right():
+    for options, message in [
+        ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be at least 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"max_steps": 0}, "max_steps must be positive"),
+        ({"statistics": "all"}, "statistics must be one of group, samples; got 'all'"),
+        ({"report_to": "wandb"}, "report_to takes a list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            GRAOConfig(**options)
+    with pytest.raises(ValueError, match="unknown key 'lerning_rate'"):
+        GRAOConfig.from_dict({"lerning_rate": 1})
+    config = GRAOConfig(beta=0.1, reward_weights=[1.0, 2.0])
+    assert GRAOConfig.from_dict(config.to_dict()) == config
