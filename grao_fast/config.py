@@ -28,7 +28,8 @@ class GRAOConfig:
         statistics: rewards that enter mean and deviation: all G+1 ("group") or the G samples
             ("samples", the literal Eq. 4).
         reference_advantage: "signed" as in the paper, or "clip" to hold A_y at or above 0, so that
-            a reference that the samples beat is never pushed down.
+            the imitation term never pushes a reference down that the samples beat; the
+            regulariser, by lam, still does.
         reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
             compares a completion with the reference (+1, 0, -1), whose own reward is 0.
         reward_weights: one weight for each reward function; all 1 by default.

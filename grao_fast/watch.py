@@ -47,6 +47,6 @@ class Watch:
             self._collapsed = True
             yield (
                 f"step {step}: the references' mean log-prob fell from {self._first_logprob:.2f} "
-                f"to {self._mean_logprob:.2f} nats a token: samples beat them, and a negative "
-                'advantage pushes them down. reference_advantage="clip" prevents it'
+                f"to {self._mean_logprob:.2f} nats a token: samples beat them, and what loses is "
+                'pushed down. reference_advantage="clip" and a smaller lam push less'
             )
