@@ -25,6 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from grao_fast.batch import Segment
 
 SHARED_PREFIX = "grao_shared_prefix"
+_NOT_PASSED: Any = object()
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def shared_prefix_attention(
@@ -37,7 +39,7 @@ def shared_prefix_attention(
     segments: Sequence[Segment],
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _NOT_PASSED,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
@@ -50,6 +52,9 @@ def shared_prefix_attention(
                 f"{type(module).__name__} uses {name}, which a shared prefix cannot serve; "
                 "set share_prefix=False"
             )
+    if sliding_window is _NOT_PASSED:
+        sliding_window = None
+        _refuse_window_of_mask(module)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
     outputs = []
@@ -60,6 +65,17 @@ def shared_prefix_attention(
         outputs.append(_attend(*prefix, window=sliding_window, **options)[0])
         outputs += _suffixes(q, k, v, segment, sliding_window, options)
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+def _refuse_window_of_mask(module: nn.Module) -> None:
+    """A model that keeps its window to its mask would lose it here, where there is no mask."""
+    for name in _WINDOWS:
+        window = getattr(getattr(module, "config", None), name, None)
+        if window is not None:
+            raise ValueError(
+                f"{type(module).__name__} applies {name}={window} through its mask alone, which a "
+                "shared prefix does not use; set share_prefix=False"
+            )
 
 
 def _suffixes(

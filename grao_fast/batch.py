@@ -42,13 +42,10 @@ class Group:
         """Indices of the sequences that need a forward pass: live and not empty."""
         return [k for k, ids in enumerate(self.sequence_ids) if ids and bool(self.live_K[k])]
 
-    def num_tokens(self, *, share_prefix: bool = True) -> int:
-        """Tokens of the forward pass; 0 for a dead group, which needs none at all."""
-        lengths = [len(self.sequence_ids[k]) for k in self.live_sequences]
-        if not lengths:
-            return 0
-        P = len(self.prompt_ids)
-        return P + sum(lengths) if share_prefix else len(lengths) * (P + max(lengths))
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the live sequences; none for a dead group, which needs no forward pass."""
+        return [len(self.sequence_ids[k]) for k in self.live_sequences]
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,14 @@ class MicroBatch:
     rewards_NK: Tensor
 
 
+def count_tokens(groups: Sequence[Group], *, share_prefix: bool = True) -> int:
+    """Tokens of a forward pass over live groups, packed or padded, the padding included."""
+    if share_prefix:
+        return sum(len(group.prompt_ids) + sum(group.lengths) for group in groups)
+    longest = max(len(group.prompt_ids) + max(group.lengths) for group in groups)
+    return sum(len(group.lengths) for group in groups) * longest
+
+
 def split_by_tokens(
     groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True
 ) -> Iterator[list[Group]]:
@@ -96,16 +101,16 @@ def split_by_tokens(
     group of more than `max_tokens` stands alone.
     """
 
-    def size(group: Group) -> int:
-        return group.num_tokens(share_prefix=share_prefix)
+    def size(chosen: list[Group]) -> int:
+        return count_tokens(chosen, share_prefix=share_prefix)
 
-    waiting = sorted((group for group in groups if size(group)), key=size, reverse=True)
+    live = (group for group in groups if group.lengths)
+    waiting = sorted(live, key=lambda group: size([group]), reverse=True)
     while waiting:
-        chosen, rest, room = [], [], max_tokens
-        for group in waiting:
-            if not chosen or size(group) <= room:
+        chosen, rest = waiting[:1], []
+        for group in waiting[1:]:
+            if size([*chosen, group]) <= max_tokens:
                 chosen.append(group)
-                room -= size(group)
             else:
                 rest.append(group)
         yield chosen

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
+_REPLACED = ".replaced"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,9 +36,9 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Call `fill` on an empty folder, seal it with a manifest, and rename it to `path`."""
+    for left_over in path.parent.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(left_over)
     partial = path.with_name(path.name + _PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     fill(partial)
     files = {}
@@ -50,10 +51,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
     _flush(partial / MANIFEST)
     _flush(partial)
-    if path.exists():
-        shutil.rmtree(path)
+    replaced = path.with_name(path.name + _REPLACED)
+    if path.exists():  # never without a whole folder, under one name or the other
+        os.rename(path, replaced)
     os.rename(partial, path)
     _flush(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def verify(path: Path) -> None:
@@ -76,10 +80,15 @@ def verify(path: Path) -> None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the latest step first; not verified."""
-    found = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | Path | bool) -> Path:
@@ -101,11 +110,25 @@ def find_checkpoint(output_dir: Path, resume_from: str | Path | bool) -> Path:
     raise CheckpointError(f"no whole checkpoint in {str(output_dir)!r} to resume from")
 
 
-def delete_old(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the latest `keep` checkpoints; None keeps all."""
+def check_fresh(output_dir: Path, *, after_step: int) -> None:
+    """Refuse a folder that holds checkpoints of later steps than this run starts at.
+
+    They are another run's, or of another branch of this one, and would be taken for its own.
+    """
+    later = [path.name for path in list_checkpoints(output_dir) if step_of(path) > after_step]
+    if later:
+        raise CheckpointError(
+            f"{str(output_dir)!r} already holds {later[0]}: resume from it "
+            "(resume_from_checkpoint=True), delete it, or choose another output_dir"
+        )
+
+
+def delete_old(newest: Path, keep: int | None) -> None:
+    """Delete all but `newest` and the keep - 1 checkpoints before it; None keeps all."""
     if keep is None:
         return
-    for path in list_checkpoints(output_dir)[keep:]:
+    earlier = [p for p in list_checkpoints(newest.parent) if step_of(p) < step_of(newest)]
+    for path in earlier[keep - 1 :]:
         shutil.rmtree(path)
 
 

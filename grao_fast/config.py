@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -123,6 +124,17 @@ class GRAOConfig:
                 raise ValueError(
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
                 )
+        _check_integers(self)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
+            raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
+        for name in ("adam_beta1", "adam_beta2"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} has no effect on lr_scheduler_type='constant'; "
+                "use 'constant_with_warmup'"
+            )
         if self.temperature <= 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: greedy samples of one "
@@ -161,6 +173,11 @@ _CHOICES = {
 }
 
 _AT_LEAST: dict[str, float] = {
+    "temperature": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "seed": 0,
     "num_generations": 1,
     "beta": 0,
     "lam": 0,
@@ -182,6 +199,13 @@ _AT_LEAST: dict[str, float] = {
     "save_steps": 0,
     "save_total_limit": 1,
 }
+
+
+def _check_integers(config: GRAOConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if str(field.type).split(" |")[0] == "int" and not isinstance(value, (int, type(None))):
+            raise ValueError(f"{field.name} must be an integer, got {value!r}")
 
 
 def _check_at_least(name: str, value: float | None, minimum: float) -> None:

@@ -16,13 +16,13 @@ A blank reference is an absent one; an HH transcript that ends in a blank answer
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data_sources import Rows, read_rows
-from grao_fast.encoding import encode_prompts, encode_references
+from grao_fast.encoding import encode_prompts, encode_references, end_of_turn
 from grao_fast.fields import (
     Messages,
     is_hh_transcript,
@@ -175,17 +175,20 @@ def encode_examples(
     max_new_tokens: int,
     max_prompt_length: int | None = None,
     max_reference_length: int | None = None,
+    eos_token_ids: Collection[int] = (),
 ) -> list[Encoded]:
     """Tokenise examples and check that they fit the model.
 
     Messages go through the tokenizer's chat template, with the generation prompt; text is encoded
-    as it is. A reference is its text and an EOS, or, cut to `max_reference_length`, no EOS.
+    as it is. A reference is its text and an EOS, or, cut to `max_reference_length`, no EOS. To a
+    prompt of messages, the EOS is the one that the chat template ends an assistant's turn with.
 
     Args:
         context_length: tokens the model can hold, a prompt and its continuation; None: no limit.
         max_new_tokens: tokens to sample after a prompt.
         max_prompt_length: longer prompts are dropped, with a warning that counts them.
         max_reference_length: longer references are cut.
+        eos_token_ids: all tokens that end a completion of the model.
 
     Raises:
         ValueError: no EOS or chat template; a prompt or reference that does not fit the model
@@ -202,8 +205,15 @@ def encode_examples(
             f"{context_length} tokens: lower it"
         )
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
+    end = tokenizer.eos_token_id
+    end_of_chat = end
+    if any(not isinstance(example.prompt, str) for example in examples):
+        end_of_chat = end_of_turn(tokenizer, eos_token_ids)
     references = encode_references(
-        [example.reference for example in examples], tokenizer, max_length=max_reference_length
+        [example.reference for example in examples],
+        tokenizer,
+        end_ids=[end if isinstance(e.prompt, str) else end_of_chat for e in examples],
+        max_length=max_reference_length,
     )
     encoded, dropped = [], 0
     for row, (example, prompt_ids, reference_ids) in enumerate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from grao_fast.fields import Messages
@@ -42,15 +42,29 @@ def encode_references(
     references: Sequence[str | None],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    end_ids: Sequence[int],
     max_length: int | None,
 ) -> list[list[int]]:
-    """Text and EOS, cut to max_length; empty where the reference is absent."""
+    """Text and its end_ids, cut to max_length; empty where the reference is absent."""
     ids: list[list[int]] = [[] for _ in references]
     texts = {n: text for n, text in enumerate(references) if text is not None}
     encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=False)
     for n, reference_ids in zip(texts, encoded, strict=True):
-        ids[n] = [*reference_ids, tokenizer.eos_token_id][:max_length]
+        ids[n] = [*reference_ids, end_ids[n]][:max_length]
     return ids
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]) -> int:
+    """The end-of-sequence token that the chat template writes behind an assistant's turn.
+
+    Gemma and Phi-3 end a turn with another token than the tokenizer's eos_token; a model samples
+    the former. The tokenizer's own where the template writes none.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    (ids,) = _encode(tokenizer, [text], add_special_tokens=False)
+    written = [token for token in ids if token in eos_token_ids]
+    return written[-1] if written else tokenizer.eos_token_id
 
 
 def _render(n: int, prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
+from grao_fast.inputs import writable_folder
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.tables import results_table
 from grao_fast.tracking import COMPLETIONS_FILE, METRICS_FILE, write_lines
@@ -229,6 +230,7 @@ def _answer(
         max_new_tokens=config.max_new_tokens,
         max_prompt_length=config.max_prompt_length,
         max_reference_length=config.max_new_tokens,  # references are not read by the model
+        eos_token_ids=policy.eos_token_ids,
     )
     groups = policy.sampler.sample(
         [item.prompt_ids for item in encoded],
@@ -249,8 +251,7 @@ def _result_folder(folder: Path) -> Path:
             f"output_dir {str(folder)!r} is that of a training run, whose {COMPLETIONS_FILE} would "
             f"be overwritten: choose another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return writable_folder(folder)
 
 
 def _score(

@@ -38,18 +38,25 @@ def writable_folder(output_dir: str | Path) -> Path:
 def check_references(
     examples: Sequence[Example], eval_examples: Sequence[Example] | None, config: GRAOConfig
 ) -> None:
-    """A pairwise reward compares with the reference, and every metric against it needs one."""
-    for name, rows, needed in (
-        ("dataset", examples, config.reward_type == "pairwise"),
-        ("eval_dataset", eval_examples or [], True),
-    ):
+    """A pairwise reward compares with the reference: every row needs one."""
+    if config.reward_type != "pairwise":
+        return
+    for name, rows in (("dataset", examples), ("eval_dataset", eval_examples or [])):
         absent = [i for i, example in enumerate(rows) if example.reference is None]
-        if needed and absent:
+        if absent:
             raise ValueError(
-                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which "
-                + (
-                    'a pairwise reward compares with; leave them out or use reward_type="pointwise"'
-                    if name == "dataset"
-                    else "RAS compares with; leave them out"
-                )
+                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which a "
+                'pairwise reward compares with; leave them out or use reward_type="pointwise"'
             )
+
+
+def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, config: GRAOConfig) -> None:
+    """Refuse what would have no effect."""
+    if has_eval_dataset:
+        return
+    if has_metric:
+        raise ValueError("metric is measured on eval_dataset: pass one, or leave metric out")
+    if config.eval_steps is not None:
+        raise ValueError(
+            f"eval_steps={config.eval_steps} needs an eval_dataset: pass one, or leave it out"
+        )

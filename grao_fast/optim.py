@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -22,6 +23,13 @@ def adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter; unfreeze it or pass peft_config")
+    dtype = next((p.dtype for p in trainable if p.dtype != torch.float32), None)
+    if dtype is not None:
+        raise ValueError(
+            f"trainable parameters are {dtype}, in which steps of {config.learning_rate:g} are "
+            "lost to rounding: load the model with dtype=torch.float32 (on CUDA, passes compute in "
+            "bfloat16 all the same)"
+        )
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

@@ -21,15 +21,13 @@ from transformers import (
 from grao_fast.attention import shared_prefix
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
+from grao_fast.parity import check_parity
 from grao_fast.rollout.transformers import TransformersSampler
 
 logger = logging.getLogger(__name__)
 
 # Model types whose config names a factor of the logits but divides by it.
 _DIVIDES_LOGITS_SCALING = ("granite", "minicpm3")
-# The start-up check: our logits against the model's, relative to the largest of them.
-_PARITY_TOKENS = 8
-_PARITY_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def load_policy(
         raise ValueError(f"device is {config.device!r} but no CUDA device is available")
     bf16 = config.bf16
     if bf16 is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     tokenizer = tokenizer or _load_tokenizer(model)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -163,7 +161,9 @@ def load_policy(
         model = _with_adapter(model, peft_config)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_head(causal_lm)
-    if config.gradient_checkpointing and causal_lm.supports_gradient_checkpointing:
+    if config.gradient_checkpointing and not causal_lm.supports_gradient_checkpointing:
+        logger.warning("%s cannot recompute activations: none are", type(causal_lm).__name__)
+    elif config.gradient_checkpointing:
         _checkpoint_activations(causal_lm)
         if hasattr(model, "peft_config"):
             causal_lm.enable_input_require_grads()
@@ -187,7 +187,7 @@ def load_policy(
             dtype=dtype,
         ),
     )
-    _check_parity(policy)
+    check_parity(policy)
     return policy
 
 
@@ -232,7 +232,10 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "
             "hold; use a LoRA-like adapter"
         )
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"the adapter does not fit {_name(model)}: {error}") from error
 
 
 def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
@@ -244,6 +247,11 @@ def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
 
 
 def _check_head(causal_lm: PreTrainedModel) -> None:
+    if getattr(causal_lm.config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits asks for the router's auxiliary loss, which GRAO's step does not "
+            "add yet: set model.config.output_router_logits = False"
+        )
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
@@ -260,46 +268,3 @@ def _eos_token_ids(
     ids = getattr(generation, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     return frozenset([*listed, tokenizer.eos_token_id])
-
-
-@torch.no_grad()
-def _check_parity(policy: Policy) -> None:
-    """Compare logits computed from our hidden states with the model's own; refuse a difference."""
-    model, device = policy.causal_lm, policy.device
-    vocabulary = policy.causal_lm.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(2 * _PARITY_TOKENS) * 7919 + 11) % vocabulary
-    prompt, suffixes = ids[:4].tolist(), [ids[4:8].tolist(), ids[8:16].tolist()]
-    group = Group(prompt, suffixes, torch.tensor([0.0, 1.0]), torch.tensor([True, True]))
-    training = model.training
-    with policy.updating():
-        policy.model.eval()
-        hidden = policy.hidden(policy.lay_out([group])).float()
-    head, bias = policy.head()
-    logits = nn.functional.linear(hidden, head.float(), None if bias is None else bias.float())
-    logits = logits * policy.transform.logit_scale
-    if policy.transform.softcap is not None:
-        logits = policy.transform.softcap * torch.tanh(logits / policy.transform.softcap)
-    with policy.autocast():
-        rows = [
-            model(input_ids=torch.tensor([prompt + suffix], device=device)).logits[0, 3:-1].float()
-            for suffix in suffixes
-        ]
-    policy.model.train(training)
-    expected = torch.cat(rows)
-    error = float((logits - expected).abs().max())
-    largest = float(expected.abs().max())
-    # bfloat16 forward passes of different shapes differ by its rounding, 8 bits
-    tolerance = _PARITY_TOLERANCE if policy.autocast_dtype is None else 0.05
-    if not error <= tolerance * largest:
-        remedy = "set share_prefix=False" if policy.share_prefix else "this model is not supported"
-        raise ValueError(
-            f"{type(model).__name__}: logits from its hidden states differ from its own by "
-            f"{error:.3g} where the largest is {largest:.3g}; {remedy}"
-        )
-    logger.info(
-        "%s on %s: prompts %s, parity error %.1e",
-        type(model).__name__,
-        device,
-        "shared" if policy.share_prefix else "repeated",
-        error / largest,
-    )

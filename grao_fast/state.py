@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.utils import logging as transformers_logging
 
 from grao_fast.checkpoint import CheckpointError, write_folder
@@ -59,10 +59,11 @@ class DataStream:
 
 
 def fingerprint(prompts: Sequence[Encoded]) -> str:
-    """A digest of the tokenised dataset, to know it again when a run resumes."""
+    """A digest of tokens and columns of a dataset, to know it again when a run resumes."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.prompt_ids, prompt.reference_ids]).encode())
+        row = [prompt.prompt_ids, prompt.reference_ids, prompt.example.columns]
+        digest.update(json.dumps(row, default=str).encode())
     return digest.hexdigest()[:16]
 
 
@@ -139,13 +140,22 @@ def load_weights(policy: Policy, path: Path) -> None:
     policy.causal_lm.load_state_dict(saved.state_dict())
 
 
-def load_optimizer(
-    path: Path, optimizer: Optimizer, scheduler: LRScheduler, device: torch.device
-) -> None:
-    """Load a checkpoint's optimiser and learning-rate schedule."""
-    state = torch.load(path / _OPTIMIZER, map_location=device, weights_only=True)
+def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Load a checkpoint's moments and place in the schedule; options stay the config's own."""
+    # to the CPU: AdamW moves its moments to their parameters, and wants its step counts here
+    state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+    options = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    base_lrs = scheduler.base_lrs
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs = base_lrs
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    for group, own, base_lr in zip(optimizer.param_groups, options, base_lrs, strict=True):
+        group.update(own, lr=base_lr * factor)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def versions() -> dict[str, str]:

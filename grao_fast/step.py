@@ -217,7 +217,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     metrics = {
         "reward": samples_NG.nanmean(),
         "reward_std": _nanstd(samples_NG),
-        "frac_reward_zero_std": (rollout.advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
+        "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
+        "frac_dead": (rollout.advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
         "reference/reward": reference_N.nanmean(),
         "reference/advantage": reference_advantage_N.nanmean(),
         "reference/frac_negative": (reference_advantage_N[present] < 0).double().mean(),
@@ -228,6 +229,14 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     }
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _range(samples_NG: Tensor) -> Tensor:
+    """Largest less smallest reward of each group, NaN left out; 0 where there is none."""
+    present_NG = ~samples_NG.isnan()
+    high_N = samples_NG.where(present_NG, -torch.inf).amax(1)
+    low_N = samples_NG.where(present_NG, torch.inf).amin(1)
+    return (high_N - low_N).clamp(min=0)
 
 
 def _nanstd(samples_NG: Tensor) -> Tensor:

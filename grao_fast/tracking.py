@@ -202,28 +202,39 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
+    """Raise ValueError where `report_to` names no tracker, or one that is not installed."""
+    names = [item for item in report_to if isinstance(item, str)]
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"report_to does not know {name!r}; it takes "
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in available:
+            raise ValueError(
+                f"report_to={name!r} needs its package: pip install {_PIP_NAME.get(name, name)}"
+            )
+
+
 def _make_trackers(
     report_to: Sequence[str | GeneralTracker], output_dir: Path
 ) -> list[GeneralTracker]:
     if not report_to:
         return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    available = {str(name) for name in get_available_trackers()}
+    check_trackers(report_to)
     trackers = []
     for item in report_to:
-        if isinstance(item, GeneralTracker):
+        if not isinstance(item, str):
             trackers.append(item)
             continue
-        if item not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"report_to does not know {item!r}; it takes "
-                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
-            )
-        if item not in available:
-            raise ValueError(
-                f"report_to={item!r} needs its package: pip install {_PIP_NAME.get(item, item)}"
-            )
         kind = LOGGER_TYPE_TO_CLASS[item]
         where = [str(output_dir)] if kind.requires_logging_directory else []
         trackers.append(kind(_PROJECT, *where))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from grao_fast.callbacks import Callback
 from grao_fast.checkpoint import (
+    check_fresh,
     checkpoint_path,
     delete_old,
     find_checkpoint,
@@ -23,7 +25,12 @@ from grao_fast.checkpoint import (
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
-from grao_fast.inputs import check_one_process, check_references, writable_folder
+from grao_fast.inputs import (
+    check_evaluation,
+    check_one_process,
+    check_references,
+    writable_folder,
+)
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
 from grao_fast.results import TrainResult, samples, write_summary
@@ -40,7 +47,7 @@ from grao_fast.state import (
     step_seed,
 )
 from grao_fast.step import Rollout, decode, rollout_metrics, sample_and_score, update
-from grao_fast.tracking import Tracker
+from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines
 from grao_fast.watch import Watch
 
 if TYPE_CHECKING:
@@ -105,7 +112,13 @@ def train(
     if metric_function and eval_examples:
         metric_function.check(eval_examples, reward_type="pointwise")
     check_references(examples, eval_examples, config)
+    check_evaluation(
+        has_eval_dataset=eval_dataset is not None, has_metric=metric is not None, config=config
+    )
+    check_trackers(config.report_to)
     checkpoint = find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
+    check_fresh(output, after_step=0 if checkpoint is None else read_state(checkpoint)["step"])
+    set_seed(config.seed)  # of an adapter's first weights
     policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
     run = _Run(
         config=config,
@@ -146,7 +159,7 @@ class _Run:
         self.stream = DataStream(len(prompts), batch_size, config.seed)
         self.total_steps = count_steps(config, prompts=len(prompts), prompts_per_step=batch_size)
         self.optimizer = adamw(policy.model, config)
-        self.scheduler: LRScheduler = get_scheduler(
+        self.scheduler: LambdaLR = get_scheduler(
             config.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=config.warmup_steps,
@@ -168,14 +181,14 @@ class _Run:
             show_progress=not config.disable_tqdm,
             start_step=first_step,
         )
-        watch = Watch()
-        metrics: dict[str, float] = {}
+        watch, metrics = self._recall_metrics()
         try:
             for callback in self.callbacks:
                 callback.on_train_begin(self.policy, config)
             self.before = self._recall_baseline() if first_step else self._evaluate(0)
-            after = None if first_step else self.before
-            step = first_step
+            after, step = self.before, first_step
+            if step == self.total_steps:  # the checkpoint was the run's last
+                after = self._evaluate(step, log=False)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
                 step += 1
@@ -193,8 +206,6 @@ class _Run:
                     self._save(step)
                 if last:
                     break
-            if after is None:  # the checkpoint was the run's last
-                after = self._evaluate(step)
             write_folder(self.output / "final", lambda folder: save_model(self.policy, folder))
         finally:
             self.tracker.close()
@@ -212,7 +223,7 @@ class _Run:
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 
-    def _evaluate(self, step: int) -> EvaluationResult | None:
+    def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
         """Greedy completions of the held-out prompts, compared with those from before training."""
         if self.eval_prompts is None:
             return None
@@ -226,8 +237,11 @@ class _Run:
         texts = decode(self.policy, [group[0] for group in groups])
         if step == 0:
             self.baseline_texts = texts
-            (self.output / _BASELINE).write_text(json.dumps(texts))
+            kept = {"data": fingerprint(self.eval_prompts), "texts": texts}
+            (self.output / _BASELINE).write_text(json.dumps(kept))
         result = self._compare(texts, None if step == 0 else self.baseline_texts)
+        if not log:
+            return result
         self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
         for callback in self.callbacks:
             callback.on_evaluate(step, result)
@@ -256,7 +270,7 @@ class _Run:
             config=self.config,
             data=self.data,
         )
-        delete_old(self.output, self.config.save_total_limit)
+        delete_old(path, self.config.save_total_limit)
         for callback in self.callbacks:
             callback.on_save(step, path)
 
@@ -265,7 +279,7 @@ class _Run:
         state = read_state(checkpoint)
         check_same_run(checkpoint, state, config=self.config, data=self.data)
         load_weights(self.policy, checkpoint)
-        load_optimizer(checkpoint, self.optimizer, self.scheduler, self.policy.device)
+        load_optimizer(checkpoint, self.optimizer, self.scheduler)
         logger.info("resuming from %s", checkpoint)
         return state["step"]
 
@@ -274,12 +288,25 @@ class _Run:
         if self.eval_prompts is None:
             return None
         try:
-            texts = json.loads((self.output / _BASELINE).read_text())
+            kept = json.loads((self.output / _BASELINE).read_text())
         except FileNotFoundError:
             logger.warning("%s is not in %s: no NAG in this run", _BASELINE, self.output)
             return None
-        self.baseline_texts = texts
-        return self._compare(texts, None)
+        if kept["data"] != fingerprint(self.eval_prompts):
+            logger.warning("eval_dataset is not the one this run began with: no NAG in this run")
+            return None
+        self.baseline_texts = kept["texts"]
+        return self._compare(kept["texts"], None)
+
+    def _recall_metrics(self) -> tuple[Watch, dict[str, float]]:
+        """What the steps before a resume have reported, to the watch; and the last of them."""
+        watch, metrics = Watch(), {}
+        for row in read_lines(self.output / METRICS_FILE):
+            if "loss" in row:
+                metrics = {k: math.nan if v is None else v for k, v in row.items() if k != "step"}
+                for _said_before in watch.messages(row["step"], metrics):
+                    pass
+        return watch, metrics
 
 
 def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list[Encoded]:
@@ -290,4 +317,5 @@ def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list
         max_new_tokens=config.max_new_tokens,
         max_prompt_length=config.max_prompt_length,
         max_reference_length=config.max_reference_length,
+        eos_token_ids=policy.eos_token_ids,
     )

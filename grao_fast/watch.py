@@ -26,9 +26,11 @@ class Watch:
         yield from self._collapse(step, metrics)
 
     def _no_signal(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
-        if metrics["frac_reward_zero_std"] < 1:
+        if metrics["frac_dead"] < 1:
             return
-        if self._dead_steps % _REPEAT_EVERY == 0:
+        if self._dead_steps % _REPEAT_EVERY == 0 and math.isnan(metrics["reward"]):
+            yield f"step {step}: the loss is 0, since the reward was None for every sample"
+        elif self._dead_steps % _REPEAT_EVERY == 0:
             yield (
                 f"step {step}: the loss is 0, since in every group all rewards are equal "
                 f"(mean {metrics['reward']:.4g}): there is nothing to learn from. "

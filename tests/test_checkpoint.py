@@ -80,7 +80,7 @@ def test_a_failed_write_leaves_no_checkpoint(tmp_path: Path):
 def test_the_oldest_are_deleted_by_step_not_by_name(tmp_path: Path):
     for step in (9, 10, 100):
         write(tmp_path, step)
-    delete_old(tmp_path, 2)
+    delete_old(checkpoint_path(tmp_path, 100), 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
 
 

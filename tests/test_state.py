@@ -36,7 +36,7 @@ def test_length_of_a_run(options: dict, steps: int):
 
 
 def metrics(**changed: float) -> dict[str, float]:
-    return {"frac_reward_zero_std": 0.2, "reward": 0.5, "reference/logprob": -1.0} | {
+    return {"frac_dead": 0.2, "reward": 0.5, "reference/logprob": -1.0} | {
         name.replace("_logprob", "/logprob"): value for name, value in changed.items()
     }
 
@@ -47,10 +47,12 @@ def said(rows: list[dict[str, float]]) -> list[str]:
 
 
 def test_a_loss_of_zero_is_explained_every_tenth_time():
-    messages = said([metrics(frac_reward_zero_std=1.0)] * 12)
+    messages = said([metrics(frac_dead=1.0)] * 12)
     assert len(messages) == 2
     assert "step 1: the loss is 0" in messages[0]
     assert "step 11" in messages[1]
+    (message,) = said([metrics(frac_dead=1.0, reward=math.nan)])
+    assert "None for every sample" in message
 
 
 def test_collapsing_references_are_reported_once():

@@ -208,9 +208,8 @@ def test_another_dataset_cannot_be_resumed(tiny_model, uninterrupted: Path):
 def test_an_adapter_trains_and_resumes(tiny_model, tmp_path: Path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     options = {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # the seed of the config decides, not what was drawn before
     run(tiny_model, tmp_path / "whole", **options)
-    torch.manual_seed(0)
     run(tiny_model, tmp_path / "parts", **options, callbacks=[StopAt(3)])
     run(tiny_model, tmp_path / "parts", **options, resume_from_checkpoint=True)
     adapters = [
