@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grao_fast.batch import Group, MicroBatch, pack, pad, split_by_tokens
+from grao_fast.batch import Group, MicroBatch, count_tokens, pack, pad, split_by_tokens
 
 
 def group(prompt: list[int], *sequences: list[int], live: list[bool] | None = None) -> Group:
@@ -65,3 +65,15 @@ def test_dead_groups_are_left_out_and_groups_stay_whole():
 def test_the_longest_group_comes_first_even_over_the_budget():
     long = group([1] * 9, [2])
     assert list(split_by_tokens([GROUPS[0], long], max_tokens=6)) == [[long], [GROUPS[0]]]
+
+
+def test_the_budget_counts_the_tokens_of_the_forward_pass():
+    """Padding included: one long row makes every row of its micro-batch as long."""
+    groups = [group([1] * 30, [2] * 70, [3])] + [group([1] * 3, [2] * 2, [3]) for _ in range(20)]
+    for share_prefix, lay_out in ((True, pack), (False, lambda part: pad(part, pad_token_id=0))):
+        parts = list(split_by_tokens(groups, 220, share_prefix=share_prefix))
+        assert sum(map(len, parts)) == len(groups)
+        for part in parts:
+            tokens = lay_out(part).input_ids_BL.numel()
+            assert tokens == count_tokens(part, share_prefix=share_prefix)
+            assert tokens <= 220

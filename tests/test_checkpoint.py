@@ -13,6 +13,7 @@ import pytest
 
 from grao_fast.checkpoint import (
     CheckpointError,
+    check_fresh,
     checkpoint_path,
     delete_old,
     find_checkpoint,
@@ -105,3 +106,25 @@ write_folder(checkpoint_path(Path(sys.argv[1]), 2), fill)
     assert find_checkpoint(tmp_path, True) == checkpoint_path(tmp_path, 1)
     verify(write(tmp_path, 2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_was_just_written_is_kept_beside_later_leftovers(tmp_path: Path):
+    for step in (100, 5, 10):
+        write(tmp_path, step)
+    delete_old(checkpoint_path(tmp_path, 10), 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
+
+
+def test_a_folder_with_later_checkpoints_is_refused(tmp_path: Path):
+    write(tmp_path, 4)
+    check_fresh(tmp_path, after_step=4)
+    with pytest.raises(CheckpointError, match="already holds checkpoint-4"):
+        check_fresh(tmp_path, after_step=0)
+
+
+def test_a_checkpoint_can_be_written_again(tmp_path: Path):
+    write(tmp_path, 4)
+    path = write(tmp_path, 4, text="newer")
+    verify(path)
+    assert (path / "model.bin").read_text() == "newer"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]

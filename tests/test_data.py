@@ -344,3 +344,32 @@ def test_an_eos_that_the_tokenizer_appends_to_prompts_is_removed(
         single="$A <eos>", special_tokens=[("<eos>", 0)]
     )
     assert encode(EXAMPLES[:1], tokenizer)[0].prompt_ids == ids("a b")
+
+
+def test_a_reference_ends_as_the_chat_template_ends_a_turn(tiny_model):
+    """Gemma and Phi-3 end a turn with another token than the tokenizer's eos_token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}<end_of_turn>\n{% endfor %}"
+    )
+    rows = [
+        {"prompt": [{"role": "user", "content": "a"}], "reference": "b"},
+        {"prompt": "a", "reference": "b"},
+    ]
+
+    def ends(eos_token_ids: set[int]) -> list[int]:
+        encoded = encode_examples(
+            load_examples(rows),
+            tokenizer,
+            context_length=None,
+            max_new_tokens=4,
+            eos_token_ids=eos_token_ids,
+        )
+        return [item.reference_ids[-1] for item in encoded]
+
+    assert ends({1, turn}) == [turn, 1]
+    assert ends({1}) == [1, 1]

@@ -95,7 +95,7 @@ def test_shared_prompts_give_the_gradients_of_repeated_ones(
     assert torch.allclose(hidden, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert len(shared) == len(repeated)
     for ours, theirs in zip(shared, repeated, strict=True):
-        assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
 
 
 def test_a_sliding_window_is_felt(tiny_model):
@@ -110,6 +110,16 @@ def test_a_sliding_window_is_felt(tiny_model):
     with policy.updating():
         wide = policy.hidden(pack(GROUPS))
     assert float((narrow - wide).abs().max()) > 1e-3
+
+
+def test_a_window_of_the_mask_alone_is_refused(tiny_model):
+    """Phi-MoE builds its window into the mask, which a shared prefix does without."""
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=20)
+    model = AutoModelForCausalLM.from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match=r"sliding_window=20 .*share_prefix=False"):
+        load_policy(model, config=GRAOConfig(), tokenizer=tokenizer)
 
 
 def test_a_head_that_is_not_understood_is_refused(tiny_model):

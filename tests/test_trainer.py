@@ -257,3 +257,61 @@ def test_a_pairwise_reward_gives_the_reference_zero(tiny_model, tmp_path: Path):
     config = CONFIG.replace(max_steps=2, save_steps=0, reward_type="pairwise")
     run(tiny_model, tmp_path, reward=longer, config=config)
     assert [row["reference/reward"] for row in lines(tmp_path)] == [0.0, 0.0]
+
+
+def test_a_module_in_bfloat16_is_refused(tiny_model, tmp_path: Path):
+    """At the paper's learning rate its parameters would hardly move."""
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match=r"bfloat16.*dtype=torch\.float32"):
+        run(model, tmp_path, tokenizer=tokenizer)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tiny_model, uninterrupted: Path):
+    with pytest.raises(ValueError, match="already holds checkpoint-6"):
+        run(tiny_model, uninterrupted)
+    with pytest.raises(ValueError, match="already holds checkpoint-6"):
+        run(tiny_model, uninterrupted, resume_from_checkpoint=uninterrupted / "checkpoint-4")
+
+
+def test_a_resumed_run_takes_the_new_learning_rate(tiny_model, tmp_path: Path, caplog):
+    run(tiny_model, tmp_path, callbacks=[StopAt(2)])
+    config = CONFIG.replace(learning_rate=1e-5, lr_scheduler_type="constant")
+    run(tiny_model, tmp_path, config=config, resume_from_checkpoint=True)
+    rates = [row["learning_rate"] for row in lines(tmp_path)]
+    assert rates[:2] == pytest.approx([3e-3, 3e-3 * 5 / 6])
+    assert rates[2:] == [1e-5] * 4
+    assert "other options than the checkpoint's: learning_rate, lr_scheduler_type" in caplog.text
+
+
+def test_another_eval_dataset_gives_no_nag(tiny_model, tmp_path: Path, caplog):
+    run(tiny_model, tmp_path, eval_dataset=ROWS[:3], callbacks=[StopAt(2)])
+    result = run(tiny_model, tmp_path, eval_dataset=ROWS[3:6], resume_from_checkpoint=True)
+    assert result.before is None
+    assert result.after.nag is None
+    assert "eval_dataset is not the one" in caplog.text
+
+
+def test_a_finished_run_can_be_resumed(tiny_model, tmp_path: Path):
+    first = run(tiny_model, tmp_path, eval_dataset=ROWS[:3])
+    written = (tmp_path / "metrics.jsonl").read_text()
+    again = run(tiny_model, tmp_path, eval_dataset=ROWS[:3], resume_from_checkpoint=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+    assert again.steps == 6
+    assert again.metrics["loss"] == first.metrics["loss"]
+    assert again.after.metrics() == first.after.metrics()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": letters}, "metric is measured on eval_dataset"),
+        ({"config": CONFIG.replace(eval_steps=2)}, "eval_steps=2 needs an eval_dataset"),
+        ({"config": CONFIG.replace(report_to=["wandbb"])}, "report_to does not know 'wandbb'"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tiny_model, tmp_path: Path, options, message: str):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model, tmp_path, **options)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import grao_fast
 
+MIN_WORDS = 12
 REWARD = Path(__file__).with_name("reward.py")
 
 
@@ -23,12 +24,20 @@ def words(completions: list[list[dict[str, str]]]) -> list[float]:
     return [float(len(messages[-1]["content"].split())) for messages in completions]
 
 
+def long_enough(
+    completions: list[list[dict[str, str]]], references: list[list[dict[str, str]]]
+) -> list[float]:
+    """-2 for an answer of fewer than MIN_WORDS words: no win over the reference outweighs it."""
+    return [-2.0 * (count < MIN_WORDS) for count in words(completions)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder written by prepare.py")
     parser.add_argument("--data", type=Path, required=True, help="with train and test .jsonl.gz")
     parser.add_argument("--output", type=Path, default=Path("harmless-run"))
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--guard", action="store_true", help="add the reward `long_enough`")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
 
@@ -36,7 +45,7 @@ def main() -> None:
         model=arguments.model,
         dataset=arguments.data / "train.jsonl.gz",
         eval_dataset=arguments.data / "test.jsonl.gz",
-        reward=f"{REWARD}:reward",
+        reward=[f"{REWARD}:reward", long_enough] if arguments.guard else f"{REWARD}:reward",
         metric=words,
         config=grao_fast.GRAOConfig(
             reward_type="pairwise",
