@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(explain(error.message, command if hints else "", hints, list(commands)))
     options = parsed[parsed.command].as_dict()
     options.pop("config", None)
+    logging.basicConfig(format=f"{PROGRAM}: %(message)s")
+    logging.getLogger("grao_fast").setLevel(logging.INFO)
     # Rewards named as module:function lie where the user stands. Last, not first: a checkout's own
     # folders must not hide installed packages.
     if os.getcwd() not in sys.path:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from grao_fast.batch import Group
+from grao_fast.kernels.checks import resolve_backend
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
@@ -64,9 +65,10 @@ def check_parity(policy: Policy) -> None:
             f"largest is {largest:.3g}; {remedy}"
         )
     logger.info(
-        "%s on %s: prompts %s, parity error %.1e",
+        "%s on %s: prompts %s, loss in %s, logits off by %.1e of the largest",
         name,
         device,
         "shared" if policy.share_prefix else "repeated",
+        resolve_backend(None, device),
         error / largest,
     )

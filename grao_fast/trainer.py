@@ -47,7 +47,7 @@ from grao_fast.state import (
     step_seed,
 )
 from grao_fast.step import Rollout, decode, rollout_metrics, sample_and_score, update
-from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines
+from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines, write_lines
 from grao_fast.watch import Watch
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ class _Run:
         result = self._compare(texts, None if step == 0 else self.baseline_texts)
         if not log:
             return result
+        write_lines(self.output / f"eval-{step}.jsonl", result.rows)
         self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
         for callback in self.callbacks:
             callback.on_evaluate(step, result)

@@ -92,16 +92,16 @@ WRONG_INPUTS = {
     TRAIN + "--reward_type pairwise": "does not take `references`",
     TRAIN + "--output_dir file": "cannot write to output_dir 'file'",
     TRAIN + "--resume_from_checkpoint checkpoint-9": "checkpoint-9.* does not exist",
-    TRAIN + "--resume_from_checkpoint true": "checkpoint",
+    TRAIN + "--resume_from_checkpoint true": "no whole checkpoint in '.*' to resume from",
     "eval --model ./model --dataset absent.jsonl --reward rewards.py:correct": "no such file",
-    "plot file": "file",
+    "plot file": "holds no metrics.jsonl",
 }
 
 # Only the model or its samples can tell.
 WRONG_MEETINGS = {
     TRAIN + "--model ./absent": "model folder './absent' does not exist",
-    TRAIN + "--model notes": "notes",
-    TRAIN + "--model some/name": "some/name",
+    TRAIN + "--model notes": "cannot load model 'notes': ",
+    TRAIN + "--model some/name": "cannot load model 'some/name': ",
     TRAIN + "--dataset long.jsonl --reward rewards.py:broken": "600 tokens .* do not fit",
     TRAIN + "--reward rewards.py:broken": r"broken raised ZeroDivisionError.*rewards.py, line 9\)",
     TRAIN + "--reward rewards.py:short": r"short returned 1 values for \d+ completions",

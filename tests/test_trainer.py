@@ -77,6 +77,7 @@ def test_it_learns(tiny_model, tmp_path: Path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     assert result.after.ras > result.before.ras
     assert result.after.nag > 0.5
+    assert len((tmp_path / "eval-40.jsonl").read_text().splitlines()) == len(ROWS)
     assert not same_bits(tmp_path / "final", tiny_model)
 
 
