@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
     hidden_TD: Tensor | None
     head_VD: Tensor | None
     bias_V: Tensor | None
-    unscale: float | Tensor
+    unscale: Tensor  # 0-d float32
 
 
 class PassResult(NamedTuple):
@@ -166,16 +166,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _normalise(weight_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+def _normalise(weight_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """For float16, the weights over a power of two that brings the largest to [1/2, 1).
 
     Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
     power of two changes no other bit, and is given back when the gradients leave.
     """
+    one = weight_L.new_ones(())
     if dtype != torch.float16 or weight_L.numel() == 0:
-        return weight_L, 1.0
+        return weight_L, one
     exponent = weight_L.abs().amax().frexp().exponent.clamp(-120, 120)  # 2^121 is finite
-    return torch.ldexp(weight_L, -exponent), torch.ldexp(weight_L.new_ones(()), exponent)
+    return torch.ldexp(weight_L, -exponent), torch.ldexp(one, exponent)
 
 
 def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
