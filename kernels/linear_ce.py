@@ -23,8 +23,7 @@ from .checks import (
     compute_dtype,
     logit_transform,
 )
-
-_SCALE_BLOCK_BYTES = 64 * 2**20
+from .scale import scaled_gradient
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -149,26 +148,7 @@ class _WeightedTerms(torch.autograd.Function):
         ctx.gradients = None
         scale = grad_loss * ctx.unscale
         scaled = [
-            _scaled(gradient, scale, dtype, ctx.backend) if wanted else None
+            scaled_gradient(gradient, scale, dtype, ctx.backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
         ]
         return *scaled, *[None] * 9
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """scale * gradient in `dtype`, multiplied in float32; in place where the dtype stays."""
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    if gradient.device.type == "cpu" and out is gradient and scale.item() == 1.0:
-        return gradient
-    if backend == "triton":
-        from .rowwise import scale_gradient
-
-        scale_gradient(gradient, scale, out)
-    elif gradient.dtype == dtype == torch.float32:
-        gradient.mul_(scale)
-    elif gradient.numel() > 0:
-        row_bytes = 4 * max(1, gradient[0].numel())
-        block = max(1, _SCALE_BLOCK_BYTES // row_bytes)
-        for piece, result in zip(gradient.split(block), out.split(block), strict=True):
-            result.copy_(piece.float().mul_(scale))
-    return out

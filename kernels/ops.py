@@ -21,12 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from .advantage import advantages_and_terms, check_finite_rewards, row_coefficients
 from .checks import LogitTransform, check_backend, check_range
-from .one_pass import Options, one_pass
+from .one_pass import Gradients, Options, one_pass
 
-_LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
+LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
 
 
-def _operator(fake: Callable) -> Callable[[Callable], Callable]:
+def operator(fake: Callable) -> Callable[[Callable], Callable]:
     """Registers a function as torch.ops.grao_fast.<its name>, with `fake` for its shapes.
 
     As `torch.library.custom_op` does, whose first call would import the compiler: 1.3 s.
@@ -35,9 +35,9 @@ def _operator(fake: Callable) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"grao_fast::{name}", fake, lib=_LIBRARY)
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"grao_fast::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.grao_fast, name).default
 
     return register
@@ -79,7 +79,7 @@ def _weighted_terms_fake(
     )
 
 
-@_operator(_weighted_terms_fake)
+@operator(_weighted_terms_fake)
 def weighted_terms(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -107,24 +107,28 @@ def weighted_terms(
         wants=(wants[0], wants[1], wants[2]),
     )
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        loss, parts_C, logprob_T, gradients = one_pass(
+        loss, parts_C, logprob_T, _entropy, gradients = one_pass(
             hidden_TD, head_VD, bias_V, target_T, terms_CT, options
         )
-    none = hidden_TD.new_empty
-    dhidden_TD = none(0) if gradients.hidden_TD is None else gradients.hidden_TD
-    dhead_VD = dbias_V = None
-    if gradients.head_VD is not None:
-        dhead_VD = gradients.head_VD.to(_kept_dtype(head_VD, dtype))
-    if bias_V is not None and gradients.bias_V is not None:
-        dbias_V = gradients.bias_V.to(_kept_dtype(bias_V, dtype))
+    dgradients = rounded_gradients(gradients, (hidden_TD, head_VD, bias_V), dtype)
+    return loss, parts_C, logprob_T, *dgradients, gradients.unscale
+
+
+def rounded_gradients(
+    gradients: Gradients, operands: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, head and bias, in the dtype in which they are kept; empty where not wanted."""
+    hidden_TD, head_VD, bias_V = operands
+    nothing = hidden_TD.new_empty
+    dhidden_TD, dhead_VD, dbias_V, _ = gradients
+    if dhead_VD is not None:
+        dhead_VD = dhead_VD.to(_kept_dtype(head_VD, dtype))
+    if dbias_V is not None and bias_V is not None:
+        dbias_V = dbias_V.to(_kept_dtype(bias_V, dtype))
     return (
-        loss,
-        parts_C,
-        logprob_T,
-        dhidden_TD,
-        none(0) if dhead_VD is None else dhead_VD,
-        none(0) if dbias_V is None else dbias_V,
-        gradients.unscale,
+        nothing(0) if dhidden_TD is None else dhidden_TD,
+        nothing(0) if dhead_VD is None else dhead_VD,
+        nothing(0) if dbias_V is None else dbias_V,
     )
 
 
@@ -153,7 +157,7 @@ torch.library.register_autograd(
     "grao_fast::weighted_terms",
     _scale_gradients,
     setup_context=_save_gradients,
-    lib=_LIBRARY,
+    lib=LIBRARY,
 )
 
 
@@ -175,7 +179,7 @@ def _grao_terms_fake(
     )
 
 
-@_operator(_grao_terms_fake)
+@operator(_grao_terms_fake)
 def grao_terms(
     rewards_NK: Tensor,
     sequence_T: Tensor,
