@@ -9,12 +9,15 @@ from . import reference
 from .advantage import group_advantages, sequence_weights
 from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
 from .linear_grao import GRAOLoss, linear_grao_loss
+from .linear_logprob import TokenLogprobs, linear_logprobs
 
 __all__ = [
     "GRAOLoss",
     "LinearCrossEntropy",
+    "TokenLogprobs",
     "group_advantages",
     "linear_grao_loss",
+    "linear_logprobs",
     "linear_weighted_cross_entropy",
     "reference",
     "sequence_weights",

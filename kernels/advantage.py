@@ -44,6 +44,7 @@ def group_advantages(
     Source: arXiv 2508.07750, Eq. 4.
     """
     check_rewards("rewards_NK", rewards_NK)
+    check_finite_rewards("rewards_NK", rewards_NK)
     check_choice("statistics", statistics, STATISTICS)
     check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
     if resolve_backend(None, rewards_NK.device) == "triton":
@@ -71,6 +72,7 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
     Source: arXiv 2508.07750, Eq. 3, its terms collected.
     """
     check_rewards("advantages_NK", advantages_NK)
+    check_finite_rewards("advantages_NK", advantages_NK)
     check_number("beta", beta)
     check_number("lam", lam)
     if resolve_backend(None, advantages_NK.device) == "triton":
@@ -128,6 +130,10 @@ def check_rewards(name: str, rewards_NK: Tensor) -> None:
     if not rewards_NK.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {rewards_NK.dtype}")
     check_constant(name, rewards_NK)
+
+
+def check_finite_rewards(name: str, rewards_NK: Tensor) -> None:
+    """For a tensor on the CPU; elsewhere the host would have to wait."""
     if rewards_NK.device.type == "cpu" and rewards_NK.isinf().any():
         n, k = rewards_NK.isinf().nonzero()[0].tolist()
         raise ValueError(

@@ -1,7 +1,8 @@
 """The boundary: what the public functions accept, and what they say to the rest.
 
-Checks read metadata only, so that none waits for a device; the values of index tensors are
-checked where they lie on the CPU, which costs nothing there.
+Checks read metadata only, so that none waits for a device and all can be traced by a compiler; the
+values of index tensors are checked inside the operators, where they lie on the CPU, which costs
+nothing there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def logit_transform(
 def check_number(name: str, value: object, *, above: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or (above is not None and value <= above):
+    # Not math.isfinite: a compiler cannot trace that for a number that it keeps symbolic.
+    if not -math.inf < value < math.inf or (above is not None and value <= above):
         bound = "finite" if above is None else f"finite and above {above}"
         raise ValueError(f"{name} must be {bound}, got {value}")
 
@@ -128,21 +130,33 @@ def check_range(name: str, index_T: Tensor, low: int, high: int) -> None:
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """`choose_backend`, refused at once where it cannot run."""
+    backend = choose_backend(backend, device)
+    check_backend(backend, device)
+    return backend
+
+
+def choose_backend(backend: str | None, device: torch.device) -> str:
     """ "triton" for CUDA tensors and "torch" for others, unless `backend` says which."""
     if backend is None:
         backend = "triton" if device.type == "cuda" else "torch"
     check_choice("backend", backend, ("triton", "torch"))
-    if backend == "triton":
-        if find_spec("triton") is None:
-            raise ValueError(
-                "backend 'triton' needs Triton, which is not installed: pip install triton "
-                "(Linux only), or pass backend='torch'"
-            )
-        from .rowwise import runs_on
-
-        if not runs_on(device):
-            raise ValueError(
-                f"backend 'triton' cannot run on {device}: pass backend='torch', or set "
-                "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
-            )
     return backend
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """ValueError where the backend cannot run; looks for Triton, so not to be traced."""
+    if backend != "triton":
+        return
+    if find_spec("triton") is None:
+        raise ValueError(
+            "backend 'triton' needs Triton, which is not installed: pip install triton "
+            "(Linux only), or pass backend='torch'"
+        )
+    from .rowwise import runs_on
+
+    if not runs_on(device):
+        raise ValueError(
+            f"backend 'triton' cannot run on {device}: pass backend='torch', or set "
+            "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
+        )

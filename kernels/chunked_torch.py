@@ -17,6 +17,9 @@ from .checks import LogitTransform
 # 41), and threads would have to meet eight times as often, which costs dear on a busy machine.
 _CPU_BLOCK_BYTES = 8 * 2**20
 
+# Of z - max where it is multiplied by its exponential, which is 0 there: 0 * -inf would be NaN.
+GAP_FLOOR = -128.0
+
 
 def weighted_ce_rows(
     logits_RV: Tensor,
@@ -26,8 +29,13 @@ def weighted_ce_rows(
     weight_R: Tensor,
     logprob_R: Tensor,
     transform: LogitTransform,
+    entropy_R: Tensor | None = None,
+    entropy_weight_R: Tensor | None = None,
 ) -> None:
     """logprob = log softmax(z)[target] and dlogits = weight (softmax(z) - onehot) dz/dx.
+
+    And, where asked for, entropy = -sum p log p with p = softmax(z), whose gradient in z is
+    -p (log p + entropy).
 
     Args:
         logits_RV: (R, V) float32, x without its bias; destroyed.
@@ -37,6 +45,9 @@ def weighted_ce_rows(
         weight_R: (R,) float32. A row of weight 0 gets a gradient of 0 and a log-prob of NaN.
         logprob_R: (R,) float32 to write.
         transform: the constants of z.
+        entropy_R: (R,) float32 to write, or None.
+        entropy_weight_R: (R,) float32, what multiplies the entropy's gradient in dlogits, or None;
+            only with entropy_R. A row is then of weight 0 if both weights are.
     """
     R, V = logits_RV.shape
     on_cpu = logits_RV.device.type == "cpu"
@@ -51,8 +62,15 @@ def weighted_ce_rows(
             weight_R[rows, None],
             logprob_R[rows, None],
             transform,
+            None if entropy_R is None else entropy_R[rows, None],
+            None if entropy_weight_R is None else entropy_weight_R[rows, None],
         )
-    logprob_R.masked_fill_(weight_R == 0, torch.nan)
+    dead_R = weight_R == 0
+    if entropy_weight_R is not None:
+        dead_R &= entropy_weight_R == 0
+    logprob_R.masked_fill_(dead_R, torch.nan)
+    if entropy_R is not None:
+        entropy_R.masked_fill_(dead_R, torch.nan)
 
 
 def _block_rows(
@@ -63,11 +81,17 @@ def _block_rows(
     weight_B1: Tensor,
     logprob_B1: Tensor,
     transform: LogitTransform,
+    entropy_B1: Tensor | None,
+    entropy_weight_B1: Tensor | None,
 ) -> None:
     bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
     peak_B1 = z_BV.amax(1, keepdim=True)
     target_z_B1 = z_BV.gather(1, target_B1).sub_(peak_B1)
-    z_BV.sub_(peak_B1).exp_()
+    z_BV.sub_(peak_B1)
+    gap_BV = None if entropy_B1 is None else z_BV.clamp(min=GAP_FLOOR)
+    z_BV.exp_()
+    if gap_BV is not None and entropy_B1 is not None:
+        _entropy_(gap_BV, z_BV, entropy_B1)
     # The target stays out of the sum: 1 - p of a target that is nearly certain is then others /
     # total with all its digits, where p - 1 would have few left.
     target_exp_B1 = target_z_B1.exp()
@@ -85,10 +109,28 @@ def _block_rows(
         return
     scale_B1 = weight_B1 * transform.slope / total_B1
     z_BV.mul_(scale_B1).scatter_(1, target_B1, -scale_B1 * others_B1)
+    if gap_BV is not None and entropy_weight_B1 is not None:
+        z_BV.addcmul_(gap_BV, entropy_weight_B1, value=-transform.slope)
     if bend_BV is not None:
         z_BV.mul_(bend_BV)
     if dlogits_BV.data_ptr() != z_BV.data_ptr():
         dlogits_BV.copy_(z_BV)
+
+
+def _entropy_(gap_BV: Tensor, exp_BV: Tensor, entropy_B1: Tensor) -> None:
+    """entropy = log(total) - E[gap], gap = z - max; gap becomes p (gap - E[gap]).
+
+    That is p (log p + entropy). The peaks stay out of the sum, so that the log of a total that is
+    nearly 1 has all its digits.
+    """
+    peaks_BV = exp_BV == 1
+    ties_B1 = peaks_BV.sum(1, keepdim=True)
+    rest_B1 = exp_BV.masked_fill(peaks_BV, 0).sum(1, keepdim=True)
+    total_B1 = rest_B1 + ties_B1
+    mean_B1 = (exp_BV * gap_BV).sum(1, keepdim=True).div_(total_B1)
+    log_total_B1 = torch.where(ties_B1 == 1, rest_B1.log1p(), total_B1.log())
+    entropy_B1.copy_(log_total_B1 - mean_B1)
+    gap_BV.sub_(mean_B1).mul_(exp_BV).div_(total_B1)
 
 
 def _transform_logits_(

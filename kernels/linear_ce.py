@@ -1,7 +1,7 @@
 """sum_t weight_t * cross-entropy_t of a linear head, one pass, logits never whole.
 
-Layers: the public function checks its arguments, the autograd function keeps the gradients that
-`one_pass.py` has made and hands them over.
+Layers: the public function checks its arguments; the autograd function keeps the gradients that
+the operator in `ops.py` has made, by `one_pass.py`, and hands them over.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ops
 from .checks import (
     LogitTransform,
     check_constant,
     check_home,
     check_number,
     check_operands,
+    choose_backend,
     compute_dtype,
     logit_transform,
-    resolve_backend,
 )
-from .one_pass import Gradients, Options, one_pass
-
-_SCALE_BLOCK_BYTES = 64 * 2**20
+from .scale import scaled_gradient
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -86,7 +85,7 @@ def linear_weighted_cross_entropy(
     check_constant("weight_T", weight_T)
     check_home("weight_T", weight_T, hidden_TD)
     transform = logit_transform(temperature, logit_scale, softcap)
-    backend = resolve_backend(backend, hidden_TD.device)
+    backend = choose_backend(backend, hidden_TD.device)
     loss, _, logprob_T = weighted_terms(
         hidden_TD, head_VD, bias_V, target_T, weight_T[None], transform, workspace_mib, backend
     )
@@ -106,78 +105,50 @@ def weighted_terms(
     """Loss, its parts (C,) = terms_CT . logprob_T with loss = -sum of parts, and logprob_T."""
     check_number("workspace_mib", workspace_mib, above=0)
     tracked = torch.is_grad_enabled()
-    options = Options(
-        transform=transform,
-        workspace_bytes=int(workspace_mib * 2**20),
-        backend=backend,
-        dtype=compute_dtype(hidden_TD, head_VD),
-        wants=(
-            tracked and hidden_TD.requires_grad,
-            tracked and head_VD.requires_grad,
-            tracked and bias_V is not None and bias_V.requires_grad,
-        ),
+    operands = (hidden_TD, head_VD, bias_V)
+    arguments = (
+        *operands,
+        target_T,
+        terms_CT,
+        *transform,
+        int(workspace_mib * 2**20),
+        backend,
+        compute_dtype(hidden_TD, head_VD),
+        [tracked and each is not None and each.requires_grad for each in operands],
     )
-    return _WeightedTerms.apply(hidden_TD, head_VD, bias_V, target_T, terms_CT, options)
+    # A compiler may see nothing change in place, and reuses the buffers by itself.
+    run = ops.weighted_terms if torch.compiler.is_compiling() else _WeightedTerms.apply
+    loss, parts_C, logprob_T, *_ = run(*arguments)
+    return loss, parts_C, logprob_T
 
 
 class _WeightedTerms(torch.autograd.Function):
+    """The operator, and a backward pass that scales its gradients where they are."""
+
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, bias_V, target_T, terms_CT, options):
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            result = one_pass(hidden_TD, head_VD, bias_V, target_T, terms_CT, options)
+    def forward(ctx, *arguments):
+        *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = ops.weighted_terms(*arguments)
+        *_, backend, _, wants = arguments
         # Kept here and not by save_for_backward, as backward gives these very buffers away.
-        ctx.gradients = _in_final_dtype(result.gradients, head_VD, bias_V)
-        ctx.dtypes = (hidden_TD.dtype, head_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.backend = options.backend
-        ctx.mark_non_differentiable(result.parts_C, result.logprob_T)
-        return result.loss, result.parts_C, result.logprob_T
+        ctx.gradients = (dhidden_TD, dhead_VD, dbias_V)
+        ctx.unscale, ctx.backend, ctx.wants = unscale, backend, wants
+        ctx.dtypes = [None if each is None else each.dtype for each in arguments[:3]]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _grad_parts, _grad_logprob):
-        gradients: Gradients | None = ctx.gradients
+    def backward(ctx, grad_loss, *_grad_constants):
+        gradients: tuple[Tensor, ...] | None = ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "the gradients of this loss were handed over by the first backward pass; call "
                 "the loss again for a second one"
             )
         ctx.gradients = None
-        scale = grad_loss * gradients.unscale
+        scale = grad_loss * ctx.unscale
         scaled = [
-            None if gradient is None else _scaled(gradient, scale, dtype, ctx.backend)
-            for gradient, dtype in zip(gradients[:3], ctx.dtypes, strict=True)
+            scaled_gradient(gradient, scale, dtype, ctx.backend) if wanted else None
+            for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return *scaled, None, None, None
-
-
-def _in_final_dtype(gradients: Gradients, head_VD: Tensor, bias_V: Tensor | None) -> Gradients:
-    """Rounds what was summed in float32, unless a factor is still to come.
-
-    float16 gradients of normalised weights may lie outside of float16 until they are unscaled.
-    """
-    if isinstance(gradients.unscale, Tensor):
-        return gradients
-    head, bias = gradients.head_VD, gradients.bias_V
-    return gradients._replace(
-        head_VD=None if head is None else head.to(head_VD.dtype),
-        bias_V=None if bias is None or bias_V is None else bias.to(bias_V.dtype),
-    )
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """scale * gradient in `dtype`, multiplied in float32; in place where the dtype stays."""
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    if gradient.device.type == "cpu" and out is gradient and scale.item() == 1.0:
-        return gradient
-    if backend == "triton":
-        from .rowwise import scale_gradient
-
-        scale_gradient(gradient, scale, out)
-    elif gradient.dtype == dtype == torch.float32:
-        gradient.mul_(scale)
-    elif gradient.numel() > 0:
-        row_bytes = 4 * max(1, gradient[0].numel())
-        block = max(1, _SCALE_BLOCK_BYTES // row_bytes)
-        for piece, result in zip(gradient.split(block), out.split(block), strict=True):
-            result.copy_(piece.float().mul_(scale))
-    return out
+        return *scaled, *[None] * 9

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from . import ops
 from .advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
-    advantages_and_terms,
     check_rewards,
-    row_coefficients,
 )
 from .checks import (
     check_choice,
@@ -19,9 +18,8 @@ from .checks import (
     check_index,
     check_number,
     check_operands,
-    check_range,
+    choose_backend,
     logit_transform,
-    resolve_backend,
 )
 from .linear_ce import weighted_terms
 
@@ -100,27 +98,18 @@ def linear_grao_loss(
             f"sequence_T is on {sequence_T.device} and rewards_NK on {rewards_NK.device}: "
             "put both on the CPU (recommended), or both beside hidden_TD"
         )
-    if sequence_T.device.type == "cpu":
-        check_range("sequence_T", sequence_T, -1, rewards_NK.numel())
     check_choice("statistics", statistics, STATISTICS)
     check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
     check_number("beta", beta)
     check_number("lam", lam)
-    if num_prompts is None:
-        num_prompts = max(1, rewards_NK.shape[0])
-    check_number("num_prompts", num_prompts, above=0)
+    if num_prompts is not None:
+        check_number("num_prompts", num_prompts, above=0)
     transform = logit_transform(temperature, logit_scale, softcap)
-    backend = resolve_backend(backend, hidden_TD.device)
+    backend = choose_backend(backend, hidden_TD.device)
 
-    advantages_NK, terms_3NK = advantages_and_terms(
-        rewards_NK,
-        statistics=statistics,
-        reference_advantage=reference_advantage,
-        beta=beta,
-        lam=lam,
-        backend=backend,
+    advantages_NK, terms_3T = ops.grao_terms(
+        rewards_NK, sequence_T, beta, lam, statistics, reference_advantage, num_prompts, backend
     )
-    terms_3T = row_coefficients(terms_3NK, sequence_T, num_prompts)
     loss, parts_3, logprob_T = weighted_terms(
         hidden_TD, head_VD, bias_V, target_T, terms_3T, transform, workspace_mib, backend
     )

@@ -32,6 +32,7 @@ class Options(NamedTuple):
     backend: str
     dtype: torch.dtype  # of the GEMMs' operands
     wants: tuple[bool, bool, bool]  # a gradient for hidden, head, bias
+    entropy: bool = False
 
 
 class Gradients(NamedTuple):
@@ -40,13 +41,14 @@ class Gradients(NamedTuple):
     hidden_TD: Tensor | None
     head_VD: Tensor | None
     bias_V: Tensor | None
-    unscale: float | Tensor
+    unscale: Tensor  # 0-d float32
 
 
 class PassResult(NamedTuple):
     loss: Tensor
     parts_C: Tensor
     logprob_T: Tensor
+    entropy_T: Tensor | None
     gradients: Gradients
 
 
@@ -56,8 +58,9 @@ class _LiveRows(NamedTuple):
     index_L: Tensor | None
     target_L: Tensor
     weight_L: Tensor
+    entropy_weight_L: Tensor | None
     terms_CL: Tensor
-    some_dead: bool  # rows of weight 0 may still be among them
+    live_L: Tensor | None  # which of these count after all; None where all do
 
 
 def one_pass(
@@ -67,17 +70,19 @@ def one_pass(
     target_T: Tensor,
     terms_CT: Tensor,
     options: Options,
+    entropy_weight_T: Tensor | None = None,
 ) -> PassResult:
     """parts = terms . logprob, loss = -sum(parts), and the gradients of the loss.
 
-    A row's weight is the sum of its C terms.
+    A row's weight is the sum of its C terms. With `entropy_weight_T` and the option `entropy`, the
+    gradients, though not the loss, are those of loss + entropy_weight . entropy.
     """
     T, D = hidden_TD.shape
     V = head_VD.shape[0]
     device = hidden_TD.device
-    rows = _live_rows(terms_CT, target_T, V, device)
+    rows = _live_rows(terms_CT, entropy_weight_T, target_T, V, device)
     L = rows.weight_L.numel()
-    weight_L, unscale = _normalise(rows.weight_L, options.dtype)
+    weight_L, entropy_weight_L, unscale = _normalise(rows, options.dtype)
     head_VD = _gemm_operand(head_VD, options.dtype)
 
     wants_hidden, wants_head, wants_bias = options.wants
@@ -85,6 +90,7 @@ def one_pass(
     dhead_VD = _allocate(wants_head, (V, D), torch.float32, device, L == 0)
     dbias_V = _allocate(wants_bias, (V,), torch.float32, device, True)
     logprob_L = torch.empty(L, dtype=torch.float32, device=device)
+    entropy_L = torch.empty_like(logprob_L) if options.entropy else None
 
     stride = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     if bias_V is not None:
@@ -115,6 +121,8 @@ def one_pass(
             weight_L[start:stop],
             logprob_L[start:stop],
             options.transform,
+            None if entropy_L is None else entropy_L[start:stop],
+            None if entropy_weight_L is None else entropy_weight_L[start:stop],
         )
         if dhidden_TD is not None:
             _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop)
@@ -126,15 +134,19 @@ def one_pass(
     # In float64: the sums run over signed terms that may cancel.
     seen_L = logprob_L.where(rows.weight_L != 0, 0).double()
     parts_C = (rows.terms_CL.double() * seen_L).sum(1)
-    logprob_T = logprob_L
-    if rows.index_L is not None:
-        logprob_T = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
-        logprob_T.index_copy_(0, rows.index_L, logprob_L)
+    logprob_T = _all_rows(logprob_L, rows.index_L, T)
+    entropy_T = None if entropy_L is None else _all_rows(entropy_L, rows.index_L, T)
     gradients = Gradients(dhidden_TD, dhead_VD, dbias_V, unscale)
-    return PassResult(-parts_C.sum().float(), parts_C.float(), logprob_T, gradients)
+    return PassResult(-parts_C.sum().float(), parts_C.float(), logprob_T, entropy_T, gradients)
 
 
-def _live_rows(terms_CT: Tensor, target_T: Tensor, V: int, device: torch.device) -> _LiveRows:
+def _live_rows(
+    terms_CT: Tensor,
+    entropy_weight_T: Tensor | None,
+    target_T: Tensor,
+    V: int,
+    device: torch.device,
+) -> _LiveRows:
     """Terms on the CPU: dead rows are dropped here, at no cost to the device.
 
     Terms on a device: which rows are dead is not known without waiting for it, so all are kept,
@@ -142,21 +154,39 @@ def _live_rows(terms_CT: Tensor, target_T: Tensor, V: int, device: torch.device)
     """
     terms_CT = terms_CT.float()
     weight_T = terms_CT.sum(0)
-    index_L = None
+    live_T = weight_T != 0
+    if entropy_weight_T is not None:
+        entropy_weight_T = entropy_weight_T.float().contiguous()
+        live_T |= entropy_weight_T != 0
+    index_L = live_L = None
     if weight_T.device.type == "cpu":
-        live_L = weight_T.nonzero().squeeze(1)
-        if live_L.numel() < weight_T.numel():
-            weight_T, terms_CT = weight_T[live_L], terms_CT[:, live_L]
-            index_L = to_device(live_L, device)
-            target_T = target_T[live_L if target_T.device.type == "cpu" else index_L]
+        live = live_T.nonzero().squeeze(1)
+        if live.numel() < weight_T.numel():
+            weight_T, terms_CT = weight_T[live], terms_CT[:, live]
+            if entropy_weight_T is not None:
+                entropy_weight_T = entropy_weight_T[live]
+            index_L = to_device(live, device)
+            target_T = target_T[live if target_T.device.type == "cpu" else index_L]
         if target_T.device.type == "cpu":
             check_range("target_T of the rows that count", target_T, 0, V)
-    some_dead = device.type != "cpu" and weight_T.device.type != "cpu"
+    elif device.type != "cpu":
+        live_L = live_T
     weight_L = to_device(weight_T, device)
     target_L = to_device(target_T, device).to(torch.int64)
-    if some_dead:
-        target_L = target_L.where(weight_L != 0, 0)
-    return _LiveRows(index_L, target_L, weight_L, to_device(terms_CT, device), some_dead)
+    if live_L is not None:
+        target_L = target_L.where(live_L, 0)
+    if entropy_weight_T is not None:
+        entropy_weight_T = to_device(entropy_weight_T, device)
+    return _LiveRows(
+        index_L, target_L, weight_L, entropy_weight_T, to_device(terms_CT, device), live_L
+    )
+
+
+def _all_rows(values_L: Tensor, index_L: Tensor | None, T: int) -> Tensor:
+    """Values of all T rows, NaN in those that were dropped."""
+    if index_L is None:
+        return values_L
+    return values_L.new_full((T,), torch.nan).index_copy_(0, index_L, values_L)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -166,16 +196,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _normalise(weight_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+def _normalise(rows: _LiveRows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
     """For float16, the weights over a power of two that brings the largest to [1/2, 1).
 
     Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
     power of two changes no other bit, and is given back when the gradients leave.
     """
+    weight_L, entropy_weight_L = rows.weight_L, rows.entropy_weight_L
+    one = weight_L.new_ones(())
     if dtype != torch.float16 or weight_L.numel() == 0:
-        return weight_L, 1.0
-    exponent = weight_L.abs().amax().frexp().exponent.clamp(-120, 120)  # 2^121 is finite
-    return torch.ldexp(weight_L, -exponent), torch.ldexp(weight_L.new_ones(()), exponent)
+        return weight_L, entropy_weight_L, one
+    largest = weight_L.abs().amax()
+    if entropy_weight_L is not None:
+        largest = torch.maximum(largest, entropy_weight_L.abs().amax())
+    exponent = largest.frexp().exponent.clamp(-120, 120)  # 2^121 is finite
+    if entropy_weight_L is not None:
+        entropy_weight_L = torch.ldexp(entropy_weight_L, -exponent)
+    return torch.ldexp(weight_L, -exponent), entropy_weight_L, torch.ldexp(one, exponent)
 
 
 def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,9 +255,9 @@ def _take(hidden_TD: Tensor, rows: _LiveRows, start: int, stop: int) -> Tensor:
     if rows.index_L is not None:
         return hidden_TD.index_select(0, rows.index_L[start:stop])
     hidden_RD = hidden_TD[start:stop]
-    if rows.some_dead:
+    if rows.live_L is not None:
         # 0 * NaN is NaN: what a dead row holds must not reach the head's gradient.
-        return hidden_RD.where(rows.weight_L[start:stop, None] != 0, 0)
+        return hidden_RD.where(rows.live_L[start:stop, None], 0)
     return hidden_RD
 
 

@@ -87,14 +87,39 @@ def token_logprobs(
 
     softcap(x) = c tanh(x / c), or x where there is no softcap.
     """
+    logprobs_TV = _log_softmax(hidden_TD, head_VD, bias_V, temperature, logit_scale, softcap)
+    return logprobs_TV.gather(1, target_T[:, None]).squeeze(1)
+
+
+def token_entropies(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """-sum_v p_v log p_v of each row, p = softmax(z), with z as in `token_logprobs`."""
+    logprobs_TV = _log_softmax(hidden_TD, head_VD, bias_V, temperature, logit_scale, softcap)
+    return -(logprobs_TV.exp() * logprobs_TV).sum(1)
+
+
+def _log_softmax(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
     logits_TV = hidden_TD @ head_VD.T
     if bias_V is not None:
         logits_TV = logits_TV + bias_V
     logits_TV = logits_TV * logit_scale
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
-    return logprobs_TV.gather(1, target_T[:, None]).squeeze(1)
+    return torch.log_softmax(logits_TV / temperature, dim=-1)
 
 
 def grao_loss(

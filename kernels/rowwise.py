@@ -85,6 +85,63 @@ def _online_softmax(peak, others, z, counts):
 
 
 @triton.jit
+def _gap(z, peak):
+    """z - peak, no lower than where its exponential is 0 anyway: 0 * -inf would be NaN."""
+    return tl.maximum(z - peak, -128.0)
+
+
+@triton.jit
+def _online_entropy(peak, rest, ties, spread, z):
+    """With one more block of z, of gap = z - maximum: the sum of exp(gap) below the maximum, how
+    often that occurs, and the sum of exp(gap) gap. `peak` is still that of the blocks before.
+    """
+    new_peak = tl.maximum(peak, tl.max(z, 0))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    rise = tl.where(peak == float("-inf"), 0.0, base - peak)
+    decay = tl.exp(peak - base)
+    gap = _gap(z, base)
+    spread = (spread - rise * (rest + ties)) * decay + tl.sum(tl.exp(gap) * gap, 0)
+    moved = new_peak > peak
+    rest = tl.where(moved, (rest + ties) * decay, rest)
+    ties = tl.where(moved, 0.0, ties)
+    rest += tl.sum(tl.where(z == base, 0.0, tl.exp(gap)), 0)
+    ties += tl.sum(tl.where(z == base, 1.0, 0.0), 0)
+    return rest, ties, spread
+
+
+@triton.jit
+def _entropy(rest, ties, spread):
+    """-sum p log p = log(total) - E[gap], and E[gap].
+
+    The peaks stay out of the sum: the log of a total that is nearly 1 then has all its digits.
+    """
+    total = rest + ties
+    one_peak = (ties == 1.0) & (rest < 1.0)
+    log_total = tl.where(one_peak, _log1p(tl.where(one_peak, rest, 0.0)), tl.log(total))
+    return log_total - spread / total, spread / total
+
+
+@triton.jit
+def _row_weights(weight_ptr, entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT: tl.constexpr):
+    """What multiplies the gradients of -logprob and of the entropy."""
+    entropy_weight = 0.0
+    if HAS_ENTROPY_WEIGHT:
+        entropy_weight = tl.load(entropy_weight_ptr + row)
+    return tl.load(weight_ptr + row), entropy_weight
+
+
+@triton.jit
+def _store_dead_row(
+    dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    if WRITE_GRADIENT:
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
+
+
+@triton.jit
 def _target_logprob(target_z, others):
     """log of p = e / (e + others) with e = exp(target_z), and e + others.
 
@@ -101,7 +158,13 @@ def _target_logprob(target_z, others):
 
 @triton.jit(
     # Scalars at any offset of a chunk: their alignment would only compile the same code twice.
-    do_not_specialize_on_alignment=["target_ptr", "weight_ptr", "logprob_ptr"]
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "weight_ptr",
+        "logprob_ptr",
+        "entropy_ptr",
+        "entropy_weight_ptr",
+    ]
 )
 def _weighted_ce_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
@@ -110,6 +173,8 @@ def _weighted_ce_rows_kernel(
     target_ptr,  # (R,) int64
     weight_ptr,  # (R,) float32
     logprob_ptr,  # (R,) float32
+    entropy_ptr,  # (R,) float32
+    entropy_weight_ptr,  # (R,) float32
     row_stride,
     V,
     slope,
@@ -117,11 +182,14 @@ def _weighted_ce_rows_kernel(
     cap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_ENTROPY_WEIGHT: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """logprob = z[target] - log sum exp z; dlogits = weight (softmax(z) - onehot) dz/dx.
 
+    entropy = -sum p log p, and to dlogits is added -entropy_weight p (log p + entropy) dz/dx.
     One program a row. It reads the row twice and writes the gradient once: 10 bytes a logit for
     16-bit operands, 12 for float32. A row of weight 0 is not read.
     """
@@ -129,15 +197,13 @@ def _weighted_ce_rows_kernel(
     logits_ptr += row * row_stride
     dlogits_ptr += row * row_stride
     lanes = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + row)
+    weight, pull = _row_weights(weight_ptr, entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
 
-    if weight == 0.0:
+    if (weight == 0.0) & (pull == 0.0):
         tl.store(logprob_ptr + row, float("nan"))
-        if WRITE_GRADIENT:
-            for start in range(0, V, BLOCK):
-                columns = start + lanes
-                zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
-                tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, float("nan"))
+        _store_dead_row(dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT, BLOCK)
     else:
         # Before anything is written: the gradient may take the logits' place.
         target = tl.load(target_ptr + row).to(tl.int32)  # as wide as the columns
@@ -146,14 +212,20 @@ def _weighted_ce_rows_kernel(
 
         peak = float("-inf")
         others = 0.0
+        rest, ties, spread = 0.0, 0.0, 0.0
         for start in range(0, V, BLOCK):
             columns = start + lanes
             x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
             z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
             z = tl.where(columns < V, z, float("-inf"))
+            if HAS_ENTROPY:
+                rest, ties, spread = _online_entropy(peak, rest, ties, spread, z)
             peak, others = _online_softmax(peak, others, z, columns != target)
         logprob, total = _target_logprob(target_z - peak, others)
         tl.store(logprob_ptr + row, logprob)
+        if HAS_ENTROPY:
+            entropy, mean_gap = _entropy(rest, ties, spread)
+            tl.store(entropy_ptr + row, entropy)
 
         if WRITE_GRADIENT:
             last = (V - 1) // BLOCK * BLOCK
@@ -164,6 +236,9 @@ def _weighted_ce_rows_kernel(
                 z, dz = _transform(x, slope, inner, cap, HAS_CAP)
                 above_onehot = tl.where(columns == target, -others, tl.exp(z - peak))
                 dlogits = (weight / total) * above_onehot * dz
+                if HAS_ENTROPY_WEIGHT:
+                    gap = _gap(z, peak)  # log p + entropy = gap - E[gap]
+                    dlogits -= (pull / total) * tl.exp(gap) * (gap - mean_gap) * dz
                 dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
                 tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
 
@@ -189,6 +264,8 @@ def weighted_ce_rows(
     weight_R: Tensor,
     logprob_R: Tensor,
     transform: LogitTransform,
+    entropy_R: Tensor | None = None,
+    entropy_weight_R: Tensor | None = None,
 ) -> None:
     """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
 
@@ -208,6 +285,8 @@ def weighted_ce_rows(
             target_R,
             weight_R,
             logprob_R,
+            logprob_R if entropy_R is None else entropy_R,
+            weight_R if entropy_weight_R is None else entropy_weight_R,
             row_stride,
             V,
             transform.slope,
@@ -215,6 +294,8 @@ def weighted_ce_rows(
             0.0 if transform.cap is None else transform.cap,
             HAS_BIAS=bias_V is not None,
             HAS_CAP=transform.cap is not None,
+            HAS_ENTROPY=entropy_R is not None,
+            HAS_ENTROPY_WEIGHT=entropy_weight_R is not None,
             WRITE_GRADIENT=dlogits_RV is not None,
             BLOCK=block,
             num_warps=warps,

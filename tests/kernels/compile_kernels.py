@@ -42,7 +42,9 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, aligned, targ
     return triton.compile(source, target=target, options={"num_warps": warps})
 
 
-def rows(target, gradient: str, V: int, transformed: bool, write_gradient: bool):
+def rows(
+    target, gradient: str, V: int, transformed: bool, write_gradient: bool, entropy: bool = False
+):
     block, warps = rowwise.launch_shape(V, target.warp_size)
     types = {
         "logits_ptr": "*fp32",
@@ -51,6 +53,8 @@ def rows(target, gradient: str, V: int, transformed: bool, write_gradient: bool)
         "target_ptr": "*i64",
         "weight_ptr": "*fp32",
         "logprob_ptr": "*fp32",
+        "entropy_ptr": "*fp32",
+        "entropy_weight_ptr": "*fp32",
         "row_stride": "i32",
         "V": "i32",
         **dict.fromkeys(("slope", "inner", "cap"), "fp32"),
@@ -58,6 +62,8 @@ def rows(target, gradient: str, V: int, transformed: bool, write_gradient: bool)
     constants = {
         "HAS_BIAS": transformed,
         "HAS_CAP": transformed,
+        "HAS_ENTROPY": entropy,
+        "HAS_ENTROPY_WEIGHT": entropy and write_gradient,
         "WRITE_GRADIENT": write_gradient,
         "BLOCK": block,
     }
@@ -130,6 +136,10 @@ def main() -> None:
             compiled = rows(target, gradient, V, transformed, True)
             results[f"{name} rows {gradient} {V} {form}"] = facts(compiled)
         results[f"{name} logprobs"] = facts(rows(target, "fp32", 49152, True, False))
+        results[f"{name} entropies"] = facts(rows(target, "fp32", 49152, True, False, True))
+        for gradient, transformed in product(("fp32", "bf16"), (False, True)):
+            compiled = rows(target, gradient, 49152, transformed, True, True)
+            results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
         results[f"{name} scale"] = facts(scale(target, True))
         for values in ("fp32", "fp64"):
             results[f"{name} advantages {values}"] = facts(advantages(target, values))

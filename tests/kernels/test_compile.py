@@ -32,7 +32,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 def test_every_device_is_there(compiled: dict[str, dict]) -> None:
     for device in ("sm_80", "sm_90", "sm_100", "gfx942"):
         kernels = {name.split()[1] for name in compiled if name.startswith(device + " ")}
-        assert kernels == {"rows", "logprobs", "scale", "advantages"}
+        assert kernels == {
+            "rows",
+            "logprobs",
+            "entropies",
+            "entropy-rows",
+            "scale",
+            "advantages",
+        }
 
 
 def test_nothing_spills_and_shared_memory_is_small(compiled: dict[str, dict]) -> None:

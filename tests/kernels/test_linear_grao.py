@@ -114,12 +114,12 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as they are treated when weights lie on a device: all kept, the dead ones skipped."""
     drop_rows = one_pass._live_rows
 
-    def keep_rows(terms_CT, target_T, V, device):
+    def keep_rows(terms_CT, entropy_weight_T, target_T, V, device):
         weight_T = terms_CT.sum(0)
-        rows = drop_rows(torch.ones_like(terms_CT), target_T.where(weight_T != 0, 0), V, device)
-        return rows._replace(
-            weight_L=weight_T.to(device), terms_CL=terms_CT.to(device), some_dead=True
-        )
+        target_T = target_T.where(weight_T != 0, 0)
+        rows = drop_rows(torch.ones_like(terms_CT), entropy_weight_T, target_T, V, device)
+        weight_L = weight_T.to(device)
+        return rows._replace(weight_L=weight_L, terms_CL=terms_CT.to(device), live_L=weight_L != 0)
 
     monkeypatch.setattr(one_pass, "_live_rows", keep_rows)
 
