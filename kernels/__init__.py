@@ -5,11 +5,14 @@
 `grao_fast.kernels.reference` is the specification that they are tested against.
 """
 
-from . import reference
-from .advantage import group_advantages, sequence_weights
-from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
-from .linear_grao import GRAOLoss, linear_grao_loss
-from .linear_logprob import TokenLogprobs, linear_logprobs
+# From a checkout's root, whoever looks for Hugging Face's `kernels` package (transformers does)
+# meets this folder under that name. It must be nothing then, not these kernels a second time.
+if __name__ != "kernels":
+    from . import reference
+    from .advantage import group_advantages, sequence_weights
+    from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
+    from .linear_grao import GRAOLoss, linear_grao_loss
+    from .linear_logprob import TokenLogprobs, linear_logprobs
 
 __all__ = [
     "GRAOLoss",

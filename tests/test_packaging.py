@@ -148,3 +148,17 @@ def test_every_export_exists_whichever_module_was_imported_first(tmp_path: Path)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = grao_fast.nonsense
+
+
+def test_the_checkouts_root_on_the_path_does_no_harm() -> None:
+    """transformers looks for a package `kernels` there, and imports this folder under that name."""
+    code = (
+        "import kernels, grao_fast.kernels, transformers.modeling_utils\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "print(kernels.__file__ == grao_fast.kernels.__file__, hasattr(kernels, 'GRAOLoss'))\n"
+        "print(is_kernels_available(), callable(grao_fast.kernels.linear_grao_loss))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["True", "False", "False", "True"]
