@@ -103,22 +103,29 @@ def advantages_and_terms(
     return advantages_NK, _sequence_terms(advantages_NK, beta, lam)
 
 
-def row_coefficients(terms_3NK: Tensor, sequence_T: Tensor, num_prompts: float) -> Tensor:
-    """Each row's coefficients (3, T) in float32: its sequence's, over |s| * num_prompts.
+def sample_shares(rewards_NK: Tensor) -> Tensor:
+    """1 / G of each sample that is present, G of them; 0 of absent ones and of the references."""
+    present_NK = ~rewards_NK.isnan()
+    present_NK[:, -1] = False
+    return present_NK / present_NK.sum(1, keepdim=True).clamp(min=1)
+
+
+def row_coefficients(terms_CNK: Tensor, sequence_T: Tensor, num_prompts: float) -> Tensor:
+    """Each row's coefficients (C, T) in float32: its sequence's, over |s| * num_prompts.
 
     0 for a row of no sequence. A row whose coefficients cancel to 0 has no gradient and is not
-    computed, so that all three are 0 there: the terms still sum to the loss.
+    computed, so that all of them are 0 there: the terms still sum to the loss.
     """
-    S = terms_3NK[0].numel()
-    sequence_T = sequence_T.to(device=terms_3NK.device, dtype=torch.int64)
+    C, S = terms_CNK.shape[0], terms_CNK[0].numel()
+    sequence_T = sequence_T.to(device=terms_CNK.device, dtype=torch.int64)
     # Lengths without atomics, and without the device sync of bincount.
     edges_S1 = torch.arange(S + 1, device=sequence_T.device)
     ends_S1 = torch.searchsorted(sequence_T.sort().values, edges_S1)
     length_S = ends_S1.diff().clamp(min=1)
-    terms_3S = terms_3NK.reshape(3, S) / (length_S * num_prompts)
-    terms_3T = terms_3S[:, sequence_T.clamp(min=0)].float()
-    counts_T = (sequence_T >= 0) & (terms_3T.sum(0) != 0)
-    return torch.where(counts_T, terms_3T, 0.0)
+    terms_CS = terms_CNK.reshape(C, S) / (length_S * num_prompts)
+    terms_CT = terms_CS[:, sequence_T.clamp(min=0)].float()
+    counts_T = (sequence_T >= 0) & (terms_CT.sum(0) != 0)
+    return torch.where(counts_T, terms_CT, 0.0)
 
 
 def check_rewards(name: str, rewards_NK: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import LogitTransform
+from .policy import Policy, row_coefficient
 
 # Logits of one block: they stay in the last-level cache over the five passes. At 1 MiB they would
 # stay in a core's own cache, which gains nothing here (the passes take 1.3 ns a logit, the GEMMs
@@ -31,6 +32,8 @@ def weighted_ce_rows(
     transform: LogitTransform,
     entropy_R: Tensor | None = None,
     entropy_weight_R: Tensor | None = None,
+    top1_R: Tensor | None = None,
+    policy: Policy | None = None,
 ) -> None:
     """logprob = log softmax(z)[target] and dlogits = weight (softmax(z) - onehot) dz/dx.
 
@@ -47,7 +50,9 @@ def weighted_ce_rows(
         transform: the constants of z.
         entropy_R: (R,) float32 to write, or None.
         entropy_weight_R: (R,) float32, what multiplies the entropy's gradient in dlogits, or None;
-            only with entropy_R. A row is then of weight 0 if both weights are.
+            only with entropy_R. A row is of weight 0 if all of its weights are.
+        top1_R: (R,) float32 to write, or None: 1 where no token is likelier than the target, or 0.
+        policy: None, or what turns weight_R into the row's coefficient by its log-prob.
     """
     R, V = logits_RV.shape
     on_cpu = logits_RV.device.type == "cpu"
@@ -64,13 +69,17 @@ def weighted_ce_rows(
             transform,
             None if entropy_R is None else entropy_R[rows, None],
             None if entropy_weight_R is None else entropy_weight_R[rows, None],
+            None if top1_R is None else top1_R[rows, None],
+            None if policy is None else policy.rows(start, start + block),
         )
     dead_R = weight_R == 0
     if entropy_weight_R is not None:
         dead_R &= entropy_weight_R == 0
-    logprob_R.masked_fill_(dead_R, torch.nan)
-    if entropy_R is not None:
-        entropy_R.masked_fill_(dead_R, torch.nan)
+    if policy is not None:
+        dead_R &= policy.kl_coef_R == 0
+    for values_R in (logprob_R, entropy_R, top1_R):
+        if values_R is not None:
+            values_R.masked_fill_(dead_R, torch.nan)
 
 
 def _block_rows(
@@ -83,6 +92,8 @@ def _block_rows(
     transform: LogitTransform,
     entropy_B1: Tensor | None,
     entropy_weight_B1: Tensor | None,
+    top1_B1: Tensor | None,
+    policy: Policy | None,
 ) -> None:
     bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
     peak_B1 = z_BV.amax(1, keepdim=True)
@@ -105,8 +116,12 @@ def _block_rows(
             target_z_B1 - total_B1.log(),
         )
     )
+    if top1_B1 is not None:
+        top1_B1.copy_(target_z_B1 == 0)
     if dlogits_BV is None:
         return
+    if policy is not None:
+        weight_B1 = row_coefficient(weight_B1[:, 0], logprob_B1[:, 0], policy)[:, None]
     scale_B1 = weight_B1 * transform.slope / total_B1
     z_BV.mul_(scale_B1).scatter_(1, target_B1, -scale_B1 * others_B1)
     if gap_BV is not None and entropy_weight_B1 is not None:

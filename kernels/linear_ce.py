@@ -6,6 +6,7 @@ the operator in `ops.py` has made, by `one_pass.py`, and hands them over.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -86,10 +87,21 @@ def linear_weighted_cross_entropy(
     check_home("weight_T", weight_T, hidden_TD)
     transform = logit_transform(temperature, logit_scale, softcap)
     backend = choose_backend(backend, hidden_TD.device)
-    loss, _, logprob_T = weighted_terms(
+    result = weighted_terms(
         hidden_TD, head_VD, bias_V, target_T, weight_T[None], transform, workspace_mib, backend
     )
-    return LinearCrossEntropy(loss, logprob_T)
+    return LinearCrossEntropy(result.loss, result.logprob_T)
+
+
+class WeightedTerms(NamedTuple):
+    """`loss` is differentiable, the rest are constants; what was not asked for is empty."""
+
+    loss: Tensor
+    parts_C: Tensor
+    kl: Tensor
+    logprob_T: Tensor
+    entropy_T: Tensor
+    top1_T: Tensor
 
 
 def weighted_terms(
@@ -101,8 +113,14 @@ def weighted_terms(
     transform: LogitTransform,
     workspace_mib: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its parts (C,) = terms_CT . logprob_T with loss = -sum of parts, and logprob_T."""
+    *,
+    policy_3T: Tensor | None = None,
+    kl_coef_T: Tensor | None = None,
+    bounds: tuple[float, float, float] = (-math.inf, math.inf, math.inf),
+    entropy: bool = False,
+    top1: bool = False,
+) -> WeightedTerms:
+    """loss = -sum of parts, parts = terms_CT . logprob_T: `ops.weighted_terms`, differentiable."""
     check_number("workspace_mib", workspace_mib, above=0)
     tracked = torch.is_grad_enabled()
     operands = (hidden_TD, head_VD, bias_V)
@@ -110,16 +128,20 @@ def weighted_terms(
         *operands,
         target_T,
         terms_CT,
+        policy_3T,
+        kl_coef_T,
+        list(bounds),
         *transform,
         int(workspace_mib * 2**20),
         backend,
         compute_dtype(hidden_TD, head_VD),
+        entropy,
+        top1,
         [tracked and each is not None and each.requires_grad for each in operands],
     )
     # A compiler may see nothing change in place, and reuses the buffers by itself.
     run = ops.weighted_terms if torch.compiler.is_compiling() else _WeightedTerms.apply
-    loss, parts_C, logprob_T, *_ = run(*arguments)
-    return loss, parts_C, logprob_T
+    return WeightedTerms(*run(*arguments)[:6])
 
 
 class _WeightedTerms(torch.autograd.Function):
@@ -128,7 +150,7 @@ class _WeightedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = ops.weighted_terms(*arguments)
-        *_, backend, _, wants = arguments
+        *_, backend, _dtype, _entropy, _top1, wants = arguments
         # Kept here and not by save_for_backward, as backward gives these very buffers away.
         ctx.gradients = (dhidden_TD, dhead_VD, dbias_V)
         ctx.unscale, ctx.backend, ctx.wants = unscale, backend, wants
@@ -151,4 +173,4 @@ class _WeightedTerms(torch.autograd.Function):
             scaled_gradient(gradient, scale, dtype, ctx.backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return *scaled, *[None] * 9
+        return *scaled, *[None] * 14

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -14,6 +16,7 @@ from .advantage import (
 )
 from .checks import (
     check_choice,
+    check_constant,
     check_home,
     check_index,
     check_number,
@@ -22,10 +25,14 @@ from .checks import (
     logit_transform,
 )
 from .linear_ce import weighted_terms
+from .one_pass import to_device
 
 
 class GRAOLoss(NamedTuple):
-    """`loss` is differentiable, the rest are constants; the three terms sum to -loss."""
+    """`loss` is differentiable, the rest are constants; the three terms sum to kl - loss.
+
+    `entropy_T` and `top1_T` are None unless asked for.
+    """
 
     loss: Tensor
     exploration: Tensor
@@ -33,6 +40,9 @@ class GRAOLoss(NamedTuple):
     alignment: Tensor
     logprob_T: Tensor
     advantages_NK: Tensor
+    kl: Tensor
+    entropy_T: Tensor | None
+    top1_T: Tensor | None
 
 
 def linear_grao_loss(
@@ -51,6 +61,14 @@ def linear_grao_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     num_prompts: float | None = None,
+    old_logprob_T: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    sampler_logprob_T: Tensor | None = None,
+    sampler_cap: float | None = None,
+    ref_logprob_T: Tensor | None = None,
+    kl_coef: float | None = None,
+    entropy: bool = False,
+    top1: bool = False,
     workspace_mib: float = 512,
     backend: str | None = None,
 ) -> GRAOLoss:
@@ -59,6 +77,13 @@ def linear_grao_loss(
     J = (1/G) sum_i A_i L(o_i) + beta A_y L(y) + lam (1/G) sum_i A_i (L(o_i) - L(y)),
     loss = -sum of J over prompts / num_prompts, with L(s) the mean over s of
     log softmax(z)[target], z = softcap((hidden head^T + bias) * logit_scale) / temperature.
+
+    Off policy, a token of weight w adds w * value in place of w * logp: the ratio
+    rho = exp(logp - old), or with a clip min(w rho, w clamp(rho, 1 - low, 1 + high)), as in PPO;
+    times the constant min(exp(old - sampler), cap). Where rho = 1 gradients are the paper's, to the
+    bit. With a frozen reference policy, the loss has one more term: kl, kl_coef times the mean over
+    samples of the mean over their tokens of exp(ref - logp) - (ref - logp) - 1. Samples of weight 0
+    are computed for it as well. All of it depends on a token's own log-prob: one pass does it.
 
     Args:
         hidden_TD: (T, D) float32, bfloat16 or float16: what predicts each token, in any order.
@@ -69,6 +94,15 @@ def linear_grao_loss(
         rewards_NK: (N, K) floats, K = G + 1, the reference last; NaN for an absent sequence.
         beta, lam: weights of imitation and of the alignment regulariser.
         statistics, reference_advantage: as in `group_advantages`.
+        old_logprob_T: (T,) floats, constants: log-probs under the policy that made the update's
+            data; NaN for a row that is on policy, as a reference y may be: its value is logp.
+        clip: (low, high), both at least 0 and low at most 1; None for no clip.
+        sampler_logprob_T: (T,), under the sampler's own numerics; NaN for a row of none. Without
+            `old_logprob_T`, `old` is the row's own log-prob, and a constant there.
+        sampler_cap: C; None for no cap.
+        ref_logprob_T: (T,), under the reference policy; NaN for a row of none, whose kl is 0.
+        kl_coef: weight of kl; goes with ref_logprob_T.
+        entropy, top1: whether to return entropies, and whether the target is the likeliest token.
         bias_V, temperature, logit_scale, softcap, workspace_mib, backend: as in
             `linear_weighted_cross_entropy`.
         num_prompts: the divisor, N by default. Give the whole batch's when this call has a part
@@ -80,8 +114,9 @@ def linear_grao_loss(
 
     Returns:
         GRAOLoss: loss (0-d float32, differentiable in hidden_TD, head_VD and bias_V),
-        exploration + imitation + alignment = -loss, logprob_T (T,) float32, NaN where the row has
-        no weight, and advantages_NK on the device of the rewards.
+        exploration + imitation + alignment = kl - loss, logprob_T (T,) float32, NaN where the row
+        has no weight, advantages_NK on the device of the rewards, kl, and entropy_T and top1_T,
+        (T,) float32, NaN where logprob_T is, or None.
 
     Raises:
         ValueError: a shape, dtype, device, option or (on the CPU) index that does not fit.
@@ -107,10 +142,99 @@ def linear_grao_loss(
     transform = logit_transform(temperature, logit_scale, softcap)
     backend = choose_backend(backend, hidden_TD.device)
 
-    advantages_NK, terms_3T = ops.grao_terms(
-        rewards_NK, sequence_T, beta, lam, statistics, reference_advantage, num_prompts, backend
+    policy = (old_logprob_T, sampler_logprob_T, ref_logprob_T)
+    bounds = _check_policy(*policy, clip, sampler_cap, kl_coef, hidden_TD)
+    off_policy = any(each is not None for each in policy)
+
+    advantages_NK, terms_3T, kl_coef_T = ops.grao_terms(
+        rewards_NK,
+        sequence_T,
+        beta,
+        lam,
+        statistics,
+        reference_advantage,
+        num_prompts,
+        0.0 if kl_coef is None else kl_coef,
+        backend,
     )
-    loss, parts_3, logprob_T = weighted_terms(
-        hidden_TD, head_VD, bias_V, target_T, terms_3T, transform, workspace_mib, backend
+    result = weighted_terms(
+        hidden_TD,
+        head_VD,
+        bias_V,
+        target_T,
+        terms_3T,
+        transform,
+        workspace_mib,
+        backend,
+        policy_3T=_stacked(policy, hidden_TD) if off_policy else None,
+        kl_coef_T=kl_coef_T if off_policy else None,
+        bounds=bounds,
+        entropy=entropy,
+        top1=top1,
     )
-    return GRAOLoss(loss, *parts_3.unbind(), logprob_T, advantages_NK)
+    return GRAOLoss(
+        result.loss,
+        *result.parts_C.unbind(),
+        result.logprob_T,
+        advantages_NK,
+        result.kl,
+        result.entropy_T if entropy else None,
+        result.top1_T if top1 else None,
+    )
+
+
+def _check_policy(
+    old_logprob_T: Tensor | None,
+    sampler_logprob_T: Tensor | None,
+    ref_logprob_T: Tensor | None,
+    clip: tuple[float, float] | None,
+    sampler_cap: float | None,
+    kl_coef: float | None,
+    hidden_TD: Tensor,
+) -> tuple[float, float, float]:
+    """The bounds of the ratio, and of the importance weight; ValueError names what does not fit."""
+    T = hidden_TD.shape[0]
+    for name, tensor in (
+        ("old_logprob_T", old_logprob_T),
+        ("sampler_logprob_T", sampler_logprob_T),
+        ("ref_logprob_T", ref_logprob_T),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (T,):
+            raise ValueError(f"{name} must be ({T},), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        check_constant(name, tensor)
+        check_home(name, tensor, hidden_TD)
+    for name, option, tensor_name, tensor in (
+        ("clip", clip, "old_logprob_T", old_logprob_T),
+        ("sampler_cap", sampler_cap, "sampler_logprob_T", sampler_logprob_T),
+        ("kl_coef", kl_coef, "ref_logprob_T", ref_logprob_T),
+    ):
+        if option is not None and tensor is None:
+            raise ValueError(f"{name} has no effect without {tensor_name}: give both, or neither")
+    if ref_logprob_T is not None:
+        if kl_coef is None:
+            raise ValueError("ref_logprob_T has no effect without kl_coef: give both, or neither")
+        check_number("kl_coef", kl_coef)
+    if sampler_cap is not None:
+        check_number("sampler_cap", sampler_cap, above=0)
+    if clip is None:
+        low, high = -math.inf, math.inf
+    else:
+        if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+            raise ValueError(f"clip must be a pair (low, high), got {clip!r}")
+        check_number("clip[0]", clip[0])
+        check_number("clip[1]", clip[1])
+        if not 0 <= clip[0] <= 1 or clip[1] < 0:
+            raise ValueError(f"clip must be (low, high) with 0 <= low <= 1 <= 1 + high, got {clip}")
+        low, high = 1 - clip[0], 1 + clip[1]
+    return low, high, math.inf if sampler_cap is None else sampler_cap
+
+
+def _stacked(policy: tuple[Tensor | None, ...], hidden_TD: Tensor) -> Tensor:
+    """Old, sampler and ref log-probs, (3, T) float32 beside hidden; NaN for what is not given."""
+    absent_T = hidden_TD.new_full(hidden_TD.shape[:1], math.nan, dtype=torch.float32)
+    given = [absent_T if each is None else to_device(each, hidden_TD.device) for each in policy]
+    return torch.stack([each.float() for each in given])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import gemm
 from .checks import LogitTransform, check_range
+from .policy import Policy, row_value
 
 # Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
 # be read and written 16 bytes at a time whatever V is.
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     dtype: torch.dtype  # of the GEMMs' operands
     wants: tuple[bool, bool, bool]  # a gradient for hidden, head, bias
     entropy: bool = False
+    top1: bool = False
 
 
 class Gradients(NamedTuple):
@@ -47,8 +49,10 @@ class Gradients(NamedTuple):
 class PassResult(NamedTuple):
     loss: Tensor
     parts_C: Tensor
+    kl: Tensor
     logprob_T: Tensor
     entropy_T: Tensor | None
+    top1_T: Tensor | None
     gradients: Gradients
 
 
@@ -59,6 +63,7 @@ class _LiveRows(NamedTuple):
     target_L: Tensor
     weight_L: Tensor
     entropy_weight_L: Tensor | None
+    policy: Policy | None
     terms_CL: Tensor
     live_L: Tensor | None  # which of these count after all; None where all do
 
@@ -71,18 +76,21 @@ def one_pass(
     terms_CT: Tensor,
     options: Options,
     entropy_weight_T: Tensor | None = None,
+    policy: Policy | None = None,
 ) -> PassResult:
     """parts = terms . logprob, loss = -sum(parts), and the gradients of the loss.
 
     A row's weight is the sum of its C terms. With `entropy_weight_T` and the option `entropy`, the
-    gradients, though not the loss, are those of loss + entropy_weight . entropy.
+    gradients, though not the loss, are those of loss + entropy_weight . entropy. With a policy,
+    whose `kl_coef_R` is on the terms' device and `logprob_3R` on hidden's, parts = terms . value
+    and loss = kl - sum(parts); see `policy.py`.
     """
     T, D = hidden_TD.shape
     V = head_VD.shape[0]
     device = hidden_TD.device
-    rows = _live_rows(terms_CT, entropy_weight_T, target_T, V, device)
+    rows = _live_rows(terms_CT, entropy_weight_T, policy, target_T, V, device)
     L = rows.weight_L.numel()
-    weight_L, entropy_weight_L, unscale = _normalise(rows, options.dtype)
+    scaled, unscale = _normalise(rows, options.dtype)
     head_VD = _gemm_operand(head_VD, options.dtype)
 
     wants_hidden, wants_head, wants_bias = options.wants
@@ -91,6 +99,7 @@ def one_pass(
     dbias_V = _allocate(wants_bias, (V,), torch.float32, device, True)
     logprob_L = torch.empty(L, dtype=torch.float32, device=device)
     entropy_L = torch.empty_like(logprob_L) if options.entropy else None
+    top1_L = torch.empty_like(logprob_L) if options.top1 else None
 
     stride = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     if bias_V is not None:
@@ -118,11 +127,13 @@ def one_pass(
             dlogits_RV if any(options.wants) else None,
             bias_V,
             rows.target_L[start:stop],
-            weight_L[start:stop],
+            scaled.weight_L[start:stop],
             logprob_L[start:stop],
             options.transform,
             None if entropy_L is None else entropy_L[start:stop],
-            None if entropy_weight_L is None else entropy_weight_L[start:stop],
+            None if scaled.entropy_weight_L is None else scaled.entropy_weight_L[start:stop],
+            None if top1_L is None else top1_L[start:stop],
+            None if scaled.policy is None else scaled.policy.rows(start, stop),
         )
         if dhidden_TD is not None:
             _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop)
@@ -131,18 +142,31 @@ def one_pass(
         if dbias_V is not None:
             dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
 
-    # In float64: the sums run over signed terms that may cancel.
-    seen_L = logprob_L.where(rows.weight_L != 0, 0).double()
-    parts_C = (rows.terms_CL.double() * seen_L).sum(1)
-    logprob_T = _all_rows(logprob_L, rows.index_L, T)
-    entropy_T = None if entropy_L is None else _all_rows(entropy_L, rows.index_L, T)
+    parts_C, kl = _sums(rows, logprob_L)
     gradients = Gradients(dhidden_TD, dhead_VD, dbias_V, unscale)
-    return PassResult(-parts_C.sum().float(), parts_C.float(), logprob_T, entropy_T, gradients)
+    values = (logprob_L, entropy_L, top1_L)
+    values_T = (None if each is None else _all_rows(each, rows.index_L, T) for each in values)
+    loss = (kl - parts_C.sum()).float()
+    return PassResult(loss, parts_C.float(), kl.float(), *values_T, gradients)
+
+
+def _sums(rows: _LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of the loss and its KL, in float64: sums of signed terms that may cancel."""
+    live_L = torch.ones_like(logprob_L, dtype=torch.bool) if rows.live_L is None else rows.live_L
+    value_L = logprob_L.where(live_L & (rows.weight_L != 0), 0).double()
+    kl = value_L.new_zeros(())
+    if rows.policy is not None:
+        seen_L = logprob_L.where(live_L, 0).double()
+        value_L, kl_L = row_value(rows.weight_L, seen_L, rows.policy)
+        value_L = value_L.where(rows.weight_L != 0, 0)
+        kl = (rows.policy.kl_coef_R * kl_L.where(rows.policy.kl_coef_R != 0, 0)).sum()
+    return (rows.terms_CL.double() * value_L).sum(1), kl
 
 
 def _live_rows(
     terms_CT: Tensor,
     entropy_weight_T: Tensor | None,
+    policy: Policy | None,
     target_T: Tensor,
     V: int,
     device: torch.device,
@@ -158,6 +182,8 @@ def _live_rows(
     if entropy_weight_T is not None:
         entropy_weight_T = entropy_weight_T.float().contiguous()
         live_T |= entropy_weight_T != 0
+    if policy is not None:
+        live_T |= policy.kl_coef_R != 0
     index_L = live_L = None
     if weight_T.device.type == "cpu":
         live = live_T.nonzero().squeeze(1)
@@ -166,6 +192,10 @@ def _live_rows(
             if entropy_weight_T is not None:
                 entropy_weight_T = entropy_weight_T[live]
             index_L = to_device(live, device)
+            if policy is not None:
+                policy = policy._replace(
+                    logprob_3R=policy.logprob_3R[:, index_L], kl_coef_R=policy.kl_coef_R[live]
+                )
             target_T = target_T[live if target_T.device.type == "cpu" else index_L]
         if target_T.device.type == "cpu":
             check_range("target_T of the rows that count", target_T, 0, V)
@@ -177,9 +207,10 @@ def _live_rows(
         target_L = target_L.where(live_L, 0)
     if entropy_weight_T is not None:
         entropy_weight_T = to_device(entropy_weight_T, device)
-    return _LiveRows(
-        index_L, target_L, weight_L, entropy_weight_T, to_device(terms_CT, device), live_L
-    )
+    if policy is not None:
+        policy = policy._replace(kl_coef_R=to_device(policy.kl_coef_R, device))
+    terms_CL = to_device(terms_CT, device)
+    return _LiveRows(index_L, target_L, weight_L, entropy_weight_T, policy, terms_CL, live_L)
 
 
 def _all_rows(values_L: Tensor, index_L: Tensor | None, T: int) -> Tensor:
@@ -196,23 +227,26 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _normalise(rows: _LiveRows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+def _normalise(rows: _LiveRows, dtype: torch.dtype) -> tuple[_LiveRows, Tensor]:
     """For float16, the weights over a power of two that brings the largest to [1/2, 1).
 
     Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
     power of two changes no other bit, and is given back when the gradients leave.
     """
-    weight_L, entropy_weight_L = rows.weight_L, rows.entropy_weight_L
-    one = weight_L.new_ones(())
-    if dtype != torch.float16 or weight_L.numel() == 0:
-        return weight_L, entropy_weight_L, one
-    largest = weight_L.abs().amax()
-    if entropy_weight_L is not None:
-        largest = torch.maximum(largest, entropy_weight_L.abs().amax())
+    one = rows.weight_L.new_ones(())
+    if dtype != torch.float16 or rows.weight_L.numel() == 0:
+        return rows, one
+    policy, entropy_weight_L = rows.policy, rows.entropy_weight_L
+    weights = [rows.weight_L, entropy_weight_L, None if policy is None else policy.kl_coef_R]
+    largest = torch.stack([each.abs().amax() for each in weights if each is not None]).amax()
     exponent = largest.frexp().exponent.clamp(-120, 120)  # 2^121 is finite
-    if entropy_weight_L is not None:
-        entropy_weight_L = torch.ldexp(entropy_weight_L, -exponent)
-    return torch.ldexp(weight_L, -exponent), entropy_weight_L, torch.ldexp(one, exponent)
+    weight_L, entropy_weight_L, kl_coef_L = (
+        None if each is None else torch.ldexp(each, -exponent) for each in weights
+    )
+    if policy is not None:
+        policy = policy._replace(kl_coef_R=kl_coef_L)
+    rows = rows._replace(weight_L=weight_L, entropy_weight_L=entropy_weight_L, policy=policy)
+    return rows, torch.ldexp(one, exponent)
 
 
 def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:

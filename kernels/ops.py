@@ -19,9 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .advantage import advantages_and_terms, check_finite_rewards, row_coefficients
+from .advantage import (
+    advantages_and_terms,
+    check_finite_rewards,
+    row_coefficients,
+    sample_shares,
+)
 from .checks import LogitTransform, check_backend, check_range
-from .one_pass import Gradients, Options, one_pass
+from .one_pass import Gradients, Options, one_pass, to_device
+from .policy import Policy
 
 LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
 
@@ -57,21 +63,30 @@ def _weighted_terms_fake(
     bias_V,
     target_T,
     terms_CT,
+    policy_3T,
+    kl_coef_T,
+    bounds,
     slope,
     inner,
     cap,
     workspace_bytes,
     backend,
     dtype,
+    entropy,
+    top1,
     wants,
 ):
     def empty(wanted, shape, kept):
         return hidden_TD.new_empty(shape, dtype=kept) if wanted else hidden_TD.new_empty(0)
 
+    T = hidden_TD.shape[:1]
     return (
         empty(True, (), torch.float32),
         empty(True, terms_CT.shape[:1], torch.float32),
-        empty(True, hidden_TD.shape[:1], torch.float32),
+        empty(True, (), torch.float32),
+        empty(True, T, torch.float32),
+        empty(entropy, T, torch.float32),
+        empty(top1, T, torch.float32),
         empty(wants[0], hidden_TD.shape, hidden_TD.dtype),
         empty(wants[1], head_VD.shape, _kept_dtype(head_VD, dtype)),
         empty(wants[2], head_VD.shape[:1], None if bias_V is None else _kept_dtype(bias_V, dtype)),
@@ -86,17 +101,24 @@ def weighted_terms(
     bias_V: Tensor | None,
     target_T: Tensor,
     terms_CT: Tensor,
+    policy_3T: Tensor | None,
+    kl_coef_T: Tensor | None,
+    bounds: list[float],
     slope: float,
     inner: float,
     cap: float | None,
     workspace_bytes: int,
     backend: str,
     dtype: torch.dtype,
+    entropy: bool,
+    top1: bool,
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts_C, logprob_T, the gradients of hidden, head and bias, and what multiplies them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, parts_C, kl, logprob_T, entropy_T, top1_T, the gradients of hidden, head and bias, and
+    what multiplies these.
 
-    A gradient that is not among `wants` is empty.
+    What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
+    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`.
     """
     check_backend(backend, hidden_TD.device)
     options = Options(
@@ -105,13 +127,20 @@ def weighted_terms(
         backend=backend,
         dtype=dtype,
         wants=(wants[0], wants[1], wants[2]),
+        entropy=entropy,
+        top1=top1,
     )
+    policy = None
+    if policy_3T is not None and kl_coef_T is not None:
+        policy = Policy(to_device(policy_3T, hidden_TD.device), kl_coef_T, *bounds)
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        loss, parts_C, logprob_T, _entropy, gradients = one_pass(
-            hidden_TD, head_VD, bias_V, target_T, terms_CT, options
+        *outputs, gradients = one_pass(
+            hidden_TD, head_VD, bias_V, target_T, terms_CT, options, policy=policy
         )
+    loss, parts_C, kl, *values_T = outputs
+    values_T = (hidden_TD.new_empty(0) if each is None else each for each in values_T)
     dgradients = rounded_gradients(gradients, (hidden_TD, head_VD, bias_V), dtype)
-    return loss, parts_C, logprob_T, *dgradients, gradients.unscale
+    return loss, parts_C, kl, *values_T, *dgradients, gradients.unscale
 
 
 def rounded_gradients(
@@ -137,7 +166,7 @@ def _save_gradients(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     # Nothing the size of the head is filled with zeros to say that its gradient has none.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[6:])
     ctx.wants = wants
     ctx.dtypes = [None if each is None else each.dtype for each in (hidden_TD, head_VD, bias_V)]
 
@@ -150,7 +179,7 @@ def _scale_gradients(ctx, grad_loss, *_grad_constants):
         (gradient.float() * scale).to(dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return *scaled, *[None] * 9
+    return *scaled, *[None] * 14
 
 
 torch.library.register_autograd(
@@ -169,13 +198,15 @@ def _grao_terms_fake(
     statistics,
     reference_advantage,
     num_prompts,
+    kl_coef,
     backend,
 ):
     kept = torch.float64 if rewards_NK.dtype == torch.float64 else torch.float32
-    terms_shape = (3, sequence_T.shape[0])
+    T = sequence_T.shape[0]
     return (
         torch.empty_like(rewards_NK, dtype=kept),
-        rewards_NK.new_empty(terms_shape, dtype=torch.float32),
+        rewards_NK.new_empty((3, T), dtype=torch.float32),
+        rewards_NK.new_empty(T, dtype=torch.float32),
     )
 
 
@@ -188,9 +219,10 @@ def grao_terms(
     statistics: str,
     reference_advantage: str,
     num_prompts: float | None,
+    kl_coef: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Advantages (N, K), and each row's coefficients (3, T) of the three terms of J."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages (N, K), each row's coefficients (3, T) of the terms of J, and of the KL, (T,)."""
     check_finite_rewards("rewards_NK", rewards_NK)
     if sequence_T.device.type == "cpu":
         check_range("sequence_T", sequence_T, -1, rewards_NK.numel())
@@ -204,4 +236,8 @@ def grao_terms(
         lam=lam,
         backend=backend,
     )
-    return advantages_NK, row_coefficients(terms_3NK, sequence_T, num_prompts)
+    terms_3T = row_coefficients(terms_3NK, sequence_T, num_prompts)
+    if kl_coef == 0:
+        return advantages_NK, terms_3T, terms_3T.new_zeros(sequence_T.shape[0])
+    shares_1NK = kl_coef * sample_shares(rewards_NK)[None]
+    return advantages_NK, terms_3T, row_coefficients(shares_1NK, sequence_T, num_prompts)[0]

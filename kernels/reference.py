@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class ReferenceLoss(NamedTuple):
-    """What `grao_loss` returns; exploration + imitation + alignment = -loss."""
+    """What `grao_loss` returns; exploration + imitation + alignment = kl - loss."""
 
     loss: Tensor
     exploration: Tensor
@@ -29,6 +29,7 @@ class ReferenceLoss(NamedTuple):
     alignment: Tensor
     logprob_T: Tensor
     advantages_NK: Tensor
+    kl: Tensor
 
 
 def group_advantages(
@@ -122,6 +123,40 @@ def _log_softmax(
     return torch.log_softmax(logits_TV / temperature, dim=-1)
 
 
+def surrogate(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    sampler_logprob_T: Tensor,
+    weight: Tensor,
+    *,
+    clip: tuple[float, float] | None = None,
+    sampler_cap: float | None = None,
+) -> Tensor:
+    """What takes the place of log pi(s_t) in L(s) off policy, for a sequence of this weight.
+
+    With rho = exp(logp - old): min(w rho, w clamp(rho, 1 - low, 1 + high)) / w, as in PPO, times
+    the constant min(exp(old - sampler), cap). NaN in `old`: the row is on policy, its value logp
+    and `old` its own log-prob. NaN in `sampler`: a factor of 1.
+    """
+    on_policy_T = old_logprob_T.isnan()
+    old_logprob_T = torch.where(on_policy_T, logprob_T.detach(), old_logprob_T)
+    rho_T = torch.exp(logprob_T - old_logprob_T)
+    if clip is not None:
+        held_T = rho_T.clamp(1 - clip[0], 1 + clip[1])
+        rho_T = torch.minimum(weight * rho_T, weight * held_T) / weight
+    factor_T = torch.exp(old_logprob_T - sampler_logprob_T)
+    if sampler_cap is not None:
+        factor_T = factor_T.clamp(max=sampler_cap)
+    factor_T = torch.where(sampler_logprob_T.isnan(), 1, factor_T)
+    return factor_T * torch.where(on_policy_T, logprob_T, rho_T)
+
+
+def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
+    """KL(pi, ref) of samples of pi, without bias and never negative; 0 where `ref` is NaN."""
+    gap_T = torch.where(ref_logprob_T.isnan(), 0, ref_logprob_T - logprob_T)
+    return torch.exp(gap_T) - gap_T - 1
+
+
 def grao_loss(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -138,6 +173,12 @@ def grao_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     num_prompts: int | None = None,
+    old_logprob_T: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    sampler_logprob_T: Tensor | None = None,
+    sampler_cap: float | None = None,
+    ref_logprob_T: Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> ReferenceLoss:
     """The loss and its three components as the paper writes them, one prompt after another.
 
@@ -145,7 +186,15 @@ def grao_loss(
     not count. L of a sequence that is absent or has no rows is 0. A sequence of weight 0 (all of
     a dead group, a sample at the group's mean) adds nothing and is not computed: what its rows
     hold has no effect, and `logprob_T` is NaN there.
+
+    Off policy, `surrogate` takes the place of log pi. With `ref_logprob_T`, the loss has one more
+    term: kl = kl_coef (1/G) sum_i mean of `k3` over o_i, of samples of weight 0 as well.
     """
+    absent_T = torch.full_like(hidden_TD[:, 0], torch.nan)
+    old_logprob_T = absent_T if old_logprob_T is None else old_logprob_T.to(absent_T)
+    sampler_logprob_T = absent_T if sampler_logprob_T is None else sampler_logprob_T.to(absent_T)
+    regularised = ref_logprob_T is not None and kl_coef != 0
+    ref_logprob_T = absent_T if ref_logprob_T is None else ref_logprob_T.to(absent_T)
     K = rewards_NK.shape[1]
     prompts = rewards_NK.shape[0] if num_prompts is None else num_prompts
     advantages_NK = group_advantages(
@@ -154,14 +203,18 @@ def grao_loss(
     weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
     logprob_T = torch.full_like(hidden_TD[:, 0], torch.nan)
     zero = (hidden_TD[:0].sum() + head_VD[:0].sum()) * 0.0
-    exploration, imitation, alignment = zero, zero, zero
+    exploration, imitation, alignment, kl = zero, zero, zero, zero
 
     for n, advantages_K in enumerate(advantages_NK):
         present = [k for k in range(K) if not advantages_K[k].isnan()]
+        samples = [k for k in present if k < K - 1]
+        G = max(len(samples), 1)
         mean_logprob = [zero] * K
         for k in present:
             rows = (sequence_T == n * K + k).nonzero().squeeze(1)
-            if rows.numel() > 0 and weights_NK[n, k] != 0:
+            weight = weights_NK[n, k]
+            penalised = regularised and k < K - 1
+            if rows.numel() > 0 and (weight != 0 or penalised):
                 logprob = token_logprobs(
                     hidden_TD[rows],
                     head_VD,
@@ -172,9 +225,17 @@ def grao_loss(
                     softcap=softcap,
                 )
                 logprob_T[rows] = logprob.detach()
-                mean_logprob[k] = logprob.mean()
-        samples = [k for k in present if k < K - 1]
-        G = max(len(samples), 1)
+                if weight != 0:
+                    mean_logprob[k] = surrogate(
+                        logprob,
+                        old_logprob_T[rows],
+                        sampler_logprob_T[rows],
+                        weight,
+                        clip=clip,
+                        sampler_cap=sampler_cap,
+                    ).mean()
+                if penalised:
+                    kl = kl + kl_coef * k3(logprob, ref_logprob_T[rows]).mean() / G
         for k in samples:
             exploration = exploration + advantages_K[k] * mean_logprob[k] / G
             gap = mean_logprob[k] - mean_logprob[-1]
@@ -182,8 +243,8 @@ def grao_loss(
         if K - 1 in present:
             imitation = imitation + beta * advantages_K[-1] * mean_logprob[-1]
 
-    exploration, imitation, alignment = (
-        term / prompts for term in (exploration, imitation, alignment)
+    exploration, imitation, alignment, kl = (
+        term / prompts for term in (exploration, imitation, alignment, kl)
     )
-    loss = -(exploration + imitation + alignment)
-    return ReferenceLoss(loss, exploration, imitation, alignment, logprob_T, advantages_NK)
+    loss = kl - (exploration + imitation + alignment)
+    return ReferenceLoss(loss, exploration, imitation, alignment, logprob_T, advantages_NK, kl)

@@ -1,4 +1,4 @@
-"""The row function in Triton, and the arithmetic that every row kernel shares.
+"""The row function in Triton; its arithmetic is in `row_functions.py`.
 
 A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
 from V to the stride belong to the slab, and the bias is as long: they are read and written without
@@ -15,6 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import LogitTransform
+from .policy import Policy
+from .row_functions import (
+    _entropy,
+    _gap,
+    _load_if,
+    _load_logits,
+    _online_entropy,
+    _online_softmax,
+    _policy_coefficient,
+    _store_dead_row,
+    _store_if,
+    _target_logprob,
+    _transform,
+)
 
 # Columns that a program holds at once, and logits of each thread. 4096 over 16 warps of 32 is 8 a
 # thread: two 16-byte loads and, of a 16-bit gradient, one 16-byte store. That compiles to 32
@@ -34,128 +48,6 @@ def launch_shape(V: int, warp_size: int) -> tuple[int, int]:
     return block, warps
 
 
-@triton.jit
-def _tanh(x):
-    """tanh(x) and its derivative, to float32 precision near 0 and far from it."""
-    decay = tl.exp(-2.0 * tl.abs(x))
-    far = tl.where(x < 0, decay - 1.0, 1.0 - decay) / (1.0 + decay)
-    # 1 - exp cancels near 0; four terms of the series leave 1e-9 of x below 0.1.
-    x2 = x * x
-    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
-    value = tl.where(x2 < 0.01, near, far)
-    return value, 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x in [0, 1], to float32 precision of x."""
-    series = x * (1 - x * (1.0 / 2 - x * (1.0 / 3 - x * (1.0 / 4 - x * (1.0 / 5 - x / 6)))))
-    return tl.where(x < 0.05, series, tl.log(1.0 + x))
-
-
-@triton.jit
-def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
-    """z and dz/dx of a logit x that has its bias; see LogitTransform."""
-    if HAS_CAP:
-        value, derivative = _tanh(x * inner)
-        z = value * cap
-        dz = derivative * slope
-    else:
-        z = x * slope
-        dz = slope
-    return z, dz
-
-
-@triton.jit
-def _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS: tl.constexpr):
-    x = tl.load(logits_ptr + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + columns, mask=columns < row_stride, other=0.0)
-    return x
-
-
-@triton.jit
-def _online_softmax(peak, others, z, counts):
-    """Running maximum, and sum of exp(z - maximum) where `counts`, with one more block of z."""
-    new_peak = tl.maximum(peak, tl.max(z, 0))
-    # Where all logits so far are -inf, any finite base keeps the sum at 0.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    block = tl.sum(tl.where(counts, tl.exp(z - base), 0.0), 0)
-    return new_peak, others * tl.exp(peak - base) + block
-
-
-@triton.jit
-def _gap(z, peak):
-    """z - peak, no lower than where its exponential is 0 anyway: 0 * -inf would be NaN."""
-    return tl.maximum(z - peak, -128.0)
-
-
-@triton.jit
-def _online_entropy(peak, rest, ties, spread, z):
-    """With one more block of z, of gap = z - maximum: the sum of exp(gap) below the maximum, how
-    often that occurs, and the sum of exp(gap) gap. `peak` is still that of the blocks before.
-    """
-    new_peak = tl.maximum(peak, tl.max(z, 0))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    rise = tl.where(peak == float("-inf"), 0.0, base - peak)
-    decay = tl.exp(peak - base)
-    gap = _gap(z, base)
-    spread = (spread - rise * (rest + ties)) * decay + tl.sum(tl.exp(gap) * gap, 0)
-    moved = new_peak > peak
-    rest = tl.where(moved, (rest + ties) * decay, rest)
-    ties = tl.where(moved, 0.0, ties)
-    rest += tl.sum(tl.where(z == base, 0.0, tl.exp(gap)), 0)
-    ties += tl.sum(tl.where(z == base, 1.0, 0.0), 0)
-    return rest, ties, spread
-
-
-@triton.jit
-def _entropy(rest, ties, spread):
-    """-sum p log p = log(total) - E[gap], and E[gap].
-
-    The peaks stay out of the sum: the log of a total that is nearly 1 then has all its digits.
-    """
-    total = rest + ties
-    one_peak = (ties == 1.0) & (rest < 1.0)
-    log_total = tl.where(one_peak, _log1p(tl.where(one_peak, rest, 0.0)), tl.log(total))
-    return log_total - spread / total, spread / total
-
-
-@triton.jit
-def _row_weights(weight_ptr, entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT: tl.constexpr):
-    """What multiplies the gradients of -logprob and of the entropy."""
-    entropy_weight = 0.0
-    if HAS_ENTROPY_WEIGHT:
-        entropy_weight = tl.load(entropy_weight_ptr + row)
-    return tl.load(weight_ptr + row), entropy_weight
-
-
-@triton.jit
-def _store_dead_row(
-    dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    if WRITE_GRADIENT:
-        for start in range(0, V, BLOCK):
-            columns = start + lanes
-            zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
-
-
-@triton.jit
-def _target_logprob(target_z, others):
-    """log of p = e / (e + others) with e = exp(target_z), and e + others.
-
-    The target stays out of `others`: 1 - p of a target that is nearly certain is then others /
-    total with all its digits, where p - 1 would have few left.
-    """
-    target_exp = tl.exp(target_z)
-    total = target_exp + others
-    # Where p > 1/2, or (z - max) - log(sum); with logits of 1e4, z - lse would be off by 1e-3.
-    certain = others < target_exp
-    ratio = tl.where(certain, others / target_exp, 1.0)
-    return tl.where(certain, -_log1p(ratio), target_z - tl.log(total)), total
-
-
 @triton.jit(
     # Scalars at any offset of a chunk: their alignment would only compile the same code twice.
     do_not_specialize_on_alignment=[
@@ -164,7 +56,11 @@ def _target_logprob(target_z, others):
         "logprob_ptr",
         "entropy_ptr",
         "entropy_weight_ptr",
-    ]
+        "top1_ptr",
+        "policy_ptr",
+        "kl_coef_ptr",
+    ],
+    do_not_specialize=["policy_stride"],
 )
 def _weighted_ce_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
@@ -175,15 +71,24 @@ def _weighted_ce_rows_kernel(
     logprob_ptr,  # (R,) float32
     entropy_ptr,  # (R,) float32
     entropy_weight_ptr,  # (R,) float32
+    top1_ptr,  # (R,) float32
+    policy_ptr,  # (3, policy_stride) float32, see Policy
+    kl_coef_ptr,  # (R,) float32
+    policy_stride,
     row_stride,
     V,
     slope,
     inner,
     cap,
+    low,
+    high,
+    importance_cap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_ENTROPY_WEIGHT: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    HAS_POLICY: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -197,12 +102,14 @@ def _weighted_ce_rows_kernel(
     logits_ptr += row * row_stride
     dlogits_ptr += row * row_stride
     lanes = tl.arange(0, BLOCK)
-    weight, pull = _row_weights(weight_ptr, entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
+    weight = tl.load(weight_ptr + row)
+    pull = _load_if(entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
+    kl_coef = _load_if(kl_coef_ptr, row, HAS_POLICY)
 
-    if (weight == 0.0) & (pull == 0.0):
+    if (weight == 0.0) & (pull == 0.0) & (kl_coef == 0.0):
         tl.store(logprob_ptr + row, float("nan"))
-        if HAS_ENTROPY:
-            tl.store(entropy_ptr + row, float("nan"))
+        _store_if(entropy_ptr, row, float("nan"), HAS_ENTROPY)
+        _store_if(top1_ptr, row, float("nan"), HAS_TOP1)
         _store_dead_row(dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT, BLOCK)
     else:
         # Before anything is written: the gradient may take the logits' place.
@@ -226,6 +133,12 @@ def _weighted_ce_rows_kernel(
         if HAS_ENTROPY:
             entropy, mean_gap = _entropy(rest, ties, spread)
             tl.store(entropy_ptr + row, entropy)
+        _store_if(top1_ptr, row, tl.where(target_z == peak, 1.0, 0.0), HAS_TOP1)
+        if HAS_POLICY:
+            policy_ptr += row
+            weight = _policy_coefficient(
+                weight, kl_coef, logprob, policy_ptr, policy_stride, low, high, importance_cap
+            )
 
         if WRITE_GRADIENT:
             last = (V - 1) // BLOCK * BLOCK
@@ -266,6 +179,8 @@ def weighted_ce_rows(
     transform: LogitTransform,
     entropy_R: Tensor | None = None,
     entropy_weight_R: Tensor | None = None,
+    top1_R: Tensor | None = None,
+    policy: Policy | None = None,
 ) -> None:
     """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
 
@@ -287,15 +202,22 @@ def weighted_ce_rows(
             logprob_R,
             logprob_R if entropy_R is None else entropy_R,
             weight_R if entropy_weight_R is None else entropy_weight_R,
+            logprob_R if top1_R is None else top1_R,
+            weight_R if policy is None else policy.logprob_3R,
+            weight_R if policy is None else policy.kl_coef_R,
+            0 if policy is None else policy.logprob_3R.stride(0),
             row_stride,
             V,
             transform.slope,
             transform.inner,
             0.0 if transform.cap is None else transform.cap,
+            *((0.0, 0.0, 0.0) if policy is None else (policy.low, policy.high, policy.cap)),
             HAS_BIAS=bias_V is not None,
             HAS_CAP=transform.cap is not None,
             HAS_ENTROPY=entropy_R is not None,
             HAS_ENTROPY_WEIGHT=entropy_weight_R is not None,
+            HAS_TOP1=top1_R is not None,
+            HAS_POLICY=policy is not None,
             WRITE_GRADIENT=dlogits_RV is not None,
             BLOCK=block,
             num_warps=warps,

@@ -43,7 +43,13 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, aligned, targ
 
 
 def rows(
-    target, gradient: str, V: int, transformed: bool, write_gradient: bool, entropy: bool = False
+    target,
+    gradient: str,
+    V: int,
+    transformed: bool,
+    write_gradient: bool,
+    entropy: bool = False,
+    policy: bool = False,
 ):
     block, warps = rowwise.launch_shape(V, target.warp_size)
     types = {
@@ -55,15 +61,20 @@ def rows(
         "logprob_ptr": "*fp32",
         "entropy_ptr": "*fp32",
         "entropy_weight_ptr": "*fp32",
-        "row_stride": "i32",
-        "V": "i32",
-        **dict.fromkeys(("slope", "inner", "cap"), "fp32"),
+        **dict.fromkeys(("top1_ptr", "policy_ptr", "kl_coef_ptr"), "*fp32"),
+        **dict.fromkeys(("policy_stride", "row_stride", "V"), "i32"),
+        **dict.fromkeys(
+            ("slope", "inner", "cap", "low", "high", "importance_cap"),
+            "fp32",
+        ),
     }
     constants = {
         "HAS_BIAS": transformed,
         "HAS_CAP": transformed,
         "HAS_ENTROPY": entropy,
         "HAS_ENTROPY_WEIGHT": entropy and write_gradient,
+        "HAS_TOP1": policy,
+        "HAS_POLICY": policy,
         "WRITE_GRADIENT": write_gradient,
         "BLOCK": block,
     }
@@ -140,6 +151,8 @@ def main() -> None:
         for gradient, transformed in product(("fp32", "bf16"), (False, True)):
             compiled = rows(target, gradient, 49152, transformed, True, True)
             results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
+            compiled = rows(target, gradient, 49152, transformed, True, False, True)
+            results[f"{name} policy-rows {gradient} {transformed}"] = facts(compiled)
         results[f"{name} scale"] = facts(scale(target, True))
         for values in ("fp32", "fp64"):
             results[f"{name} advantages {values}"] = facts(advantages(target, values))

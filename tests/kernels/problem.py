@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grao_fast.kernels import linear_grao_loss, reference
 
-SCALARS = ("loss", "exploration", "imitation", "alignment")
+SCALARS = ("loss", "exploration", "imitation", "alignment", "kl")
 OUTPUTS = (*SCALARS, "logprob_T", "advantages_NK")
 GRADIENTS = ("hidden_TD", "head_VD", "bias_V")
 
@@ -110,7 +110,7 @@ def assert_matches_specification(
     truth = run(reference.grao_loss, problem, torch.float64, scale=scale)
     naive = run(reference.grao_loss, problem, dtype, scale=scale)
     ours = run(linear_grao_loss, problem, dtype, device, scale, backend=backend, **extra)
-    # The loss is the difference of terms that may be far larger: the four are one vector.
+    # The loss is the difference of terms that may be far larger: the five are one vector.
     scalars = [torch.stack([each[name] for name in SCALARS]) for each in (ours, naive, truth)]
     assert_accurate("loss and its terms", *scalars, dtype)
     for name in truth.keys() - set(SCALARS):

@@ -37,6 +37,7 @@ def test_every_device_is_there(compiled: dict[str, dict]) -> None:
             "logprobs",
             "entropies",
             "entropy-rows",
+            "policy-rows",
             "scale",
             "advantages",
         }

@@ -162,9 +162,9 @@ class Allocations(TorchDispatchMode):
         self.shapes: set[torch.Size] = set()
         self.bytes: list[int] = []
 
-    def watched(self, *arguments):
+    def watched(self, *arguments, **options):
         with self:
-            return one_pass(*arguments)
+            return one_pass(*arguments, **options)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -21,7 +21,9 @@ def compiled(function, **options):
     return torch.compile(function, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
-def pass_arguments(dtype: torch.dtype, backend: str, device: str, wants: list[bool]) -> tuple:
+def pass_arguments(
+    dtype: torch.dtype, backend: str, device: str, wants: list[bool], off_policy: bool = False
+) -> tuple:
     """Every row live: opcheck holds NaN, the log-prob of a dead row, to differ from NaN."""
     problem = make_problem(T=6, D=5, V=11, bias=True)
     hidden_TD, head_VD, bias_V = (
@@ -33,7 +35,11 @@ def pass_arguments(dtype: torch.dtype, backend: str, device: str, wants: list[bo
     terms_CT = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     target_T = problem.target_T.to(device)
     transform = (1.3, 0.5, 2.6)
-    return (hidden_TD, head_VD, bias_V, target_T, terms_CT, *transform, 2000, backend, dtype, wants)
+    policy_3T = torch.linspace(-3, -2, 18, device=device).reshape(3, 6) if off_policy else None
+    kl_coef_T = torch.linspace(0, 1, 6) if off_policy else None
+    policy = (policy_3T, kl_coef_T, [0.8, 1.2, 2.0])
+    options = (*transform, 2000, backend, dtype, off_policy, off_policy, wants)
+    return (hidden_TD, head_VD, bias_V, target_T, terms_CT, *policy, *options)
 
 
 @pytest.mark.parametrize("wants", [[True, True, True], [True, False, False], [False] * 3])
@@ -41,7 +47,7 @@ def pass_arguments(dtype: torch.dtype, backend: str, device: str, wants: list[bo
 def test_opcheck_of_the_pass(
     dtype: torch.dtype, wants: list[bool], backend: str, device: str
 ) -> None:
-    arguments = pass_arguments(dtype, backend, device, wants)
+    arguments = pass_arguments(dtype, backend, device, wants, off_policy=wants[0])
     torch.library.opcheck(torch.ops.grao_fast.weighted_terms.default, arguments)
 
 
@@ -50,7 +56,7 @@ def test_opcheck_of_the_pass(
 def test_opcheck_of_the_coefficients(num_prompts: float | None, dtype: torch.dtype) -> None:
     problem = make_problem()
     rewards_NK = problem.rewards_NK.to(dtype)
-    options = (0.5, 0.6, "group", "signed", num_prompts, "torch")
+    options = (0.5, 0.6, "group", "signed", num_prompts, 0.1, "torch")
     torch.library.opcheck(
         torch.ops.grao_fast.grao_terms.default, (rewards_NK, problem.sequence_T, *options)
     )
@@ -65,6 +71,14 @@ class Model(nn.Module):
         self.head_VD = nn.Parameter(problem.head_VD.to(device, dtype))
         self.bias_V = nn.Parameter(problem.bias_V.to(device, dtype))
         self.options = problem.options | {"bias_V": self.bias_V, "backend": backend}
+        self.off_policy = {
+            "old_logprob_T": torch.linspace(-9, -3, 24),
+            "clip": (0.2, 0.3),
+            "ref_logprob_T": torch.linspace(-3, -9, 24, device=device),
+            "kl_coef": 0.01,
+            "entropy": True,
+            "top1": True,
+        }
         # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there, exact products.
         self.scale = 2.0 if backend == "triton" and device == "cpu" else 1.7
 
@@ -72,7 +86,8 @@ class Model(nn.Module):
         T = target_T.shape[0]
         hidden_TD = 1.5 * self.hidden_TD[:T]
         args = (hidden_TD, self.head_VD, target_T)
-        grao = linear_grao_loss(*args, sequence_T, rewards_NK, **self.options)
+        cut = {k: v[:T] if isinstance(v, Tensor) else v for k, v in self.off_policy.items()}
+        grao = linear_grao_loss(*args, sequence_T, rewards_NK, **cut, **self.options)
         weighted = linear_weighted_cross_entropy(*args, weight_T, **self.options)
         return (grao.loss + self.scale * weighted.loss, *grao, *weighted)
 
@@ -176,7 +191,7 @@ def test_backward_scales_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(*arguments):
         outputs = weighted_terms(*arguments)
-        made.extend(outputs[3:5])
+        made.extend(outputs[6:8])
         return outputs
 
     monkeypatch.setattr(ops, "weighted_terms", watched)

@@ -1,0 +1,154 @@
+"""The arithmetic that row kernels share, as Triton device functions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) and its derivative, to float32 precision near 0 and far from it."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = tl.where(x < 0, decay - 1.0, 1.0 - decay) / (1.0 + decay)
+    # 1 - exp cancels near 0; four terms of the series leave 1e-9 of x below 0.1.
+    x2 = x * x
+    near = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
+    value = tl.where(x2 < 0.01, near, far)
+    return value, 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1], to float32 precision of x."""
+    series = x * (1 - x * (1.0 / 2 - x * (1.0 / 3 - x * (1.0 / 4 - x * (1.0 / 5 - x / 6)))))
+    return tl.where(x < 0.05, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
+    """z and dz/dx of a logit x that has its bias; see LogitTransform."""
+    if HAS_CAP:
+        value, derivative = _tanh(x * inner)
+        z = value * cap
+        dz = derivative * slope
+    else:
+        z = x * slope
+        dz = slope
+    return z, dz
+
+
+@triton.jit
+def _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS: tl.constexpr):
+    x = tl.load(logits_ptr + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=columns < row_stride, other=0.0)
+    return x
+
+
+@triton.jit
+def _online_softmax(peak, others, z, counts):
+    """Running maximum, and sum of exp(z - maximum) where `counts`, with one more block of z."""
+    new_peak = tl.maximum(peak, tl.max(z, 0))
+    # Where all logits so far are -inf, any finite base keeps the sum at 0.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    block = tl.sum(tl.where(counts, tl.exp(z - base), 0.0), 0)
+    return new_peak, others * tl.exp(peak - base) + block
+
+
+@triton.jit
+def _gap(z, peak):
+    """z - peak, no lower than where its exponential is 0 anyway: 0 * -inf would be NaN."""
+    return tl.maximum(z - peak, -128.0)
+
+
+@triton.jit
+def _online_entropy(peak, rest, ties, spread, z):
+    """With one more block of z, of gap = z - maximum: the sum of exp(gap) below the maximum, how
+    often that occurs, and the sum of exp(gap) gap. `peak` is still that of the blocks before.
+    """
+    new_peak = tl.maximum(peak, tl.max(z, 0))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    rise = tl.where(peak == float("-inf"), 0.0, base - peak)
+    decay = tl.exp(peak - base)
+    gap = _gap(z, base)
+    spread = (spread - rise * (rest + ties)) * decay + tl.sum(tl.exp(gap) * gap, 0)
+    moved = new_peak > peak
+    rest = tl.where(moved, (rest + ties) * decay, rest)
+    ties = tl.where(moved, 0.0, ties)
+    rest += tl.sum(tl.where(z == base, 0.0, tl.exp(gap)), 0)
+    ties += tl.sum(tl.where(z == base, 1.0, 0.0), 0)
+    return rest, ties, spread
+
+
+@triton.jit
+def _entropy(rest, ties, spread):
+    """-sum p log p = log(total) - E[gap], and E[gap].
+
+    The peaks stay out of the sum: the log of a total that is nearly 1 then has all its digits.
+    """
+    total = rest + ties
+    one_peak = (ties == 1.0) & (rest < 1.0)
+    log_total = tl.where(one_peak, _log1p(tl.where(one_peak, rest, 0.0)), tl.log(total))
+    return log_total - spread / total, spread / total
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1, to float32 precision near 0."""
+    series = x * (1 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x / 120))))
+    return tl.where(tl.abs(x) < 0.05, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _policy_coefficient(weight, kl_coef, logprob, policy_ptr, stride, low, high, cap):
+    """`policy.row_coefficient`; old, sampler and ref lie `stride` apart."""
+    old = tl.load(policy_ptr)
+    sampler = tl.load(policy_ptr + stride)
+    gap = tl.load(policy_ptr + 2 * stride) - logprob
+    old = tl.where(old == old, old, logprob)
+    rho = tl.exp(logprob - old)
+    free = tl.where(weight > 0, rho <= high, rho >= low)
+    importance = tl.where(sampler == sampler, tl.minimum(tl.exp(old - sampler), cap), 1.0)
+    pull = tl.where(gap == gap, kl_coef * _expm1(gap), 0.0)
+    return weight * importance * tl.where(free, rho, 0.0) + pull
+
+
+@triton.jit
+def _load_if(pointer, row, IS_THERE: tl.constexpr):
+    value = 0.0
+    if IS_THERE:
+        value = tl.load(pointer + row)
+    return value
+
+
+@triton.jit
+def _store_if(pointer, row, value, IS_THERE: tl.constexpr):
+    if IS_THERE:
+        tl.store(pointer + row, value)
+
+
+@triton.jit
+def _store_dead_row(
+    dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    if WRITE_GRADIENT:
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + columns, zeros, mask=columns < row_stride)
+
+
+@triton.jit
+def _target_logprob(target_z, others):
+    """log of p = e / (e + others) with e = exp(target_z), and e + others.
+
+    The target stays out of `others`: 1 - p of a target that is nearly certain is then others /
+    total with all its digits, where p - 1 would have few left.
+    """
+    target_exp = tl.exp(target_z)
+    total = target_exp + others
+    # Where p > 1/2, or (z - max) - log(sum); with logits of 1e4, z - lse would be off by 1e-3.
+    certain = others < target_exp
+    ratio = tl.where(certain, others / target_exp, 1.0)
+    return tl.where(certain, -_log1p(ratio), target_z - tl.log(total)), total
