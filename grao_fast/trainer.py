@@ -187,7 +187,7 @@ class _Run:
                 callback.on_train_begin(self.policy, config)
             self.before = self._recall_baseline() if first_step else self._evaluate(0)
             after, step = self.before, first_step
-            if step == self.total_steps:  # the checkpoint was the run's last
+            if step >= self.total_steps:  # the checkpoint was the run's last
                 after = self._evaluate(step, log=False)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
