@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,15 +38,35 @@ class Group:
     rewards_K: Tensor
     live_K: Tensor
 
-    @property
+    @cached_property
     def live_sequences(self) -> list[int]:
         """Indices of the sequences that need a forward pass: live and not empty."""
-        return [k for k, ids in enumerate(self.sequence_ids) if ids and bool(self.live_K[k])]
+        live = self.live_K.tolist()
+        return [k for k, ids in enumerate(self.sequence_ids) if ids and live[k]]
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of the live sequences; none for a dead group, which needs no forward pass."""
-        return [len(self.sequence_ids[k]) for k in self.live_sequences]
+    @cached_property
+    def size(self) -> Size:
+        """Of its forward pass; no rows for a dead group, which needs none."""
+        lengths = [len(self.sequence_ids[k]) for k in self.live_sequences]
+        P = len(self.prompt_ids)
+        return Size(len(lengths), P + max(lengths), P + sum(lengths)) if lengths else Size(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a forward pass: its live sequences, the longest with its prompt, and tokens packed."""
+
+    sequences: int
+    longest: int
+    packed: int
+
+    def __add__(self, other: Size) -> Size:
+        longest = max(self.longest, other.longest)
+        return Size(self.sequences + other.sequences, longest, self.packed + other.packed)
+
+    def tokens(self, *, share_prefix: bool) -> int:
+        """Tokens computed: packed behind shared prompts, or padded to the longest row."""
+        return self.packed if share_prefix else self.sequences * self.longest
 
 
 @dataclass(frozen=True)
@@ -84,14 +105,6 @@ class MicroBatch:
     rewards_NK: Tensor
 
 
-def count_tokens(groups: Sequence[Group], *, share_prefix: bool = True) -> int:
-    """Tokens of a forward pass over live groups, packed or padded, the padding included."""
-    if share_prefix:
-        return sum(len(group.prompt_ids) + sum(group.lengths) for group in groups)
-    longest = max(len(group.prompt_ids) + max(group.lengths) for group in groups)
-    return sum(len(group.lengths) for group in groups) * longest
-
-
 def split_by_tokens(
     groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True
 ) -> Iterator[list[Group]]:
@@ -101,16 +114,17 @@ def split_by_tokens(
     group of more than `max_tokens` stands alone.
     """
 
-    def size(chosen: list[Group]) -> int:
-        return count_tokens(chosen, share_prefix=share_prefix)
+    def tokens(size: Size) -> int:
+        return size.tokens(share_prefix=share_prefix)
 
-    live = (group for group in groups if group.lengths)
-    waiting = sorted(live, key=lambda group: size([group]), reverse=True)
+    live = (group for group in groups if group.size.sequences)
+    waiting = sorted(live, key=lambda group: tokens(group.size), reverse=True)
     while waiting:
-        chosen, rest = waiting[:1], []
+        chosen, rest, size = waiting[:1], [], waiting[0].size
         for group in waiting[1:]:
-            if size([*chosen, group]) <= max_tokens:
+            if tokens(size + group.size) <= max_tokens:
                 chosen.append(group)
+                size += group.size
             else:
                 rest.append(group)
         yield chosen

@@ -174,10 +174,9 @@ def evaluate(
         output_dir: eval.json and completions.jsonl are written there; None: nowhere.
 
     Raises:
-        ValueError: as `grao_fast.train`; or output_dir is that of a training run, whose
-            completions.jsonl would be overwritten.
+        ValueError: as `grao_fast.train`; output_dir cannot be written, or is that of a training
+            run, whose completions.jsonl would be overwritten.
         RewardError: the reward or the metric failed.
-        OSError: output_dir cannot be written.
     """
     from grao_fast.policy import existing_path, load_policy
 
@@ -232,15 +231,10 @@ def _answer(
         max_reference_length=config.max_new_tokens,  # references are not read by the model
         eos_token_ids=policy.eos_token_ids,
     )
-    groups = policy.sampler.sample(
+    texts = policy.answer(
         [item.prompt_ids for item in encoded],
-        num_generations=1,
         max_new_tokens=config.max_new_tokens,
-        temperature=0.0,
         seed=config.seed,
-    )
-    texts = policy.tokenizer.batch_decode(
-        [group[0].token_ids for group in groups], skip_special_tokens=True
     )
     return [item.example for item in encoded], texts
 

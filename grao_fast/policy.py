@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from grao_fast.attention import shared_prefix
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.parity import check_parity
+from grao_fast.rollout import Completion
 from grao_fast.rollout.transformers import TransformersSampler
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,19 @@ class Policy:
         return torch.autocast(
             self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
+
+    def decode(self, completions: Sequence[Completion]) -> list[str]:
+        """Texts of completions, without special tokens."""
+        return self.tokenizer.batch_decode(
+            [completion.token_ids for completion in completions], skip_special_tokens=True
+        )
+
+    def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
+        """The greedy completion of every prompt, as text."""
+        groups = self.sampler.sample(
+            prompts, num_generations=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed
+        )
+        return self.decode([group[0] for group in groups])
 
     def lay_out(self, groups: list[Group]) -> MicroBatch:
         """The groups as this policy computes them: packed behind shared prompts, or padded."""

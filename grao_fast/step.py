@@ -55,7 +55,7 @@ def sample_and_score(
         temperature=config.temperature,
         seed=seed,
     )
-    texts = [decode(policy, group) for group in completions]
+    texts = [policy.decode(group) for group in completions]
     sampled = time.perf_counter()
     scores = reward.score_groups(
         [prompt.example for prompt in prompts], texts, reward_type=config.reward_type
@@ -73,13 +73,6 @@ def sample_and_score(
         advantages_NK=advantages_NK,
         per_function=scores.per_function,
         seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
-    )
-
-
-def decode(policy: Policy, completions: Sequence[Completion]) -> list[str]:
-    """Texts of completions, without special tokens."""
-    return policy.tokenizer.batch_decode(
-        [completion.token_ids for completion in completions], skip_special_tokens=True
     )
 
 

@@ -46,7 +46,7 @@ from grao_fast.state import (
     save_model,
     step_seed,
 )
-from grao_fast.step import Rollout, decode, rollout_metrics, sample_and_score, update
+from grao_fast.step import Rollout, rollout_metrics, sample_and_score, update
 from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines, write_lines
 from grao_fast.watch import Watch
 
@@ -227,14 +227,11 @@ class _Run:
         """Greedy completions of the held-out prompts, compared with those from before training."""
         if self.eval_prompts is None:
             return None
-        groups = self.policy.sampler.sample(
+        texts = self.policy.answer(
             [prompt.prompt_ids for prompt in self.eval_prompts],
-            num_generations=1,
             max_new_tokens=self.config.max_new_tokens,
-            temperature=0.0,
             seed=self.config.seed,
         )
-        texts = decode(self.policy, [group[0] for group in groups])
         if step == 0:
             self.baseline_texts = texts
             kept = {"data": fingerprint(self.eval_prompts), "texts": texts}

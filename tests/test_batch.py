@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grao_fast.batch import Group, MicroBatch, count_tokens, pack, pad, split_by_tokens
+from grao_fast.batch import Group, MicroBatch, Size, pack, pad, split_by_tokens
 
 
 def group(prompt: list[int], *sequences: list[int], live: list[bool] | None = None) -> Group:
@@ -75,5 +75,6 @@ def test_the_budget_counts_the_tokens_of_the_forward_pass():
         assert sum(map(len, parts)) == len(groups)
         for part in parts:
             tokens = lay_out(part).input_ids_BL.numel()
-            assert tokens == count_tokens(part, share_prefix=share_prefix)
+            size = sum((each.size for each in part), start=Size(0, 0, 0))
+            assert tokens == size.tokens(share_prefix=share_prefix)
             assert tokens <= 220
