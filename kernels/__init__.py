@@ -13,11 +13,13 @@ if __name__ != "kernels":
     from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
     from .linear_grao import GRAOLoss, linear_grao_loss
     from .linear_logprob import TokenLogprobs, linear_logprobs
+    from .vocab_parallel import VocabParallel
 
 __all__ = [
     "GRAOLoss",
     "LinearCrossEntropy",
     "TokenLogprobs",
+    "VocabParallel",
     "group_advantages",
     "linear_grao_loss",
     "linear_logprobs",

@@ -1,17 +1,29 @@
-"""The row function in PyTorch, for the CPU and for any device without Triton.
+"""The row functions in PyTorch, for the CPU and for any device without Triton.
 
-It is the arithmetic of `rowwise.py`. On the CPU a slab of logits does not fit in the cache, so it
-is worked through in blocks of rows that do: memory is read and written once, the exponential is
+It is the arithmetic of `row_kernels.py`. On the CPU a slab of logits does not fit in the cache, so
+it is worked through in blocks of rows that do: memory is read and written once, the exponential is
 taken once, and nothing the size of the slab is allocated.
+
+Shapes: R rows of a slab, B of a block, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .checks import LogitTransform
-from .policy import Policy, row_coefficient
+from .policy import Policy
+from .row_statistics import (
+    Factors,
+    Statistics,
+    mark_dead,
+    row_factors,
+    row_outcome,
+    store,
+)
 
 # Logits of one block: they stay in the last-level cache over the five passes. At 1 MiB they would
 # stay in a core's own cache, which gains nothing here (the passes take 1.3 ns a logit, the GEMMs
@@ -19,7 +31,7 @@ from .policy import Policy, row_coefficient
 _CPU_BLOCK_BYTES = 8 * 2**20
 
 # Of z - max where it is multiplied by its exponential, which is 0 there: 0 * -inf would be NaN.
-GAP_FLOOR = -128.0
+_GAP_FLOOR = -128.0
 
 
 def weighted_ce_rows(
@@ -54,98 +66,152 @@ def weighted_ce_rows(
         top1_R: (R,) float32 to write, or None: 1 where no token is likelier than the target, or 0.
         policy: None, or what turns weight_R into the row's coefficient by its log-prob.
     """
-    R, V = logits_RV.shape
-    on_cpu = logits_RV.device.type == "cpu"
-    block = max(1, _CPU_BLOCK_BYTES // (4 * V)) if on_cpu else R
-    for start in range(0, R, block):
-        rows = slice(start, start + block)
+    for rows in _blocks(logits_RV):
         _block_rows(
             logits_RV[rows],
             None if dlogits_RV is None else dlogits_RV[rows],
             bias_V,
-            target_R[rows, None],
-            weight_R[rows, None],
-            logprob_R[rows, None],
+            target_R[rows],
+            weight_R[rows],
+            logprob_R[rows],
             transform,
-            None if entropy_R is None else entropy_R[rows, None],
-            None if entropy_weight_R is None else entropy_weight_R[rows, None],
-            None if top1_R is None else top1_R[rows, None],
-            None if policy is None else policy.rows(start, start + block),
+            None if entropy_R is None else entropy_R[rows],
+            None if entropy_weight_R is None else entropy_weight_R[rows],
+            None if top1_R is None else top1_R[rows],
+            None if policy is None else policy.rows(rows.start, rows.stop),
         )
-    dead_R = weight_R == 0
-    if entropy_weight_R is not None:
-        dead_R &= entropy_weight_R == 0
-    if policy is not None:
-        dead_R &= policy.kl_coef_R == 0
-    for values_R in (logprob_R, entropy_R, top1_R):
-        if values_R is not None:
-            values_R.masked_fill_(dead_R, torch.nan)
 
 
 def _block_rows(
     z_BV: Tensor,
     dlogits_BV: Tensor | None,
     bias_V: Tensor | None,
-    target_B1: Tensor,
-    weight_B1: Tensor,
-    logprob_B1: Tensor,
+    target_B: Tensor,
+    weight_B: Tensor,
+    logprob_B: Tensor,
     transform: LogitTransform,
-    entropy_B1: Tensor | None,
-    entropy_weight_B1: Tensor | None,
-    top1_B1: Tensor | None,
+    entropy_B: Tensor | None,
+    entropy_weight_B: Tensor | None,
+    top1_B: Tensor | None,
     policy: Policy | None,
 ) -> None:
     bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
-    peak_B1 = z_BV.amax(1, keepdim=True)
-    target_z_B1 = z_BV.gather(1, target_B1).sub_(peak_B1)
-    z_BV.sub_(peak_B1)
-    gap_BV = None if entropy_B1 is None else z_BV.clamp(min=GAP_FLOOR)
-    z_BV.exp_()
-    if gap_BV is not None and entropy_B1 is not None:
-        _entropy_(gap_BV, z_BV, entropy_B1)
-    # The target stays out of the sum: 1 - p of a target that is nearly certain is then others /
-    # total with all its digits, where p - 1 would have few left.
-    target_exp_B1 = target_z_B1.exp()
-    others_B1 = z_BV.scatter_(1, target_B1, 0).sum(1, keepdim=True)
-    total_B1 = target_exp_B1 + others_B1
-    # (z - max) - log(sum), not z - lse: with logits of 1e4 a float32 lse is off by 1e-3.
-    logprob_B1.copy_(
-        torch.where(
-            others_B1 < target_exp_B1,
-            -torch.log1p(others_B1 / target_exp_B1),
-            target_z_B1 - total_B1.log(),
-        )
-    )
-    if top1_B1 is not None:
-        top1_B1.copy_(target_z_B1 == 0)
-    if dlogits_BV is None:
-        return
-    if policy is not None:
-        weight_B1 = row_coefficient(weight_B1[:, 0], logprob_B1[:, 0], policy)[:, None]
-    scale_B1 = weight_B1 * transform.slope / total_B1
-    z_BV.mul_(scale_B1).scatter_(1, target_B1, -scale_B1 * others_B1)
-    if gap_BV is not None and entropy_weight_B1 is not None:
-        z_BV.addcmul_(gap_BV, entropy_weight_B1, value=-transform.slope)
-    if bend_BV is not None:
-        z_BV.mul_(bend_BV)
-    if dlogits_BV.data_ptr() != z_BV.data_ptr():
-        dlogits_BV.copy_(z_BV)
+    statistics, gap_BV = _statistics_(z_BV, target_B, entropy_B is not None)
+    outcome = row_outcome(statistics, entropy_B is not None, top1_B is not None)
+    if dlogits_BV is not None:
+        weights = (weight_B, entropy_weight_B, policy)
+        factors = row_factors(statistics, outcome.logprob_R, *weights)
+        gap_BV = None if entropy_weight_B is None else gap_BV
+        _gradient_(z_BV, gap_BV, bend_BV, target_B, factors, transform.slope)
+        if dlogits_BV.data_ptr() != z_BV.data_ptr():
+            dlogits_BV.copy_(z_BV)
+    mark_dead(outcome, weight_B, entropy_weight_B, policy)
+    store(outcome, logprob_B, entropy_B, top1_B)
 
 
-def _entropy_(gap_BV: Tensor, exp_BV: Tensor, entropy_B1: Tensor) -> None:
-    """entropy = log(total) - E[gap], gap = z - max; gap becomes p (gap - E[gap]).
+def row_statistics(
+    logits_RV: Tensor,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    transform: LogitTransform,
+    entropy: bool,
+) -> Statistics:
+    """The sums over a part of the vocabulary; logits are left as they are.
 
-    That is p (log p + entropy). The peaks stay out of the sum, so that the log of a total that is
-    nearly 1 has all its digits.
+    Args:
+        target_R: (R,) int64 in [0, V), or below 0 where the target is in another part.
+        entropy: whether to make what the entropy needs.
     """
-    peaks_BV = exp_BV == 1
-    ties_B1 = peaks_BV.sum(1, keepdim=True)
-    rest_B1 = exp_BV.masked_fill(peaks_BV, 0).sum(1, keepdim=True)
-    total_B1 = rest_B1 + ties_B1
-    mean_B1 = (exp_BV * gap_BV).sum(1, keepdim=True).div_(total_B1)
-    log_total_B1 = torch.where(ties_B1 == 1, rest_B1.log1p(), total_B1.log())
-    entropy_B1.copy_(log_total_B1 - mean_B1)
-    gap_BV.sub_(mean_B1).mul_(exp_BV).div_(total_B1)
+    blocks = []
+    for rows in _blocks(logits_RV):
+        z_BV = logits_RV[rows].clone()
+        _transform_logits_(z_BV, bias_V, transform, False)
+        blocks.append(_statistics_(z_BV, target_R[rows], entropy)[0])
+    return Statistics(*(torch.cat(each) for each in zip(*blocks, strict=True)))
+
+
+def row_gradient(
+    logits_RV: Tensor,
+    dlogits_RV: Tensor,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    factors: Factors,
+    transform: LogitTransform,
+) -> None:
+    """The gradient in a part of the vocabulary, by the sums over the whole; destroys logits."""
+    for rows in _blocks(logits_RV):
+        z_BV = logits_RV[rows]
+        bend_BV = _transform_logits_(z_BV, bias_V, transform, True)
+        block = Factors(*(None if each is None else each[rows] for each in factors))
+        gap_BV = _exponentials_(z_BV, block.peak_R, block.pull_R is not None)
+        _gradient_(z_BV, gap_BV, bend_BV, target_R[rows], block, transform.slope)
+        if dlogits_RV.data_ptr() != logits_RV.data_ptr():
+            dlogits_RV[rows] = z_BV
+
+
+def _blocks(logits_RV: Tensor) -> Iterator[slice]:
+    """All rows: on the CPU in blocks, elsewhere at once."""
+    R, V = logits_RV.shape
+    on_cpu = logits_RV.device.type == "cpu"
+    block = max(1, _CPU_BLOCK_BYTES // (4 * V)) if on_cpu else max(1, R)
+    for start in range(0, R, block):
+        yield slice(start, min(start + block, R))
+
+
+def _statistics_(z_BV: Tensor, target_B: Tensor, entropy: bool) -> tuple[Statistics, Tensor | None]:
+    """z becomes exp(z - max z), with 0 at the target; gap = z - max z, for the entropy."""
+    # A part of the vocabulary may be masked whole; -inf - -inf would be NaN.
+    peak_B = z_BV.amax(1).clamp_(min=torch.finfo(z_BV.dtype).min)
+    target_z_B = _at(z_BV, target_B).where(target_B >= 0, -torch.inf)
+    gap_BV = _exponentials_(z_BV, peak_B, entropy)
+    rest_B = ties_B = spread_B = peak_B
+    if gap_BV is not None:
+        peaks_BV = z_BV == 1
+        rest_B, ties_B = z_BV.masked_fill(peaks_BV, 0).sum(1), peaks_BV.sum(1).to(peak_B.dtype)
+        spread_B = (z_BV * gap_BV).sum(1)
+    others_B = _put_(z_BV, target_B, torch.zeros_like(peak_B)).sum(1)
+    return Statistics(peak_B, target_z_B, others_B, rest_B, ties_B, spread_B), gap_BV
+
+
+def _exponentials_(z_BV: Tensor, peak_B: Tensor, keep_gap: bool) -> Tensor | None:
+    """z becomes exp(z - peak); returns z - peak where it is to be kept."""
+    z_BV.sub_(peak_B[:, None])
+    gap_BV = z_BV.clamp(min=_GAP_FLOOR) if keep_gap else None
+    z_BV.exp_()
+    return gap_BV
+
+
+def _gradient_(
+    exp_BV: Tensor,
+    gap_BV: Tensor | None,
+    bend_BV: Tensor | None,
+    target_B: Tensor,
+    factors: Factors,
+    slope: float,
+) -> None:
+    """exp(z - peak), whatever it holds at the target, becomes dlogits; see Factors."""
+    scale_B = factors.scale_R * slope
+    if gap_BV is not None and factors.pull_R is not None and factors.mean_gap_R is not None:
+        _put_(exp_BV, target_B, _at(gap_BV, target_B).exp())
+        gap_BV.sub_(factors.mean_gap_R[:, None]).mul_(exp_BV)
+        gap_BV.mul_((factors.pull_R * slope)[:, None])
+    exp_BV.mul_(scale_B[:, None])
+    _put_(exp_BV, target_B, -scale_B * factors.others_R)
+    if gap_BV is not None:
+        exp_BV.sub_(gap_BV)
+    if bend_BV is not None:
+        exp_BV.mul_(bend_BV)
+
+
+def _at(values_BV: Tensor, target_B: Tensor) -> Tensor:
+    """The target's value; any where the target is in another part of the vocabulary."""
+    return values_BV.gather(1, target_B.clamp(min=0)[:, None])[:, 0]
+
+
+def _put_(values_BV: Tensor, target_B: Tensor, value_B: Tensor) -> Tensor:
+    """Set the target's value, where the target is in this part of the vocabulary."""
+    value_B = value_B.where(target_B >= 0, _at(values_BV, target_B))
+    return values_BV.scatter_(1, target_B.clamp(min=0)[:, None], value_B[:, None])
 
 
 def _transform_logits_(

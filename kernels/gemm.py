@@ -1,10 +1,12 @@
-"""The three matrix products of a linear cross-entropy, each summed and returned in float32.
+"""The three matrix products of a linear cross-entropy.
 
     logits  = hidden head^T        dhidden = dlogits head        dhead += dlogits^T hidden
 
-bfloat16 and float16 operands go to the tensor cores as they are, with a float32 result
-(`out_dtype`), so that no logit and no partial sum is rounded to them. PyTorch has such products
-on CUDA only; elsewhere the operands are widened first, the head a few MiB at a time.
+On CUDA, bfloat16 and float16 operands go to the tensor cores as they are, with a float32 result
+(`out_dtype`), so that no logit and no partial sum is rounded to them. On CPUs PyTorch rounds the
+result of a 16-bit product to 16 bits: logits are made of operands that are widened first, the head
+a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them: there a product
+is rounded once, to the dtype that its gradient has, and sums over chunks are in float32.
 
 Shapes: R rows of a chunk, D width, V vocabulary.
 """
@@ -12,6 +14,7 @@ Shapes: R rows of a chunk, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,48 +25,106 @@ _BLOCK_BYTES = 16 * 2**20
 
 
 def project(hidden_RD: Tensor, head_VD: Tensor, out_RV: Tensor) -> None:
-    """out = hidden head^T."""
-    for vocabulary, head_BD in _head_blocks(head_VD):
-        _mm(hidden_RD, head_BD.T, out_RV[:, vocabulary], accumulate=False)
+    """out = hidden head^T, in float32."""
+    if head_VD.dtype == torch.float32 or head_VD.is_cuda:
+        _multiply(hidden_RD, head_VD.T, out_RV)
+        return
+    hidden_RD = hidden_RD.float()
+    for vocabulary in _blocks(*head_VD.shape):
+        torch.mm(hidden_RD, head_VD[vocabulary].float().T, out=out_RV[:, vocabulary])
 
 
 def grad_hidden(dlogits_RV: Tensor, head_VD: Tensor, out_RD: Tensor) -> None:
-    """out = dlogits head."""
-    for vocabulary, head_BD in _head_blocks(head_VD):
-        _mm(dlogits_RV[:, vocabulary], head_BD, out_RD, accumulate=vocabulary.start > 0)
-
-
-def grad_head(dlogits_RV: Tensor, hidden_RD: Tensor, out_VD: Tensor, accumulate: bool) -> None:
-    """out = dlogits^T hidden, added to what `out` holds where `accumulate`."""
-    _mm(dlogits_RV.T, hidden_RD, out_VD, accumulate=accumulate)
-
-
-def _head_blocks(head_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The head in one piece; in float32 blocks of the vocabulary where it must be widened."""
-    V, D = head_VD.shape
-    if head_VD.dtype == torch.float32 or head_VD.is_cuda:
-        yield slice(0, V), head_VD
+    """out = dlogits head, in float32."""
+    if _multiplies_as_it_is(dlogits_RV, head_VD):
+        _multiply(dlogits_RV, head_VD, out_RD)
         return
+    out_RD.zero_()
+    for vocabulary in _blocks(*head_VD.shape):
+        out_RD.addmm_(dlogits_RV[:, vocabulary].float(), head_VD[vocabulary].float())
+
+
+def grad_head(
+    dlogits_RV: Tensor,
+    hidden_RD: Tensor,
+    out_VD: Tensor,
+    accumulate: bool,
+    scale: Tensor | None = None,
+) -> None:
+    """out = scale dlogits^T hidden, added to what `out` holds where `accumulate`.
+
+    `out` is float32 or has a dtype of its own, to which the sum is then rounded.
+    """
+    as_it_is = _multiplies_as_it_is(dlogits_RV, hidden_RD)
+    if as_it_is and scale is None and _adds_as_it_is(dlogits_RV, out_VD):
+        if accumulate:
+            _multiply_add(dlogits_RV.T, hidden_RD, out_VD)
+        else:
+            _multiply(dlogits_RV.T, hidden_RD, out_VD)
+        return
+    hidden_RD = hidden_RD if as_it_is else hidden_RD.float()
+    for vocabulary in _blocks(*out_VD.shape):
+        left_BR = dlogits_RV[:, vocabulary].T
+        product_BD = _product(left_BR if as_it_is else left_BR.float(), hidden_RD)
+        if scale is not None:
+            product_BD = product_BD * scale
+        if accumulate:
+            out_VD[vocabulary] += product_BD
+        else:
+            out_VD[vocabulary] = product_BD
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products of bfloat16 are faster on this CPU than those of float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def keeps_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether gradient products take operands of this 16-bit dtype there without widening them."""
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and cpu_has_bfloat16()
+    return device.type == "cuda" and dtype != torch.float32
+
+
+def _multiplies_as_it_is(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and (a.dtype == torch.float32 or keeps_16_bits(a.dtype, a.device))
+
+
+def _adds_as_it_is(a: Tensor, out: Tensor) -> bool:
+    """Whether one GEMM does the sum: with float32 results, or on CUDA into `out`'s own dtype."""
+    if not a.is_cuda:
+        return a.dtype == out.dtype == torch.float32
+    return out.dtype in (a.dtype, torch.float32)
+
+
+def _blocks(V: int, D: int) -> Iterator[slice]:
+    """The vocabulary in parts whose float32 rows take a few MiB."""
     block = max(1, _BLOCK_BYTES // (4 * max(D, 1)))
     for start in range(0, V, block):
-        stop = min(start + block, V)
-        yield slice(start, stop), head_VD[start:stop].float()
+        yield slice(start, min(start + block, V))
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    if not a.is_cuda:
-        a, b = a.float(), b.float()
-    if a.dtype == torch.float32:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif not accumulate:
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
     elif _ADDMM_TAKES_FP32:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        block = max(1, _BLOCK_BYTES // (4 * max(out.shape[1], 1)))
-        for start in range(0, out.shape[0], block):
-            product = torch.mm(a[start : start + block], b, out_dtype=torch.float32)
-            out[start : start + block].add_(product)
+        for rows in _blocks(*out.shape):
+            out[rows] += _product(a[rows], b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)

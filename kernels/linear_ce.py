@@ -17,6 +17,7 @@ from . import ops
 from .checks import (
     LogitTransform,
     check_constant,
+    check_head_grad,
     check_home,
     check_number,
     check_operands,
@@ -25,6 +26,7 @@ from .checks import (
     logit_transform,
 )
 from .scale import scaled_gradient
+from .vocab_parallel import Parts, VocabParallel, local_parts
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -46,6 +48,8 @@ def linear_weighted_cross_entropy(
     softcap: float | None = None,
     workspace_mib: float = 512,
     backend: str | None = None,
+    head_grad_VD: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> LinearCrossEntropy:
     """loss = -sum_t weight_t log softmax(z_t)[target_t], with weights of either sign.
 
@@ -67,6 +71,15 @@ def linear_weighted_cross_entropy(
         workspace_mib: memory for the logits of a chunk of rows and their gradient. More is
             faster, to the point where all rows fit.
         backend: "triton", "torch", or None for Triton on CUDA tensors and PyTorch on others.
+        head_grad_VD: (V, D) float32 or of head_VD's dtype, for instance `head.weight.grad` or
+            Megatron's `main_grad`: this call adds d loss / d head_VD to it, and `backward` then
+            gives head_VD nothing. So micro-batches need no second buffer of the head's size. The
+            loss must be the last word: backward must start from it with a gradient of 1, which it
+            cannot apply afterwards (the weights can hold a factor). It raises on the CPU, and
+            gives NaN gradients elsewhere, if it gets another.
+        vocab_parallel: head_VD and bias_V are this process's part of the vocabulary, and all else
+            is the same in all processes of the group. Or, without it, head_VD is a DTensor placed
+            [Shard(0)] and hidden_TD one placed [Replicate()] on the same mesh.
 
     Returns:
         LinearCrossEntropy(loss, logprob_T): a 0-d float32 differentiable in hidden_TD, head_VD
@@ -77,7 +90,9 @@ def linear_weighted_cross_entropy(
         ValueError: a shape, dtype, device or option that does not fit, by name.
         RuntimeError: a second backward pass through one loss.
     """
-    check_operands(hidden_TD, head_VD, target_T, bias_V)
+    parts = local_parts(hidden_TD, head_VD, bias_V, vocab_parallel)
+    hidden_TD = parts.hidden_TD
+    check_operands(hidden_TD, parts.head_VD, target_T, parts.bias_V)
     T = hidden_TD.shape[0]
     if tuple(weight_T.shape) != (T,):
         raise ValueError(f"weight_T must be ({T},), got {tuple(weight_T.shape)}")
@@ -88,7 +103,7 @@ def linear_weighted_cross_entropy(
     transform = logit_transform(temperature, logit_scale, softcap)
     backend = choose_backend(backend, hidden_TD.device)
     result = weighted_terms(
-        hidden_TD, head_VD, bias_V, target_T, weight_T[None], transform, workspace_mib, backend
+        parts, target_T, weight_T[None], transform, workspace_mib, backend, head_grad_VD
     )
     return LinearCrossEntropy(result.loss, result.logprob_T)
 
@@ -105,14 +120,13 @@ class WeightedTerms(NamedTuple):
 
 
 def weighted_terms(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    bias_V: Tensor | None,
+    parts: Parts,
     target_T: Tensor,
     terms_CT: Tensor,
     transform: LogitTransform,
     workspace_mib: float,
     backend: str,
+    head_grad_VD: Tensor | None,
     *,
     policy_3T: Tensor | None = None,
     kl_coef_T: Tensor | None = None,
@@ -123,9 +137,13 @@ def weighted_terms(
     """loss = -sum of parts, parts = terms_CT . logprob_T: `ops.weighted_terms`, differentiable."""
     check_number("workspace_mib", workspace_mib, above=0)
     tracked = torch.is_grad_enabled()
+    hidden_TD, head_VD, bias_V, group_name, vocab_size = parts
+    if head_grad_VD is not None:
+        head_grad_VD = check_head_grad(head_grad_VD, head_VD)
+        head_grad_VD = head_grad_VD if tracked else None
     operands = (hidden_TD, head_VD, bias_V)
+    wants = [tracked and each is not None and each.requires_grad for each in operands]
     arguments = (
-        *operands,
         target_T,
         terms_CT,
         policy_3T,
@@ -137,24 +155,71 @@ def weighted_terms(
         compute_dtype(hidden_TD, head_VD),
         entropy,
         top1,
-        [tracked and each is not None and each.requires_grad for each in operands],
+        group_name,
+        vocab_size,
     )
+    if not torch.compiler.is_compiling():
+        wants[1] &= head_grad_VD is None
+        return WeightedTerms(*_WeightedTerms.apply(head_grad_VD, *operands, *arguments, wants))
     # A compiler may see nothing change in place, and reuses the buffers by itself.
-    run = ops.weighted_terms if torch.compiler.is_compiling() else _WeightedTerms.apply
-    return WeightedTerms(*run(*arguments)[:6])
+    if head_grad_VD is None:
+        return WeightedTerms(*ops.weighted_terms(*operands, *arguments, wants)[:6])
+    return _accumulated_by_compiler(operands, arguments, wants, head_grad_VD)
+
+
+def _accumulated_by_compiler(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    arguments: tuple,
+    wants: list[bool],
+    head_grad_VD: Tensor,
+) -> WeightedTerms:
+    """The operator writes to none of its inputs; what the sum costs is the compiler's to choose."""
+    hidden_TD, head_VD, bias_V = operands
+    wants = [wants[0], True, wants[2]]
+    results = ops.weighted_terms(hidden_TD, head_VD.detach(), bias_V, *arguments, wants)
+    loss, *constants, _dhidden_TD, dhead_VD, _dbias_V, unscale = results
+    head_grad_VD.add_(dhead_VD.detach().float() * unscale.detach())
+    return WeightedTerms(_LastWord.apply(loss), *constants)
+
+
+class _LastWord(torch.autograd.Function):
+    """A loss from which backward must start."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return _must_be_one(grad_loss)
+
+
+def _must_be_one(grad_loss: Tensor) -> Tensor:
+    """1; NaN, or on the CPU ValueError, if it is not: a part of the gradient is out of reach."""
+    if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss != 1:
+        raise ValueError(
+            f"the head's gradient is in head_grad_VD already, as of this loss; backward came with "
+            f"a gradient of {grad_loss.item():g} for it, not 1: put the factor into the weights "
+            "(num_prompts divides those of linear_grao_loss), or leave out head_grad_VD"
+        )
+    return grad_loss.where(grad_loss == 1, math.nan)
 
 
 class _WeightedTerms(torch.autograd.Function):
     """The operator, and a backward pass that scales its gradients where they are."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = ops.weighted_terms(*arguments)
-        *_, backend, _dtype, _entropy, _top1, wants = arguments
+    def forward(ctx, head_grad_VD, *arguments):
+        if head_grad_VD is None:
+            results = ops.weighted_terms(*arguments)
+        else:
+            results = ops.run_weighted_terms(*arguments, head_grad_VD=head_grad_VD)
+        *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = results
         # Kept here and not by save_for_backward, as backward gives these very buffers away.
         ctx.gradients = (dhidden_TD, dhead_VD, dbias_V)
-        ctx.unscale, ctx.backend, ctx.wants = unscale, backend, wants
+        ctx.unscale, ctx.backend, ctx.wants = unscale, arguments[11], arguments[-1]
         ctx.dtypes = [None if each is None else each.dtype for each in arguments[:3]]
+        ctx.last_word = head_grad_VD is not None
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
@@ -168,9 +233,9 @@ class _WeightedTerms(torch.autograd.Function):
                 "the loss again for a second one"
             )
         ctx.gradients = None
-        scale = grad_loss * ctx.unscale
+        scale = (_must_be_one(grad_loss) if ctx.last_word else grad_loss) * ctx.unscale
         scaled = [
             scaled_gradient(gradient, scale, dtype, ctx.backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return *scaled, *[None] * 14
+        return None, *scaled, *[None] * 16

@@ -25,7 +25,8 @@ from .checks import (
     logit_transform,
 )
 from .linear_ce import weighted_terms
-from .one_pass import to_device
+from .live_rows import to_device
+from .vocab_parallel import VocabParallel, local_parts
 
 
 class GRAOLoss(NamedTuple):
@@ -71,6 +72,8 @@ def linear_grao_loss(
     top1: bool = False,
     workspace_mib: float = 512,
     backend: str | None = None,
+    head_grad_VD: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> GRAOLoss:
     """Group Relative Alignment Optimization, in one pass over the vocabulary.
 
@@ -103,8 +106,8 @@ def linear_grao_loss(
         ref_logprob_T: (T,), under the reference policy; NaN for a row of none, whose kl is 0.
         kl_coef: weight of kl; goes with ref_logprob_T.
         entropy, top1: whether to return entropies, and whether the target is the likeliest token.
-        bias_V, temperature, logit_scale, softcap, workspace_mib, backend: as in
-            `linear_weighted_cross_entropy`.
+        bias_V, temperature, logit_scale, softcap, workspace_mib, backend, head_grad_VD,
+            vocab_parallel: as in `linear_weighted_cross_entropy`.
         num_prompts: the divisor, N by default. Give the whole batch's when this call has a part
             of it, and the parts' losses and gradients add up to the whole's.
 
@@ -124,7 +127,9 @@ def linear_grao_loss(
 
     Source: arXiv 2508.07750, equations 2-4.
     """
-    check_operands(hidden_TD, head_VD, target_T, bias_V)
+    parts = local_parts(hidden_TD, head_VD, bias_V, vocab_parallel)
+    hidden_TD = parts.hidden_TD
+    check_operands(hidden_TD, parts.head_VD, target_T, parts.bias_V)
     check_rewards("rewards_NK", rewards_NK)
     check_home("rewards_NK", rewards_NK, hidden_TD)
     check_index("sequence_T", sequence_T, (hidden_TD.shape[0],), hidden_TD)
@@ -158,14 +163,13 @@ def linear_grao_loss(
         backend,
     )
     result = weighted_terms(
-        hidden_TD,
-        head_VD,
-        bias_V,
+        parts,
         target_T,
         terms_3T,
         transform,
         workspace_mib,
         backend,
+        head_grad_VD,
         policy_3T=_stacked(policy, hidden_TD) if off_policy else None,
         kl_coef_T=kl_coef_T if off_policy else None,
         bounds=bounds,

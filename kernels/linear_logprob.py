@@ -14,6 +14,7 @@ from .checks import (
     compute_dtype,
     logit_transform,
 )
+from .vocab_parallel import VocabParallel, local_parts
 
 
 class TokenLogprobs(NamedTuple):
@@ -35,6 +36,7 @@ def linear_logprobs(
     entropy: bool = False,
     workspace_mib: float = 512,
     backend: str | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> TokenLogprobs:
     """logprob = log p[target] and entropy = -sum_v p_v log p_v of each row, p = softmax(z).
 
@@ -49,8 +51,8 @@ def linear_logprobs(
         hidden_TD: (T, D) float32, bfloat16 or float16.
         head_VD: (V, D), the same dtype; under `torch.autocast` both are cast to its dtype.
         target_T: (T,) int64 or int32 in [0, V), in every row.
-        bias_V, temperature, logit_scale, softcap, workspace_mib, backend: as in
-            `linear_weighted_cross_entropy`.
+        bias_V, temperature, logit_scale, softcap, workspace_mib, backend, vocab_parallel: as in
+            `linear_weighted_cross_entropy`. Where the head is shared, so must be the loss.
         entropy: whether to compute entropies as well, in the same pass.
 
     Returns:
@@ -60,6 +62,9 @@ def linear_logprobs(
     Raises:
         ValueError: a shape, dtype, device, option or (on the CPU) target that does not fit.
     """
+    hidden_TD, head_VD, bias_V, group_name, vocab_size = local_parts(
+        hidden_TD, head_VD, bias_V, vocab_parallel
+    )
     check_operands(hidden_TD, head_VD, target_T, bias_V)
     check_number("workspace_mib", workspace_mib, above=0)
     transform = logit_transform(temperature, logit_scale, softcap)
@@ -73,5 +78,7 @@ def linear_logprobs(
         choose_backend(backend, hidden_TD.device),
         compute_dtype(hidden_TD, head_VD),
         entropy,
+        group_name,
+        vocab_size,
     )
     return TokenLogprobs(logprob_T, entropy_T if entropy else None)

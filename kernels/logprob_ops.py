@@ -16,6 +16,7 @@ from .checks import LogitTransform, check_backend
 from .one_pass import Options, one_pass
 from .ops import LIBRARY, operator, rounded_gradients
 from .scale import scaled_gradient
+from .vocab_parallel import Shard
 
 
 def _token_logprobs_fake(
@@ -30,6 +31,8 @@ def _token_logprobs_fake(
     backend,
     dtype,
     entropy,
+    group_name,
+    vocab_size,
 ):
     T = hidden_TD.shape[0]
     logprob_T = hidden_TD.new_empty(T, dtype=torch.float32)
@@ -49,11 +52,20 @@ def token_logprobs(
     backend: str,
     dtype: torch.dtype,
     entropy: bool,
+    group_name: str | None,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
     """logprob_T and entropy_T, which is empty where it is not asked for."""
     check_backend(backend, hidden_TD.device)
-    transform = LogitTransform(slope, inner, cap)
-    options = Options(transform, workspace_bytes, backend, dtype, (False, False, False), entropy)
+    options = Options(
+        transform=LogitTransform(slope, inner, cap),
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        dtype=dtype,
+        wants=(False, False, False),
+        entropy=entropy,
+        shard=None if group_name is None else Shard(group_name, vocab_size),
+    )
     # Weights on the CPU: all rows count, and the host knows it.
     ones_1T = torch.ones(1, hidden_TD.shape[0])
     with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -75,6 +87,8 @@ def _token_logprobs_backward_fake(
     workspace_bytes,
     backend,
     dtype,
+    group_name,
+    vocab_size,
     wants,
 ):
     operands = (hidden_TD, head_VD, bias_V)
@@ -100,13 +114,20 @@ def token_logprobs_backward(
     workspace_bytes: int,
     backend: str,
     dtype: torch.dtype,
+    group_name: str | None,
+    vocab_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, head and bias; empty where not wanted."""
-    transform = LogitTransform(slope, inner, cap)
-    wants_all = (wants[0], wants[1], wants[2])
-    has_entropy = grad_entropy_T is not None
-    options = Options(transform, workspace_bytes, backend, dtype, wants_all, has_entropy)
+    options = Options(
+        transform=LogitTransform(slope, inner, cap),
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        dtype=dtype,
+        wants=(wants[0], wants[1], wants[2]),
+        entropy=grad_entropy_T is not None,
+        shard=None if group_name is None else Shard(group_name, vocab_size),
+    )
     if grad_logprob_T is None:
         grad_logprob_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float32)
     terms_1T = -grad_logprob_T[None]
@@ -128,12 +149,12 @@ def token_logprobs_backward(
 
 
 def _save_operands(ctx, inputs, output) -> None:
-    hidden_TD, head_VD, bias_V, target_T, *options, entropy = inputs
+    hidden_TD, head_VD, bias_V, target_T, *options, entropy, group_name, vocab_size = inputs
     if not entropy:
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_TD, head_VD, bias_V, target_T)
-    ctx.options = options
+    ctx.options = (*options, group_name, vocab_size)
 
 
 @once_differentiable
@@ -143,7 +164,7 @@ def _logprob_gradients(ctx, grad_logprob_T, grad_entropy_T):
         *ctx.saved_tensors, grad_logprob_T, grad_entropy_T, *ctx.options, wants
     )
     wanted = [each if want else None for each, want in zip(gradients, wants, strict=True)]
-    return *wanted, *[None] * 8
+    return *wanted, *[None] * 10
 
 
 torch.library.register_autograd(

@@ -5,7 +5,8 @@ turns each row into its log-prob and, since the row's weight is known, its gradi
 (3) and (4), two GEMMs carry that to hidden and head. The slab is reused by the next chunk: logits
 never exist whole, nothing is computed twice, and a row of weight 0 is not computed at all.
 
-Shapes: T rows, L live ones, R of a chunk, D width, V vocabulary, C terms of the loss.
+Shapes: T rows, L live ones, R of a chunk, D width, V vocabulary (a process's part of it where the
+head is sharded), C terms of the loss.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .checks import LogitTransform, check_range
+from .checks import LogitTransform
+from .live_rows import LiveRows, find_live_rows, normalised
 from .policy import Policy, row_value
+from .vocab_parallel import Shard, sharded_ce_rows
 
 # Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
 # be read and written 16 bytes at a time whatever V is.
@@ -35,6 +38,7 @@ class Options(NamedTuple):
     wants: tuple[bool, bool, bool]  # a gradient for hidden, head, bias
     entropy: bool = False
     top1: bool = False
+    shard: Shard | None = None  # of the vocabulary, of which head and bias are a part
 
 
 class Gradients(NamedTuple):
@@ -56,18 +60,6 @@ class PassResult(NamedTuple):
     gradients: Gradients
 
 
-class _LiveRows(NamedTuple):
-    """The rows to compute, on the device. `index_L` is None where these are all T rows."""
-
-    index_L: Tensor | None
-    target_L: Tensor
-    weight_L: Tensor
-    entropy_weight_L: Tensor | None
-    policy: Policy | None
-    terms_CL: Tensor
-    live_L: Tensor | None  # which of these count after all; None where all do
-
-
 def one_pass(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -77,23 +69,27 @@ def one_pass(
     options: Options,
     entropy_weight_T: Tensor | None = None,
     policy: Policy | None = None,
+    head_grad_VD: Tensor | None = None,
 ) -> PassResult:
     """parts = terms . logprob, loss = -sum(parts), and the gradients of the loss.
 
     A row's weight is the sum of its C terms. With `entropy_weight_T` and the option `entropy`, the
     gradients, though not the loss, are those of loss + entropy_weight . entropy. With a policy,
     whose `kl_coef_R` is on the terms' device and `logprob_3R` on hidden's, parts = terms . value
-    and loss = kl - sum(parts); see `policy.py`.
+    and loss = kl - sum(parts); see `policy.py`. The head's gradient, times `unscale`, is added to
+    `head_grad_VD` where that is given, and is then not among the result's.
     """
     T, D = hidden_TD.shape
     V = head_VD.shape[0]
     device = hidden_TD.device
-    rows = _live_rows(terms_CT, entropy_weight_T, policy, target_T, V, device)
+    shard = options.shard
+    vocabulary = V if shard is None else shard.vocab_size
+    rows = find_live_rows(terms_CT, entropy_weight_T, policy, target_T, vocabulary, device)
     L = rows.weight_L.numel()
-    scaled, unscale = _normalise(rows, options.dtype)
-    head_VD = _gemm_operand(head_VD, options.dtype)
+    scaled, unscale = normalised(rows, options.dtype)
 
     wants_hidden, wants_head, wants_bias = options.wants
+    any_gradient = any(options.wants) or head_grad_VD is not None
     dhidden_TD = _allocate(wants_hidden, (T, D), hidden_TD.dtype, device, L < T)
     dhead_VD = _allocate(wants_head, (V, D), torch.float32, device, L == 0)
     dbias_V = _allocate(wants_bias, (V,), torch.float32, device, True)
@@ -101,30 +97,28 @@ def one_pass(
     entropy_L = torch.empty_like(logprob_L) if options.entropy else None
     top1_L = torch.empty_like(logprob_L) if options.top1 else None
 
-    stride = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    stride = _padded(V)
     if bias_V is not None:
         bias_V = torch.nn.functional.pad(bias_V.float(), (0, stride - V))[:V]
-    second_slab = (
-        any(options.wants)
-        and options.dtype != torch.float32
-        and (device.type == "cuda" or options.backend == "triton")
-    )
-    chunk = _chunk_rows(L, stride, D, options, second_slab)
+    second_slab = any_gradient and _second_slab(options, hidden_TD, head_VD)
+    head_VD = _gemm_operand(head_VD, options.dtype)
+    slab_width = stride if shard is None else _padded(shard.width)
+    chunk = _chunk_rows(L, slab_width, D, options, second_slab)
     logits_RS = torch.empty((chunk, stride), dtype=torch.float32, device=device)
     dlogits_RS = logits_RS
     if second_slab:
         dlogits_RS = torch.empty((chunk, stride), dtype=options.dtype, device=device)
-    weighted_ce_rows = _row_function(options.backend)
+    weighted_ce_rows = _row_function(options)
 
     for start in range(0, L, chunk):
         stop = min(start + chunk, L)
-        hidden_RD = _take(hidden_TD, rows, start, stop).to(options.dtype)
+        hidden_RD = rows.take(hidden_TD, start, stop).to(options.dtype)
         logits_RV = logits_RS[: stop - start, :V]
         dlogits_RV = dlogits_RS[: stop - start, :V]
         gemm.project(hidden_RD, head_VD, logits_RV)
         weighted_ce_rows(
             logits_RV,
-            dlogits_RV if any(options.wants) else None,
+            dlogits_RV if any_gradient else None,
             bias_V,
             rows.target_L[start:stop],
             scaled.weight_L[start:stop],
@@ -136,21 +130,23 @@ def one_pass(
             None if scaled.policy is None else scaled.policy.rows(start, stop),
         )
         if dhidden_TD is not None:
-            _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop)
+            _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop, shard)
         if dhead_VD is not None:
             gemm.grad_head(dlogits_RV, hidden_RD, dhead_VD, accumulate=start > 0)
+        if head_grad_VD is not None:
+            scale = unscale if options.dtype == torch.float16 else None
+            gemm.grad_head(dlogits_RV, hidden_RD, head_grad_VD, accumulate=True, scale=scale)
         if dbias_V is not None:
             dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
 
     parts_C, kl = _sums(rows, logprob_L)
     gradients = Gradients(dhidden_TD, dhead_VD, dbias_V, unscale)
-    values = (logprob_L, entropy_L, top1_L)
-    values_T = (None if each is None else _all_rows(each, rows.index_L, T) for each in values)
+    values_T = (rows.all_rows(each, T) for each in (logprob_L, entropy_L, top1_L))
     loss = (kl - parts_C.sum()).float()
     return PassResult(loss, parts_C.float(), kl.float(), *values_T, gradients)
 
 
-def _sums(rows: _LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(rows: LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of the loss and its KL, in float64: sums of signed terms that may cancel."""
     live_L = torch.ones_like(logprob_L, dtype=torch.bool) if rows.live_L is None else rows.live_L
     value_L = logprob_L.where(live_L & (rows.weight_L != 0), 0).double()
@@ -161,92 +157,6 @@ def _sums(rows: _LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
         value_L = value_L.where(rows.weight_L != 0, 0)
         kl = (rows.policy.kl_coef_R * kl_L.where(rows.policy.kl_coef_R != 0, 0)).sum()
     return (rows.terms_CL.double() * value_L).sum(1), kl
-
-
-def _live_rows(
-    terms_CT: Tensor,
-    entropy_weight_T: Tensor | None,
-    policy: Policy | None,
-    target_T: Tensor,
-    V: int,
-    device: torch.device,
-) -> _LiveRows:
-    """Terms on the CPU: dead rows are dropped here, at no cost to the device.
-
-    Terms on a device: which rows are dead is not known without waiting for it, so all are kept,
-    and the row function skips the dead.
-    """
-    terms_CT = terms_CT.float()
-    weight_T = terms_CT.sum(0)
-    live_T = weight_T != 0
-    if entropy_weight_T is not None:
-        entropy_weight_T = entropy_weight_T.float().contiguous()
-        live_T |= entropy_weight_T != 0
-    if policy is not None:
-        live_T |= policy.kl_coef_R != 0
-    index_L = live_L = None
-    if weight_T.device.type == "cpu":
-        live = live_T.nonzero().squeeze(1)
-        if live.numel() < weight_T.numel():
-            weight_T, terms_CT = weight_T[live], terms_CT[:, live]
-            if entropy_weight_T is not None:
-                entropy_weight_T = entropy_weight_T[live]
-            index_L = to_device(live, device)
-            if policy is not None:
-                policy = policy._replace(
-                    logprob_3R=policy.logprob_3R[:, index_L], kl_coef_R=policy.kl_coef_R[live]
-                )
-            target_T = target_T[live if target_T.device.type == "cpu" else index_L]
-        if target_T.device.type == "cpu":
-            check_range("target_T of the rows that count", target_T, 0, V)
-    elif device.type != "cpu":
-        live_L = live_T
-    weight_L = to_device(weight_T, device)
-    target_L = to_device(target_T, device).to(torch.int64)
-    if live_L is not None:
-        target_L = target_L.where(live_L, 0)
-    if entropy_weight_T is not None:
-        entropy_weight_T = to_device(entropy_weight_T, device)
-    if policy is not None:
-        policy = policy._replace(kl_coef_R=to_device(policy.kl_coef_R, device))
-    terms_CL = to_device(terms_CT, device)
-    return _LiveRows(index_L, target_L, weight_L, entropy_weight_T, policy, terms_CL, live_L)
-
-
-def _all_rows(values_L: Tensor, index_L: Tensor | None, T: int) -> Tensor:
-    """Values of all T rows, NaN in those that were dropped."""
-    if index_L is None:
-        return values_L
-    return values_L.new_full((T,), torch.nan).index_copy_(0, index_L, values_L)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for, where there is one to make."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _normalise(rows: _LiveRows, dtype: torch.dtype) -> tuple[_LiveRows, Tensor]:
-    """For float16, the weights over a power of two that brings the largest to [1/2, 1).
-
-    Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
-    power of two changes no other bit, and is given back when the gradients leave.
-    """
-    one = rows.weight_L.new_ones(())
-    if dtype != torch.float16 or rows.weight_L.numel() == 0:
-        return rows, one
-    policy, entropy_weight_L = rows.policy, rows.entropy_weight_L
-    weights = [rows.weight_L, entropy_weight_L, None if policy is None else policy.kl_coef_R]
-    largest = torch.stack([each.abs().amax() for each in weights if each is not None]).amax()
-    exponent = largest.frexp().exponent.clamp(-120, 120)  # 2^121 is finite
-    weight_L, entropy_weight_L, kl_coef_L = (
-        None if each is None else torch.ldexp(each, -exponent) for each in weights
-    )
-    if policy is not None:
-        policy = policy._replace(kl_coef_R=kl_coef_L)
-    rows = rows._replace(weight_L=weight_L, entropy_weight_L=entropy_weight_L, policy=policy)
-    return rows, torch.ldexp(one, exponent)
 
 
 def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,10 +173,24 @@ def _allocate(
     return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
 
 
+def _padded(V: int) -> int:
+    return -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+def _second_slab(options: Options, hidden_TD: Tensor, head_VD: Tensor) -> bool:
+    """Whether gradients of logits, in the operands' 16 bits, lie apart from the logits."""
+    if options.dtype == torch.float32 or hidden_TD.is_cuda:
+        return options.dtype != torch.float32
+    if not hidden_TD.dtype == head_VD.dtype == options.dtype:
+        return False  # autocast on a CPU: its products would round gradients that are float32
+    return options.backend == "triton" or gemm.keeps_16_bits(options.dtype, hidden_TD.device)
+
+
 def _chunk_rows(L: int, stride: int, D: int, options: Options, second_slab: bool) -> int:
     """As many rows as the workspace holds, in chunks of about one size; at least one row.
 
-    A row costs its logits, their gradient where that is apart, and hidden and dhidden copies.
+    A row costs its logits, their gradient where that is apart, and hidden and dhidden copies. All
+    processes that share a head come to the same number: they reduce their chunks together.
     """
     row_bytes = stride * (4 + (options.dtype.itemsize if second_slab else 0)) + 8 * D
     fits = max(1, options.workspace_bytes // row_bytes)
@@ -277,22 +201,14 @@ def _chunk_rows(L: int, stride: int, D: int, options: Options, second_slab: bool
     return min(tiled, max(1, L)) if tiled <= fits else rows
 
 
-def _row_function(backend: str) -> Callable[..., None]:
-    if backend == "triton":
-        from .rowwise import weighted_ce_rows
+def _row_function(options: Options) -> Callable[..., None]:
+    if options.backend == "triton":
+        from . import rowwise as rows
     else:
-        from .chunked_torch import weighted_ce_rows
-    return weighted_ce_rows
-
-
-def _take(hidden_TD: Tensor, rows: _LiveRows, start: int, stop: int) -> Tensor:
-    if rows.index_L is not None:
-        return hidden_TD.index_select(0, rows.index_L[start:stop])
-    hidden_RD = hidden_TD[start:stop]
-    if rows.live_L is not None:
-        # 0 * NaN is NaN: what a dead row holds must not reach the head's gradient.
-        return hidden_RD.where(rows.live_L[start:stop, None], 0)
-    return hidden_RD
+        from . import chunked_torch as rows
+    if options.shard is not None:
+        return sharded_ce_rows(options.shard, rows.row_statistics, rows.row_gradient)
+    return rows.weighted_ce_rows
 
 
 def _grad_hidden(
@@ -302,14 +218,18 @@ def _grad_hidden(
     index_L: Tensor | None,
     start: int,
     stop: int,
+    shard: Shard | None,
 ) -> None:
-    if index_L is None and dhidden_TD.dtype == torch.float32:
-        gemm.grad_hidden(dlogits_RV, head_VD, dhidden_TD[start:stop])
-        return
-    shape = (stop - start, dhidden_TD.shape[1])
-    dhidden_RD = torch.empty(shape, dtype=torch.float32, device=dhidden_TD.device)
-    gemm.grad_hidden(dlogits_RV, head_VD, dhidden_RD)
-    if index_L is None:
-        dhidden_TD[start:stop] = dhidden_RD
+    in_place = index_L is None and dhidden_TD.dtype == torch.float32
+    if in_place:
+        dhidden_RD = dhidden_TD[start:stop]
     else:
+        shape = (stop - start, dhidden_TD.shape[1])
+        dhidden_RD = torch.empty(shape, dtype=torch.float32, device=dhidden_TD.device)
+    gemm.grad_hidden(dlogits_RV, head_VD, dhidden_RD)
+    if shard is not None:
+        shard.sum_(dhidden_RD)
+    if index_L is not None:
         dhidden_TD.index_copy_(0, index_L[start:stop], dhidden_RD.to(dhidden_TD.dtype))
+    elif not in_place:
+        dhidden_TD[start:stop] = dhidden_RD

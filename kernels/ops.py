@@ -13,6 +13,7 @@ Shapes: T rows, D width, V vocabulary, C terms of the loss, N prompts, K sequenc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -26,27 +27,39 @@ from .advantage import (
     sample_shares,
 )
 from .checks import LogitTransform, check_backend, check_range
-from .one_pass import Gradients, Options, one_pass, to_device
+from .live_rows import to_device
+from .one_pass import Gradients, Options, one_pass
 from .policy import Policy
+from .vocab_parallel import Shard
 
 LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
 
 
-def operator(fake: Callable) -> Callable[[Callable], Callable]:
+def operator(fake: Callable, *, name: str | None = None) -> Callable[[Callable], Callable]:
     """Registers a function as torch.ops.grao_fast.<its name>, with `fake` for its shapes.
 
-    As `torch.library.custom_op` does, whose first call would import the compiler: 1.3 s.
+    As `torch.library.custom_op` does, whose first call would import the compiler: 1.3 s. The
+    operator does not have the function's keyword-only parameters.
     """
 
     def register(function: Callable) -> Callable:
-        name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=())
-        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"grao_fast::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.grao_fast, name).default
+        op_name = name or function.__name__
+        LIBRARY.define(op_name + _schema(function), tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(op_name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"grao_fast::{op_name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.grao_fast, op_name).default
 
     return register
+
+
+def _schema(function: Callable) -> str:
+    signature = inspect.signature(function)
+    shown = [each for each in signature.parameters.values() if each.kind != each.KEYWORD_ONLY]
+    function.__signature__ = signature.replace(parameters=shown)
+    try:
+        return torch.library.infer_schema(function, mutates_args=())
+    finally:
+        del function.__signature__
 
 
 def _kept_dtype(operand: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -74,6 +87,8 @@ def _weighted_terms_fake(
     dtype,
     entropy,
     top1,
+    group_name,
+    vocab_size,
     wants,
 ):
     def empty(wanted, shape, kept):
@@ -94,8 +109,7 @@ def _weighted_terms_fake(
     )
 
 
-@operator(_weighted_terms_fake)
-def weighted_terms(
+def run_weighted_terms(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
@@ -112,13 +126,19 @@ def weighted_terms(
     dtype: torch.dtype,
     entropy: bool,
     top1: bool,
+    group_name: str | None,
+    vocab_size: int,
     wants: list[bool],
+    *,
+    head_grad_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, parts_C, kl, logprob_T, entropy_T, top1_T, the gradients of hidden, head and bias, and
     what multiplies these.
 
     What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
-    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`.
+    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`. With
+    a group's name, head and bias are this process's part of `vocab_size`. Only the function, not
+    the operator, takes `head_grad_VD`, to which it adds the head's gradient.
     """
     check_backend(backend, hidden_TD.device)
     options = Options(
@@ -129,18 +149,29 @@ def weighted_terms(
         wants=(wants[0], wants[1], wants[2]),
         entropy=entropy,
         top1=top1,
+        shard=None if group_name is None else Shard(group_name, vocab_size),
     )
     policy = None
     if policy_3T is not None and kl_coef_T is not None:
         policy = Policy(to_device(policy_3T, hidden_TD.device), kl_coef_T, *bounds)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         *outputs, gradients = one_pass(
-            hidden_TD, head_VD, bias_V, target_T, terms_CT, options, policy=policy
+            hidden_TD,
+            head_VD,
+            bias_V,
+            target_T,
+            terms_CT,
+            options,
+            policy=policy,
+            head_grad_VD=head_grad_VD,
         )
     loss, parts_C, kl, *values_T = outputs
     values_T = (hidden_TD.new_empty(0) if each is None else each for each in values_T)
     dgradients = rounded_gradients(gradients, (hidden_TD, head_VD, bias_V), dtype)
     return loss, parts_C, kl, *values_T, *dgradients, gradients.unscale
+
+
+weighted_terms = operator(_weighted_terms_fake, name="weighted_terms")(run_weighted_terms)
 
 
 def rounded_gradients(
@@ -179,7 +210,7 @@ def _scale_gradients(ctx, grad_loss, *_grad_constants):
         (gradient.float() * scale).to(dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return *scaled, *[None] * 14
+    return *scaled, *[None] * 16
 
 
 torch.library.register_autograd(

@@ -52,7 +52,8 @@ def row_coefficient(weight_R: Tensor, logprob_R: Tensor, policy: Policy) -> Tens
     slope_R = torch.where(ratio.held_R == ratio.rho_R, ratio.rho_R, 0)
     gap_R = policy.logprob_3R[2] - logprob_R
     pull_R = torch.where(gap_R.isnan(), 0, policy.kl_coef_R * gap_R.expm1())
-    return weight_R * ratio.importance_R * slope_R + pull_R
+    # A row without weight may hold anything: 0 * inf would be NaN.
+    return torch.where(weight_R == 0, 0, weight_R * ratio.importance_R * slope_R) + pull_R
 
 
 def row_value(weight_R: Tensor, logprob_R: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,46 @@ def _online_softmax(peak, others, z, counts):
 
 
 @triton.jit
+def _target_logit(
+    logits_ptr, bias_ptr, target, row_stride, slope, inner, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """z of one column."""
+    x = _load_logits(logits_ptr, bias_ptr, target, row_stride, HAS_BIAS)
+    z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
+    return z
+
+
+@triton.jit
+def _add_block(
+    peak, others, rest, ties, spread, x, columns, target, V, slope, inner, cap,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The running statistics of a row (see Statistics) with one more block of its logits."""
+    z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
+    z = tl.where(columns < V, z, float("-inf"))
+    if HAS_ENTROPY:
+        rest, ties, spread = _online_entropy(peak, rest, ties, spread, z)
+    peak, others = _online_softmax(peak, others, z, columns != target)
+    return peak, others, rest, ties, spread
+
+
+@triton.jit
+def _store_gradient(
+    dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull, mean_gap, slope, inner,
+    cap, HAS_CAP: tl.constexpr, HAS_PULL: tl.constexpr,
+):  # fmt: skip
+    """A block of the gradient, in float32, rounded once as it leaves; see Factors."""
+    z, dz = _transform(x, slope, inner, cap, HAS_CAP)
+    dlogits = scale * tl.where(columns == target, -others, tl.exp(z - peak)) * dz
+    if HAS_PULL:
+        gap = _gap(z, peak)  # log p + entropy = gap - E[gap]
+        dlogits -= pull * tl.exp(gap) * (gap - mean_gap) * dz
+    dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
+
+
+@triton.jit
 def _gap(z, peak):
     """z - peak, no lower than where its exponential is 0 anyway: 0 * -inf would be NaN."""
     return tl.maximum(z - peak, -128.0)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grao_fast.kernels import advantage_kernels, rowwise
+from grao_fast.kernels import advantage_kernels, row_kernels, rowwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,8 +26,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Of V the code sees only whether 16 divides it: 49152 stands for 128256, 151936 and 262144.
-VOCABULARIES = (49152, 32001, 7)
+# 4096 and 8192 are read once. Production vocabularies are read twice, by one piece of code: of V it
+# sees only whether 16 divides it.
+VOCABULARIES = (49152, 128256, 151936, 262144, 32001, 8192, 4096, 7)
 
 
 def compile_kernel(kernel, types: dict[str, str], constants: dict, aligned, target, warps: int):
@@ -51,12 +52,9 @@ def rows(
     entropy: bool = False,
     policy: bool = False,
 ):
-    block, warps = rowwise.launch_shape(V, target.warp_size)
+    shape = rowwise.launch_shape(V, target.warp_size)
     types = {
-        "logits_ptr": "*fp32",
-        "dlogits_ptr": f"*{gradient}",
-        "bias_ptr": "*fp32",
-        "target_ptr": "*i64",
+        **row_types(gradient),
         "weight_ptr": "*fp32",
         "logprob_ptr": "*fp32",
         "entropy_ptr": "*fp32",
@@ -76,11 +74,50 @@ def rows(
         "HAS_TOP1": policy,
         "HAS_POLICY": policy,
         "WRITE_GRADIENT": write_gradient,
-        "BLOCK": block,
+        "ROW_FITS": shape.row_fits,
+        "BLOCK": shape.block,
     }
-    aligned = ["logits_ptr", "dlogits_ptr", "bias_ptr", "row_stride"] + ["V"] * (V % 16 == 0)
-    return compile_kernel(
-        rowwise._weighted_ce_rows_kernel, types, constants, aligned, target, warps
+    kernel = row_kernels._weighted_ce_rows_kernel
+    return compile_kernel(kernel, types, constants, aligned_rows(V), target, shape.warps)
+
+
+def row_types(gradient: str) -> dict[str, str]:
+    """What all row kernels begin with."""
+    return {
+        "logits_ptr": "*fp32",
+        "dlogits_ptr": f"*{gradient}",
+        "bias_ptr": "*fp32",
+        "target_ptr": "*i64",
+    }
+
+
+def aligned_rows(V: int) -> list[str]:
+    return ["logits_ptr", "dlogits_ptr", "bias_ptr", "row_stride"] + ["V"] * (V % 16 == 0)
+
+
+def shard_statistics(target, V: int, transformed: bool, entropy: bool):
+    shape = rowwise.launch_shape(V, target.warp_size)
+    types = row_types("fp32") | {"statistics_ptr": "*fp32"} | shard_scalars()
+    del types["dlogits_ptr"]
+    constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_ENTROPY": entropy}
+    constants["BLOCK"] = shape.block
+    aligned = [name for name in aligned_rows(V) if name in types]
+    kernel = row_kernels._row_statistics_kernel
+    return compile_kernel(kernel, types, constants, aligned, target, shape.warps)
+
+
+def shard_gradient(target, gradient: str, V: int, transformed: bool, entropy: bool):
+    shape = rowwise.launch_shape(V, target.warp_size)
+    types = row_types(gradient) | {"factors_ptr": "*fp32"} | shard_scalars()
+    constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_PULL": entropy}
+    constants["BLOCK"] = shape.block
+    kernel = row_kernels._row_gradient_kernel
+    return compile_kernel(kernel, types, constants, aligned_rows(V), target, shape.warps)
+
+
+def shard_scalars() -> dict[str, str]:
+    return dict.fromkeys(("R", "row_stride", "V"), "i32") | dict.fromkeys(
+        ("slope", "inner", "cap"), "fp32"
     )
 
 
@@ -88,7 +125,7 @@ def scale(target, in_place: bool):
     types = {"gradient_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "numel": "i64"}
     constants = {"IN_PLACE": in_place, "BLOCK": rowwise._SCALE_BLOCK}
     return compile_kernel(
-        rowwise._scale_kernel, types, constants, ["gradient_ptr", "out_ptr"], target, 8
+        row_kernels._scale_kernel, types, constants, ["gradient_ptr", "out_ptr"], target, 8
     )
 
 
@@ -115,7 +152,7 @@ def facts(compiled) -> dict:
         found["registers"] = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
         spills = r"(?:gpr_spill_count|private_segment_fixed_size):\s+(\d+)"
         found["spilled"] = sum(int(number) for number in re.findall(spills, assembly))
-        accesses = re.findall(r"global_(load|store)_(\w+)", assembly)
+        accesses = re.findall(r"(?:global|buffer)_(load|store)_(\w+)", assembly)
         bits = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
         widths = Counter(
             f"{'ld' if kind == 'load' else 'st'}{bits.get(width, 16)}" for kind, width in accesses
@@ -153,6 +190,12 @@ def main() -> None:
             results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
             compiled = rows(target, gradient, 49152, transformed, True, False, True)
             results[f"{name} policy-rows {gradient} {transformed}"] = facts(compiled)
+        for transformed, entropy in ((False, False), (True, True)):
+            form = (18992, transformed, entropy)  # an eighth of 151936
+            results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))
+            for gradient in ("fp32", "bf16"):
+                compiled = shard_gradient(target, gradient, *form)
+                results[f"{name} shard-gradient {gradient} {form}"] = facts(compiled)
         results[f"{name} scale"] = facts(scale(target, True))
         for values in ("fp32", "fp64"):
             results[f"{name} advantages {values}"] = facts(advantages(target, values))

@@ -112,7 +112,7 @@ def test_nothing_to_compute(backend: str, device: str) -> None:
 
 def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as they are treated when weights lie on a device: all kept, the dead ones skipped."""
-    drop_rows = one_pass._live_rows
+    drop_rows = one_pass.find_live_rows
 
     def keep_rows(terms_CT, entropy_weight_T, policy, target_T, V, device):
         weight_T = terms_CT.sum(0)
@@ -124,7 +124,7 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
         weight_L, terms_CL = weight_T.to(device), terms_CT.to(device)
         return rows._replace(weight_L=weight_L, terms_CL=terms_CL, live_L=live_T.to(device))
 
-    monkeypatch.setattr(one_pass, "_live_rows", keep_rows)
+    monkeypatch.setattr(one_pass, "find_live_rows", keep_rows)
 
 
 @pytest.mark.parametrize("dropped", [True, False])

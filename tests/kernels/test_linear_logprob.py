@@ -223,13 +223,14 @@ def test_opcheck(dtype: torch.dtype, entropy: bool, backend: str, device: str) -
     options = (1.3, 0.5, 2.6, 4000, backend, dtype)
     torch.library.opcheck(
         torch.ops.grao_fast.token_logprobs.default,
-        (hidden_TD, head_VD, None, target_T, *options, entropy),
+        (hidden_TD, head_VD, None, target_T, *options, entropy, None, 257),
     )
     gradient_T = torch.ones(20, device=device)
     constants = (hidden_TD.detach(), head_VD.detach(), None, target_T)
+    wants = [True, True, False]
     torch.library.opcheck(
         torch.ops.grao_fast.token_logprobs_backward.default,
-        (*constants, gradient_T, gradient_T if entropy else None, *options, [True, True, False]),
+        (*constants, gradient_T, gradient_T if entropy else None, *options, None, 257, wants),
     )
 
 

@@ -1,0 +1,248 @@
+"""The row kernels: a row of logits to its log-prob and its gradient. Launched by `rowwise.py`.
+
+    _weighted_ce_rows_kernel    all of it, one launch
+    _row_statistics_kernel      the sums over a part of the vocabulary, for whoever has the rest
+    _row_gradient_kernel        the gradient, once the sums over the whole are known
+
+A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
+from V to the stride belong to the slab, and the bias is as long: they are read and written without
+meaning, so that every access is 16 bytes wide whatever V is.
+
+Shapes: R rows of a slab, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .row_functions import (
+    _add_block,
+    _entropy,
+    _load_if,
+    _load_logits,
+    _policy_coefficient,
+    _store_dead_row,
+    _store_gradient,
+    _store_if,
+    _target_logit,
+    _target_logprob,
+)
+
+# Scalars at any offset of a chunk: their alignment would only compile the same code twice.
+_SCALARS = [
+    "target_ptr",
+    "weight_ptr",
+    "logprob_ptr",
+    "entropy_ptr",
+    "entropy_weight_ptr",
+    "top1_ptr",
+    "policy_ptr",
+    "kl_coef_ptr",
+]
+
+
+@triton.jit(do_not_specialize_on_alignment=_SCALARS, do_not_specialize=["policy_stride"])
+def _weighted_ce_rows_kernel(
+    logits_ptr,  # (R, row_stride) float32
+    dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
+    bias_ptr,  # (row_stride,) float32
+    target_ptr,  # (R,) int64
+    weight_ptr,  # (R,) float32
+    logprob_ptr,  # (R,) float32
+    entropy_ptr,  # (R,) float32
+    entropy_weight_ptr,  # (R,) float32
+    top1_ptr,  # (R,) float32
+    policy_ptr,  # (3, policy_stride) float32, see Policy
+    kl_coef_ptr,  # (R,) float32
+    policy_stride,
+    row_stride,
+    V,
+    slope,
+    inner,
+    cap,
+    low,
+    high,
+    importance_cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_ENTROPY_WEIGHT: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    HAS_POLICY: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+    ROW_FITS: tl.constexpr,  # V <= BLOCK
+    BLOCK: tl.constexpr,
+):
+    """logprob = z[target] - log sum exp z; dlogits = weight (softmax(z) - onehot) dz/dx.
+
+    entropy = -sum p log p, and to dlogits is added -entropy_weight p (log p + entropy) dz/dx.
+    One program a row, and the gradient is written once. A row that fits a block is read once and
+    stays in registers: 6 bytes a logit for 16-bit operands, 8 for float32. A longer one is read
+    twice: 10 and 12 bytes. A row of weight 0 is not read.
+    """
+    row = tl.program_id(0).to(tl.int64)  # R * row_stride passes 2^31
+    logits_ptr += row * row_stride
+    dlogits_ptr += row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + row)
+    pull = _load_if(entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
+    kl_coef = _load_if(kl_coef_ptr, row, HAS_POLICY)
+
+    if (weight == 0.0) & (pull == 0.0) & (kl_coef == 0.0):
+        tl.store(logprob_ptr + row, float("nan"))
+        _store_if(entropy_ptr, row, float("nan"), HAS_ENTROPY)
+        _store_if(top1_ptr, row, float("nan"), HAS_TOP1)
+        _store_dead_row(dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT, BLOCK)
+    else:
+        # Before anything is written: the gradient may take the logits' place.
+        target = tl.load(target_ptr + row).to(tl.int32)  # as wide as the columns
+        target_z = _target_logit(
+            logits_ptr, bias_ptr, target, row_stride, slope, inner, cap, HAS_BIAS, HAS_CAP
+        )
+        peak, others, rest, ties, spread = float("-inf"), 0.0, 0.0, 0.0, 0.0
+        if ROW_FITS:
+            row_x = _load_logits(logits_ptr, bias_ptr, lanes, row_stride, HAS_BIAS)
+            peak, others, rest, ties, spread = _add_block(
+                peak, others, rest, ties, spread, row_x, lanes, target, V, slope, inner, cap,
+                HAS_CAP, HAS_ENTROPY,
+            )  # fmt: skip
+        else:
+            for start in range(0, V, BLOCK):
+                columns = start + lanes
+                x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
+                peak, others, rest, ties, spread = _add_block(
+                    peak, others, rest, ties, spread, x, columns, target, V, slope, inner, cap,
+                    HAS_CAP, HAS_ENTROPY,
+                )  # fmt: skip
+
+        logprob, total = _target_logprob(target_z - peak, others)
+        tl.store(logprob_ptr + row, logprob)
+        mean_gap = 0.0
+        if HAS_ENTROPY:
+            entropy, mean_gap = _entropy(rest, ties, spread)
+            tl.store(entropy_ptr + row, entropy)
+        _store_if(top1_ptr, row, tl.where(target_z == peak, 1.0, 0.0), HAS_TOP1)
+        if HAS_POLICY:
+            policy_ptr += row
+            weight = _policy_coefficient(
+                weight, kl_coef, logprob, policy_ptr, policy_stride, low, high, importance_cap
+            )
+
+        if WRITE_GRADIENT:
+            scale, pull = weight / total, pull / total
+            if ROW_FITS:
+                _store_gradient(
+                    dlogits_ptr, row_x, lanes, target, row_stride, peak, others, scale, pull,
+                    mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                )  # fmt: skip
+            else:
+                last = (V - 1) // BLOCK * BLOCK
+                for start in range(0, V, BLOCK):
+                    # Backwards: what was read last is what the L2 still holds.
+                    columns = last - start + lanes
+                    x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
+                    _store_gradient(
+                        dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull,
+                        mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["target_ptr", "statistics_ptr"])
+def _row_statistics_kernel(
+    logits_ptr,  # (R, row_stride) float32
+    bias_ptr,  # (row_stride,) float32
+    target_ptr,  # (R,) int64; below 0 where the target is in another part of the vocabulary
+    statistics_ptr,  # (6, R) float32: see Statistics
+    R,
+    row_stride,
+    V,
+    slope,
+    inner,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of this part of the vocabulary: max z, z[target], and sums of exp(z - max). 4 bytes a logit.
+
+    One program a row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    target_z = _target_logit(
+        logits_ptr, bias_ptr, tl.maximum(target, 0), row_stride, slope, inner, cap,
+        HAS_BIAS, HAS_CAP,
+    )  # fmt: skip
+    peak, others, rest, ties, spread = float("-inf"), 0.0, 0.0, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
+        peak, others, rest, ties, spread = _add_block(
+            peak, others, rest, ties, spread, x, columns, target, V, slope, inner, cap,
+            HAS_CAP, HAS_ENTROPY,
+        )  # fmt: skip
+    statistics_ptr += row
+    tl.store(statistics_ptr, peak)
+    tl.store(statistics_ptr + R, tl.where(target >= 0, target_z, float("-inf")))
+    tl.store(statistics_ptr + 2 * R, others)
+    tl.store(statistics_ptr + 3 * R, rest)
+    tl.store(statistics_ptr + 4 * R, ties)
+    tl.store(statistics_ptr + 5 * R, spread)
+
+
+@triton.jit(do_not_specialize_on_alignment=["target_ptr", "factors_ptr"])
+def _row_gradient_kernel(
+    logits_ptr,  # (R, row_stride) float32
+    dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
+    bias_ptr,  # (row_stride,) float32
+    target_ptr,  # (R,) int64; below 0 where the target is in another part of the vocabulary
+    factors_ptr,  # (5, R) float32: see Factors
+    R,
+    row_stride,
+    V,
+    slope,
+    inner,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_PULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dlogits = scale (exp(z - peak), or -others at the target) dz/dx - pull exp(z - peak) (...).
+
+    One program a row of this part of the vocabulary; 6 bytes a logit for 16-bit operands, 8 for
+    float32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    dlogits_ptr += row * row_stride
+    factors_ptr += row
+    lanes = tl.arange(0, BLOCK)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    peak, others = tl.load(factors_ptr), tl.load(factors_ptr + R)
+    scale, pull = tl.load(factors_ptr + 2 * R), tl.load(factors_ptr + 3 * R)
+    mean_gap = tl.load(factors_ptr + 4 * R)
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
+        _store_gradient(
+            dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull,
+            mean_gap, slope, inner, cap, HAS_CAP, HAS_PULL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(
+    gradient_ptr, out_ptr, scale_ptr, numel, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = scale * gradient in float32; a scale of 1 in place touches no memory."""
+    scale = tl.load(scale_ptr)
+    if (not IN_PLACE) or scale != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        gradient = tl.load(gradient_ptr + offsets, mask=offsets < numel, other=0.0)
+        scaled = (gradient.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, scaled, mask=offsets < numel)
