@@ -8,6 +8,7 @@ nothing there.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def compute_dtype(hidden_TD: Tensor, head_VD: Tensor) -> torch.dtype:
     """The dtype of the GEMMs' operands: autocast's where it is on, else the tensors' own."""
     device_type = hidden_TD.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     if hidden_TD.dtype != head_VD.dtype:
         raise ValueError(
@@ -68,6 +69,13 @@ def compute_dtype(hidden_TD: Tensor, head_VD: Tensor) -> torch.dtype:
             "other, or call under torch.autocast"
         )
     return hidden_TD.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """For inside of an operator, which casts by itself."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_operands(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import LogitTransform, check_backend
+from .checks import LogitTransform, check_backend, without_autocast
 from .one_pass import Options, one_pass
 from .ops import LIBRARY, operator, rounded_gradients
 from .scale import scaled_gradient
@@ -68,7 +68,7 @@ def token_logprobs(
     )
     # Weights on the CPU: all rows count, and the host knows it.
     ones_1T = torch.ones(1, hidden_TD.shape[0])
-    with torch.autocast(hidden_TD.device.type, enabled=False):
+    with without_autocast(hidden_TD.device):
         result = one_pass(hidden_TD, head_VD, bias_V, target_T, ones_1T, options)
     entropy_T = result.logprob_T.new_empty(0) if result.entropy_T is None else result.entropy_T
     return result.logprob_T, entropy_T
@@ -131,7 +131,7 @@ def token_logprobs_backward(
     if grad_logprob_T is None:
         grad_logprob_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float32)
     terms_1T = -grad_logprob_T[None]
-    with torch.autocast(hidden_TD.device.type, enabled=False):
+    with without_autocast(hidden_TD.device):
         gradients = one_pass(
             hidden_TD, head_VD, bias_V, target_T, terms_1T, options, grad_entropy_T
         ).gradients

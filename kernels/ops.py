@@ -26,7 +26,7 @@ from .advantage import (
     row_coefficients,
     sample_shares,
 )
-from .checks import LogitTransform, check_backend, check_range
+from .checks import LogitTransform, check_backend, check_range, without_autocast
 from .live_rows import to_device
 from .one_pass import Gradients, Options, one_pass
 from .policy import Policy
@@ -154,7 +154,7 @@ def run_weighted_terms(
     policy = None
     if policy_3T is not None and kl_coef_T is not None:
         policy = Policy(to_device(policy_3T, hidden_TD.device), kl_coef_T, *bounds)
-    with torch.autocast(hidden_TD.device.type, enabled=False):
+    with without_autocast(hidden_TD.device):
         *outputs, gradients = one_pass(
             hidden_TD,
             head_VD,

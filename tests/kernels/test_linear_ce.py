@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import Allocations
 from problem import assert_matches_specification, make_problem
 from tolerance import assert_accurate
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from grao_fast.kernels import linear_weighted_cross_entropy, ops, reference
-from grao_fast.kernels.one_pass import one_pass
+from grao_fast.kernels import linear_weighted_cross_entropy, reference
 
 
 def inputs(T: int = 20, D: int = 24, V: int = 97, device: str = "cpu", dtype=torch.float32):
@@ -153,27 +151,6 @@ def test_autocast_rounds_operands_and_not_gradients(backend: str, device: str) -
     _, (_, truth) = naive(*(x.cpu() for x in (*rounded, target_T, weight_T)), torch.float64)
     errors = [(each.cpu().double() - truth).abs().max() for each in (ours[1], plain[1])]
     assert errors[0] < errors[1] and not torch.equal(ours[1], ours[1].bfloat16().float())
-
-
-class Allocations(TorchDispatchMode):
-    """Shapes and bytes of the tensors that the pass allocates, inside its operator."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        monkeypatch.setattr(ops, "one_pass", self.watched)
-        self.shapes: set[torch.Size] = set()
-        self.bytes: list[int] = []
-
-    def watched(self, *arguments, **options):
-        with self:
-            return one_pass(*arguments, **options)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if (isinstance(result, Tensor) and "empty" in str(function)) or "zeros" in str(function):
-            self.shapes.add(result.shape)
-            self.bytes.append(result.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,166 @@
+"""head_grad_VD: the head's gradient added to a buffer, without another one of its size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from allocations import Allocations
+from problem import make_problem
+from tolerance import assert_accurate
+from torch import Tensor
+
+from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+K = 4
+
+
+def micro_batches(dtype: torch.dtype, device: str):
+    """The prompts of one problem one after another, and the divisor of the whole."""
+    problem = make_problem(T=60, V=97, D=24)
+    for n in range(3):
+        rows = (problem.sequence_T // K == n).nonzero().squeeze(1)
+        yield replace(
+            problem,
+            hidden_TD=problem.hidden_TD[rows].to(device, dtype),
+            target_T=problem.target_T[rows].to(device),
+            sequence_T=problem.sequence_T[rows] - n * K,
+            rewards_NK=problem.rewards_NK[n : n + 1],
+            options={"num_prompts": 3, "workspace_mib": 0.004},
+        )
+
+
+def sum_of_gradients(head_VD: Tensor, device: str, backend: str, buffer: Tensor | None):
+    """Gradients over all micro-batches: the head's, in the buffer if there is one, and hidden's."""
+    head_VD = head_VD.detach().requires_grad_()
+    hidden_gradients = []
+    for part in micro_batches(head_VD.dtype, device):
+        hidden_TD = part.hidden_TD.requires_grad_()
+        args = (hidden_TD, head_VD, part.target_T, part.sequence_T, part.rewards_NK)
+        result = linear_grao_loss(*args, backend=backend, head_grad_VD=buffer, **part.options)
+        result.loss.backward()
+        hidden_gradients.append(hidden_TD.grad)
+    assert (head_VD.grad is None) == (buffer is not None)
+    return (head_VD.grad if buffer is None else buffer), hidden_gradients
+
+
+def head(dtype: torch.dtype, device: str) -> Tensor:
+    return make_problem(V=97, D=24).head_VD.to(device, dtype)
+
+
+@pytest.mark.parametrize("kept", ["float32", "own"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_micro_batches_add_up(dtype: torch.dtype, kept: str, backend: str, device: str) -> None:
+    head_VD = head(dtype, device)
+    truth, _ = sum_of_gradients(head_VD.float(), device, backend, None)
+    naive, expected = sum_of_gradients(head_VD, device, backend, None)
+    buffer = torch.zeros_like(head_VD, dtype=torch.float32 if kept == "float32" else dtype)
+    ours, hidden_gradients = sum_of_gradients(head_VD, device, backend, buffer)
+    assert ours.dtype == buffer.dtype and truth.any()
+    assert_accurate("dhead", ours, naive, truth, dtype)
+    for one, two in zip(hidden_gradients, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_adds_to_what_is_there(backend: str, device: str) -> None:
+    head_VD = head(torch.float32, device)
+    expected, _ = sum_of_gradients(head_VD, device, backend, None)
+    ours, _ = sum_of_gradients(head_VD, device, backend, torch.ones_like(head_VD))
+    torch.testing.assert_close(ours, expected + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_small_weights_survive_float16(backend: str, device: str) -> None:
+    """1e-9 is nothing to float16; the buffer, in float32, has all of it."""
+    hidden_TD, head_VD, target_T, weight_T = inputs(torch.float16, device)
+    buffer = torch.zeros_like(head_VD, dtype=torch.float32)
+    one = torch.zeros_like(buffer)
+    for scale, each in ((1.0, one), (2.0**-30, buffer)):
+        linear_weighted_cross_entropy(
+            hidden_TD, head_VD, target_T, scale * weight_T, head_grad_VD=each, backend=backend
+        )
+    assert one.any()
+    assert torch.equal(buffer, one * 2.0**-30)
+
+
+def inputs(dtype: torch.dtype, device: str):
+    part = next(micro_batches(dtype, device))
+    hidden_TD = part.hidden_TD.requires_grad_()
+    head_VD = head(dtype, device).requires_grad_()
+    return hidden_TD, head_VD, part.target_T, torch.linspace(-1, 1, part.target_T.numel())
+
+
+def test_no_second_buffer_of_the_head_s_size(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head far larger than hidden and the slabs: nothing of its size appears but its buffer."""
+    hidden_TD = torch.randn(4, 2048, device=device)
+    head_VD = torch.randn(64, 2048, device=device).requires_grad_()
+    target_T, weight_T = torch.arange(4, device=device), torch.ones(4)
+    buffer = torch.zeros_like(head_VD).detach()
+    seen = Allocations(monkeypatch)
+    for options, largest in (({}, 4 * head_VD.numel()), ({"head_grad_VD": buffer}, 0)):
+        seen.bytes.clear()
+        linear_weighted_cross_entropy(
+            hidden_TD, head_VD, target_T, weight_T, backend=backend, **options
+        )
+        assert seen.bytes and max(largest, 40_000) >= max(seen.bytes) >= largest
+    assert buffer.any()
+
+
+def test_nothing_is_added_without_grad_mode(backend: str, device: str) -> None:
+    buffer = torch.zeros_like(head(torch.float32, device))
+    with torch.no_grad():
+        linear_weighted_cross_entropy(
+            *inputs(torch.float32, device), head_grad_VD=buffer, backend=backend
+        )
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0])
+def test_a_factor_that_comes_too_late(factor: float, backend: str, device: str) -> None:
+    tensors = inputs(torch.float32, device)
+    buffer = torch.zeros_like(tensors[1]).detach()
+    loss = linear_weighted_cross_entropy(*tensors, head_grad_VD=buffer, backend=backend).loss
+    if device == "cpu":
+        with pytest.raises(ValueError, match=f"a gradient of {factor:g} for it, not 1"):
+            (factor * loss).backward()
+    else:
+        (factor * loss).backward()
+        assert tensors[0].grad.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "buffer, message",
+    [
+        (torch.zeros(96, 24), r"must be \(97, 24\) on cpu, as head_VD is; got \(96, 24\)"),
+        (torch.zeros(97, 24).double(), "float32 or torch.float32, got torch.float64"),
+        (torch.zeros(97, 24).requires_grad_(), r"head_grad_VD requires grad.*detach\(\)"),
+        (torch.zeros(97, 24, device="meta"), "on meta"),
+    ],
+    ids=["shape", "dtype", "grad", "device"],
+)
+def test_refused_by_name(buffer: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_weighted_cross_entropy(*inputs(torch.float32, "cpu"), head_grad_VD=buffer)
+
+
+def test_compiled_gives_the_same_bits(backend: str, device: str) -> None:
+    hidden_TD, head_VD, target_T, weight_T = inputs(torch.float32, device)
+
+    def loss(hidden_TD, buffer):
+        return linear_weighted_cross_entropy(
+            hidden_TD, head_VD, target_T, weight_T, head_grad_VD=buffer, backend=backend
+        ).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        buffer = torch.ones_like(head_VD).detach()
+        (gradient,) = torch.autograd.grad(function(hidden_TD, buffer), hidden_TD)
+        results.append((gradient, buffer))
+    assert (results[0][1] != 1).any()
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
