@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .checks import LogitTransform
 from .policy import Policy
@@ -43,7 +44,7 @@ class Shard(NamedTuple):
     @property
     def group(self) -> dist.ProcessGroup:
         # How PyTorch's own functional collectives find a group inside an operator.
-        return dist.distributed_c10d._resolve_process_group(self.group_name)
+        return _resolve_process_group(self.group_name)
 
     @property
     def width(self) -> int:
