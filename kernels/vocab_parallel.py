@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .checks import LogitTransform
 from .policy import Policy
@@ -43,7 +42,10 @@ class Shard(NamedTuple):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        # How PyTorch's own functional collectives find a group inside an operator.
+        # How PyTorch's own functional collectives find a group inside an operator. Imported where
+        # it is needed, as not every build of PyTorch has it.
+        from torch._C._distributed_c10d import _resolve_process_group
+
         return _resolve_process_group(self.group_name)
 
     @property
