@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command and under 8 minutes on an H100.
 
-    python benchmarks/gpu_suite.py OUT                    # on a GPU; OUT is a folder for the results
+    python benchmarks/gpu_suite.py OUT                    # on a GPU; the results go to OUT
     python benchmarks/gpu_suite.py OUT --tiny             # tiny shapes; on a CPU too
     python benchmarks/gpu_suite.py OUT --sections facts,widths
 
