@@ -69,14 +69,17 @@ def _torch_linear_ce(batch: Batch) -> Tensor:
 
 
 def _torch_linear_ce_chunked(batch: Batch) -> Tensor:
+    """With chunks of 512 MiB of float32 logits, as ours has; its own choice of rows, a few, is
+    many times slower where V is much larger than D."""
     from torch.nn import LinearCrossEntropyOptions
 
+    rows = min(batch.hidden_TD.shape[0], 512 * 2**20 // (4 * batch.head_VD.shape[0]))
     losses_T = F.linear_cross_entropy(
         batch.hidden_TD,
         batch.head_VD,
         _ignoring_dead(batch),
         reduction="none",
-        options=LinearCrossEntropyOptions(),
+        options=LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None),
     )
     return (batch.weight_T * losses_T).sum()
 

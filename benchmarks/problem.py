@@ -24,6 +24,7 @@ SHAPES = {
     "tiny": [(512, 64, 1031)],
 }
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Batch(NamedTuple):
@@ -80,6 +81,10 @@ def make_batch(
         rewards_NK,
         exact_weights(sequence_T, rewards_NK).to(device, torch.float32),
     )
+
+
+def shape_name(shape_TDV: tuple[int, int, int]) -> str:
+    return "T{}-D{}-V{}".format(*shape_TDV)
 
 
 def _groups(T: int, live: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
