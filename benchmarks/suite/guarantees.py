@@ -18,7 +18,7 @@ from grao_fast.kernels import (
 )
 from suite.contend import device_batch
 from suite.heads import TINY_HEAD
-from suite.runner import Run, Skipped, attempt, free_memory
+from suite.runner import Run, Skipped, first_line, free_memory
 
 Pass = Callable[[], list[Tensor]]
 
@@ -118,11 +118,13 @@ def sync(run: Run) -> str:
             function()  # compiles
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-            _, reason = attempt(function)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                function()
+            except RuntimeError as error:
+                waited[what] = first_line(error)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             checked += 1
-            if reason:
-                waited[what] = reason
         free_memory()
     run.report |= {"checked": checked, "waited": waited}
     if waited:
@@ -148,7 +150,7 @@ def compiled(run: Run) -> str:
     backends = ["aot_eager", "inductor"]
     if run.device.type != "cuda":
         backends.remove("inductor")
-        run.leave_out("inductor", "needs CUDA, or minutes and a C++ compiler")
+        run.leave_out("inductor", "on a CPU it takes a C++ compiler, and long")
     done = []
     for backend in backends:
         for dtype in (torch.bfloat16, torch.float32):

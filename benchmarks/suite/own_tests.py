@@ -50,7 +50,8 @@ def own_tests(run: Run) -> str:
         counts += here
         bad += [name for name, outcome in cases.items() if outcome == "failed"]
         if not cases:
-            bad.append(f"{file.name} (no result)")
+            last = (output.strip() or "nothing printed").splitlines()[-1]
+            bad.append(f"{file.name} (no result: {last})")
         if cuda:
             on_triton = [name for name in cases if "triton" in name.partition("[")[2]]
             bad += [f"{name} (skipped)" for name in on_triton if cases[name] == "skipped"]

@@ -135,10 +135,10 @@ def attempt(function: Callable[[], Value]) -> tuple[Value | None, str | None]:
     """The value, or the reason why there is none: a peer may fail in any way of its own."""
     try:
         return function(), None
-    except torch.OutOfMemoryError:
-        reason = "out of memory"
     except Exception as error:
-        reason = f"failed: {first_line(error)}"
+        # Triton and cuBLAS have errors of their own for it.
+        full = any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
+        reason = "out of memory" if full else f"failed: {first_line(error)}"
     free_memory()  # after the traceback, which holds the peer's tensors, is gone
     return None, reason
 
@@ -177,5 +177,7 @@ def table(suite: dict[str, Any]) -> str:
         status, headline = entry["status"], entry["headline"]
         if status == "skipped":
             status, headline = "-", f"skipped: {headline}"
+        if left_out := entry["report"].get("left_out"):
+            headline += f" [{len(left_out)} left out]"
         lines.append(f"{name:<12} {status:<7} {entry['seconds']:>7.1f}  {headline}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import GATE, Outputs, errors, peak_extra_mib, seconds, truth
+from measure import Outputs, errors, peak_extra_mib, seconds, truth
 from peers import PEERS
 from problem import Batch, exact_weights
 from torch import Tensor
@@ -54,7 +54,7 @@ def step(run: Run) -> str:
     if "ours" not in functions:
         raise AssertionError(f"ours: {run.report['ours']['reason']}")
     _take_turns(run, functions)
-    off, allowed = run.report["ours"]["errors"], GATE * torch.finfo(dtype).eps
+    off, allowed = run.report["ours"]["errors"], torch.finfo(dtype).eps ** 0.5
     if max(off.values()) > allowed:
         raise AssertionError(f"ours is off by {off} of its size, {allowed:.2g} passes")
     figures = [
