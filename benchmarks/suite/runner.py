@@ -7,6 +7,7 @@ must not touch CUDA, as a process forked afterwards could not use it.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -100,7 +101,8 @@ def _run_section(section: Section, out: Path, tiny: bool) -> dict[str, Any]:
             if not hung:
                 how = f"its process died with exit code {process.exitcode}"
             report = _read_json(Path(folder, "report")) or {}
-            entry = {"status": "failed", "headline": how, "log": how, "report": report}
+            log = f"{how}\n{Path(folder, 'stack').read_text()}"
+            entry = {"status": "failed", "headline": how, "log": log, "report": report}
     log = entry.pop("log")
     if log:
         entry["log"] = _log_name(out, section.name)
@@ -112,6 +114,16 @@ def _run_section(section: Section, out: Path, tiny: bool) -> dict[str, Any]:
 def _work(section: Section, folder: Path, tiny: bool) -> None:
     """In the section's process: leaves its entry in a file."""
     os.setsid()  # a group of its own, to be killed as a whole
+    with (folder / "stack").open("w") as stack:  # of a crash, and of what is about to be killed
+        faulthandler.enable(stack)
+        faulthandler.dump_traceback_later(0.95 * section.limit_s, file=stack)
+        entry = _entry(section, folder, tiny)
+        faulthandler.disable()
+        faulthandler.cancel_dump_traceback_later()
+    write_json(folder / "entry", entry)
+
+
+def _entry(section: Section, folder: Path, tiny: bool) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deadline = time.monotonic() + _PLANNED * section.limit_s
     run = Run(device, tiny, deadline, folder / "report")
@@ -128,7 +140,7 @@ def _work(section: Section, folder: Path, tiny: bool) -> None:
     except Exception as error:
         entry = {"status": "failed", "headline": first_line(error)}
         run.log.append(traceback.format_exc())
-    write_json(folder / "entry", entry | {"log": "\n".join(run.log), "report": run.report})
+    return entry | {"log": "\n".join(run.log), "report": run.report}
 
 
 def attempt(function: Callable[[], Value]) -> tuple[Value | None, str | None]:

@@ -14,14 +14,14 @@ def _later(where: str) -> Callable[[Run], str]:
 
 
 SECTIONS = [
-    Section("facts", _later("suite.facts:facts"), 35),
-    Section("tests", _later("suite.own_tests:own_tests"), 120),
+    Section("facts", _later("suite.facts:facts"), 30),
+    Section("tests", _later("suite.own_tests:own_tests"), 115),
     Section("widths", _later("suite.widths:widths"), 55),
     Section("addressing", _later("suite.addressing:addressing"), 20),
     Section("shapes", _later("suite.heads:shapes"), 75),
     Section("occupancy", _later("suite.heads:occupancy"), 25),
     Section("tokens", _later("suite.heads:tokens"), 40),
-    Section("step", _later("suite.step:step"), 30),
+    Section("step", _later("suite.step:step"), 40),
     Section("rows", _later("suite.rows:rows"), 15),
     Section("determinism", _later("suite.guarantees:determinism"), 15),
     Section("sync", _later("suite.guarantees:sync"), 15),

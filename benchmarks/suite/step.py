@@ -41,14 +41,12 @@ def step(run: Run) -> str:
     true = truth(batch)
     functions: dict[str, Callable[[], Outputs]] = {}
     for name, loss in contenders.items():
-        function, parts, reason = _in_parts_that_fit(loss, batch, prompt_T)
-        if function is None:
+        look = functools.partial(_first_look, loss, batch, prompt_T, true)
+        seen, reason = attempt(look)
+        if seen is None:
             run.report[name] = {"reason": reason}
-            continue
-        functions[name] = function
-        peak = peak_extra_mib(function, run.device)
-        off = errors(function(), true)
-        run.report[name] = {"parts": parts, "peak_extra_mib": peak, "errors": off}
+        else:
+            functions[name], run.report[name] = seen
     del true
     free_memory()
     if "ours" not in functions:
@@ -110,21 +108,22 @@ def step_batch(
     return batch, prompt_T
 
 
-def _in_parts_that_fit(
-    loss: Callable[[Batch], Tensor], batch: Batch, prompt_T: Tensor
-) -> tuple[Callable[[], Outputs] | None, int, str | None]:
-    """A whole step in as few micro-batches as memory has room for; or why there is none."""
-    reason = None
+def _first_look(
+    loss: Callable[[Batch], Tensor], batch: Batch, prompt_T: Tensor, true: Outputs
+) -> tuple[Callable[[], Outputs], dict[str, Any]]:
+    """A whole step in as few micro-batches as memory has room for; its memory, and its errors."""
     parts = 1
-    while parts <= N:
+    while True:
         function = functools.partial(_accumulate, loss, batch, prompt_T, parts)
         _, reason = attempt(function)
         if reason is None:
-            return function, parts, None
-        if reason != "out of memory":
             break
+        if reason != "out of memory" or parts == N:
+            raise RuntimeError(reason)
         parts *= 2
-    return None, parts, reason
+    peak = peak_extra_mib(function, batch.hidden_TD.device)
+    figures = {"parts": parts, "peak_extra_mib": peak, "errors": errors(function(), true)}
+    return function, figures
 
 
 def _accumulate(
