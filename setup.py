@@ -49,6 +49,8 @@ setup(
         'triton>=3.4; sys_platform == "linux"',
     ],
     extras_require={
+        # quack-kernels is left to the user: it is for Hopper only
+        "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8.5", "trl>=1.16"],
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1"],
         "liger": ["liger-kernel>=0.8"],

@@ -1,11 +1,11 @@
-"""Keep what a benchmark measured, and write the README's tables from what was kept.
+"""Keep what the benchmarks measured, and write the README's tables and the plots from it.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
-    python benchmarks/table.py --keep run.json cpu     # -> benchmarks/results/linear_grao-cpu.json
-    python benchmarks/table.py                         # results/*.json -> README.md
+    python benchmarks/table.py --keep run.json cpu  # -> benchmarks/results/*-cpu.json
+    python benchmarks/table.py                      # results/*.json -> README.md, docs/results/*.png
 
 A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, NAME being a file of
-benchmarks/results. No figure in it is written by hand.
+benchmarks/results: the benchmark's and the machine's. No figure in it is written by hand.
 """
 
 from __future__ import annotations
@@ -13,81 +13,248 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-NAMES = {
-    "naive": "naive: full logits, `F.cross_entropy`",
-    "grao_512_mib": "`linear_grao_loss`, 512 MiB workspace",
-    "grao_64_mib": "`linear_grao_loss`, 64 MiB workspace",
-}
-_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLOTS = HERE.parent / "docs" / "results"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+Result = dict[str, Any]
 
 
-def keep(run: Path, machine: str) -> Path:
-    """Reduce pytest-benchmark's JSON to what was measured, on what, with which versions."""
+# From pytest-benchmark's JSON to benchmarks/results
+
+
+def keep(run: Path, machine: str) -> list[Path]:
+    """A file for each benchmark of the run: what was measured, on what, with which versions."""
     report = json.loads(run.read_text())
-    rows = report["benchmarks"]
-    if not rows:
+    if not report["benchmarks"]:
         raise SystemExit(f"{run} holds no benchmark")
-    files = {row["fullname"].split("::")[0] for row in rows}
-    if len(files) != 1:
-        raise SystemExit(f"{run} holds several files' benchmarks ({sorted(files)}); run one file")
-    name = Path(files.pop()).stem.removeprefix("test_")
-    info = report["machine_info"]
-    shared = ("shape_TDV", "dtype", "torch", "threads")
-    result = {
-        "command": f"pytest benchmarks/test_{name}.py --benchmark-only",
-        "date": report["datetime"][:10],
-        "machine": {"processor": info["cpu"]["brand_raw"], "python": info["python_version"]},
-        **{key: rows[0]["extra_info"][key] for key in shared},
-        "variants": {row["params"]["variant"]: _measured(row, shared) for row in rows},
-    }
-    path = RESULTS / f"{name}-{machine}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    rows: dict[str, list[Row]] = {}
+    for row in report["benchmarks"]:
+        name = Path(row["fullname"].split("::")[0]).stem.removeprefix("test_")
+        rows.setdefault(name, []).append(row["extra_info"])
+    written = []
+    for name, own in rows.items():
+        result = {
+            "command": f"pytest benchmarks/test_{name}.py --benchmark-only",
+            "date": report["datetime"][:10],
+            "machine": report["machine_info"]["facts"],
+            "absent": report["absent"],
+            "rows": own,
+        }
+        path = RESULTS / f"{name}-{machine}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        written.append(path)
+    return written
 
 
-def _measured(row: dict[str, Any], shared: tuple[str, ...]) -> dict[str, Any]:
-    stats = row["stats"]
-    figures = {key: stats[key] for key in ("median", "q1", "q3", "rounds")}
-    return figures | {key: v for key, v in row["extra_info"].items() if key not in shared}
+# From benchmarks/results to Markdown
 
 
-def table(result: dict[str, Any]) -> str:
-    """A result as Markdown."""
-    T, D, V = result["shape_TDV"]
+def time_table(name: str, result: Result) -> str:
+    """A table for each shape, the fastest first."""
+    tables = []
+    for shape_TDV, rows in _by(result["rows"], "shape_TDV"):
+        unit, times = _unit(rows)
+        lines = [
+            f"| {_shape(shape_TDV, rows)} | {unit} (quartiles) | over the three GEMMs "
+            "| extra memory, MiB |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in sorted(rows, key=lambda row: row["median"]):
+            quartiles = f"{_number(row['q1'] * times)} to {_number(row['q3'] * times)}"
+            lines.append(
+                f"| {row['label']} | {_number(row['median'] * times)} ({quartiles}) "
+                f"| {row['gemm_ratio']:.2f} | {_mib(row)} |"
+            )
+        tables.append("\n".join(lines))
+    rounds = result["rows"][0]["rounds"]
+    note = f"Median of {rounds} rounds, in each of which all took turns after the bare GEMMs."
+    return "\n\n".join([*tables, f"{_facts(result)} {note}{_absent(result)}"])
+
+
+def occupancy_table(name: str, result: Result) -> str:
+    """A row for each contender, a column for each share of rows that count."""
+    rows = result["rows"]
+    shares = sorted({row["live"] for row in rows}, reverse=True)
+    unit, times = _unit(rows)
+    heads = [f"{share:.0%} live, {unit}" for share in shares]
+    heads += [f"{share:.0%} over {shares[0]:.0%}" for share in shares[1:]]
     lines = [
-        "| forward and backward | seconds (quartiles) | over its three GEMMs | extra memory, MiB |",
-        "| --- | --- | --- | --- |",
+        f"| {_shape(rows[0]['shape_TDV'], rows)} | {' | '.join(heads)} |",
+        "| --- " * (1 + len(heads)) + "|",
     ]
-    for variant, row in result["variants"].items():
-        lines.append(
-            f"| {NAMES.get(variant, variant)} | {row['median']:.2f} ({row['q1']:.2f} to "
-            f"{row['q3']:.2f}) | {row['gemm_ratio']:.2f} | {row['peak_extra_mib']:.0f} |"
-        )
-    machine = result["machine"]
-    lines += [
-        "",
-        f"T={T} D={D} V={V}, {result['dtype'].removeprefix('torch.')}, {result['threads']} threads "
-        f"of {machine['processor']}; torch {result['torch']}, Python {machine['python']}, "
-        f"{result['date']}. Median of {next(iter(result['variants'].values()))['rounds']} rounds, "
-        f"the GEMMs timed before every one. `{result['command']}`",
+    for _, own in _by(rows, "variant"):
+        median = {row["live"]: row["median"] for row in own}
+        cells = [_number(median[share] * times) if share in median else "-" for share in shares]
+        cells += [_ratio(median, share, shares[0]) for share in shares[1:]]
+        lines.append(f"| {own[0]['label']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _facts(result)])
+
+
+def accuracy_table(name: str, result: Result) -> str:
+    """A row for each contender, a column for each output and kind of logits; the least in bold."""
+    kinds = [kind for kind, _ in _by(result["rows"], "logits")]
+    columns = [(kind, output) for kind in kinds for output in result["rows"][0]["errors"]]
+    errors = {
+        own[0]["label"]: {
+            (row["logits"], output): error for row in own for output, error in row["errors"].items()
+        }
+        for _, own in _by(result["rows"], "variant")
+    }
+    written = {label: [f"{own[column]:.1e}" for column in columns] for label, own in errors.items()}
+    least = [min(column, key=float) for column in zip(*written.values(), strict=True)]
+    shape = _shape(result["rows"][0]["shape_TDV"], result["rows"])
+    lines = [
+        f"| {shape} | {' | '.join(f'{kind}: {output}' for kind, output in columns)} |",
+        "| --- " * (1 + len(columns)) + "|",
     ]
-    return "\n".join(lines)
+    for label, cells in written.items():
+        marked = [f"**{c}**" if c == best else c for c, best in zip(cells, least, strict=True)]
+        lines.append(f"| {label} | {' | '.join(marked)} |")
+    return "\n".join([*lines, "", _facts(result)])
+
+
+def token_plots(name: str, result: Result) -> str:
+    """The two plots of `draw`, with what they were measured on."""
+    images = [f"![{title}](docs/results/{name}-{kind}.png)" for kind, title in _PANELS]
+    return "\n".join([*images, "", _facts(result)])
+
+
+MAKERS: dict[str, Callable[[str, Result], str]] = {
+    "linear_grao": time_table,
+    "occupancy": occupancy_table,
+    "accuracy": accuracy_table,
+    "tokens": token_plots,
+}
 
 
 def write_tables(text: str) -> str:
     """The README with every table made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{match[2]}.json").read_text())
-        return f"{match[1]}{table(result)}\n{match[3]}"
+        name = match[2]
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        return f"{match[1]}{MAKERS[name.split('-')[0]](name, result)}\n{match[3]}"
 
-    return _TABLE.sub(fill, text)
+    return _BLOCK.sub(fill, text)
+
+
+def _by(rows: Iterable[Row], key: str) -> list[tuple[Any, list[Row]]]:
+    """Rows in groups of one value, in the order in which values first come."""
+    groups: dict[str, tuple[Any, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(str(row[key]), (row[key], []))[1].append(row)
+    return list(groups.values())
+
+
+def _shape(shape_TDV: list[int], rows: list[Row]) -> str:
+    return "T={} D={} V={}, {}".format(*shape_TDV, rows[0]["dtype"])
+
+
+def _unit(rows: list[Row]) -> tuple[str, int]:
+    return ("ms", 1000) if max(row["median"] for row in rows) < 1 else ("seconds", 1)
+
+
+def _number(value: float) -> str:
+    """Three digits, as far as these are after the point."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _mib(row: Row) -> str:
+    return "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
+
+
+def _ratio(median: dict[float, float], share: float, whole: float) -> str:
+    if share not in median or whole not in median:
+        return "-"
+    return f"{median[share] / median[whole]:.2f}"
+
+
+def _facts(result: Result) -> str:
+    machine = {key: value for key, value in result["machine"].items() if value != "not installed"}
+    versions = [f"{key} {machine[key]}" for key in machine if key not in ("device", "threads")]
+    return (
+        f"{machine['device']}, {machine['threads']} CPU threads; {', '.join(versions)}; "
+        f"{result['date']}; `{result['command']}`."
+    )
+
+
+def _absent(result: Result) -> str:
+    """Who did not run, under each reason."""
+    labels: dict[str, list[str]] = {}
+    for label, reason in result["absent"].items():
+        labels.setdefault(reason, []).append(label)
+    reasons = [f"{', '.join(who)} ({reason})" for reason, who in labels.items()]
+    return f" Not run: {'; '.join(reasons)}." if reasons else ""
+
+
+# The plots
+
+_PANELS = (("time", "seconds over tokens"), ("memory", "extra memory over tokens"))
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Ours are drawn bold.
+_COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#999999"]
+_MARKERS = "osD^vP*X<>"
+
+
+def draw(name: str, result: Result) -> list[Path]:
+    """Time and memory over tokens, on log axes; a line ends where the contender ran out of memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    written = []
+    for kind, title in _PANELS:
+        figure = _figure(result, kind, f"Forward and backward of an LM head: {title}")
+        path = PLOTS / f"{name}-{kind}.png"
+        FigureCanvasAgg(figure).print_png(path)
+        written.append(path)
+    return written
+
+
+def _figure(result: Result, kind: str, title: str) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    key = {"time": "median", "memory": "peak_extra_mib"}[kind]
+    lines = {own[0]["label"]: own for _, own in _by(result["rows"], "variant")}
+    for index, (label, own) in enumerate(lines.items()):
+        points = sorted((row["shape_TDV"][0], row[key]) for row in own if row[key])
+        ours = own[0]["variant"].startswith("grao")
+        axes.plot(
+            [tokens for tokens, _ in points],
+            [value for _, value in points],
+            label=label.replace("`", ""),
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=2.4 if ours else 1.2,
+            zorder=3 if ours else 2,
+        )
+    if kind == "time":
+        floor = sorted({row["shape_TDV"][0]: row["gemm_seconds"] for row in result["rows"]}.items())
+        axes.plot(*zip(*floor, strict=True), "k:", linewidth=1.2, label="the three bare GEMMs")
+    tokens = sorted({row["shape_TDV"][0] for row in result["rows"]})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel({"time": "seconds", "memory": "MiB beyond the inputs"}[kind])
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(True, which="both", color="#DDDDDD", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
 def main() -> None:
@@ -95,10 +262,15 @@ def main() -> None:
     parser.add_argument("--keep", nargs=2, metavar=("RUN_JSON", "MACHINE"))
     arguments = parser.parse_args()
     if arguments.keep:
-        print(f"wrote {keep(Path(arguments.keep[0]), arguments.keep[1])}")
-        return
-    README.write_text(write_tables(README.read_text()))
-    print(f"wrote {README}")
+        written = keep(Path(arguments.keep[0]), arguments.keep[1])
+    else:
+        README.write_text(write_tables(README.read_text()))
+        plotted = RESULTS.glob("tokens-*.json")
+        written = [README]
+        for path in plotted:
+            written += draw(path.stem, json.loads(path.read_text()))
+    for path in written:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

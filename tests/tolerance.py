@@ -12,9 +12,11 @@ def assert_accurate(
     """max |actual - truth| <= 2 max |naive - truth| + 8 eps(dtype) max |truth|.
 
     `truth` is computed in float64, `naive` by the same formula in plain PyTorch in `dtype`. NaN
-    must be where the truth has it, and nowhere else.
+    must be where the truth has it, and nowhere else. All are compared on the device of `truth`.
     """
-    actual, naive, truth = (tensor.detach().cpu().double() for tensor in (actual, naive, truth))
+    actual, naive, truth = (
+        tensor.detach().to(truth.device, torch.float64) for tensor in (actual, naive, truth)
+    )
     assert actual.shape == truth.shape, f"{name}: {tuple(actual.shape)}, not {tuple(truth.shape)}"
     assert torch.equal(actual.isnan(), truth.isnan()), f"{name}: NaN in other places"
     if truth.numel() == 0:

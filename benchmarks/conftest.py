@@ -1,0 +1,25 @@
+"""The machine and the absent in pytest-benchmark's JSON; who ran and who did not, at the end."""
+
+from __future__ import annotations
+
+import replay
+from measure import machine_facts
+from problem import DEVICE
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["facts"] = machine_facts(DEVICE)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["absent"] = replay.ABSENT
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not (replay.PRESENT or replay.ABSENT):
+        return
+    terminalreporter.section("contenders")
+    for label in sorted(replay.PRESENT):
+        terminalreporter.line(f"ran     {label}")
+    for label, reason in sorted(replay.ABSENT.items()):
+        terminalreporter.line(f"absent  {label}: {reason}")

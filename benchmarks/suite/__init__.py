@@ -1,0 +1,1 @@
+"""The sections of `benchmarks/gpu_suite.py`, and what runs them."""

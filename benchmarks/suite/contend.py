@@ -1,0 +1,138 @@
+"""Batches made on the device, and contenders timed there however many of them fail.
+
+Shapes: T rows (tokens), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from measure import Measured, Outputs, errors, interleave, outputs, truth
+from peers import OURS, PEERS, Peer
+from problem import Batch, make_batch, one_group
+from torch import Tensor
+
+from suite.runner import Run, attempt, free_memory
+
+
+def device_batch(
+    shape_TDV: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    live: float = 1.0,
+    head_VD: Tensor | None = None,
+) -> Batch:
+    """`make_batch`, its large tensors made on the device: on a CPU a head takes seconds."""
+    T, D, V = shape_TDV
+    groups = make_batch((T, 1, 1), torch.float32, device.type, live=live)
+    generator = torch.Generator(device).manual_seed(0)
+    here: dict[str, Any] = {"generator": generator, "device": device}
+    if head_VD is None:
+        head_VD = torch.randn(V, D, dtype=dtype, **here).div_(D**0.5)
+    return groups._replace(
+        hidden_TD=torch.randn(T, D, dtype=dtype, **here).requires_grad_(),
+        head_VD=head_VD.requires_grad_(),
+        target_T=torch.randint(0, V, (T,), **here),
+    )
+
+
+def contend(
+    run: Run, where: str, names: Iterable[str], batch: Batch, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Errors, memory, and time beside the three GEMMs of the same round, of each contender.
+
+    As `measure.measure` does it, but one that fails here, in whatever way, leaves the others: what
+    it died of takes the place of its figures. If it is ours, `verdict` says so in the end.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # or, after a few shapes, it would give up and not say so
+    found: dict[str, dict[str, Any]] = {}
+    run.report[where] = found
+    truths: dict[bool, Outputs] = {}
+    for name in names:
+        if not run.in_time(f"{name}, {where}"):
+            continue
+        figures, reason = attempt(lambda name=name: _first_look(PEERS[name], batch, truths))
+        found[name] = {"reason": reason} if figures is None else figures
+    truths.clear()
+    free_memory()
+    functions = {
+        name: _guarded(PEERS[name], batch, figures)
+        for name, figures in found.items()
+        if "reason" not in figures
+    }
+    _, reason = attempt(lambda: _take_turns(run, where, functions, batch, rounds))
+    if reason:
+        run.leave_out(f"times, {where}", reason)
+    for name in OURS:
+        if name in found and "median" not in found[name]:
+            lost = f"{name}, {where}: {found[name].get('reason', reason)}"
+            run.report.setdefault("ours_failed", []).append(lost)
+    return found
+
+
+def verdict(run: Run, headline: str) -> str:
+    """The headline, unless one of ours has failed."""
+    if failed := run.report.get("ours_failed"):
+        raise AssertionError(failed[0])
+    return headline
+
+
+def _first_look(peer: Peer, batch: Batch, truths: dict[bool, Outputs]) -> dict[str, Any]:
+    """Its errors, which must pass; or the reason for its absence."""
+    if reason := peer.absence(batch):
+        return {"reason": reason}
+    small = one_group(batch)
+    if peer.weighted not in truths:
+        truths[peer.weighted] = truth(small, weighted=peer.weighted)
+    found = errors(outputs(peer, small), truths[peer.weighted])
+    allowed = torch.finfo(batch.hidden_TD.dtype).eps ** 0.5  # as in measure.gate
+    if max(found.values()) > allowed:
+        raise AssertionError(f"errors {found} above {allowed:.2g}")
+    outputs(peer, batch)  # compiles, and may find no memory
+    return {"errors": found}
+
+
+def _guarded(peer: Peer, batch: Batch, figures: dict[str, Any]) -> Callable[[], object]:
+    """A pass of the peer; once it has failed, nothing, and the reason is among its figures."""
+
+    def function() -> None:
+        if "reason" not in figures:
+            _, reason = attempt(lambda: outputs(peer, batch))
+            if reason:
+                figures["reason"] = reason
+
+    return function
+
+
+def _take_turns(
+    run: Run, where: str, functions: dict[str, Callable[[], object]], batch: Batch, rounds: int
+) -> None:
+    rounds_of: dict[str, list[Measured]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(rounds):
+        # Quartiles take two rounds.
+        if turn >= 2 and not run.in_time(f"rounds {turn + 1} to {rounds}, {where}"):
+            break
+        start = turn % max(1, len(names))
+        order = names[start:] + names[:start]
+        turns = interleave({name: functions[name] for name in order}, batch, 1)
+        for name, measured in turns.items():
+            rounds_of[name].append(measured)
+    for name, each in rounds_of.items():
+        figures = run.report[where][name]
+        if "reason" not in figures:
+            figures |= _joined(each).summary()
+
+
+def _joined(rounds: list[Measured]) -> Measured:
+    peaks = [each.peak_extra_mib for each in rounds if each.peak_extra_mib is not None]
+    return Measured(
+        [second for each in rounds for second in each.seconds],
+        [second for each in rounds for second in each.floor_seconds],
+        max(peaks, default=None),
+    )

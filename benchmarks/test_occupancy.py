@@ -1,0 +1,37 @@
+"""Time and memory where only some rows count: prompts, and groups whose rewards are all equal.
+
+    pytest benchmarks/test_occupancy.py --benchmark-only
+
+All shares take turns in one race. The floor is that of all rows.
+"""
+
+from __future__ import annotations
+
+import pytest
+from measure import measure
+from peers import PEERS
+from problem import DEVICE, DTYPES, SHAPES, make_batch
+from replay import clock, facts, report
+
+SHARES = (1.0, 0.5, 0.25)
+# On the CPU those that say they leave out rows, and naive; the rest are too slow to be repeated.
+VARIANTS = {"cuda": tuple(PEERS), "cpu": ("grao_512_mib", "naive", "cce_torch_compile")}[DEVICE]
+ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
+
+pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, some rows live")
+
+
+@pytest.fixture(scope="module")
+def race():
+    batches = {
+        live: make_batch(SHAPES[DEVICE][0], DTYPES[DEVICE], DEVICE, live=live) for live in SHARES
+    }
+    runs = {f"{name} {live}": (PEERS[name], batches[live]) for name in VARIANTS for live in SHARES}
+    return measure(runs, rounds=ROUNDS), facts(batches[1.0])
+
+
+@pytest.mark.parametrize("live", SHARES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward(benchmark, race, variant: str, live: float) -> None:
+    measured, batch_facts = race
+    report(benchmark, measured, f"{variant} {live}", PEERS[variant], batch_facts | {"live": live})

@@ -1,0 +1,37 @@
+"""How time and memory grow with the tokens of a batch, every row live.
+
+    pytest benchmarks/test_tokens.py --benchmark-only
+
+A contender that runs out of memory says so and at how many tokens.
+"""
+
+from __future__ import annotations
+
+import pytest
+from measure import measure
+from peers import PEERS
+from problem import DEVICE, DTYPES, SHAPES, make_batch
+from replay import clock, facts, report
+
+TOKENS = {"cuda": [2**power for power in range(10, 17)], "cpu": [256, 512, 1024, 2048]}[DEVICE]
+VARIANTS = {
+    "cuda": tuple(PEERS),
+    "cpu": ("grao_512_mib", "grao_64_mib", "naive", "liger_grpo"),
+}[DEVICE]
+ROUNDS = {"cuda": 5, "cpu": 3}[DEVICE]
+
+pytestmark = pytest.mark.benchmark(timer=clock, group="LM head over tokens")
+
+
+@pytest.fixture(scope="module", params=TOKENS)
+def race(request):
+    _, D, V = SHAPES[DEVICE][0]
+    batch = make_batch((request.param, D, V), DTYPES[DEVICE], DEVICE)
+    runs = {name: (PEERS[name], batch) for name in VARIANTS}
+    return measure(runs, rounds=ROUNDS), facts(batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_backward(benchmark, race, variant: str) -> None:
+    measured, batch_facts = race
+    report(benchmark, measured, variant, PEERS[variant], batch_facts)
