@@ -9,6 +9,8 @@ import torch
 from tolerance import assert_accurate
 
 from grao_fast.kernels.checks import logit_transform
+from grao_fast.kernels.policy import Policy
+from grao_fast.kernels.vocab_parallel import sharded_ce_rows
 
 STRIDE = 320
 
@@ -116,3 +118,61 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
     truth, naive = plain(torch.float64), plain(torch.float32)
     assert_accurate("logprob", logprob_R, naive[0], truth[0], torch.float32)
     assert_accurate("dlogits", slab, naive[1], truth[1], torch.float32)
+
+
+class OneProcess:
+    """A group of one: its part of the vocabulary is all of it."""
+
+    start = 0
+
+    @staticmethod
+    def max_(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    sum_ = max_
+
+
+@pytest.mark.parametrize("transform", [(1.0, 1.0, None), (0.7, 2.0, 5.0)], ids=["plain", "all"])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_halves_do_what_the_whole_does(
+    gradient: torch.dtype, transform: tuple, backend: str, device: str
+) -> None:
+    """Statistics, then gradient, as where a head is spread; on a GPU these kernels run here."""
+    if backend == "triton":
+        from grao_fast.kernels import rowwise as rows
+    else:
+        from grao_fast.kernels import chunked_torch as rows
+    V = 257
+    slab, target_R, weight_R = row_inputs(device)
+    weight_R[2] = 0
+    pull_R = torch.linspace(-1, 1, 6, device=device).where(weight_R != 0, 0)
+    bias_S = torch.linspace(-2, 2, STRIDE, device=device)
+    policy = Policy(
+        torch.linspace(-9, -2, 18, device=device).reshape(3, 6),
+        torch.full((6,), 0.1, device=device).where(weight_R != 0, 0),
+        *(0.8, 1.2, 2.0),
+    )
+    halves = sharded_ce_rows(OneProcess, rows.row_statistics, rows.row_gradient)
+    results = []
+    for function in (rows.weighted_ce_rows, halves):
+        logits = slab.clone()
+        dlogits = torch.full_like(slab, torch.nan, dtype=gradient)
+        values = [torch.full((6,), torch.nan, device=device) for _ in range(3)]
+        function(
+            logits[:, :V],
+            dlogits[:, :V],
+            bias_S[:V],
+            target_R,
+            weight_R,
+            values[0],
+            logit_transform(*transform),
+            values[1],
+            pull_R,
+            values[2],
+            policy,
+        )
+        results.append([dlogits[:, :V], *values])
+    for one, two in zip(*results, strict=True):
+        assert one.nan_to_num(7).any()
+        tolerance = 8 * torch.finfo(one.dtype).eps
+        torch.testing.assert_close(two, one, rtol=tolerance, atol=tolerance, equal_nan=True)
