@@ -8,12 +8,16 @@ ended leave the batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from grao_fast.rollout import Completion
+
+if TYPE_CHECKING:
+    from grao_fast.policy import Policy
 
 # Dropping rows copies the cache, so it waits until this share of the batch has ended.
 _DROP_SHARE = 1 / 8
@@ -30,6 +34,8 @@ class TransformersSampler:
         dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
     """
 
+    context_length: int | None = None
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -44,6 +50,9 @@ class TransformersSampler:
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.dtype = dtype
+
+    def sync(self, policy: Policy) -> None:
+        """Nothing to do: it samples from the very weights that are trained."""
 
     @torch.no_grad()
     def sample(
