@@ -16,6 +16,7 @@ Statistics = Literal["group", "samples"]
 ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+CacheImplementation = Literal["dynamic", "static"]
 VLLMMode = Literal["server", "colocate"]
 
 
@@ -46,6 +47,8 @@ class GRAOConfig:
             does not fit the model is an error.
         max_reference_length: references are cut to this many tokens; None: never cut.
         generation_batch_size: sequences that Transformers decodes at once.
+        cache_implementation: "dynamic", ended samples leave the batch; "static", they stay, in a
+            cache of fixed size for which, on CUDA, a decoding step is compiled to CUDA graphs.
 
     Sampling with vLLM:
         use_vllm: sample with vLLM in place of Transformers. It gets the weights before the first
@@ -106,6 +109,7 @@ class GRAOConfig:
     max_prompt_length: int | None = None
     max_reference_length: int | None = None
     generation_batch_size: int = 64
+    cache_implementation: CacheImplementation = "dynamic"
 
     use_vllm: bool = False
     vllm_mode: VLLMMode = "colocate"
@@ -223,6 +227,7 @@ _CHOICES = {
     "reference_advantage": get_args(ReferenceAdvantage),
     "reward_type": get_args(RewardType),
     "lr_scheduler_type": get_args(Scheduler),
+    "cache_implementation": get_args(CacheImplementation),
     "vllm_mode": get_args(VLLMMode),
 }
 
@@ -268,6 +273,7 @@ _WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
 
 # What an option needs beside it to have an effect.
 _NEEDS: dict[str, dict[str, Any]] = {
+    "cache_implementation": {"use_vllm": False},
     "vllm_mode": _WITH_VLLM,
     "vllm_sync_dir": _WITH_VLLM,
     "vllm_importance_sampling_clip_max": _WITH_VLLM,

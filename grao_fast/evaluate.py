@@ -167,8 +167,8 @@ def evaluate(
         reward: as `grao_fast.train` takes it.
         base_model: the model before alignment, for NAG; loaded when `model` has answered, so that
             only one is in memory.
-        config: `reward_type`, `reward_weights`, the lengths, `generation_batch_size`, `device`,
-            `bf16` and `seed` are read.
+        config: `reward_type`, `reward_weights`, the lengths, `generation_batch_size`,
+            `cache_implementation`, `device`, `bf16` and `seed` are read.
         tokenizer: of both models; None loads the one beside each.
         metric: a held-out measure, called as a pointwise reward is.
         output_dir: eval.json and completions.jsonl are written there; None: nowhere.

@@ -140,14 +140,15 @@ def load_policy(
 
     Args:
         model: a folder, a hub id, or a causal language model of Transformers (or a PeftModel).
-        config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix` and
-            `generation_batch_size` are read.
+        config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix`, `kl_coef` and what
+            concerns the sampler are read.
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
 
     Raises:
         ValueError: a path that is not there, no tokenizer, no end-of-sequence token, an adapter on
-            the head, or logits that differ from the model's own.
+            the head, logits that differ from the model's own, or a vLLM that cannot serve.
+        ConnectionError: no vLLM server answers.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -213,6 +214,7 @@ def _sampler(
             pad_token_id=pad_token_id,
             batch_size=config.generation_batch_size,
             dtype=dtype,
+            static_cache=config.cache_implementation == "static",
         )
     from grao_fast.rollout.vllm import VLLMColocatedSampler, VLLMServerSampler
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import CONFIG, ROWS, StopAt, lines, run, same_bits
+from test_trainer import CONFIG, ROWS, StopAt, letters, lines, run, same_bits
 from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
+import grao_fast
 from grao_fast.policy import Policy, load_policy
 from grao_fast.rollout.transformers import TransformersSampler
 from grao_fast.rollout.vllm import VLLMServerSampler, prompt_seeds
@@ -268,3 +269,8 @@ def test_seeds_of_prompts_are_those_of_the_step_alone():
     assert len(set(prompt_seeds(3, 1000))) == 1000
     assert random.getstate() == state
     assert all(0 <= seed < math.inf and seed + 1000 < 2**63 for seed in prompt_seeds(4, 100))
+
+
+def test_an_evaluation_does_not_ignore_it(url: str, tiny_model):
+    with pytest.raises(ValueError, match="leave use_vllm and vllm_"):
+        grao_fast.evaluate(tiny_model, ROWS, letters, config=config(url))
