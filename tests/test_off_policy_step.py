@@ -149,20 +149,28 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
     descent = torch.optim.SGD(double.parameters(), lr=lr)
     K = config.num_generations + 1
     off_policy: dict = {}
+    held = []
     for _ in range(3):
         loss = truth(double, rollout, config, **off_policy)
         descent.zero_grad()
         loss.loss.backward()
         descent.step()
-        if not off_policy:
-            is_sample_T = rows_of(double, rollout)[2] % K != K - 1
+        sequence_T = rows_of(double, rollout)[2]
+        if off_policy:
+            weight_T = reference.sequence_weights(loss.advantages_NK).flatten()[sequence_T]
+            rho_T = (loss.logprob_T - off_policy["old_logprob_T"]).exp()
+            rising, falling = (weight_T > 0) & (rho_T > 1.02), (weight_T < 0) & (rho_T < 0.99)
+            held.append(float((rising | falling)[~rho_T.isnan()].double().mean()))
+        else:
+            is_sample_T = sequence_T % K != K - 1
             old_logprob_T = torch.where(is_sample_T, loss.logprob_T, torch.nan)
             off_policy = {"old_logprob_T": old_logprob_T, "clip": config.clip}
             first = float(loss.loss.detach())
     start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     metrics = one_update(policy, rollout, config, lr=lr)
     assert metrics["loss"] == pytest.approx(first, abs=1e-5)
-    assert 0.01 < metrics["clip_ratio/region_mean"] < 0.99
+    assert 0.01 < sum(held) / 2 < 0.99
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(sum(held) / 2)
     assert metrics["tokens"] % 3 == 0
     for (name, ours), theirs in zip(
         policy.model.named_parameters(), double.parameters(), strict=True
@@ -232,6 +240,8 @@ def test_an_adapters_kl_is_from_the_model_without_it(tiny_model):
     policy = load_policy(tiny_model, config=config, peft_config=adapter)
     assert policy.initial is None
     moved(policy)
+    for layer in policy.causal_lm.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # which only training applies
     plain, rollout, _ = step_groups(tiny_model, config)
     groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
     with policy.updating():
