@@ -8,7 +8,8 @@ from collections.abc import Iterator
 # The references' log-prob has collapsed when its moving average lost this many nats a token.
 _COLLAPSE_NATS = 1.0
 _SMOOTHING = 0.8
-# Rounding alone parts a sampler from the policy by far less than this many nats a token.
+# Rounding alone parts a sampler from the policy by less than this many nats a token: by 0.03 on
+# SmolLM2-135M in bfloat16, by 5e-6 in float32.
 _MISMATCH_NATS = 0.1
 _REPEAT_EVERY = 10
 
