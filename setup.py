@@ -13,6 +13,7 @@ VERSION = re.search(
 TEST = [
     "gguf>=0.10",  # the tests marked `real` read SmolLM2 from a GGUF file
     "hypothesis>=6.100",
+    "openai>=1",  # the client of a vLLM server
     "peft>=0.17",
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -57,6 +58,7 @@ setup(
         "peft": ["peft>=0.17"],
         "trl": ["trl>=1.16"],
         "vllm": ["vllm>=0.22"],
+        "vllm-server": ["openai>=1"],
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"],
     },

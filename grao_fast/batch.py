@@ -14,6 +14,7 @@ K sequences of a group, P tokens of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,13 +31,16 @@ class Group:
         prompt_ids: P tokens, at least one.
         sequence_ids: K lists, the reference last; an empty list is an absent sequence.
         rewards_K: float64 on the CPU; NaN for an absent sequence.
-        live_K: bool on the CPU, the sequences whose weight in the objective is not 0.
+        live_K: bool on the CPU, the sequences that the objective asks for.
+        sampler_logprobs: of every token of the samples, in the order of sequence_ids, as the
+            sampler gave them; what comes behind, as the reference does, has none.
     """
 
     prompt_ids: list[int]
     sequence_ids: list[list[int]]
     rewards_K: Tensor
     live_K: Tensor
+    sampler_logprobs: Sequence[Sequence[float]] = ()
 
     @cached_property
     def live_sequences(self) -> list[int]:
@@ -92,6 +96,7 @@ class MicroBatch:
     row_T: int64, the place in the flattened (B * L) rows whose hidden state predicts target_T.
     target_T: int64 token ids.
     sequence_T: int64, n * K + k of every target, for `linear_grao_loss`.
+    sampler_logprob_T: float32, log-prob of every target under the sampler; NaN where it has none.
     rewards_NK: float64; n counts the groups of this micro-batch.
     """
 
@@ -102,6 +107,7 @@ class MicroBatch:
     row_T: Tensor
     target_T: Tensor
     sequence_T: Tensor
+    sampler_logprob_T: Tensor
     rewards_NK: Tensor
 
 
@@ -188,12 +194,17 @@ def _targets(groups: Sequence[Group]) -> dict[str, Tensor]:
     K = len(groups[0].sequence_ids)
     targets: list[int] = []
     sequences: list[int] = []
+    logprobs: list[float] = []
     for n, group in enumerate(groups):
         for k in group.live_sequences:
             targets += group.sequence_ids[k]
-            sequences += [n * K + k] * len(group.sequence_ids[k])
+            length = len(group.sequence_ids[k])
+            sequences += [n * K + k] * length
+            sampled = k < len(group.sampler_logprobs)
+            logprobs += group.sampler_logprobs[k] if sampled else [math.nan] * length
     return {
         "target_T": torch.tensor(targets),
         "sequence_T": torch.tensor(sequences),
+        "sampler_logprob_T": torch.tensor(logprobs, dtype=torch.float32),
         "rewards_NK": torch.stack([group.rewards_K for group in groups]),
     }

@@ -18,7 +18,7 @@ class Callback:
         """Before the first step."""
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:
-        """After every optimiser step, counted from 1; return True to end the run after it."""
+        """After every step, counted from 1; return True to end the run after it."""
 
     def on_evaluate(self, step: int, result: EvaluationResult) -> None:
         """After every evaluation."""

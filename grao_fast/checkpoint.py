@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint written after `step` optimiser steps."""
+    """The folder of the checkpoint written after `step` steps."""
     return output_dir / f"checkpoint-{step}"
 
 

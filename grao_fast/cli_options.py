@@ -20,6 +20,7 @@ EVALUATION_FIELDS = (
     "max_new_tokens",
     "max_prompt_length",
     "generation_batch_size",
+    "cache_implementation",
     "bf16",
     "device",
     "seed",

@@ -16,6 +16,8 @@ Statistics = Literal["group", "samples"]
 ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+CacheImplementation = Literal["dynamic", "static"]
+VLLMMode = Literal["server", "colocate"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class GRAOConfig:
         reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
             compares a completion with the reference (+1, 0, -1), whose own reward is 0.
         reward_weights: one weight for each reward function; all 1 by default.
+        kl_coef: weight of the KL divergence from the policy that training began with; 0: none. That
+            policy is kept as a copy of the model or, where an adapter is trained, is the model
+            without it.
 
     Generation:
         temperature: of sampling, and of log pi in the objective.
@@ -41,10 +46,31 @@ class GRAOConfig:
         max_prompt_length: prompts with more tokens are dropped (and counted); None: a prompt that
             does not fit the model is an error.
         max_reference_length: references are cut to this many tokens; None: never cut.
-        generation_batch_size: sequences decoded at once.
+        generation_batch_size: sequences that Transformers decodes at once.
+        cache_implementation: "dynamic", ended samples leave the batch; "static", they stay, in a
+            cache of fixed size for which, on CUDA, a decoding step is compiled to CUDA graphs.
+
+    Sampling with vLLM:
+        use_vllm: sample with vLLM in place of Transformers. It gets the weights before the first
+            step and after each one.
+        vllm_mode: "server", a `vllm serve` that runs; "colocate", an engine on this machine.
+        vllm_server_base_url: where the server answers.
+        vllm_server_model: the name under which it serves the policy; None: the model's own.
+        vllm_sync_dir: folder in which weights are handed over, seen by the server under the same
+            path; None: one for temporary files. In memory (/dev/shm) it is the fastest.
+        vllm_gpu_memory_utilization: share of the device's memory that a colocated engine takes.
+        vllm_max_model_length: tokens of a prompt and its completion in a colocated engine; None:
+            the model's own.
+        vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of each
+            sampled token, which makes up for vLLM's other numerics; None: no weight.
 
     Optimisation:
-        prompts_per_step: prompts of one optimiser step.
+        prompts_per_step: prompts of one step.
+        num_iterations: updates on the samples of a step, at its learning rate. From the second on,
+            a sampled token's log-prob gives way to its clipped ratio to the policy that the step
+            began with.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
+            None: as epsilon.
         max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
         share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
             padded rows, for models that a shared prefix cannot serve.
@@ -52,7 +78,7 @@ class GRAOConfig:
         lr_scheduler_type, warmup_steps: of the learning rate.
         max_grad_norm: gradients are clipped to this norm.
         num_train_epochs: passes over the dataset; ignored when max_steps is positive.
-        max_steps: optimiser steps; -1 to go by num_train_epochs.
+        max_steps: steps of sampling and learning; -1 to go by num_train_epochs.
         gradient_checkpointing: recompute activations in the backward pass.
         bf16: autocast to bfloat16; None: where a CUDA device supports it. Parameters stay float32.
         workspace_mib: memory in MiB for the logits slab of the loss.
@@ -76,14 +102,28 @@ class GRAOConfig:
     reference_advantage: ReferenceAdvantage = "signed"
     reward_type: RewardType = "pointwise"
     reward_weights: tuple[float, ...] | None = None
+    kl_coef: float = 0.0
 
     temperature: float = 0.7
     max_new_tokens: int = 2048
     max_prompt_length: int | None = None
     max_reference_length: int | None = None
     generation_batch_size: int = 64
+    cache_implementation: CacheImplementation = "dynamic"
+
+    use_vllm: bool = False
+    vllm_mode: VLLMMode = "colocate"
+    vllm_server_base_url: str = "http://localhost:8000"
+    vllm_server_model: str | None = None
+    vllm_sync_dir: str | None = None
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_max_model_length: int | None = None
+    vllm_importance_sampling_clip_max: float | None = 3.0
 
     prompts_per_step: int = 64
+    num_iterations: int = 1
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
     max_tokens_per_microbatch: int = 16384
     share_prefix: bool = True
     learning_rate: float = 1e-6
@@ -130,6 +170,13 @@ class GRAOConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        for name in ("epsilon", "vllm_gpu_memory_utilization"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        for name in ("vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, got 0")
+        _check_effect(self)
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} has no effect on lr_scheduler_type='constant'; "
@@ -153,6 +200,16 @@ class GRAOConfig:
         """The fields as plain data for JSON."""
         return dataclasses.asdict(self)
 
+    @property
+    def sampler_cap(self) -> float | None:
+        """Cap of the importance weights; None where samples are taken as the policy's own."""
+        return self.vllm_importance_sampling_clip_max if self.use_vllm else None
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(low, high): ratios are held between 1 - low and 1 + high."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GRAOConfig:
         """The inverse of `to_dict`. Raises ValueError on a key that is not a field."""
@@ -170,6 +227,8 @@ _CHOICES = {
     "reference_advantage": get_args(ReferenceAdvantage),
     "reward_type": get_args(RewardType),
     "lr_scheduler_type": get_args(Scheduler),
+    "cache_implementation": get_args(CacheImplementation),
+    "vllm_mode": get_args(VLLMMode),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -181,6 +240,13 @@ _AT_LEAST: dict[str, float] = {
     "num_generations": 1,
     "beta": 0,
     "lam": 0,
+    "kl_coef": 0,
+    "num_iterations": 1,
+    "epsilon": 0,
+    "epsilon_high": 0,
+    "vllm_gpu_memory_utilization": 0,
+    "vllm_max_model_length": 1,
+    "vllm_importance_sampling_clip_max": 0,
     "max_new_tokens": 1,
     "max_prompt_length": 1,
     "max_reference_length": 1,
@@ -199,6 +265,36 @@ _AT_LEAST: dict[str, float] = {
     "save_steps": 0,
     "save_total_limit": 1,
 }
+
+
+_WITH_VLLM = {"use_vllm": True}
+_WITH_SERVER = {"use_vllm": True, "vllm_mode": "server"}
+_WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
+
+# What an option needs beside it to have an effect.
+_NEEDS: dict[str, dict[str, Any]] = {
+    "cache_implementation": {"use_vllm": False},
+    "vllm_mode": _WITH_VLLM,
+    "vllm_sync_dir": _WITH_VLLM,
+    "vllm_importance_sampling_clip_max": _WITH_VLLM,
+    "vllm_server_base_url": _WITH_SERVER,
+    "vllm_server_model": _WITH_SERVER,
+    "vllm_gpu_memory_utilization": _WITH_ENGINE,
+    "vllm_max_model_length": _WITH_ENGINE,
+}
+
+
+def _check_effect(config: GRAOConfig) -> None:
+    """Refuse what would have no effect."""
+    for name, needed in _NEEDS.items():
+        value = getattr(config, name)
+        for other, wanted in needed.items():
+            if value != getattr(GRAOConfig, name) and getattr(config, other) != wanted:
+                raise ValueError(f"{name}={value!r} has no effect without {other}={wanted!r}")
+    if config.num_iterations == 1 and config.clip != (GRAOConfig.epsilon, GRAOConfig.epsilon):
+        raise ValueError(
+            "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
+        )
 
 
 def _check_integers(config: GRAOConfig) -> None:

@@ -167,21 +167,24 @@ def evaluate(
         reward: as `grao_fast.train` takes it.
         base_model: the model before alignment, for NAG; loaded when `model` has answered, so that
             only one is in memory.
-        config: `reward_type`, `reward_weights`, the lengths, `generation_batch_size`, `device`,
-            `bf16` and `seed` are read.
+        config: `reward_type`, `reward_weights`, the lengths, `generation_batch_size`,
+            `cache_implementation`, `device`, `bf16` and `seed` are read.
         tokenizer: of both models; None loads the one beside each.
         metric: a held-out measure, called as a pointwise reward is.
         output_dir: eval.json and completions.jsonl are written there; None: nowhere.
 
     Raises:
-        ValueError: as `grao_fast.train`; output_dir cannot be written, or is that of a training
-            run, whose completions.jsonl would be overwritten.
+        ValueError: as `grao_fast.train`; use_vllm is set; output_dir cannot be written, or is that
+            of a training run, whose completions.jsonl would be overwritten.
         RewardError: the reward or the metric failed.
     """
     from grao_fast.policy import existing_path, load_policy
 
     # Neither gradients nor packing: what cannot be trained can still be evaluated.
-    config = (config or GRAOConfig()).replace(gradient_checkpointing=False, share_prefix=False)
+    config = config or GRAOConfig()
+    if config.use_vllm:
+        raise ValueError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
+    config = config.replace(gradient_checkpointing=False, share_prefix=False, kl_coef=0.0)
     folder = None if output_dir is None else _result_folder(Path(output_dir).expanduser())
     examples = load_examples(dataset, split="test")
     scorer = resolve_reward(reward, weights=config.reward_weights)

@@ -12,7 +12,7 @@ from grao_fast.config import GRAOConfig
 
 
 def count_steps(config: GRAOConfig, *, prompts: int, prompts_per_step: int) -> int:
-    """Optimiser steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
+    """Steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * prompts / prompts_per_step))

@@ -188,7 +188,7 @@ def _figure(title: str, ylabel: str, *, panels: int = 1) -> tuple[Any, ...]:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_title(title, fontsize=10, loc="left")
     axes[0].set_ylabel(ylabel)
-    axes[-1].set_xlabel("optimiser step")
+    axes[-1].set_xlabel("step")
     return figure, *axes
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,12 @@ from transformers import (
 from grao_fast.attention import shared_prefix
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
+from grao_fast.head import LogitTransform, check_head
 from grao_fast.parity import check_parity
-from grao_fast.rollout import Completion
+from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.transformers import TransformersSampler
 
 logger = logging.getLogger(__name__)
-
-# Model types whose config names a factor of the logits but divides by it.
-_DIVIDES_LOGITS_SCALING = ("granite", "minicpm3")
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """z = softcap((h W^T + b) * logit_scale); softcap None is the identity."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def from_config(cls, config: Any) -> LogitTransform:
-        """Read a Transformers config: Gemma caps, Cohere and Falcon-H1 scale, Granite divides."""
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
-        scaling = getattr(config, "logits_scaling", None)
-        if scaling is not None:
-            scale = (
-                1 / scaling if config.model_type.startswith(_DIVIDES_LOGITS_SCALING) else scaling
-            )
-        return cls(float(scale or 1.0), getattr(config, "final_logit_softcapping", None))
 
 
 @dataclass(frozen=True)
@@ -57,6 +37,8 @@ class Policy:
     model: as it is trained and saved; a PeftModel where an adapter is trained.
     causal_lm: the Transformers model inside (the same object without an adapter).
     autocast_dtype: bfloat16, or None to compute in the parameters' dtype.
+    initial: the policy that training began with, for the KL term; None where it is not needed, or
+        is the model without its adapter.
     """
 
     model: nn.Module
@@ -67,7 +49,8 @@ class Policy:
     transform: LogitTransform
     autocast_dtype: torch.dtype | None
     share_prefix: bool
-    sampler: TransformersSampler
+    sampler: Sampler
+    initial: Policy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,8 +58,9 @@ class Policy:
 
     @property
     def context_length(self) -> int | None:
-        """Positions the model has, prompt and completion together; None where it does not say."""
-        return getattr(self.causal_lm.config, "max_position_embeddings", None)
+        """Tokens of prompt and completion that model and sampler hold; None: nothing says so."""
+        of_model = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        return min(filter(None, (of_model, self.sampler.context_length)), default=None)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the language-model head, as parameters."""
@@ -110,11 +94,23 @@ class Policy:
     def updating(self) -> Iterator[None]:
         """Training mode, for forward and backward passes over micro-batches."""
         self.model.train()
-        if not self.share_prefix:
+        with self._attending():
             yield
+
+    def _attending(self) -> AbstractContextManager[None]:
+        return shared_prefix(self.causal_lm) if self.share_prefix else nullcontext()
+
+    @contextmanager
+    def as_it_began(self) -> Iterator[Policy]:
+        """The policy before training, in evaluation mode, for forward passes inside `updating`."""
+        if self.initial is not None:
+            with self.initial._attending():
+                yield self.initial
             return
-        with shared_prefix(self.causal_lm):
-            yield
+        self.model.eval()
+        with self.model.disable_adapter():
+            yield self
+        self.model.train()
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """hidden_TD, the last hidden states of the rows that predict a token, before the head."""
@@ -144,14 +140,15 @@ def load_policy(
 
     Args:
         model: a folder, a hub id, or a causal language model of Transformers (or a PeftModel).
-        config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix` and
-            `generation_batch_size` are read.
+        config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix`, `kl_coef` and what
+            concerns the sampler are read.
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
 
     Raises:
         ValueError: a path that is not there, no tokenizer, no end-of-sequence token, an adapter on
-            the head, or logits that differ from the model's own.
+            the head, logits that differ from the model's own, or a vLLM that cannot serve.
+        ConnectionError: no vLLM server answers.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -174,7 +171,8 @@ def load_policy(
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _check_head(causal_lm)
+    check_head(causal_lm)
+    initial_lm = copy.deepcopy(causal_lm) if config.kl_coef and causal_lm is model else None
     if config.gradient_checkpointing and not causal_lm.supports_gradient_checkpointing:
         logger.warning("%s cannot recompute activations: none are", type(causal_lm).__name__)
     elif config.gradient_checkpointing:
@@ -193,16 +191,46 @@ def load_policy(
         transform=LogitTransform.from_config(causal_lm.config.get_text_config()),
         autocast_dtype=dtype,
         share_prefix=config.share_prefix,
-        sampler=TransformersSampler(
-            causal_lm,
-            eos_token_ids=eos,
-            pad_token_id=pad_id,
-            batch_size=config.generation_batch_size,
-            dtype=dtype,
-        ),
+        sampler=_sampler(causal_lm, config, eos, pad_id, dtype),
     )
     check_parity(policy)
-    return policy
+    if initial_lm is None:
+        return policy
+    initial_lm.eval().requires_grad_(False)
+    return replace(policy, initial=replace(policy, model=initial_lm, causal_lm=initial_lm))
+
+
+def _sampler(
+    causal_lm: PreTrainedModel,
+    config: GRAOConfig,
+    eos_token_ids: frozenset[int],
+    pad_token_id: int,
+    dtype: torch.dtype | None,
+) -> Sampler:
+    if not config.use_vllm:
+        return TransformersSampler(
+            causal_lm,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            batch_size=config.generation_batch_size,
+            dtype=dtype,
+            static_cache=config.cache_implementation == "static",
+        )
+    from grao_fast.rollout.vllm import VLLMColocatedSampler, VLLMServerSampler
+
+    if config.vllm_mode == "server":
+        return VLLMServerSampler(
+            config.vllm_server_base_url,
+            model=config.vllm_server_model or causal_lm.name_or_path,
+            eos_token_ids=eos_token_ids,
+            sync_dir=config.vllm_sync_dir,
+        )
+    return VLLMColocatedSampler(
+        eos_token_ids=eos_token_ids,
+        sync_dir=config.vllm_sync_dir,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_length=config.vllm_max_model_length,
+    )
 
 
 def existing_path(name: str | Path) -> str:
@@ -258,21 +286,6 @@ def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
         causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-
-
-def _check_head(causal_lm: PreTrainedModel) -> None:
-    if getattr(causal_lm.config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits asks for the router's auxiliary loss, which GRAO's step does not "
-            "add yet: set model.config.output_router_logits = False"
-        )
-    head = causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the language-model head of {type(causal_lm).__name__} is a {type(head).__name__}, "
-            "where a plain Linear is needed; leave lm_head out of target_modules and "
-            "modules_to_save, and load it unquantised"
-        )
 
 
 def _eos_token_ids(

@@ -20,7 +20,7 @@ from grao_fast.step import Rollout
 class TrainResult:
     """What a run leaves behind.
 
-    steps: optimiser steps done, those before a resume included.
+    steps: steps done, those before a resume included.
     metrics: of the last step, by the names in metrics.jsonl.
     before, after: evaluations at step 0 and at the end; None without an eval_dataset.
     output_dir: holds metrics.jsonl, completions.jsonl, summary.json, checkpoints and `final/`.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers.utils import logging as transformers_logging
 
 from grao_fast.checkpoint import CheckpointError, write_folder
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
 from grao_fast.policy import Policy
+from grao_fast.rollout.weights import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +68,9 @@ def fingerprint(prompts: Sequence[Encoded]) -> str:
 
 def save_model(policy: Policy, folder: Path) -> None:
     """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
-    with _no_bar():  # it would tear the run's own progress bar
+    with no_bar():
         policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Transformers without its progress bar inside."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def save_checkpoint(

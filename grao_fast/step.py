@@ -18,7 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from grao_fast.batch import Group, MicroBatch, split_by_tokens
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
-from grao_fast.kernels import GRAOLoss, group_advantages, linear_grao_loss, sequence_weights
+from grao_fast.kernels import (
+    GRAOLoss,
+    group_advantages,
+    linear_grao_loss,
+    linear_logprobs,
+    sequence_weights,
+)
+from grao_fast.metrics import LossMetrics
 from grao_fast.policy import Policy
 from grao_fast.rewards import Reward
 from grao_fast.rollout import Completion
@@ -76,15 +83,18 @@ def sample_and_score(
     )
 
 
-def to_groups(rollout: Rollout, *, beta: float, lam: float) -> list[Group]:
-    """The groups of a rollout, with the sequences that weigh nothing marked."""
+def to_groups(rollout: Rollout, *, beta: float, lam: float, kl_coef: float = 0.0) -> list[Group]:
+    """The groups of a rollout; what neither the objective nor the KL term asks for is not live."""
     live_NK = sequence_weights(rollout.advantages_NK, beta=beta, lam=lam) != 0
+    if kl_coef:
+        live_NK[:, :-1] |= ~rollout.rewards_NK[:, :-1].isnan()
     return [
         Group(
             prompt_ids=prompt.prompt_ids,
             sequence_ids=[*(c.token_ids for c in completions), prompt.reference_ids],
             rewards_K=rollout.rewards_NK[n],
             live_K=live_NK[n],
+            sampler_logprobs=[c.logprobs for c in completions],
         )
         for n, (prompt, completions) in enumerate(
             zip(rollout.prompts, rollout.completions, strict=True)
@@ -93,12 +103,20 @@ def to_groups(rollout: Rollout, *, beta: float, lam: float) -> list[Group]:
 
 
 def micro_batch_loss(
-    policy: Policy, batch: MicroBatch, config: GRAOConfig, *, num_prompts: int
+    policy: Policy,
+    batch: MicroBatch,
+    config: GRAOConfig,
+    *,
+    num_prompts: int,
+    old_logprob_T: Tensor | None = None,
+    ref_logprob_T: Tensor | None = None,
 ) -> GRAOLoss:
     """The loss of one micro-batch; the sum over a step's micro-batches is the step's loss.
 
     num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
         depend on how the step was split.
+    old_logprob_T: under the policy that the step began with; None: it is this one.
+    ref_logprob_T: under the policy that training began with; None: no KL term.
     """
     hidden_TD = policy.hidden(batch)
     head_VD, bias_V = policy.head()
@@ -118,8 +136,31 @@ def micro_batch_loss(
             logit_scale=policy.transform.logit_scale,
             softcap=policy.transform.softcap,
             num_prompts=num_prompts,
+            old_logprob_T=old_logprob_T,
+            clip=None if old_logprob_T is None else config.clip,
+            sampler_logprob_T=None if config.sampler_cap is None else batch.sampler_logprob_T,
+            sampler_cap=config.sampler_cap,
+            ref_logprob_T=ref_logprob_T,
+            kl_coef=None if ref_logprob_T is None else config.kl_coef,
             workspace_mib=config.workspace_mib,
         )
+
+
+@torch.no_grad()
+def reference_logprobs(policy: Policy, batch: MicroBatch, config: GRAOConfig) -> Tensor:
+    """(T,) log-probs of a micro-batch's targets under the policy that training began with."""
+    with policy.as_it_began() as reference, reference.autocast():
+        head_VD, bias_V = reference.head()
+        return linear_logprobs(
+            reference.hidden(batch),
+            head_VD,
+            batch.target_T,
+            bias_V=bias_V,
+            temperature=config.temperature,
+            logit_scale=reference.transform.logit_scale,
+            softcap=reference.transform.softcap,
+            workspace_mib=config.workspace_mib,
+        ).logprob_T
 
 
 def update(
@@ -129,110 +170,99 @@ def update(
     rollout: Rollout,
     config: GRAOConfig,
 ) -> dict[str, float]:
-    """One optimiser step on a rollout; returns its metrics.
+    """The updates of one step on its rollout; returns their metrics, the losses of the first.
 
     Raises:
-        FloatingPointError: the gradient is not finite; parameters are left as they were.
+        FloatingPointError: a gradient is not finite; it has not been applied.
     """
     started = time.perf_counter()
-    groups = to_groups(rollout, beta=config.beta, lam=config.lam)
+    groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
     budget = config.max_tokens_per_microbatch
-    terms, samples, references = torch.zeros(3), _Mean(), _Mean()
-    tokens = 0
+    passes: list[LossMetrics] = []
+    norms: list[float] = []
     with policy.updating():
-        for part in split_by_tokens(groups, budget, share_prefix=policy.share_prefix):
-            batch = policy.lay_out(part)
-            loss = micro_batch_loss(policy, batch, config, num_prompts=len(groups))
-            loss.loss.backward()
-            terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
-            _add_logprobs(batch, loss.logprob_T, samples, references)
-            tokens += batch.input_ids_BL.numel()
+        parts = [
+            _Part(policy.lay_out(part))
+            for part in split_by_tokens(groups, budget, share_prefix=policy.share_prefix)
+        ]
+        if config.kl_coef:
+            for part in parts:
+                part.ref_logprob_T = reference_logprobs(policy, part.batch, config)
+        for _ in range(config.num_iterations):
+            passes.append(_backward(policy, parts, config, num_prompts=len(groups)))
+            norms.append(_optimizer_step(optimizer, max_norm=config.max_grad_norm))
+    learning_rate = scheduler.get_last_lr()[0]
+    scheduler.step()
+    updated = time.perf_counter()
+    policy.sampler.sync(policy)
+    metrics = passes[0].to_dict(kl_coef=config.kl_coef) | {
+        "grad_norm": norms[0],
+        "learning_rate": learning_rate,
+        "tokens": config.num_iterations * sum(p.batch.input_ids_BL.numel() for p in parts),
+        "time/update": updated - started,
+        "time/sync": time.perf_counter() - updated,
+    }
+    if config.num_iterations > 1:
+        held = [each.held.value for each in passes[1:]]
+        metrics["clip_ratio/region_mean"] = sum(held) / len(held)
+    return metrics
+
+
+@dataclass
+class _Part:
+    """A micro-batch of a step, and what its updates have in common."""
+
+    batch: MicroBatch
+    old_logprob_T: Tensor | None = None  # known from the first update on
+    ref_logprob_T: Tensor | None = None
+
+
+def _backward(
+    policy: Policy, parts: list[_Part], config: GRAOConfig, *, num_prompts: int
+) -> LossMetrics:
+    """Gradients of all micro-batches of a step, added up in the parameters."""
+    metrics = LossMetrics()
+    for part in parts:
+        loss = micro_batch_loss(
+            policy,
+            part.batch,
+            config,
+            num_prompts=num_prompts,
+            old_logprob_T=part.old_logprob_T,
+            ref_logprob_T=part.ref_logprob_T,
+        )
+        loss.loss.backward()
+        metrics.add(part.batch, loss, _held(part, loss, config))
+        if config.num_iterations > 1 and part.old_logprob_T is None:
+            # References were not sampled: L(y) needs no ratio, and its gradient is exact as it is.
+            K = part.batch.rewards_NK.shape[1]
+            is_sample_T = part.batch.sequence_T % K != K - 1
+            part.old_logprob_T = torch.where(is_sample_T, loss.logprob_T.cpu(), torch.nan)
+    return metrics
+
+
+def _held(part: _Part, loss: GRAOLoss, config: GRAOConfig) -> Tensor | None:
+    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    if part.old_logprob_T is None:
+        return None
+    weight_NK = sequence_weights(loss.advantages_NK, beta=config.beta, lam=config.lam)
+    weight_T = weight_NK.flatten()[part.batch.sequence_T]
+    rho_T = (loss.logprob_T.cpu() - part.old_logprob_T).exp()
+    low, high = config.clip
+    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    return torch.where(rho_T.isnan(), torch.nan, held_T.float())
+
+
+def _optimizer_step(optimizer: Optimizer, *, max_norm: float) -> float:
+    """Clip, check and apply the gradient; returns its norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # max_grad_norm 0 turns clipping off; the norm is measured all the same
-    limit = config.max_grad_norm or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}; lower learning_rate, or resume from a checkpoint "
             "with another seed"
         )
-    learning_rate = scheduler.get_last_lr()[0]
     optimizer.step()
-    scheduler.step()
     optimizer.zero_grad(set_to_none=True)
-    exploration, imitation, alignment = terms.tolist()
-    return {
-        "loss": -(exploration + imitation + alignment),
-        "objective/exploration": exploration,
-        "objective/imitation": imitation,
-        "objective/alignment": alignment,
-        "reference/logprob": references.value,
-        "reference/logprob_gap": references.value - samples.value,
-        "grad_norm": norm,
-        "learning_rate": learning_rate,
-        "tokens": tokens,
-        "time/update": time.perf_counter() - started,
-    }
-
-
-class _Mean:
-    """A running mean; NaN while empty."""
-
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.sum())
-        self.count += values.numel()
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else math.nan
-
-
-def _add_logprobs(batch: MicroBatch, logprob_T: Tensor, samples: _Mean, references: _Mean) -> None:
-    """Add L(s), the mean log-prob of each sequence of the batch, to its kind's mean."""
-    K = batch.rewards_NK.shape[1]
-    sequences, place_T = batch.sequence_T.unique(return_inverse=True)
-    sums = torch.zeros(len(sequences)).index_add_(0, place_T, logprob_T.float().cpu())
-    means = sums / torch.bincount(place_T)
-    is_reference = sequences % K == K - 1
-    samples.add(means[~is_reference])
-    references.add(means[is_reference])
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Rewards, lengths and the reference's health; the reference stays out of `reward`."""
-    samples_NG, reference_N = rollout.rewards_NK[:, :-1], rollout.rewards_NK[:, -1]
-    reference_advantage_N = rollout.advantages_NK[:, -1]
-    present = ~reference_advantage_N.isnan()
-    completions = [completion for group in rollout.completions for completion in group]
-    metrics = {
-        "reward": samples_NG.nanmean(),
-        "reward_std": _nanstd(samples_NG),
-        "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
-        "frac_dead": (rollout.advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
-        "reference/reward": reference_N.nanmean(),
-        "reference/advantage": reference_advantage_N.nanmean(),
-        "reference/frac_negative": (reference_advantage_N[present] < 0).double().mean(),
-        "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
-        "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
-        "time/sample": rollout.seconds["sample"],
-        "time/reward": rollout.seconds["reward"],
-    }
-    metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _range(samples_NG: Tensor) -> Tensor:
-    """Largest less smallest reward of each group, NaN left out; 0 where there is none."""
-    present_NG = ~samples_NG.isnan()
-    high_N = samples_NG.where(present_NG, -torch.inf).amax(1)
-    low_N = samples_NG.where(present_NG, torch.inf).amin(1)
-    return (high_N - low_N).clamp(min=0)
-
-
-def _nanstd(samples_NG: Tensor) -> Tensor:
-    """Mean over groups of the samples' population deviation, NaN left out."""
-    mean_N = samples_NG.nanmean(1, keepdim=True)
-    return (samples_NG - mean_N).square().nanmean(1).sqrt().nanmean()
+    return norm

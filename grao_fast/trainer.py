@@ -31,6 +31,7 @@ from grao_fast.inputs import (
     check_references,
     writable_folder,
 )
+from grao_fast.metrics import rollout_metrics
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
 from grao_fast.results import TrainResult, samples, write_summary
@@ -46,7 +47,7 @@ from grao_fast.state import (
     save_model,
     step_seed,
 )
-from grao_fast.step import Rollout, rollout_metrics, sample_and_score, update
+from grao_fast.step import Rollout, sample_and_score, update
 from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines, write_lines
 from grao_fast.watch import Watch
 
@@ -172,6 +173,7 @@ class _Run:
         """The loop."""
         config, started = self.config, time.perf_counter()
         first_step = 0 if checkpoint is None else self._resume(checkpoint)
+        self.policy.sampler.sync(self.policy)
         (self.output / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
         self.tracker = Tracker(
             self.output,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from grao_fast.batch import Group, MicroBatch, Size, pack, pad, split_by_tokens
@@ -78,3 +80,19 @@ def test_the_budget_counts_the_tokens_of_the_forward_pass():
             size = sum((each.size for each in part), start=Size(0, 0, 0))
             assert tokens == size.tokens(share_prefix=share_prefix)
             assert tokens <= 220
+
+
+def test_the_samplers_logprobs_stand_beside_their_tokens():
+    """In packed and padded rows alike; the reference has none, and what is dead takes its along."""
+    groups = [
+        dataclasses.replace(
+            group([1], [2, 3], [4], [5, 6], live=[True, False, True]),
+            sampler_logprobs=[[-0.2, -0.3], [-0.4]],
+        ),
+        dataclasses.replace(group([7], [8], [9, 10], [11]), sampler_logprobs=[[-0.8], [-0.9, -1]]),
+    ]
+    for batch in (pack(groups), pad(groups, pad_token_id=0)):
+        assert batch.target_T.tolist() == [2, 3, 5, 6, 8, 9, 10, 11]
+        expected = torch.tensor([-0.2, -0.3, torch.nan, torch.nan, -0.8, -0.9, -1, torch.nan])
+        assert torch.equal(batch.sampler_logprob_T.nan_to_num(7), expected.nan_to_num(7))
+    assert pack(GROUPS).sampler_logprob_T.isnan().all()

@@ -83,7 +83,7 @@ def test_reward_plot() -> None:
     below = list(lines(figure, panel=1).values())
     np.testing.assert_equal(below[0].get_xydata(), [[0, 0.25], [3, 0.5]])
     np.testing.assert_equal(below[1].get_xydata(), [[0, math.nan], [3, -0.25]])
-    assert figure.axes[1].get_xlabel() == "optimiser step"
+    assert figure.axes[1].get_xlabel() == "step"
 
 
 def test_component_shares_are_of_magnitudes_and_fill_the_plot() -> None:

@@ -17,12 +17,15 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
 
 
-def sampler(model, batch_size: int = 64, eos=(EOS,)) -> TransformersSampler:
-    return TransformersSampler(model, eos_token_ids=eos, pad_token_id=0, batch_size=batch_size)
+def sampler(model, batch_size: int = 64, eos=(EOS,), **options) -> TransformersSampler:
+    return TransformersSampler(
+        model, eos_token_ids=eos, pad_token_id=0, batch_size=batch_size, **options
+    )
 
 
-def test_greedy_equals_generate(model):
-    groups = sampler(model, batch_size=3).sample(
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_greedy_equals_generate(model, static_cache: bool):
+    groups = sampler(model, batch_size=3, static_cache=static_cache).sample(
         PROMPTS, num_generations=1, max_new_tokens=12, temperature=0.0, seed=0
     )
     for prompt, group in zip(PROMPTS, groups, strict=True):
@@ -32,10 +35,11 @@ def test_greedy_equals_generate(model):
         assert group[0].token_ids == expected.tolist()
 
 
-def test_logprobs_are_those_of_the_full_forward_pass(model):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_logprobs_are_those_of_the_full_forward_pass(model, static_cache: bool):
     """Every third token ends a completion, so that rows leave the batch at different times."""
     eos = range(1, model.config.vocab_size, 3)
-    groups = sampler(model, eos=eos).sample(
+    groups = sampler(model, eos=eos, static_cache=static_cache).sample(
         PROMPTS, num_generations=16, max_new_tokens=20, temperature=0.7, seed=3
     )
     lengths = {len(completion.token_ids) for group in groups for completion in group}
@@ -84,3 +88,75 @@ def test_training_mode_is_given_back(model):
     sampler(model).sample([[5]], num_generations=2, max_new_tokens=2, temperature=1.0, seed=0)
     assert model.training
     model.eval()
+
+
+def test_batches_are_made_of_prompts_of_like_length(model, monkeypatch: pytest.MonkeyPatch):
+    """The longest first, each prompt prefilled once; answers in the order of the prompts."""
+    prefilled = []
+    prefill = TransformersSampler._prefill
+    monkeypatch.setattr(
+        TransformersSampler,
+        "_prefill",
+        lambda self, prompts, cache: prefilled.append(prompts) or prefill(self, prompts, cache),
+    )
+    sampler(model, batch_size=8).sample(
+        PROMPTS, num_generations=4, max_new_tokens=2, temperature=1.0, seed=0
+    )
+    long, middle, short, shortest = PROMPTS[2], PROMPTS[0], PROMPTS[3], PROMPTS[1]
+    assert prefilled == [[long, middle], [short, shortest]]
+
+
+def test_bfloat16_logprobs_are_those_of_the_bfloat16_forward_pass(model):
+    """Close to the full pass under the same autocast, and not those of float32."""
+    groups = sampler(model, dtype=torch.bfloat16).sample(
+        PROMPTS, num_generations=4, max_new_tokens=8, temperature=0.7, seed=3
+    )
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([prompt + completion.token_ids])
+            for bf16 in errors:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / 0.7
+                logprobs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+                errors[bf16] += (torch.tensor(completion.logprobs) - logprobs).abs().tolist()
+    assert sum(errors[True]) < sum(errors[False]) / 2
+    assert max(errors[True]) < 0.02
+
+
+def test_a_static_cache_is_captured_once(model):
+    """Every step of batches of one shape is the same graph; on CUDA, it is a CUDA graph."""
+    graphs = []
+    fixed = sampler(model, static_cache=True)
+    compiled = torch.compile(
+        model.__call__, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    decoder = fixed._decoder
+    fixed._decoder = lambda *arguments: (compiled, *decoder(*arguments)[1:])  # type: ignore
+    options = {"num_generations": 4, "max_new_tokens": 8, "temperature": 1.0, "seed": 0}
+    eager = sampler(model, static_cache=True).sample(PROMPTS, **options)
+    for _ in range(2):
+        groups = fixed.sample(PROMPTS, **options)
+        for group, expected in zip(groups, eager, strict=True):
+            assert [c.token_ids for c in group] == [c.token_ids for c in expected]
+    assert len(graphs) == 1
+
+
+def test_a_static_cache_is_refused_where_layers_slide():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sliding = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+        )
+    )
+    with pytest.raises(ValueError, match=r'MistralForCausalLM has layers.*"dynamic"'):
+        sampler(sliding, static_cache=True).sample(
+            [[5]], num_generations=2, max_new_tokens=3, temperature=1.0, seed=0
+        )

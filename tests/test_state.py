@@ -68,6 +68,27 @@ def test_steady_and_absent_references_are_not():
     assert said([metrics(reference_logprob=math.nan)] * 5) == []
 
 
+def test_a_sampler_that_parts_from_the_policy_is_reported_once():
+    near = metrics() | {"sampling/logp_diff": 0.02}
+    far = metrics() | {"sampling/logp_diff": 0.3}
+    (message,) = said([near, far, far])
+    assert "step 2: the sampler's log-probs differ from the policy's by 0.30" in message
+    assert said([near, metrics() | {"sampling/logp_diff": math.nan}]) == []
+
+
+def test_a_step_with_a_kl_term_is_not_said_to_have_no_loss():
+    assert said([metrics(frac_dead=1.0) | {"kl": 0.01}]) == []
+
+
+def test_the_importance_weights_are_on_for_vllm_alone():
+    assert GRAOConfig().sampler_cap is None
+    assert GRAOConfig(use_vllm=True).sampler_cap == 3.0
+    off = GRAOConfig(use_vllm=True, vllm_importance_sampling_clip_max=None)
+    assert off.sampler_cap is None
+    assert GRAOConfig(num_iterations=2, epsilon=0.1).clip == (0.1, 0.1)
+    assert GRAOConfig(num_iterations=2, epsilon_high=0.28).clip == (0.2, 0.28)
+
+
 def test_config_rejects_what_cannot_be_right():
     for options, message in [
         ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
@@ -80,6 +101,24 @@ def test_config_rejects_what_cannot_be_right():
         ({"adam_beta1": 1.5}, "adam_beta1 must be below 1, got 1.5"),
         ({"max_new_tokens": 5e2}, "max_new_tokens must be an integer, got 500.0"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),
+        ({"kl_coef": -0.1}, "kl_coef must be at least 0, got -0.1"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
+        ({"epsilon": 1.5, "num_iterations": 2}, "epsilon must be at most 1, got 1.5"),
+        ({"epsilon": 0.1}, "no effect with num_iterations=1"),
+        ({"epsilon_high": 0.3}, "no effect with num_iterations=1"),
+        ({"vllm_mode": "server"}, "vllm_mode='server' has no effect without use_vllm=True"),
+        ({"use_vllm": True, "vllm_mode": "local"}, "vllm_mode must be one of server, colocate"),
+        (
+            {"use_vllm": True, "vllm_server_base_url": "http://there"},
+            "vllm_server_base_url='http://there' has no effect without vllm_mode='server'",
+        ),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_max_model_length": 9},
+            "vllm_max_model_length=9 has no effect without vllm_mode='colocate'",
+        ),
+        ({"use_vllm": True, "vllm_gpu_memory_utilization": 0}, "must be above 0, got 0"),
+        ({"use_vllm": True, "vllm_importance_sampling_clip_max": 0}, "must be above 0, got 0"),
+        ({"use_vllm": True, "cache_implementation": "static"}, "no effect without use_vllm=False"),
         ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "constant_with_warmup"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from grao_fast.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,17 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """Samples groups of completions. One call, one seed, one result: the same call repeats it."""
+    """Samples groups of completions. One call, one seed, one result: the same call repeats it.
+
+    context_length: tokens of a prompt and its completion that it holds, where it has a limit of its
+        own beside the model's.
+    """
+
+    context_length: int | None
+
+    def sync(self, policy: Policy) -> None:
+        """Take over the policy's weights; called before the first sample and after every update."""
+        ...
 
     def sample(
         self,

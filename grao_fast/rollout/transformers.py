@@ -7,16 +7,23 @@ ended leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from grao_fast.rollout import Completion
 
+if TYPE_CHECKING:
+    from grao_fast.policy import Policy
+
 # Dropping rows copies the cache, so it waits until this share of the batch has ended.
 _DROP_SHARE = 1 / 8
+# Lengths of static caches are multiples of this: every new one is compiled anew.
+_STATIC_BLOCK = 256
 
 
 class TransformersSampler:
@@ -28,7 +35,12 @@ class TransformersSampler:
         pad_token_id: fills the left of short prompts in a batch; never attended to.
         batch_size: sequences decoded at once; at least one prompt's group.
         dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
+        static_cache: decode in a cache of fixed size, in which ended rows stay; on CUDA a step is
+            then compiled to CUDA graphs, as Transformers' own `generate` does it. That was not run
+            yet: no GPU was at hand.
     """
+
+    context_length: int | None = None
 
     def __init__(
         self,
@@ -38,12 +50,19 @@ class TransformersSampler:
         pad_token_id: int,
         batch_size: int,
         dtype: torch.dtype | None = None,
+        static_cache: bool = False,
     ) -> None:
         self.model = model
         self.eos_ids = torch.tensor(sorted(eos_token_ids), device=model.device)
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.dtype = dtype
+        self.static_cache = static_cache
+        self._static: StaticCache | None = None  # kept, as CUDA graphs hold on to its memory
+        self._static_shape: tuple[int, int] | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """Nothing to do: it samples from the very weights that are trained."""
 
     @torch.no_grad()
     def sample(
@@ -95,6 +114,8 @@ class TransformersSampler:
         logits, mask = self._prefill(prompts, cache)
         cache.batch_repeat_interleave(num_generations)
         logits, mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))
+        position = mask.sum(1, keepdim=True)
+        decode, cache, mask = self._decoder(cache, mask, max_new_tokens)
         rows = torch.arange(logits.shape[0], device=logits.device)  # who is still in the batch
         ended = torch.zeros_like(rows, dtype=torch.bool)
         tokens = torch.full((len(rows), max_new_tokens), self.pad_token_id, device=rows.device)
@@ -110,12 +131,15 @@ class TransformersSampler:
             finished[rows] = ended
             if step + 1 == max_new_tokens or bool(ended.all()):
                 break
-            if ended.float().mean() >= _DROP_SHARE:
-                keep = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, mask, ended = rows[keep], token[keep], mask[keep], ended[keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
+            if not self.static_cache:
+                if ended.float().mean() >= _DROP_SHARE:
+                    keep = (~ended).nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    rows, token, mask, ended = rows[keep], token[keep], mask[keep], ended[keep]
+                    position = position[keep]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = _forward(decode, token[:, None], mask, position, cache)
+            position = position + 1
         return _completions(tokens, logprobs, lengths, finished)
 
     def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
@@ -124,19 +148,48 @@ class TransformersSampler:
         device = self.model.device
         ids = torch.tensor([[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
-        return self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache), mask
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return _forward(self.model, ids, mask, positions, cache), mask
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits (B, V) in float32 behind the last of `ids`."""
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+    def _decoder(
+        self, cache: DynamicCache, mask: Tensor, max_new_tokens: int
+    ) -> tuple[Callable[..., Any], Cache, Tensor]:
+        """What runs a step, in which cache, under which mask."""
+        if not self.static_cache:
+            return self.model, cache, mask
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers that do not attend to all tokens, which "
+                'a cache of fixed size is not made for here: set cache_implementation="dynamic"'
+            )
+        B, P = mask.shape
+        length = -(-(P + max_new_tokens) // _STATIC_BLOCK) * _STATIC_BLOCK
+        if self._static is None or self._static_shape != (B, length):
+            self._static = StaticCache(config=self.model.config, max_cache_len=length)
+            self._static_shape = (B, length)
+        self._static.reset()
+        for i, layer in enumerate(cache.layers):
+            self._static.update(layer.keys, layer.values, i)
+        # all places to come are open: causality alone hides those that are not filled yet
+        mask = torch.cat([mask, mask.new_ones(B, length - P)], dim=1)
+        on_cuda = self.model.device.type == "cuda"
+        step = self.model.get_compiled_call(CompileConfig()) if on_cuda else self.model
+        return step, self._static, mask
+
+
+def _forward(
+    model: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache
+) -> Tensor:
+    """Logits (B, V) in float32 behind the last of `ids`."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,47 @@
+"""The language-model head of a Transformers model: what `linear_grao_loss` must know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# Model types whose config names a factor of the logits but divides by it.
+_DIVIDES_LOGITS_SCALING = ("granite", "minicpm3")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """z = softcap((h W^T + b) * logit_scale); softcap None is the identity."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogitTransform:
+        """Read a Transformers config: Gemma caps, Cohere and Falcon-H1 scale, Granite divides."""
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:
+            scale = (
+                1 / scaling if config.model_type.startswith(_DIVIDES_LOGITS_SCALING) else scaling
+            )
+        return cls(float(scale or 1.0), getattr(config, "final_logit_softcapping", None))
+
+
+def check_head(causal_lm: PreTrainedModel) -> None:
+    """ValueError, with the remedy, where the loss would not be the model's own."""
+    if getattr(causal_lm.config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits asks for the router's auxiliary loss, which GRAO's step does not "
+            "add yet: set model.config.output_router_logits = False"
+        )
+    head = causal_lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the language-model head of {type(causal_lm).__name__} is a {type(head).__name__}, "
+            "where a plain Linear is needed; leave lm_head out of target_modules and "
+            "modules_to_save, and load it unquantised"
+        )

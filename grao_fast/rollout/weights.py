@@ -1,0 +1,90 @@
+"""The policy's weights in a folder, for a sampler that runs in another process."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from grao_fast.policy import Policy
+
+
+class WeightFolder:
+    """Writes checkpoints that `from_pretrained` and vLLM read, each under a name of its own.
+
+    A name that had other weights before could be one whose files the reader still has in its
+    memory. Only the last is kept, and it goes with this object.
+
+    Args:
+        parent: an existing folder; None: the system's for temporary files.
+
+    Raises:
+        ValueError: there is no such folder, or it cannot be written to.
+    """
+
+    def __init__(self, parent: str | None) -> None:
+        try:
+            self._root = tempfile.TemporaryDirectory(prefix="grao-fast-weights-", dir=parent)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to vllm_sync_dir {parent!r}: {error.strerror}; name a folder that "
+                "this process and vLLM's see under the same path"
+            ) from error
+        self._last: Path | None = None
+        self._count = 0
+
+    def write(self, policy: Policy) -> Path:
+        """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
+        folder = Path(self._root.name) / f"weights-{self._count}"
+        model = _merged(policy)
+        with no_bar():
+            model.save_pretrained(folder, state_dict=_on_cpu(model, policy.autocast_dtype))
+        policy.tokenizer.save_pretrained(folder)
+        if self._last is not None:
+            shutil.rmtree(self._last)
+        self._last, self._count = folder, self._count + 1
+        return folder
+
+
+def _merged(policy: Policy) -> PreTrainedModel:
+    """The Transformers model; where an adapter is trained, a copy that it is merged into.
+
+    Merging into the model itself and undoing it would leave its weights rounded differently.
+    """
+    if not hasattr(policy.model, "peft_config"):
+        return policy.causal_lm
+    return copy.deepcopy(policy.model).merge_and_unload()
+
+
+def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state as vLLM computes, so that no more is written than read; what is tied stays so."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copies:
+            copies[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        state[name] = copies[key]
+    return state
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Transformers without its progress bar inside: it would tear the run's own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,144 @@
+"""A colocated vLLM engine, against an object with the methods of `vllm.LLM` that are used.
+
+No real vLLM has been met: it needs a GPU. What is tested is what is asked of it, and what is made
+of its answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from test_trainer import CONFIG, lines, run
+from transformers import AutoModelForCausalLM
+
+from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.rollout.vllm import VLLMColocatedSampler, prompt_seeds
+
+
+@dataclass
+class SamplingParams:
+    """The fields that are set, without defaults: what is left out is not accepted."""
+
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logprobs: int
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    seed: int
+    detokenize: bool
+
+
+@dataclass
+class LLM:
+    model: str
+    dtype: torch.dtype
+    gpu_memory_utilization: float
+    max_model_len: int | None
+    logprobs_mode: str
+    reloads: list[str] = field(default_factory=list)
+    resets: int = 0
+
+    def __post_init__(self) -> None:
+        engines.append(self)
+        self.weights = AutoModelForCausalLM.from_pretrained(self.model)
+
+    def collective_rpc(self, method: str, *, kwargs: dict[str, str]) -> list[None]:
+        assert method == "reload_weights"
+        self.reloads.append(kwargs["weights_path"])
+        self.weights = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"])
+        return [None]
+
+    def reset_prefix_cache(self) -> bool:
+        self.resets += 1
+        return True
+
+    def generate(self, prompts, sampling_params, use_tqdm: bool):
+        assert not use_tqdm
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [SimpleNamespace(outputs=self._draw(p, options)) for p, options in pairs]
+
+    def _draw(self, prompt, options: SamplingParams):
+        (group,) = own(self.weights).sample(
+            [prompt["prompt_token_ids"]],
+            num_generations=options.n,
+            max_new_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        return [
+            SimpleNamespace(
+                token_ids=tuple(sample.token_ids),
+                logprobs=[
+                    {token: SimpleNamespace(logprob=value)}
+                    for token, value in zip(sample.token_ids, sample.logprobs, strict=True)
+                ],
+            )
+            for sample in group
+        ]
+
+
+engines: list[LLM] = []
+
+
+def own(model) -> TransformersSampler:
+    return TransformersSampler(model, eos_token_ids=[1], pad_token_id=0, batch_size=64)
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm")
+    vars(module).update(LLM=LLM, SamplingParams=SamplingParams)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    engines.clear()
+
+
+def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
+    vllm, tiny_model, tmp_path: Path
+):
+    config = CONFIG.replace(
+        max_steps=3, save_steps=0, use_vllm=True, vllm_max_model_length=64,
+        vllm_gpu_memory_utilization=0.4,
+    )  # fmt: skip
+    result = run(tiny_model, tmp_path, config=config)
+    (engine,) = engines
+    assert (engine.gpu_memory_utilization, engine.max_model_len) == (0.4, 64)
+    assert (engine.logprobs_mode, engine.dtype) == ("processed_logprobs", torch.float32)
+    assert len(set(engine.reloads) | {engine.model}) == 4
+    assert engine.resets == 3
+    for row in lines(tmp_path):
+        assert 0 < row["sampling/logp_diff"] < 1e-4
+    theirs = engine.weights.state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in result.model.state_dict().items())
+
+
+def test_it_returns_what_the_engine_drew(vllm, tiny_model):
+    from grao_fast.policy import load_policy
+
+    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True, bf16=True))
+    policy.sampler.sync(policy)
+    assert engines[0].dtype == torch.bfloat16
+    prompts = [[5, 6, 7], [8], [9, 10, 11]]
+    options = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7}
+    groups = policy.sampler.sample(prompts, **options, seed=4)
+    for prompt, seed, group in zip(prompts, prompt_seeds(4, 3), groups, strict=True):
+        assert [group] == own(engines[0].weights).sample([prompt], **options, seed=seed)
+
+
+def test_a_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match=r'use_vllm needs vllm: pip install "grao-fast\[vllm\]"'):
+        VLLMColocatedSampler(
+            eos_token_ids=[1], sync_dir=None, gpu_memory_utilization=0.3, max_model_length=None
+        )

@@ -1,0 +1,276 @@
+"""Sampling from a vLLM server, against a local one that speaks its API (tests/vllm_server.py)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import CONFIG, ROWS, StopAt, letters, lines, run, same_bits
+from transformers import AutoModelForCausalLM
+from vllm_server import FakeVLLM, serving
+
+import grao_fast
+from grao_fast.policy import Policy, load_policy
+from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.rollout.vllm import VLLMServerSampler, prompt_seeds
+
+pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
+
+EOS = 1
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17]]
+SAMPLE = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7, "seed": 11}
+
+
+@pytest.fixture
+def fake(tiny_model) -> FakeVLLM:
+    return FakeVLLM(tiny_model)
+
+
+@pytest.fixture
+def url(fake: FakeVLLM) -> Iterator[str]:
+    with serving(fake) as url:
+        yield url
+
+
+def sampler(url: str, tiny_model, **options) -> VLLMServerSampler:
+    options = {"model": str(tiny_model), "eos_token_ids": [EOS], "sync_dir": None} | options
+    return VLLMServerSampler(url, **options)
+
+
+def config(url: str, **changes):
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url}
+    return CONFIG.replace(**options | {"max_steps": 3, "save_steps": 0} | changes)
+
+
+def test_it_returns_what_the_server_drew(fake: FakeVLLM, url: str, tiny_model):
+    """Every prompt's own samples in the order of their indices, with their log-probs."""
+    groups = sampler(url, tiny_model).sample(PROMPTS, **SAMPLE)
+    own = TransformersSampler(fake.model, eos_token_ids=[EOS], pad_token_id=0, batch_size=64)
+    for prompt, seed, group in zip(PROMPTS, prompt_seeds(11, 4), groups, strict=True):
+        assert [group] == own.sample([prompt], **SAMPLE | {"seed": seed})
+
+
+def test_a_seed_repeats_a_sample_and_prompts_have_seeds_of_their_own(url: str, tiny_model):
+    remote = sampler(url, tiny_model)
+    first = remote.sample([[5, 6]] * 4, **SAMPLE)
+    assert remote.sample([[5, 6]] * 4, **SAMPLE) == first
+    assert remote.sample([[5, 6]] * 4, **SAMPLE | {"seed": 12}) != first
+    assert all(first[0] != group for group in first[1:])
+
+
+def test_training_keeps_the_server_at_the_policys_weights(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
+):
+    result = run(tiny_model, tmp_path, config=config(url), eval_dataset=ROWS[:3])
+    assert len(fake.paths("/collective_rpc")) == 4  # before the first step, and after each
+    assert len(fake.paths("/reset_prefix_cache")) == 4
+    for row in lines(tmp_path):
+        if "loss" in row:
+            assert 0 < row["sampling/logp_diff"] <= row["sampling/logp_diff_max"] < 1e-4
+    theirs = fake.model.state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in result.model.state_dict().items())
+    assert result.metrics["grad_norm"] > 0
+
+
+def test_stale_weights_show(fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, caplog):
+    """A server that only says that it loaded them."""
+    fake.loads_weights = False
+    with caplog.at_level("INFO"):
+        run(tiny_model, tmp_path, config=config(url, learning_rate=0.05))
+    diffs = [row["sampling/logp_diff"] for row in lines(tmp_path)]
+    assert diffs[0] < 1e-4
+    assert diffs[-1] > 0.1
+    assert "sampler's log-probs differ from the policy's by" in caplog.text
+
+
+def test_a_run_with_a_server_resumes_bit_for_bit(url: str, tiny_model, tmp_path: Path):
+    options = {"config": config(url, save_steps=1)}
+    run(tiny_model, tmp_path / "whole", **options)
+    run(tiny_model, tmp_path / "parts", **options, callbacks=[StopAt(2)])
+    run(tiny_model, tmp_path / "parts", **options, resume_from_checkpoint=True)
+    assert same_bits(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+
+
+def test_an_adapter_is_merged_on_the_way_and_left_as_it_was(fake: FakeVLLM, url: str, tiny_model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    policy = load_policy(tiny_model, config=config(url), peft_config=adapter)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    policy.sampler.sync(policy)
+    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        ours, theirs = (m.eval()(ids).logits for m in (policy.causal_lm, fake.model))
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, base, atol=1e-2)
+
+
+def test_weights_are_sent_in_the_dtype_of_the_passes(fake: FakeVLLM, url: str, tiny_model):
+    policy = load_policy(tiny_model, config=config(url, bf16=True))
+    policy.sampler.sync(policy)
+    sent = fake.model.state_dict()
+    for name, parameter in policy.model.state_dict().items():
+        assert torch.equal(sent[name].bfloat16(), parameter.bfloat16())
+    assert any(not torch.equal(sent[n].float(), p) for n, p in policy.model.state_dict().items())
+
+
+def last_as_none(values: list[float]) -> list[float | None]:
+    return [*values[:-1], None]
+
+
+def changed(field: str, function) -> dict:
+    """A change of one field of the first choice."""
+
+    def change(choices: list[dict]) -> list[dict]:
+        choices[0] = choices[0] | {field: function(choices[0][field])}
+        return choices
+
+    return {"change_choices": change}
+
+
+WRONG_ANSWERS = {
+    "a choice is missing": (
+        {"change_choices": lambda choices: choices[1:]},
+        "returned 2 completions of a prompt, not the 3 it was asked for",
+    ),
+    "no log-probs": (changed("logprobs", lambda _: None), "tokens with none log-probs"),
+    "a log-prob is missing": (
+        changed("logprobs", lambda old: {"token_logprobs": old["token_logprobs"][1:]}),
+        r"returned \d tokens with \d log-probs",
+    ),
+    "a log-prob is null": (
+        changed("logprobs", lambda old: {"token_logprobs": last_as_none(old["token_logprobs"])}),
+        "log-prob that is not finite",
+    ),
+    "no token ids": (changed("token_ids", lambda _: None), "no token ids; version 0.22"),
+    "cut early": (
+        {
+            "change_choices": lambda choices: [
+                c | {"token_ids": [5, 5], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+                for c in choices
+            ]
+        },
+        "cut a completion after 2 of 6 tokens: start it with --generation-config vllm",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ANSWERS)
+def test_a_wrong_answer_is_refused(fake: FakeVLLM, url: str, tiny_model, case: str):
+    change, message = WRONG_ANSWERS[case]
+    remote = sampler(url, tiny_model)
+    vars(fake).update(change)
+    with pytest.raises(ValueError, match=message):
+        remote.sample(PROMPTS, **SAMPLE)
+
+
+NOT_USABLE = {
+    "another model": ({"served": "other/model"}, r"serves \['policy'\], not .*vllm_server_model"),
+    "raw log-probs": (
+        {"logprobs_mode": "raw_logprobs"},
+        "gives raw_logprobs.*start it with --logprobs-mode processed_logprobs",
+    ),
+    "no development mode": (
+        {"answers": {"/server_info": 404}},
+        "/server_info.* is not there; start the server as: VLLM_SERVER_DEV_MODE=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_USABLE)
+def test_a_server_that_cannot_serve_is_refused_at_once(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, case: str
+):
+    change, message = NOT_USABLE[case]
+    vars(fake).update(change)
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model, tmp_path, config=config(url))
+    assert not fake.paths("/v1/completions")
+
+
+def test_the_served_name_will_do(url: str, tiny_model):
+    assert sampler(url + "/v1/", tiny_model, model="policy").context_length == 512
+
+
+def test_no_server_is_said_before_training(tiny_model, tmp_path: Path):
+    with pytest.raises(ConnectionError, match=r"no vLLM server answers at http://127\.0\.0\.1:9/"):
+        run(tiny_model, tmp_path, config=config("http://127.0.0.1:9"))
+
+
+def test_a_server_with_too_short_a_context_is_said_before_training(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
+):
+    fake.max_model_len = 12
+    with pytest.raises(ValueError, match=r"do not fit the model's 12: .*max_prompt_length=4"):
+        run(tiny_model, tmp_path, config=config(url))
+
+
+def test_passing_failures_are_retried_and_lasting_ones_end_the_run(
+    fake: FakeVLLM, url: str, tiny_model
+):
+    remote = sampler(url, tiny_model)
+    calm = remote.sample(PROMPTS[:1], **SAMPLE)
+    fake.failures = [503, 500, 503]
+    assert remote.sample(PROMPTS[:1], **SAMPLE) == calm
+    fake.requests.clear()
+    fake.answers = {"/v1/completions": 500}
+    with pytest.raises(ConnectionError, match=r"/v1/completions: .*500"):
+        remote.sample(PROMPTS[:1], **SAMPLE)
+    assert len(fake.requests) == 4
+    fake.answers = {"/v1/completions": 400}
+    with pytest.raises(ValueError, match=r"/v1/completions: .*400"):
+        remote.sample(PROMPTS[:1], **SAMPLE)
+
+
+def policy_of(url: str, tiny_model, **changes) -> Policy:
+    return load_policy(tiny_model, config=config(url, **changes))
+
+
+def test_weights_that_do_not_arrive_are_said(fake: FakeVLLM, url: str, tiny_model):
+    policy = policy_of(url, tiny_model)
+    fake.answers = {"/collective_rpc": 500}
+    with pytest.raises(ConnectionError, match=r"did not load the weights in .*vllm_sync_dir"):
+        policy.sampler.sync(policy)
+    fake.answers = {"/collective_rpc": 404}
+    with pytest.raises(ValueError, match="VLLM_SERVER_DEV_MODE=1"):
+        policy.sampler.sync(policy)
+    fake.answers, fake.resets_cache = {}, False
+    with pytest.raises(ValueError, match="prefix cache of the old weights"):
+        policy.sampler.sync(policy)
+
+
+def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_path: Path):
+    policy = policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path))
+    for _ in range(3):
+        policy.sampler.sync(policy)
+    (root,) = tmp_path.iterdir()
+    assert [folder.name for folder in root.iterdir()] == ["weights-2"]
+    del policy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_said(url: str, tiny_model, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"cannot write to vllm_sync_dir '.*/nowhere'"):
+        policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path / "nowhere"))
+
+
+def test_seeds_of_prompts_are_those_of_the_step_alone():
+    state = random.getstate()
+    assert prompt_seeds(3, 5)[:2] == prompt_seeds(3, 2)
+    assert len(set(prompt_seeds(3, 1000))) == 1000
+    assert random.getstate() == state
+    assert all(0 <= seed < math.inf and seed + 1000 < 2**63 for seed in prompt_seeds(4, 100))
+
+
+def test_an_evaluation_does_not_ignore_it(url: str, tiny_model):
+    with pytest.raises(ValueError, match="leave use_vllm and vllm_"):
+        grao_fast.evaluate(tiny_model, ROWS, letters, config=config(url))
