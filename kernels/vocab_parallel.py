@@ -55,11 +55,7 @@ class Shard(NamedTuple):
 
     @property
     def start(self) -> int:
-        return min(self.vocab_size, self.group.rank() * self.width)
-
-    @property
-    def rows(self) -> int:
-        return min(self.vocab_size, self.start + self.width) - self.start
+        return self.group.rank() * self.width
 
     def max_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
@@ -103,14 +99,16 @@ def local_parts(
     if vocab_parallel is None:
         return Parts(hidden_TD, head_VD, bias_V, None, head_VD.shape[0])
     group, vocab_size = vocab_parallel
-    shard = Shard(group.group_name, vocab_size)
-    if head_VD.ndim == 2 and head_VD.shape[0] != shard.rows:
+    rank, processes = group.rank(), group.size()
+    width = -(-vocab_size // processes)
+    expected = max(0, min(width, vocab_size - rank * width))
+    if head_VD.ndim == 2 and head_VD.shape[0] != expected:
         raise ValueError(
-            f"head_VD has {head_VD.shape[0]} rows in process {group.rank()} of {group.size()}; of "
-            f"vocab_size={vocab_size} it must have {shard.rows}: ceil(vocab_size / processes), the "
+            f"head_VD has {head_VD.shape[0]} rows in process {rank} of {processes}; of "
+            f"vocab_size={vocab_size} it must have {expected}: ceil(vocab_size / processes), the "
             "last ones what is left. Pad the vocabulary to a multiple if yours is cut another way"
         )
-    return Parts(hidden_TD, head_VD, bias_V, shard.group_name, vocab_size)
+    return Parts(hidden_TD, head_VD, bias_V, group.group_name, vocab_size)
 
 
 def _is_dtensor(tensor: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grao_fast.kernels import linear_grao_loss, linear_logprobs, linear_weighted_cross_entropy
@@ -13,8 +14,21 @@ def backward(
     case: dict[str, Any], operands: dict[str, Tensor], **options: Any
 ) -> dict[str, Tensor]:
     """Outputs by name, and the operands' gradients as d<name>, where they get one."""
+    if case.get("compiled"):
+        torch._dynamo.reset()
+        function = torch.compile(_losses, fullgraph=True, backend="aot_eager")
+    else:
+        function = _losses
+    result, loss = function(
+        case, operands, {**case["options"], "bias_V": operands["bias_V"], **options}
+    )
+    loss.backward()
+    outputs = {name: x.detach() for name, x in result._asdict().items() if x is not None}
+    return outputs | {f"d{name}": x.grad for name, x in operands.items() if x.grad is not None}
+
+
+def _losses(case: dict[str, Any], operands: dict[str, Tensor], options: dict[str, Any]):
     args = (operands["hidden_TD"], operands["head_VD"], case["target_T"])
-    options = {**case["options"], "bias_V": operands["bias_V"], **options}
     if case["function"] == "grao":
         result = linear_grao_loss(*args, case["sequence_T"], case["rewards_NK"], **options)
         loss = result.loss
@@ -25,6 +39,4 @@ def backward(
         result = linear_logprobs(*args, entropy=True, **options)
         loss = (case["weight_T"] * result.logprob_T).sum()
         loss = loss + (case["weight_T"].flip(0) * result.entropy_T).sum()
-    loss.backward()
-    outputs = {name: x.detach() for name, x in result._asdict().items() if x is not None}
-    return outputs | {f"d{name}": x.grad for name, x in operands.items() if x.grad is not None}
+    return result, loss

@@ -63,6 +63,7 @@ CASES = {
     "grao_transform": case("grao", problem=TRANSFORM),
     "grao_off_policy": case("grao", options=OFF_POLICY),
     "grao_in_chunks": case("grao", options={"workspace_mib": 0.004}),
+    "grao_compiled": case("grao", compiled=True),
     "grao_dtensor": case("grao", dtensor=True),
     "weighted": case("weighted"),
     "weighted_logits_of_1e4": case("weighted", problem={"logits": 1e4}),
@@ -72,6 +73,7 @@ CASES = {
     "logprobs": case("logprobs"),
     "logprobs_transform": case("logprobs", problem=TRANSFORM),
     "logprobs_in_chunks": case("logprobs", options={"workspace_mib": 0.004}),
+    "logprobs_compiled": case("logprobs", compiled=True),
     "logprobs_dtensor": case("logprobs", dtensor=True),
 }
 
