@@ -53,6 +53,14 @@ def check_number(name: str, value: object, *, above: float | None = None) -> Non
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
+def workspace_bytes(workspace_mib: float | None, device: torch.device) -> int:
+    """The workspace that was asked for, or the device's default; see `chunks.py`."""
+    if workspace_mib is None:
+        workspace_mib = 512 if device.type == "cpu" else 2048
+    check_number("workspace_mib", workspace_mib, above=0)
+    return int(workspace_mib * 2**20)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -19,11 +19,11 @@ from .checks import (
     check_constant,
     check_head_grad,
     check_home,
-    check_number,
     check_operands,
     choose_backend,
     compute_dtype,
     logit_transform,
+    workspace_bytes,
 )
 from .scale import scaled_gradient
 from .vocab_parallel import Parts, VocabParallel, local_parts
@@ -46,7 +46,7 @@ def linear_weighted_cross_entropy(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     backend: str | None = None,
     head_grad_VD: Tensor | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -68,8 +68,9 @@ def linear_weighted_cross_entropy(
             they are computed and zeroed, as dropping them would make the host wait.
         bias_V: (V,) or None.
         temperature, logit_scale, softcap: of z; `softcap=None` is none.
-        workspace_mib: memory for the logits of a chunk of rows and their gradient. More is
-            faster, to the point where all rows fit.
+        workspace_mib: memory for the logits of a chunk of rows and their gradient; None is 512 on
+            a CPU and 2048 on others, of which it takes what the rows need. More is faster, to
+            the point where all rows fit: see `chunks.py`.
         backend: "triton", "torch", or None for Triton on CUDA tensors and PyTorch on others.
         head_grad_VD: (V, D) float32 or of head_VD's dtype, for instance `head.weight.grad` or
             Megatron's `main_grad`: this call adds d loss / d head_VD to it, and `backward` then
@@ -124,7 +125,7 @@ def weighted_terms(
     target_T: Tensor,
     terms_CT: Tensor,
     transform: LogitTransform,
-    workspace_mib: float,
+    workspace_mib: float | None,
     backend: str,
     head_grad_VD: Tensor | None,
     *,
@@ -135,7 +136,6 @@ def weighted_terms(
     top1: bool = False,
 ) -> WeightedTerms:
     """loss = -sum of parts, parts = terms_CT . logprob_T: `ops.weighted_terms`, differentiable."""
-    check_number("workspace_mib", workspace_mib, above=0)
     tracked = torch.is_grad_enabled()
     hidden_TD, head_VD, bias_V, group_name, vocab_size = parts
     if head_grad_VD is not None:
@@ -150,7 +150,7 @@ def weighted_terms(
         kl_coef_T,
         list(bounds),
         *transform,
-        int(workspace_mib * 2**20),
+        workspace_bytes(workspace_mib, hidden_TD.device),
         backend,
         compute_dtype(hidden_TD, head_VD),
         entropy,

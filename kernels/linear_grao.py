@@ -70,7 +70,7 @@ def linear_grao_loss(
     kl_coef: float | None = None,
     entropy: bool = False,
     top1: bool = False,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     backend: str | None = None,
     head_grad_VD: Tensor | None = None,
     vocab_parallel: VocabParallel | None = None,

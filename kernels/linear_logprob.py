@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import logprob_ops
 from .checks import (
-    check_number,
     check_operands,
     choose_backend,
     compute_dtype,
     logit_transform,
+    workspace_bytes,
 )
 from .vocab_parallel import VocabParallel, local_parts
 
@@ -34,7 +34,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     backend: str | None = None,
     vocab_parallel: VocabParallel | None = None,
 ) -> TokenLogprobs:
@@ -66,7 +66,6 @@ def linear_logprobs(
         hidden_TD, head_VD, bias_V, vocab_parallel
     )
     check_operands(hidden_TD, head_VD, target_T, bias_V)
-    check_number("workspace_mib", workspace_mib, above=0)
     transform = logit_transform(temperature, logit_scale, softcap)
     logprob_T, entropy_T = logprob_ops.token_logprobs(
         hidden_TD,
@@ -74,7 +73,7 @@ def linear_logprobs(
         bias_V,
         target_T,
         *transform,
-        int(workspace_mib * 2**20),
+        workspace_bytes(workspace_mib, hidden_TD.device),
         choose_backend(backend, hidden_TD.device),
         compute_dtype(hidden_TD, head_VD),
         entropy,

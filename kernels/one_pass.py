@@ -1,9 +1,10 @@
 """The one pass: hidden states and head to log-probs, loss terms and gradients, chunk by chunk.
 
-For the rows of a chunk: (1) a GEMM writes their logits to a slab, in float32; (2) the row function
-turns each row into its log-prob and, since the row's weight is known, its gradient in the logits;
-(3) and (4), two GEMMs carry that to hidden and head. The slab is reused by the next chunk: logits
-never exist whole, nothing is computed twice, and a row of weight 0 is not computed at all.
+For the rows of a chunk: (1) a GEMM writes their logits to a slab, in float32, a few rows at a time
+where their gradient lies apart; (2) the row function turns each row into its log-prob and, since
+the row's weight is known, its gradient in the logits; (3) and (4), two GEMMs carry that to hidden
+and head. The slabs are reused by the next chunk: logits never exist whole, nothing is computed
+twice, and a row of weight 0 is not computed at all.
 
 Shapes: T rows, L live ones, R of a chunk, D width, V vocabulary (a process's part of it where the
 head is sharded), C terms of the loss.
@@ -19,13 +20,10 @@ from torch import Tensor
 
 from . import gemm
 from .checks import LogitTransform
+from .chunks import padded, plan_chunks
 from .live_rows import LiveRows, find_live_rows, normalised
 from .policy import Policy, row_value
 from .vocab_parallel import Shard, sharded_ce_rows
-
-# Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
-# be read and written 16 bytes at a time whatever V is.
-_ROW_ALIGNMENT = 64
 
 
 class Options(NamedTuple):
@@ -97,38 +95,42 @@ def one_pass(
     entropy_L = torch.empty_like(logprob_L) if options.entropy else None
     top1_L = torch.empty_like(logprob_L) if options.top1 else None
 
-    stride = _padded(V)
+    stride = padded(V)
     if bias_V is not None:
         bias_V = torch.nn.functional.pad(bias_V.float(), (0, stride - V))[:V]
     second_slab = any_gradient and _second_slab(options, hidden_TD, head_VD)
     head_VD = _gemm_operand(head_VD, options.dtype)
-    slab_width = stride if shard is None else _padded(shard.width)
-    chunk = _chunk_rows(L, slab_width, D, options, second_slab)
-    logits_RS = torch.empty((chunk, stride), dtype=torch.float32, device=device)
+    # Processes that share a head reduce their chunks together: all must plan the same ones.
+    width = stride if shard is None else padded(shard.width)
+    itemsize = options.dtype.itemsize if second_slab else None
+    chunks = plan_chunks(L, width, D, itemsize, options.workspace_bytes)
+    logits_RS = torch.empty((chunks.slab_rows, stride), dtype=torch.float32, device=device)
     dlogits_RS = logits_RS
     if second_slab:
-        dlogits_RS = torch.empty((chunk, stride), dtype=options.dtype, device=device)
+        dlogits_RS = torch.empty((chunks.rows, stride), dtype=options.dtype, device=device)
     weighted_ce_rows = _row_function(options)
 
-    for start in range(0, L, chunk):
-        stop = min(start + chunk, L)
+    for start in range(0, L, chunks.rows):
+        stop = min(start + chunks.rows, L)
         hidden_RD = rows.take(hidden_TD, start, stop).to(options.dtype)
-        logits_RV = logits_RS[: stop - start, :V]
         dlogits_RV = dlogits_RS[: stop - start, :V]
-        gemm.project(hidden_RD, head_VD, logits_RV)
-        weighted_ce_rows(
-            logits_RV,
-            dlogits_RV if any_gradient else None,
-            bias_V,
-            rows.target_L[start:stop],
-            scaled.weight_L[start:stop],
-            logprob_L[start:stop],
-            options.transform,
-            None if entropy_L is None else entropy_L[start:stop],
-            None if scaled.entropy_weight_L is None else scaled.entropy_weight_L[start:stop],
-            None if top1_L is None else top1_L[start:stop],
-            None if scaled.policy is None else scaled.policy.rows(start, stop),
-        )
+        for first in range(start, stop, chunks.slab_rows):
+            last = min(first + chunks.slab_rows, stop)
+            logits_RV = logits_RS[: last - first, :V]
+            gemm.project(hidden_RD[first - start : last - start], head_VD, logits_RV)
+            weighted_ce_rows(
+                logits_RV,
+                dlogits_RV[first - start : last - start] if any_gradient else None,
+                bias_V,
+                rows.target_L[first:last],
+                scaled.weight_L[first:last],
+                logprob_L[first:last],
+                options.transform,
+                None if entropy_L is None else entropy_L[first:last],
+                None if scaled.entropy_weight_L is None else scaled.entropy_weight_L[first:last],
+                None if top1_L is None else top1_L[first:last],
+                None if scaled.policy is None else scaled.policy.rows(first, last),
+            )
         if dhidden_TD is not None:
             _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop, shard)
         if dhead_VD is not None:
@@ -173,10 +175,6 @@ def _allocate(
     return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
 
 
-def _padded(V: int) -> int:
-    return -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-
-
 def _second_slab(options: Options, hidden_TD: Tensor, head_VD: Tensor) -> bool:
     """Whether gradients of logits, in the operands' 16 bits, lie apart from the logits."""
     if options.dtype == torch.float32 or hidden_TD.is_cuda:
@@ -184,21 +182,6 @@ def _second_slab(options: Options, hidden_TD: Tensor, head_VD: Tensor) -> bool:
     if not hidden_TD.dtype == head_VD.dtype == options.dtype:
         return False  # autocast on a CPU: its products would round gradients that are float32
     return options.backend == "triton" or gemm.keeps_16_bits(options.dtype, hidden_TD.device)
-
-
-def _chunk_rows(L: int, stride: int, D: int, options: Options, second_slab: bool) -> int:
-    """As many rows as the workspace holds, in chunks of about one size; at least one row.
-
-    A row costs its logits, their gradient where that is apart, and hidden and dhidden copies. All
-    processes that share a head come to the same number: they reduce their chunks together.
-    """
-    row_bytes = stride * (4 + (options.dtype.itemsize if second_slab else 0)) + 8 * D
-    fits = max(1, options.workspace_bytes // row_bytes)
-    chunks = max(1, -(-L // fits))
-    rows = max(1, -(-L // chunks))
-    # Whole GEMM tiles where that still fits.
-    tiled = -(-rows // 128) * 128
-    return min(tiled, max(1, L)) if tiled <= fits else rows
 
 
 def _row_function(options: Options) -> Callable[..., None]:

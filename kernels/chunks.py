@@ -1,0 +1,58 @@
+"""How many rows are worked on at once, in a workspace of so many bytes.
+
+Two numbers, where the logits (float32) and their gradient (16 bits) lie apart. The gradient's GEMMs
+want many rows: each adds to all of the head's gradient, whose float32 sum is read and written every
+time, 8 V D bytes against 2 R D V operations; on an H100 (3 TB/s, 700 TFLOP/s) that traffic takes as
+long as the operations at R = 930. The logits' GEMM is content with `SLAB_ROWS`: it reads the head,
+2 V D bytes, in under half of the time that 512 rows take to multiply. So the slab of logits is
+small and is used again and again, and the workspace goes into rows of gradients, at half the bytes.
+
+Shapes: L rows, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
+# be read and written 16 bytes at a time whatever V is.
+_ROW_ALIGNMENT = 64
+SLAB_ROWS = 512
+_TILE = 128  # rows of a GEMM's tile
+
+
+class Chunks(NamedTuple):
+    rows: int  # whose gradients are carried to hidden and head together
+    slab_rows: int  # whose logits are there at once; at most `rows`
+
+
+def padded(V: int) -> int:
+    """From one row of a slab to the next, in elements."""
+    return -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+def plan_chunks(L: int, stride: int, D: int, itemsize: int | None, workspace_bytes: int) -> Chunks:
+    """Chunks that fit the workspace, of about one size; at least one row.
+
+    itemsize: bytes of an element of the logits' gradient where that lies apart, or None. Besides, a
+    row costs its copies of hidden (up to 4 D bytes) and dhidden (4 D).
+    """
+    if itemsize is None:
+        rows = _even(L, workspace_bytes // (4 * stride + 8 * D))
+        return Chunks(rows, rows)
+    gradient_bytes = itemsize * stride + 8 * D
+    together = _even(L, workspace_bytes // (4 * stride + gradient_bytes))
+    slab_rows = min(SLAB_ROWS, max(1, L), max(1, workspace_bytes // (8 * stride)))
+    if slab_rows >= together:
+        return Chunks(together, together)
+    rows = _even(L, (workspace_bytes - 4 * stride * slab_rows) // gradient_bytes)
+    return Chunks(rows, _even(rows, slab_rows))
+
+
+def _even(L: int, fits: int) -> int:
+    """Rows of a chunk, where so many fit: even shares of L, of whole tiles where there is room."""
+    fits = max(1, fits)
+    chunks = max(1, -(-L // fits))
+    rows = max(1, -(-L // chunks))
+    tiled = -(-rows // _TILE) * _TILE
+    return min(tiled, max(1, L)) if tiled <= fits else rows
