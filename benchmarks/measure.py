@@ -6,6 +6,7 @@ Shapes: T rows (tokens), D width, V vocabulary.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -248,6 +249,11 @@ def errors(actual: Outputs, true: Outputs) -> dict[str, float]:
 
 
 # The machine
+
+
+def load_average() -> float | None:
+    """Processes that want a CPU, over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine_facts(device: str) -> dict[str, str | int]:

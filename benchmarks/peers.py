@@ -247,7 +247,7 @@ def _without_liger_scaled_ce(batch: Batch) -> str | None:
 
 def _without_quack(batch: Batch) -> str | None:
     if not _is_hopper(batch):
-        return "its kernels are measured on Hopper only"
+        return "it is run on Hopper only"
     if batch.hidden_TD.dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels take 16-bit operands, not {batch.hidden_TD.dtype}"
     return _not_installed("quack-kernels", "0.6")
@@ -275,32 +275,37 @@ PEERS = {
         ),
         Peer(
             "torch_linear_ce_chunked",
-            "torch `F.linear_cross_entropy`, chunked",
+            "torch `F.linear_cross_entropy` in chunks",
             _torch_linear_ce_chunked,
             _without_torch_linear_ce,
         ),
         Peer("trl", "TRL chunked log-probs", _trl, _without("trl", "1.16")),
         Peer("liger_grpo", "Liger GRPO loss", _liger_grpo, _without(*_LIGER)),
         Peer("liger_scaled_ce", "Liger scaled CE", _liger_scaled_ce, _without_liger_scaled_ce),
-        Peer("liger_flce", "Liger FLCE, per token", _liger_flce("none"), _without_cuda(*_LIGER)),
+        Peer("liger_flce", "Liger FLCE per token", _liger_flce("none"), _without_cuda(*_LIGER)),
         Peer(
             "liger_flce_mean",
-            "Liger FLCE, unweighted mean",
+            "Liger FLCE (unweighted mean)",
             _liger_flce("mean"),
             _without_cuda(*_LIGER),
             weighted=False,
         ),
-        Peer("cce", "CCE", _cce("cce"), _without_cuda("cut-cross-entropy", "25.1")),
+        Peer(
+            "cce",
+            "CCE (drops small gradients)",
+            _cce("cce"),
+            _without_cuda("cut-cross-entropy", "25.1"),
+        ),
         Peer(
             "cce_torch_compile",
             "CCE's `torch_compile`",
             _cce("torch_compile"),
             _without_cce_compile,
         ),
-        Peer("quack", "quack, full logits, per token", _quack_weighted, _without_quack),
+        Peer("quack", "quack, full logits", _quack_weighted, _without_quack),
         Peer(
             "quack_mean",
-            "quack, chunked, unweighted mean",
+            "quack in chunks (unweighted mean)",
             _quack_mean,
             _without_quack,
             weighted=False,
