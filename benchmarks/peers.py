@@ -103,6 +103,7 @@ def _liger_grpo(batch: Batch) -> Tensor:
     """An advantage a sequence, (S, R) rows. On policy CISPO's loss is -advantage log p, ours.
 
     `chunk_size` counts sequences: one chunk is its fastest, and the logits are in chunks anyway.
+    What `compiled` would compile is only the arithmetic on (S, R) log-probs.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -111,7 +112,7 @@ def _liger_grpo(batch: Batch) -> Tensor:
     S = mask_SR.shape[0]
     loss_function = LigerFusedLinearGRPOLoss(
         beta=0.0,
-        compiled=batch.hidden_TD.is_cuda,
+        compiled=False,
         use_ref_model=False,
         chunk_size=S,
         epsilon_high=5.0,
