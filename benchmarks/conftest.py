@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import replay
-from measure import machine_facts
+from measure import load_average, machine_facts
 from problem import DEVICE
+
+LOAD = load_average()  # before the benchmarks make their own
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["facts"] = machine_facts(DEVICE)
+    machine_info["facts"] = machine_facts(DEVICE) | {"load": LOAD}
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -6,6 +6,7 @@ Shapes: T rows (tokens), D width, V vocabulary.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -130,7 +131,7 @@ def three_gemms(batch: Batch) -> Callable[[], None]:
     """The 6 T D V operations that nobody can do without, into buffers that are there already."""
     hidden_TD, head_VD = batch.hidden_TD.detach(), batch.head_VD.detach()
     # Filled, so that the system hands over the pages now and not under the clock.
-    logits_TV = hidden_TD.new_zeros(hidden_TD.shape[0], head_VD.shape[0]).fill_(1)
+    logits_TV = hidden_TD.new_ones(hidden_TD.shape[0], head_VD.shape[0])
     dhidden_TD, dhead_VD = torch.ones_like(hidden_TD), torch.ones_like(head_VD)
 
     def run() -> None:
@@ -248,6 +249,11 @@ def errors(actual: Outputs, true: Outputs) -> dict[str, float]:
 
 
 # The machine
+
+
+def load_average() -> float | None:
+    """Processes that want a CPU, over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine_facts(device: str) -> dict[str, str | int]:

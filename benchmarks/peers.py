@@ -38,7 +38,7 @@ class Peer(NamedTuple):
     weighted: bool = True
 
 
-def _ours(workspace_mib: int) -> Callable[[Batch], Tensor]:
+def _ours(workspace_mib: int | None) -> Callable[[Batch], Tensor]:
     return lambda batch: linear_grao_loss(*batch[:5], workspace_mib=workspace_mib).loss
 
 
@@ -103,6 +103,7 @@ def _liger_grpo(batch: Batch) -> Tensor:
     """An advantage a sequence, (S, R) rows. On policy CISPO's loss is -advantage log p, ours.
 
     `chunk_size` counts sequences: one chunk is its fastest, and the logits are in chunks anyway.
+    What `compiled` would compile is only the arithmetic on (S, R) log-probs.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -111,7 +112,7 @@ def _liger_grpo(batch: Batch) -> Tensor:
     S = mask_SR.shape[0]
     loss_function = LigerFusedLinearGRPOLoss(
         beta=0.0,
-        compiled=batch.hidden_TD.is_cuda,
+        compiled=False,
         use_ref_model=False,
         chunk_size=S,
         epsilon_high=5.0,
@@ -193,6 +194,10 @@ def _never(batch: Batch) -> None:
     return None
 
 
+def _is_the_default(batch: Batch) -> str | None:
+    return None if batch.hidden_TD.is_cuda else "a CPU's default workspace"
+
+
 def _without_compiler(batch: Batch) -> str | None:
     if batch.hidden_TD.is_cuda or shutil.which("g++") or shutil.which("clang++"):
         return None
@@ -247,7 +252,7 @@ def _without_liger_scaled_ce(batch: Batch) -> str | None:
 
 def _without_quack(batch: Batch) -> str | None:
     if not _is_hopper(batch):
-        return "its kernels are measured on Hopper only"
+        return "it is run on Hopper only"
     if batch.hidden_TD.dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels take 16-bit operands, not {batch.hidden_TD.dtype}"
     return _not_installed("quack-kernels", "0.6")
@@ -259,11 +264,12 @@ def _is_hopper(batch: Batch) -> bool:
 
 
 _LIGER = ("liger-kernel", "0.8.5")
-OURS = ("grao_512_mib", "grao_64_mib")
+OURS = ("grao", "grao_512_mib", "grao_64_mib")
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("grao_512_mib", "`linear_grao_loss`, 512 MiB workspace", _ours(512), _never),
+        Peer("grao", "`linear_grao_loss`", _ours(None), _never),
+        Peer("grao_512_mib", "`linear_grao_loss`, 512 MiB workspace", _ours(512), _is_the_default),
         Peer("grao_64_mib", "`linear_grao_loss`, 64 MiB workspace", _ours(64), _never),
         Peer("naive", "naive: full logits, `F.cross_entropy`", _naive, _never),
         Peer("torch_compile", "naive under `torch.compile`", _torch_compile, _without_compiler),
@@ -275,32 +281,37 @@ PEERS = {
         ),
         Peer(
             "torch_linear_ce_chunked",
-            "torch `F.linear_cross_entropy`, chunked",
+            "torch `F.linear_cross_entropy` in chunks",
             _torch_linear_ce_chunked,
             _without_torch_linear_ce,
         ),
         Peer("trl", "TRL chunked log-probs", _trl, _without("trl", "1.16")),
         Peer("liger_grpo", "Liger GRPO loss", _liger_grpo, _without(*_LIGER)),
         Peer("liger_scaled_ce", "Liger scaled CE", _liger_scaled_ce, _without_liger_scaled_ce),
-        Peer("liger_flce", "Liger FLCE, per token", _liger_flce("none"), _without_cuda(*_LIGER)),
+        Peer("liger_flce", "Liger FLCE per token", _liger_flce("none"), _without_cuda(*_LIGER)),
         Peer(
             "liger_flce_mean",
-            "Liger FLCE, unweighted mean",
+            "Liger FLCE (unweighted mean)",
             _liger_flce("mean"),
             _without_cuda(*_LIGER),
             weighted=False,
         ),
-        Peer("cce", "CCE", _cce("cce"), _without_cuda("cut-cross-entropy", "25.1")),
+        Peer(
+            "cce",
+            "CCE (drops small gradients)",
+            _cce("cce"),
+            _without_cuda("cut-cross-entropy", "25.1"),
+        ),
         Peer(
             "cce_torch_compile",
             "CCE's `torch_compile`",
             _cce("torch_compile"),
             _without_cce_compile,
         ),
-        Peer("quack", "quack, full logits, per token", _quack_weighted, _without_quack),
+        Peer("quack", "quack, full logits", _quack_weighted, _without_quack),
         Peer(
             "quack_mean",
-            "quack, chunked, unweighted mean",
+            "quack in chunks (unweighted mean)",
             _quack_mean,
             _without_quack,
             weighted=False,

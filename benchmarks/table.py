@@ -2,7 +2,7 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python benchmarks/table.py --keep run.json cpu  # -> benchmarks/results/*-cpu.json
-    python benchmarks/table.py                      # results/*.json -> README.md, docs/results/*.png
+    python benchmarks/table.py  # results/*.json -> README.md, docs/results/tokens-*.png
 
 A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, NAME being a file of
 benchmarks/results: the benchmark's and the machine's. No figure in it is written by hand.
@@ -95,7 +95,7 @@ def occupancy_table(name: str, result: Result) -> str:
         cells = [_number(median[share] * times) if share in median else "-" for share in shares]
         cells += [_ratio(median, share, shares[0]) for share in shares[1:]]
         lines.append(f"| {own[0]['label']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _facts(result)])
+    return "\n".join([*lines, "", _source(name, result)])
 
 
 def accuracy_table(name: str, result: Result) -> str:
@@ -118,13 +118,13 @@ def accuracy_table(name: str, result: Result) -> str:
     for label, cells in written.items():
         marked = [f"**{c}**" if c == best else c for c, best in zip(cells, least, strict=True)]
         lines.append(f"| {label} | {' | '.join(marked)} |")
-    return "\n".join([*lines, "", _facts(result)])
+    return "\n".join([*lines, "", _source(name, result)])
 
 
 def token_plots(name: str, result: Result) -> str:
     """The two plots of `draw`, with what they were measured on."""
     images = [f"![{title}](docs/results/{name}-{kind}.png)" for kind, title in _PANELS]
-    return "\n".join([*images, "", _facts(result)])
+    return "\n".join([*images, "", _source(name, result)])
 
 
 MAKERS: dict[str, Callable[[str, Result], str]] = {
@@ -178,12 +178,26 @@ def _ratio(median: dict[float, float], share: float, whole: float) -> str:
 
 
 def _facts(result: Result) -> str:
-    machine = {key: value for key, value in result["machine"].items() if value != "not installed"}
-    versions = [f"{key} {machine[key]}" for key in machine if key not in ("device", "threads")]
+    """The machine, how busy it was, versions, date and command."""
+    machine = {name: value for name, value in result["machine"].items() if value != "not installed"}
+    known = ("device", "threads", "load")
+    versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in known)
+    return f"{_hardware(result)}; {versions}; {result['date']}; `{result['command']}`."
+
+
+def _source(name: str, result: Result) -> str:
+    """The same, its versions by a link."""
+    path = f"benchmarks/results/{name}.json"
     return (
-        f"{machine['device']}, {machine['threads']} CPU threads; {', '.join(versions)}; "
-        f"{result['date']}; `{result['command']}`."
+        f"{_hardware(result)}; {result['date']}; `{result['command']}`; versions in "
+        f"[{path}]({path})."
     )
+
+
+def _hardware(result: Result) -> str:
+    machine = result["machine"]
+    load = "" if machine["load"] is None else f", load average {machine['load']:.1f} at the start"
+    return f"{machine['device']}, {machine['threads']} CPU threads{load}"
 
 
 def _absent(result: Result) -> str:
@@ -204,7 +218,7 @@ _MARKERS = "osD^vP*X<>"
 
 
 def draw(name: str, result: Result) -> list[Path]:
-    """Time and memory over tokens, on log axes; a line ends where the contender ran out of memory."""
+    """Time and memory over tokens, on log axes; a line ends where its memory did."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     written = []
@@ -218,7 +232,7 @@ def draw(name: str, result: Result) -> list[Path]:
 
 def _figure(result: Result, kind: str, title: str) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150)
     figure.set_layout_engine("constrained")
@@ -246,7 +260,9 @@ def _figure(result: Result, kind: str, title: str) -> Any:
     axes.set_yscale("log")
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens")
     axes.set_ylabel({"time": "seconds", "memory": "MiB beyond the inputs"}[kind])
     axes.set_title(title, fontsize=10, loc="left")

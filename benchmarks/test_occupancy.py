@@ -15,7 +15,7 @@ from replay import clock, facts, report
 
 SHARES = (1.0, 0.5, 0.25)
 # On the CPU those that say they leave out rows, and naive; the rest are too slow to be repeated.
-VARIANTS = {"cuda": tuple(PEERS), "cpu": ("grao_512_mib", "naive", "cce_torch_compile")}[DEVICE]
+VARIANTS = {"cuda": tuple(PEERS), "cpu": ("grao", "naive", "cce_torch_compile")}[DEVICE]
 ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
 
 pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, some rows live")

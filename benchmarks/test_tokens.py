@@ -16,7 +16,7 @@ from replay import clock, facts, report
 TOKENS = {"cuda": [2**power for power in range(10, 17)], "cpu": [256, 512, 1024, 2048]}[DEVICE]
 VARIANTS = {
     "cuda": tuple(PEERS),
-    "cpu": ("grao_512_mib", "grao_64_mib", "naive", "liger_grpo"),
+    "cpu": ("grao", "grao_64_mib", "naive", "liger_grpo"),
 }[DEVICE]
 ROUNDS = {"cuda": 5, "cpu": 3}[DEVICE]
 

@@ -37,6 +37,7 @@ _GAP_FLOOR = -128.0
 def weighted_ce_rows(
     logits_RV: Tensor,
     dlogits_RV: Tensor | None,
+    target_grad_R: Tensor | None,
     bias_V: Tensor | None,
     target_R: Tensor,
     weight_R: Tensor,
@@ -50,11 +51,14 @@ def weighted_ce_rows(
     """logprob = log softmax(z)[target] and dlogits = weight (softmax(z) - onehot) dz/dx.
 
     And, where asked for, entropy = -sum p log p with p = softmax(z), whose gradient in z is
-    -p (log p + entropy).
+    -p (log p + entropy). The target's element of dlogits is kept apart, see `TargetGradient`.
 
     Args:
         logits_RV: (R, V) float32, x without its bias; destroyed.
-        dlogits_RV: (R, V) to write, in the operands' dtype; may be `logits_RV`. None: no gradient.
+        dlogits_RV: (R, V) to write, in the operands' dtype, without `target_grad_R`; may be
+            `logits_RV`. None: no gradient.
+        target_grad_R: (R,) float32 to write, to be added to dlogits at the target; None where
+            dlogits_RV is.
         bias_V: (V,) float32 or None.
         target_R: (R,) int64 in [0, V).
         weight_R: (R,) float32. A row of weight 0 gets a gradient of 0 and a log-prob of NaN.
@@ -70,6 +74,7 @@ def weighted_ce_rows(
         _block_rows(
             logits_RV[rows],
             None if dlogits_RV is None else dlogits_RV[rows],
+            None if target_grad_R is None else target_grad_R[rows],
             bias_V,
             target_R[rows],
             weight_R[rows],
@@ -85,6 +90,7 @@ def weighted_ce_rows(
 def _block_rows(
     z_BV: Tensor,
     dlogits_BV: Tensor | None,
+    target_grad_B: Tensor | None,
     bias_V: Tensor | None,
     target_B: Tensor,
     weight_B: Tensor,
@@ -98,11 +104,15 @@ def _block_rows(
     bend_BV = _transform_logits_(z_BV, bias_V, transform, dlogits_BV is not None)
     statistics, gap_BV = _statistics_(z_BV, target_B, entropy_B is not None)
     outcome = row_outcome(statistics, entropy_B is not None, top1_B is not None)
-    if dlogits_BV is not None:
-        weights = (weight_B, entropy_weight_B, policy)
-        factors = row_factors(statistics, outcome.logprob_R, *weights)
+    if dlogits_BV is not None and target_grad_B is not None:
+        factors, target = row_factors(
+            statistics, outcome.logprob_R, weight_B, entropy_weight_B, policy, transform
+        )
+        target_grad_B.copy_(target.grad_R)
+        target_exp_B = (statistics.target_z_R - statistics.peak_R).exp()
+        _put_(z_BV, target_B, target_exp_B.where(~target.whole_R, 0))
         gap_BV = None if entropy_weight_B is None else gap_BV
-        _gradient_(z_BV, gap_BV, bend_BV, target_B, factors, transform.slope)
+        _gradient_(z_BV, gap_BV, bend_BV, factors, transform.slope)
         if dlogits_BV.data_ptr() != z_BV.data_ptr():
             dlogits_BV.copy_(z_BV)
     mark_dead(outcome, weight_B, entropy_weight_B, policy)
@@ -134,17 +144,22 @@ def row_gradient(
     logits_RV: Tensor,
     dlogits_RV: Tensor,
     bias_V: Tensor | None,
-    target_R: Tensor,
+    zero_R: Tensor,
     factors: Factors,
     transform: LogitTransform,
 ) -> None:
-    """The gradient in a part of the vocabulary, by the sums over the whole; destroys logits."""
+    """The gradient in a part of the vocabulary, by the sums over the whole; destroys logits.
+
+    zero_R: (R,) int64, the column in which dlogits is to be 0: that of a target in this part whose
+        gradient is whole without it. Below 0: none.
+    """
     for rows in _blocks(logits_RV):
         z_BV = logits_RV[rows]
         bend_BV = _transform_logits_(z_BV, bias_V, transform, True)
         block = Factors(*(None if each is None else each[rows] for each in factors))
         gap_BV = _exponentials_(z_BV, block.peak_R, block.pull_R is not None)
-        _gradient_(z_BV, gap_BV, bend_BV, target_R[rows], block, transform.slope)
+        _put_(z_BV, zero_R[rows], torch.zeros_like(block.peak_R))
+        _gradient_(z_BV, gap_BV, bend_BV, block, transform.slope)
         if dlogits_RV.data_ptr() != logits_RV.data_ptr():
             dlogits_RV[rows] = z_BV
 
@@ -185,18 +200,14 @@ def _gradient_(
     exp_BV: Tensor,
     gap_BV: Tensor | None,
     bend_BV: Tensor | None,
-    target_B: Tensor,
     factors: Factors,
     slope: float,
 ) -> None:
-    """exp(z - peak), whatever it holds at the target, becomes dlogits; see Factors."""
-    scale_B = factors.scale_R * slope
+    """exp(z - peak) becomes dlogits, and 0 stays 0; see Factors."""
     if gap_BV is not None and factors.pull_R is not None and factors.mean_gap_R is not None:
-        _put_(exp_BV, target_B, _at(gap_BV, target_B).exp())
         gap_BV.sub_(factors.mean_gap_R[:, None]).mul_(exp_BV)
         gap_BV.mul_((factors.pull_R * slope)[:, None])
-    exp_BV.mul_(scale_B[:, None])
-    _put_(exp_BV, target_B, -scale_B * factors.others_R)
+    exp_BV.mul_((factors.scale_R * slope)[:, None])
     if gap_BV is not None:
         exp_BV.sub_(gap_BV)
     if bend_BV is not None:

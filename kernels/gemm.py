@@ -8,6 +8,9 @@ result of a 16-bit product to 16 bits: logits are made of operands that are wide
 a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them: there a product
 is rounded once, to the dtype that its gradient has, and sums over chunks are in float32.
 
+The target's element of dlogits is kept apart, see `row_statistics.TargetGradient`: its products are
+added in float32 afterwards.
+
 Shapes: R rows of a chunk, D width, V vocabulary.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +26,13 @@ from torch import Tensor
 # Before 2.10, addmm with out_dtype wants its addend in the operands' dtype.
 _ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _BLOCK_BYTES = 16 * 2**20
+
+
+class Targets(NamedTuple):
+    """What is to be added to dlogits at the targets."""
+
+    index_R: Tensor  # int64
+    grad_R: Tensor  # float32
 
 
 def project(hidden_RD: Tensor, head_VD: Tensor, out_RV: Tensor) -> None:
@@ -34,20 +45,23 @@ def project(hidden_RD: Tensor, head_VD: Tensor, out_RV: Tensor) -> None:
         torch.mm(hidden_RD, head_VD[vocabulary].float().T, out=out_RV[:, vocabulary])
 
 
-def grad_hidden(dlogits_RV: Tensor, head_VD: Tensor, out_RD: Tensor) -> None:
+def grad_hidden(dlogits_RV: Tensor, head_VD: Tensor, out_RD: Tensor, targets: Targets) -> None:
     """out = dlogits head, in float32."""
     if _multiplies_as_it_is(dlogits_RV, head_VD):
         _multiply(dlogits_RV, head_VD, out_RD)
-        return
-    out_RD.zero_()
-    for vocabulary in _blocks(*head_VD.shape):
-        out_RD.addmm_(dlogits_RV[:, vocabulary].float(), head_VD[vocabulary].float())
+    else:
+        out_RD.zero_()
+        for vocabulary in _blocks(*head_VD.shape):
+            out_RD.addmm_(dlogits_RV[:, vocabulary].float(), head_VD[vocabulary].float())
+    out_RD.addcmul_(head_VD.index_select(0, targets.index_R).float(), targets.grad_R[:, None])
 
 
 def grad_head(
     dlogits_RV: Tensor,
     hidden_RD: Tensor,
     out_VD: Tensor,
+    targets: Targets,
+    *,
     accumulate: bool,
     scale: Tensor | None = None,
 ) -> None:
@@ -55,6 +69,26 @@ def grad_head(
 
     `out` is float32 or has a dtype of its own, to which the sum is then rounded.
     """
+    _sum_over_rows(dlogits_RV, hidden_RD, out_VD, accumulate, scale)
+    grad_R = targets.grad_R if scale is None else targets.grad_R * scale
+    add_rows(out_VD, targets.index_R, (hidden_RD * grad_R[:, None]).to(out_VD.dtype))
+
+
+def add_rows(out: Tensor, index_R: Tensor, rows: Tensor) -> None:
+    """out[index] += rows, for an index that may repeat; the same bits every time."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index_R, rows)  # in order
+    else:
+        out.index_put_((index_R,), rows, accumulate=True)  # sorts; index_add_ would use atomics
+
+
+def _sum_over_rows(
+    dlogits_RV: Tensor,
+    hidden_RD: Tensor,
+    out_VD: Tensor,
+    accumulate: bool,
+    scale: Tensor | None,
+) -> None:
     as_it_is = _multiplies_as_it_is(dlogits_RV, hidden_RD)
     if as_it_is and scale is None and _adds_as_it_is(dlogits_RV, out_VD):
         if accumulate:

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import gemm
 from .checks import LogitTransform
 from .chunks import padded, plan_chunks
+from .gemm import Targets
 from .live_rows import LiveRows, find_live_rows, normalised
 from .policy import Policy, row_value
 from .vocab_parallel import Shard, sharded_ce_rows
@@ -108,6 +109,7 @@ def one_pass(
     dlogits_RS = logits_RS
     if second_slab:
         dlogits_RS = torch.empty((chunks.rows, stride), dtype=options.dtype, device=device)
+    target_grad_L = torch.empty_like(logprob_L) if any_gradient else None
     weighted_ce_rows = _row_function(options)
 
     for start in range(0, L, chunks.rows):
@@ -121,6 +123,7 @@ def one_pass(
             weighted_ce_rows(
                 logits_RV,
                 dlogits_RV[first - start : last - start] if any_gradient else None,
+                None if target_grad_L is None else target_grad_L[first:last],
                 bias_V,
                 rows.target_L[first:last],
                 scaled.weight_L[first:last],
@@ -131,15 +134,28 @@ def one_pass(
                 None if top1_L is None else top1_L[first:last],
                 None if scaled.policy is None else scaled.policy.rows(first, last),
             )
+        if target_grad_L is None:
+            continue
+        target_R = rows.target_L[start:stop]
+        if shard is not None:
+            target_R = shard.local(target_R, V).clamp(min=0)
+        targets = Targets(target_R, target_grad_L[start:stop])
         if dhidden_TD is not None:
-            _grad_hidden(dlogits_RV, head_VD, dhidden_TD, rows.index_L, start, stop, shard)
+            dhidden_RD = _chunk_of(dhidden_TD, rows.index_L, start, stop)
+            gemm.grad_hidden(dlogits_RV, head_VD, dhidden_RD, targets)
+            if shard is not None:
+                shard.sum_(dhidden_RD)
+            _store(dhidden_RD, dhidden_TD, rows.index_L, start, stop)
         if dhead_VD is not None:
-            gemm.grad_head(dlogits_RV, hidden_RD, dhead_VD, accumulate=start > 0)
+            gemm.grad_head(dlogits_RV, hidden_RD, dhead_VD, targets, accumulate=start > 0)
         if head_grad_VD is not None:
             scale = unscale if options.dtype == torch.float16 else None
-            gemm.grad_head(dlogits_RV, hidden_RD, head_grad_VD, accumulate=True, scale=scale)
+            gemm.grad_head(
+                dlogits_RV, hidden_RD, head_grad_VD, targets, accumulate=True, scale=scale
+            )
         if dbias_V is not None:
             dbias_V += dlogits_RV.sum(0, dtype=torch.float32)
+            gemm.add_rows(dbias_V, targets.index_R, targets.grad_R)
 
     parts_C, kl = _sums(rows, logprob_L)
     gradients = Gradients(dhidden_TD, dhead_VD, dbias_V, unscale)
@@ -194,25 +210,18 @@ def _row_function(options: Options) -> Callable[..., None]:
     return rows.weighted_ce_rows
 
 
-def _grad_hidden(
-    dlogits_RV: Tensor,
-    head_VD: Tensor,
-    dhidden_TD: Tensor,
-    index_L: Tensor | None,
-    start: int,
-    stop: int,
-    shard: Shard | None,
+def _chunk_of(dhidden_TD: Tensor, index_L: Tensor | None, start: int, stop: int) -> Tensor:
+    """Where a chunk of the hidden states' gradient can be made in float32."""
+    if index_L is None and dhidden_TD.dtype == torch.float32:
+        return dhidden_TD[start:stop]
+    shape = (stop - start, dhidden_TD.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=dhidden_TD.device)
+
+
+def _store(
+    dhidden_RD: Tensor, dhidden_TD: Tensor, index_L: Tensor | None, start: int, stop: int
 ) -> None:
-    in_place = index_L is None and dhidden_TD.dtype == torch.float32
-    if in_place:
-        dhidden_RD = dhidden_TD[start:stop]
-    else:
-        shape = (stop - start, dhidden_TD.shape[1])
-        dhidden_RD = torch.empty(shape, dtype=torch.float32, device=dhidden_TD.device)
-    gemm.grad_hidden(dlogits_RV, head_VD, dhidden_RD)
-    if shard is not None:
-        shard.sum_(dhidden_RD)
     if index_L is not None:
         dhidden_TD.index_copy_(0, index_L[start:stop], dhidden_RD.to(dhidden_TD.dtype))
-    elif not in_place:
+    elif dhidden_TD.dtype != torch.float32:
         dhidden_TD[start:stop] = dhidden_RD

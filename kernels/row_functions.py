@@ -61,10 +61,9 @@ def _target_logit(
     logits_ptr, bias_ptr, target, row_stride, slope, inner, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """z of one column."""
+    """z and dz/dx of one column."""
     x = _load_logits(logits_ptr, bias_ptr, target, row_stride, HAS_BIAS)
-    z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
-    return z
+    return _transform(x, slope, inner, cap, HAS_CAP)
 
 
 @triton.jit
@@ -82,17 +81,34 @@ def _add_block(
 
 
 @triton.jit
-def _store_gradient(
-    dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull, mean_gap, slope, inner,
-    cap, HAS_CAP: tl.constexpr, HAS_PULL: tl.constexpr,
+def _pulled(z, dz, peak, pull, mean_gap):
+    """The entropy's part of a gradient."""
+    gap = _gap(z, peak)  # log p + entropy = gap - E[gap]
+    return pull * tl.exp(gap) * (gap - mean_gap) * dz
+
+
+@triton.jit
+def _target_gradient(
+    z, dz, peak, others, weight, scale, pull, mean_gap, whole, HAS_PULL: tl.constexpr
 ):  # fmt: skip
-    """A block of the gradient, in float32, rounded once as it leaves; see Factors."""
-    z, dz = _transform(x, slope, inner, cap, HAS_CAP)
-    dlogits = scale * tl.where(columns == target, -others, tl.exp(z - peak)) * dz
+    """See TargetGradient."""
+    gradient = -scale * others * dz
     if HAS_PULL:
-        gap = _gap(z, peak)  # log p + entropy = gap - E[gap]
-        dlogits -= pull * tl.exp(gap) * (gap - mean_gap) * dz
-    dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+        gradient -= _pulled(z, dz, peak, pull, mean_gap)
+    return tl.where(whole, gradient, -weight * dz)
+
+
+@triton.jit
+def _store_gradient(
+    dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap, slope, inner, cap,
+    HAS_CAP: tl.constexpr, HAS_PULL: tl.constexpr,
+):  # fmt: skip
+    """A block of the gradient, in float32, rounded once as it leaves; 0 in column `zero`."""
+    z, dz = _transform(x, slope, inner, cap, HAS_CAP)
+    dlogits = scale * tl.exp(z - peak) * dz
+    if HAS_PULL:
+        dlogits -= _pulled(z, dz, peak, pull, mean_gap)
+    dlogits = tl.where(columns == zero, 0.0, dlogits).to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
 
 

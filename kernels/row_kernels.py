@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import row_statistics
 from .row_functions import (
     _add_block,
     _entropy,
@@ -25,12 +26,16 @@ from .row_functions import (
     _store_dead_row,
     _store_gradient,
     _store_if,
+    _target_gradient,
     _target_logit,
     _target_logprob,
 )
 
+APART_FROM = tl.constexpr(row_statistics.APART_FROM)
+
 # Scalars at any offset of a chunk: their alignment would only compile the same code twice.
 _SCALARS = [
+    "target_grad_ptr",
     "target_ptr",
     "weight_ptr",
     "logprob_ptr",
@@ -46,6 +51,7 @@ _SCALARS = [
 def _weighted_ce_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
+    target_grad_ptr,  # (R,) float32
     bias_ptr,  # (row_stride,) float32
     target_ptr,  # (R,) int64
     weight_ptr,  # (R,) float32
@@ -76,7 +82,8 @@ def _weighted_ce_rows_kernel(
 ):
     """logprob = z[target] - log sum exp z; dlogits = weight (softmax(z) - onehot) dz/dx.
 
-    entropy = -sum p log p, and to dlogits is added -entropy_weight p (log p + entropy) dz/dx.
+    entropy = -sum p log p, and to dlogits is added -entropy_weight p (log p + entropy) dz/dx. The
+    target's is in `target_grad`, to be added to what `dlogits` has: see TargetGradient.
     One program a row, and the gradient is written once. A row that fits a block is read once and
     stays in registers: 6 bytes a logit for 16-bit operands, 8 for float32. A longer one is read
     twice: 10 and 12 bytes. A row of weight 0 is not read.
@@ -93,11 +100,12 @@ def _weighted_ce_rows_kernel(
         tl.store(logprob_ptr + row, float("nan"))
         _store_if(entropy_ptr, row, float("nan"), HAS_ENTROPY)
         _store_if(top1_ptr, row, float("nan"), HAS_TOP1)
+        _store_if(target_grad_ptr, row, 0.0, WRITE_GRADIENT)
         _store_dead_row(dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT, BLOCK)
     else:
         # Before anything is written: the gradient may take the logits' place.
         target = tl.load(target_ptr + row).to(tl.int32)  # as wide as the columns
-        target_z = _target_logit(
+        target_z, target_dz = _target_logit(
             logits_ptr, bias_ptr, target, row_stride, slope, inner, cap, HAS_BIAS, HAS_CAP
         )
         peak, others, rest, ties, spread = float("-inf"), 0.0, 0.0, 0.0, 0.0
@@ -131,10 +139,17 @@ def _weighted_ce_rows_kernel(
 
         if WRITE_GRADIENT:
             scale, pull = weight / total, pull / total
+            whole = others < APART_FROM * tl.exp(target_z - peak)
+            target_grad = _target_gradient(
+                target_z, target_dz, peak, others, weight, scale, pull, mean_gap, whole,
+                HAS_ENTROPY_WEIGHT,
+            )  # fmt: skip
+            tl.store(target_grad_ptr + row, target_grad)
+            zero = tl.where(whole, target, -1)
             if ROW_FITS:
                 _store_gradient(
-                    dlogits_ptr, row_x, lanes, target, row_stride, peak, others, scale, pull,
-                    mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                    dlogits_ptr, row_x, lanes, zero, row_stride, peak, scale, pull, mean_gap,
+                    slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
                 )  # fmt: skip
             else:
                 last = (V - 1) // BLOCK * BLOCK
@@ -143,8 +158,8 @@ def _weighted_ce_rows_kernel(
                     columns = last - start + lanes
                     x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                     _store_gradient(
-                        dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull,
-                        mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                        dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap,
+                        slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
                     )  # fmt: skip
 
 
@@ -173,7 +188,7 @@ def _row_statistics_kernel(
     logits_ptr += row * row_stride
     lanes = tl.arange(0, BLOCK)
     target = tl.load(target_ptr + row).to(tl.int32)
-    target_z = _target_logit(
+    target_z, _dz = _target_logit(
         logits_ptr, bias_ptr, tl.maximum(target, 0), row_stride, slope, inner, cap,
         HAS_BIAS, HAS_CAP,
     )  # fmt: skip
@@ -194,13 +209,13 @@ def _row_statistics_kernel(
     tl.store(statistics_ptr + 5 * R, spread)
 
 
-@triton.jit(do_not_specialize_on_alignment=["target_ptr", "factors_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["zero_ptr", "factors_ptr"])
 def _row_gradient_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
     bias_ptr,  # (row_stride,) float32
-    target_ptr,  # (R,) int64; below 0 where the target is in another part of the vocabulary
-    factors_ptr,  # (5, R) float32: see Factors
+    zero_ptr,  # (R,) int64, the column to be 0; below 0: none
+    factors_ptr,  # (4, R) float32: see Factors
     R,
     row_stride,
     V,
@@ -212,7 +227,7 @@ def _row_gradient_kernel(
     HAS_PULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dlogits = scale (exp(z - peak), or -others at the target) dz/dx - pull exp(z - peak) (...).
+    """dlogits, as Factors has it, and 0 in one column.
 
     One program a row of this part of the vocabulary; 6 bytes a logit for 16-bit operands, 8 for
     float32.
@@ -222,16 +237,15 @@ def _row_gradient_kernel(
     dlogits_ptr += row * row_stride
     factors_ptr += row
     lanes = tl.arange(0, BLOCK)
-    target = tl.load(target_ptr + row).to(tl.int32)
-    peak, others = tl.load(factors_ptr), tl.load(factors_ptr + R)
-    scale, pull = tl.load(factors_ptr + 2 * R), tl.load(factors_ptr + 3 * R)
-    mean_gap = tl.load(factors_ptr + 4 * R)
+    zero = tl.load(zero_ptr + row).to(tl.int32)
+    peak, scale = tl.load(factors_ptr), tl.load(factors_ptr + R)
+    pull, mean_gap = tl.load(factors_ptr + 2 * R), tl.load(factors_ptr + 3 * R)
     for start in range(0, V, BLOCK):
         columns = start + lanes
         x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
         _store_gradient(
-            dlogits_ptr, x, columns, target, row_stride, peak, others, scale, pull,
-            mean_gap, slope, inner, cap, HAS_CAP, HAS_PULL,
+            dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap, slope,
+            inner, cap, HAS_CAP, HAS_PULL,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """A row between its two passes: what the sums over its logits come to, and what they lead to.
 
-    Statistics    sums over a vocabulary, or over one process's part of it
-    Outcome       log-prob, entropy and top-1 hit, from the sums over the whole
-    Factors       what the gradient of a row is made of, besides its logits
+    Statistics                 sums over a vocabulary, or over one process's part of it
+    Outcome                    log-prob, entropy and top-1 hit, from the sums over the whole
+    Factors, TargetGradient    what the gradient of a row is made of, besides its logits
 
 The Triton kernel that has a whole row does the same arithmetic itself, in `row_functions.py`.
 Shapes: R rows; all are float32.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import LogitTransform
 from .policy import Policy, row_coefficient
 
 
@@ -40,14 +41,29 @@ class Outcome(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """dlogits = scale (exp(z - peak), or -others at the target) dz/dx
-    - pull exp(z - peak) (z - peak - mean_gap) dz/dx."""
+    """dlogits = exp(z - peak) (scale - pull (z - peak - mean_gap)) dz/dx, but for the target's."""
 
     peak_R: Tensor
-    others_R: Tensor
     scale_R: Tensor  # weight / sum of exp(gap)
     pull_R: Tensor | None  # entropy weight / sum of exp(gap)
     mean_gap_R: Tensor | None  # E[gap]
+
+
+class TargetGradient(NamedTuple):
+    """The target's element of dlogits, which is kept apart from the others, in float32.
+
+    It outweighs them all: rounded to 16 bits, or summed up together with them, it would lose digits
+    that are worth more than they are. `grad_R` is weight (p - 1) dz/dx, and dlogits then holds 0;
+    or, where p is so small that the subtraction alone would cost a digit, it is -weight dz/dx, and
+    dlogits holds the rest.
+    """
+
+    grad_R: Tensor
+    whole_R: Tensor  # bool: whether it is all of it
+
+
+# others / exp(gap of the target), from which on the target's p stays among the others.
+APART_FROM = 1024.0
 
 
 def row_outcome(statistics: Statistics, entropy: bool, top1: bool) -> Outcome:
@@ -75,16 +91,28 @@ def row_factors(
     weight_R: Tensor,
     entropy_weight_R: Tensor | None,
     policy: Policy | None,
-) -> Factors:
+    transform: LogitTransform,
+) -> tuple[Factors, TargetGradient]:
     """Of a row of this weight; a policy turns it into the row's coefficient by its log-prob."""
     if policy is not None:
         weight_R = row_coefficient(weight_R, logprob_R, policy)
-    total_R = (statistics.target_z_R - statistics.peak_R).exp() + statistics.others_R
+    gap_R = statistics.target_z_R - statistics.peak_R
+    target_exp_R = gap_R.exp()
+    scale_R = weight_R / (target_exp_R + statistics.others_R)
+    whole_grad_R = -scale_R * statistics.others_R
     pull_R = mean_gap_R = None
     if entropy_weight_R is not None:
-        whole_R = statistics.rest_R + statistics.ties_R
-        pull_R, mean_gap_R = entropy_weight_R / whole_R, statistics.spread_R / whole_R
-    return Factors(statistics.peak_R, statistics.others_R, weight_R / total_R, pull_R, mean_gap_R)
+        total_R = statistics.rest_R + statistics.ties_R
+        pull_R, mean_gap_R = entropy_weight_R / total_R, statistics.spread_R / total_R
+        # Of a target that is as good as impossible, -inf * 0 would be NaN.
+        pulled_R = target_exp_R * (gap_R.clamp(min=-128) - mean_gap_R)
+        whole_grad_R = whole_grad_R - pull_R * pulled_R
+    whole_R = statistics.others_R < APART_FROM * target_exp_R
+    slope_R = transform.slope
+    if transform.cap is not None:
+        slope_R = transform.slope * (1 - (statistics.target_z_R / transform.cap).square())
+    target = TargetGradient(torch.where(whole_R, whole_grad_R, -weight_R) * slope_R, whole_R)
+    return Factors(statistics.peak_R, scale_R, pull_R, mean_gap_R), target
 
 
 def mark_dead(

@@ -52,6 +52,7 @@ def launch_shape(V: int, warp_size: int) -> LaunchShape:
 def weighted_ce_rows(
     logits_RV: Tensor,
     dlogits_RV: Tensor | None,
+    target_grad_R: Tensor | None,
     bias_V: Tensor | None,
     target_R: Tensor,
     weight_R: Tensor,
@@ -73,6 +74,7 @@ def weighted_ce_rows(
         _weighted_ce_rows_kernel[(R,)](
             logits_RV,
             logits_RV if dlogits_RV is None else dlogits_RV,
+            logprob_R if target_grad_R is None else target_grad_R,
             logits_RV if bias_V is None else bias_V,
             target_R,
             weight_R,
@@ -134,7 +136,7 @@ def row_gradient(
     logits_RV: Tensor,
     dlogits_RV: Tensor,
     bias_V: Tensor | None,
-    target_R: Tensor,
+    zero_R: Tensor,
     factors: Factors,
     transform: LogitTransform,
 ) -> None:
@@ -143,14 +145,14 @@ def row_gradient(
     shape = launch_shape(V, _warp_size(logits_RV.device))
     has_pull = factors.pull_R is not None
     nothing_R = factors.peak_R  # where there is no pull, what is in its place is not used
-    factors_5R = torch.stack([nothing_R if each is None else each for each in factors])
+    factors_4R = torch.stack([nothing_R if each is None else each for each in factors])
     with torch.cuda.device_of(logits_RV):
         _row_gradient_kernel[(R,)](
             logits_RV,
             dlogits_RV,
             logits_RV if bias_V is None else bias_V,
-            target_R,
-            factors_5R,
+            zero_R,
+            factors_4R,
             R,
             _row_stride(logits_RV, dlogits_RV),
             V,

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from .checks import LogitTransform
 from .policy import Policy
-from .row_statistics import Statistics, mark_dead, row_factors, row_outcome, store
+from .row_statistics import (
+    Statistics,
+    mark_dead,
+    row_factors,
+    row_outcome,
+    store,
+)
 
 
 class VocabParallel(NamedTuple):
@@ -56,6 +62,11 @@ class Shard(NamedTuple):
     @property
     def start(self) -> int:
         return self.group.rank() * self.width
+
+    def local(self, target_R: Tensor, V: int) -> Tensor:
+        """Targets among the V rows of this process; -1 for those of others."""
+        local_R = target_R - self.start
+        return local_R.where((local_R >= 0) & (local_R < V), -1)
 
     def max_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
@@ -158,6 +169,7 @@ def sharded_ce_rows(
     def weighted_ce_rows(
         logits_RV: Tensor,
         dlogits_RV: Tensor | None,
+        target_grad_R: Tensor | None,
         bias_V: Tensor | None,
         target_R: Tensor,
         weight_R: Tensor,
@@ -169,14 +181,15 @@ def sharded_ce_rows(
         policy: Policy | None,
     ) -> None:
         entropy, weights = entropy_R is not None, (weight_R, entropy_weight_R, policy)
-        local_R = target_R - shard.start
-        local_R = local_R.where((local_R >= 0) & (local_R < logits_RV.shape[1]), -1)
+        local_R = shard.local(target_R, logits_RV.shape[1])
         statistics = row_statistics(logits_RV, bias_V, local_R, transform, entropy)
         statistics = _reduced(statistics, entropy, shard)
         outcome = row_outcome(statistics, entropy, top1_R is not None)
-        if dlogits_RV is not None:
-            factors = row_factors(statistics, outcome.logprob_R, *weights)
-            row_gradient(logits_RV, dlogits_RV, bias_V, local_R, factors, transform)
+        if dlogits_RV is not None and target_grad_R is not None:
+            factors, target = row_factors(statistics, outcome.logprob_R, *weights, transform)
+            target_grad_R.copy_(target.grad_R.where(local_R >= 0, 0))
+            zero_R = local_R.where(target.whole_R, -1)
+            row_gradient(logits_RV, dlogits_RV, bias_V, zero_R, factors, transform)
         mark_dead(outcome, *weights)
         store(outcome, logprob_R, entropy_R, top1_R)
 

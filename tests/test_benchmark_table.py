@@ -1,52 +1,166 @@
-"""The README's tables are what benchmarks/table.py makes of the committed results."""
+"""The README's tables are what benchmarks/table.py makes of the committed results, and the batches
+that the benchmarks are run on are what they say."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def table_script():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
+def load(name: str) -> ModuleType:
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_no_figure_in_the_readme_was_written_by_hand(table_script):
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- table: linear_grao-cpu -->\n| forward" in text
-    assert table_script.write_tables(text) == text
+table, problem = load("table"), load("problem")
 
 
-def test_keep_drops_what_names_the_machine(table_script, tmp_path: Path, monkeypatch):
-    shared = {"shape_TDV": [4, 2, 8], "dtype": "torch.float32", "torch": "2.13", "threads": 1}
-    row = {
-        "fullname": "benchmarks/test_linear_grao.py::test[naive]",
-        "params": {"variant": "naive"},
-        "stats": {"median": 1.5, "q1": 1.0, "q3": 2.0, "rounds": 5, "data": [1.5]},
-        "extra_info": {**shared, "gemm_ratio": 1.25, "peak_extra_mib": 10.4},
-    }
+def row(**facts: Any) -> dict[str, Any]:
+    return {
+        "variant": "naive",
+        "label": "naive: full logits",
+        "shape_TDV": [256, 2, 8],
+        "dtype": "float32",
+        "rounds": 3,
+        "median": 1.5,
+        "q1": 1.0,
+        "q3": 2.0,
+        "gemm_seconds": 1.2,
+        "gemm_ratio": 1.25,
+        "peak_extra_mib": 10.4,
+    } | facts
+
+
+def kept(rows: dict[str, list[dict[str, Any]]], folder: Path, monkeypatch) -> list[Path]:
+    """`keep` on what pytest-benchmark would write of these rows of these files."""
+    machine = {"device": "A processor", "threads": 2, "torch": "2.13", "load": 0.25}
     run = {
-        "machine_info": {
-            "node": "secret-host",
-            "cpu": {"brand_raw": "A processor"},
-            "python_version": "3.11.7",
-        },
+        "machine_info": {"node": "secret-host", "facts": machine | {"trl": "not installed"}},
         "datetime": "2026-01-02T03:04:05",
-        "benchmarks": [row],
+        "absent": {
+            "TRL": "not installed: pip install trl",
+            "CCE": "GPUs only",
+            "FLCE": "GPUs only",
+        },
+        "benchmarks": [
+            {"fullname": f"benchmarks/test_{name}.py::test", "extra_info": own}
+            for name, several in rows.items()
+            for own in several
+        ],
     }
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    monkeypatch.setattr(table_script, "RESULTS", tmp_path)
-    path = table_script.keep(tmp_path / "run.json", "here")
+    (folder / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(table, "RESULTS", folder)
+    return table.keep(folder / "run.json", "here")
+
+
+def filled(name: str) -> str:
+    return table.write_tables(f"<!-- table: {name} -->\nold\n<!-- end -->")
+
+
+def test_no_figure_in_the_readme_was_written_by_hand() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in ("linear_grao-cpu", "occupancy-cpu", "accuracy-cpu"):
+        assert f"<!-- table: {name} -->\n| T=" in text
+    assert "<!-- table: tokens-cpu -->\n![" in text
+    assert table.write_tables(text) == text
+
+
+def test_keep_drops_the_hosts_name_and_the_table_names_the_absent(tmp_path: Path, monkeypatch):
+    rows = [row(), row(label="ours", median=0.5, q1=0.25, q3=0.75)]
+    (path,) = kept({"linear_grao": rows}, tmp_path, monkeypatch)
     assert path.name == "linear_grao-here.json"
     assert "secret-host" not in path.read_text()
-    text = table_script.write_tables("<!-- table: linear_grao-here -->\nold\n<!-- end -->")
-    assert "| 1.50 (1.00 to 2.00) | 1.25 | 10 |" in text
+    text = filled("linear_grao-here")
     assert "old" not in text
+    ours, naive = (line for line in text.splitlines() if line.startswith(("| ours", "| naive")))
+    assert ours == "| ours | 0.50 (0.25 to 0.75) | 1.25 | 10 |"  # the fastest first
+    assert naive == "| naive: full logits | 1.50 (1.00 to 2.00) | 1.25 | 10 |"
+    assert "A processor, 2 CPU threads, load average 0.2 at the start; torch 2.13;" in text
+    assert "Not run: TRL (not installed: pip install trl); CCE, FLCE (GPUs only)." in text
+
+
+def test_short_times_are_in_milliseconds_and_shapes_have_tables_of_their_own(tmp_path, monkeypatch):
+    fast = {"median": 0.05, "q1": 0.0496, "q3": 0.0504}
+    rows = [row(**fast), row(**fast, shape_TDV=[512, 2, 8])]
+    kept({"linear_grao": rows}, tmp_path, monkeypatch)
+    text = filled("linear_grao-here")
+    assert "| T=256 D=2 V=8, float32 | ms" in text and "| T=512 D=2 V=8, float32 | ms" in text
+    assert text.count("| naive: full logits | 50.0 (49.6 to 50.4) |") == 2
+
+
+def test_occupancy_is_over_the_full_batch(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(live=1.0, median=2.0),
+        row(live=0.25, median=0.5),
+        row(label="b", variant="b", live=1.0),
+    ]
+    kept({"occupancy": rows}, tmp_path, monkeypatch)
+    text = filled("occupancy-here")
+    assert "100% live, seconds | 25% live, seconds | 25% over 100% |" in text
+    assert "| naive: full logits | 2.00 | 0.50 | 0.25 |" in text
+    assert "| b | 1.50 | - | - |" in text  # it had no memory for the other, say
+
+
+def test_accuracy_marks_the_least_error(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(label=label, variant=label, logits=logits, errors={"loss": error})
+        for logits in ("flat", "peaked")
+        for label, error in (("a", 2e-7), ("b", 3.04e-6 if logits == "flat" else 1e-7))
+    ]
+    kept({"accuracy": rows}, tmp_path, monkeypatch)
+    text = filled("accuracy-here")
+    assert "| flat: loss | peaked: loss |" in text
+    assert "| a | **2.0e-07** | 2.0e-07 |" in text
+    assert "| b | 3.0e-06 | **1.0e-07** |" in text
+
+
+def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(label=label, variant=label, shape_TDV=[tokens, 2, 8], median=tokens / 100)
+        for label in ("grao", "b")
+        for tokens in (256, 512, 1024)[: 2 if label == "b" else 3]
+    ]
+    kept({"tokens": rows}, tmp_path, monkeypatch)
+    monkeypatch.setattr(table, "PLOTS", tmp_path)
+    result = json.loads((tmp_path / "tokens-here.json").read_text())
+    for path in table.draw("tokens-here", result):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"](docs/results/{path.name})" in filled("tokens-here")
+    axes = table._figure(result, "time", "").axes[0]
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert lines["grao"] == [256, 512, 1024]
+    assert lines["b"] == [256, 512]
+    assert lines["the three bare GEMMs"] == [256, 512, 1024]
+
+
+@pytest.mark.parametrize("live", [1.0, 0.5, 0.25, 0.1])
+def test_batches_have_the_share_of_live_rows_they_were_asked_for(live: float) -> None:
+    batch = problem.make_batch((2048, 8, 31), torch.float32, "cpu", live=live)
+    assert int((batch.weight_T != 0).sum()) == round(live * 2048)
+    ours = linear_grao_loss(*batch[:5]).loss
+    weighted = linear_weighted_cross_entropy(*batch[:3], batch.weight_T).loss
+    assert ours.item() == pytest.approx(weighted.item(), rel=1e-5, abs=1e-6)
+    if live < 1:  # both kinds of dead rows
+        assert (batch.sequence_T < 0).any()
+        assert ((batch.weight_T == 0) & (batch.sequence_T >= 0)).any()
+
+
+def test_batches_refuse_parts_of_groups() -> None:
+    with pytest.raises(ValueError, match="multiple of 256, whole groups, got 300"):
+        problem.make_batch((300, 8, 31), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"live must be in \(0, 1\], got 0"):
+        problem.make_batch((256, 8, 31), torch.float32, "cpu", live=0)

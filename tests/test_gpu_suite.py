@@ -63,7 +63,7 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     # What an empty section could not have.
     assert sections["tests"]["report"]["test_rows.py"]["passed"] >= 10
     assert sections["widths"]["report"]["passed"] == 19
-    ours = sections["shapes"]["report"]["T=512 D=64 V=1031"]["grao_512_mib"]
+    ours = sections["shapes"]["report"]["T=512 D=64 V=1031"]["grao"]
     assert ours["rounds"] == 2 and ours["median"] > 0 and max(ours["errors"].values()) < 1e-4
     step = sections["step"]["report"]["batch"]
     assert 0.25 < step["live"] / step["T"] < 0.4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peers import PEERS
+from peers import OURS, PEERS
 from problem import SHAPES
 
 from suite.contend import contend, device_batch, verdict
@@ -14,7 +14,7 @@ from suite.runner import Run, free_memory
 # (D, V) of the sweeps, and who is in them: of each kind of contender the fastest known.
 SWEPT_HEAD = (4096, 151936)
 TINY_HEAD = (64, 1031)
-SWEPT = ("grao_512_mib", "naive", "trl", "liger_scaled_ce", "cce", "quack")
+SWEPT = ("grao", "naive", "trl", "liger_scaled_ce", "cce", "quack")
 
 
 def shapes(run: Run) -> str:
@@ -28,7 +28,7 @@ def shapes(run: Run) -> str:
     if run.tiny:
         run.leave_out(", ".join(slow), "--tiny")
     else:
-        contests[", compiled"] = ["grao_512_mib", "naive", *slow]
+        contests[", compiled"] = ["grao", "naive", *slow]
     headlines = []
     for suffix, names in contests.items():
         for shape_TDV in SHAPES["tiny" if run.tiny else "cuda"]:
@@ -55,8 +55,8 @@ def occupancy(run: Run) -> str:
         batch = device_batch((T, D, V), _dtype(run), run.device, live=live, head_VD=head_VD)
         head_VD = batch.head_VD
         found = contend(run, where, SWEPT, batch, 2 if run.tiny else 8)
-        if "median" in found.get("grao_512_mib", {}):
-            shares[live] = found["grao_512_mib"]["median"]
+        if "median" in found.get("grao", {}):
+            shares[live] = found["grao"]["median"]
     times = (f"{live:.0%} live {1000 * time:.1f} ms" for live, time in shares.items())
     return verdict(run, ", ".join(times))
 
@@ -86,10 +86,11 @@ def _dtype(run: Run) -> torch.dtype:
 def _ratios(found: dict[str, dict[str, Any]]) -> str:
     """Ours beside the best of the others, as multiples of the GEMMs."""
     ratios = {name: each["gemm_ratio"] for name, each in found.items() if "gemm_ratio" in each}
-    if "grao_512_mib" not in ratios:
+    if "grao" not in ratios:
         return "ours not measured"
-    ours = ratios.pop("grao_512_mib")
-    ratios.pop("grao_64_mib", None)
+    ours = ratios.pop("grao")
+    for name in OURS:
+        ratios.pop(name, None)
     if not ratios:
         return f"{ours:.2f}x its GEMMs"
     best = min(ratios, key=lambda name: ratios[name])

@@ -49,12 +49,19 @@ def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any
     dlogits_RS = logits_RS if dtype == torch.float32 else torch.empty_like(logits_RS, dtype=dtype)
     target_R = torch.randint(0, V, (R,), device=run.device)
     weight_R = torch.randn(R, device=run.device)
-    logprob_R = torch.empty(R, device=run.device)
+    logprob_R, target_grad_R = torch.empty(2, R, device=run.device)
     transform = logit_transform(1.0, 1.0, None)
 
     def launch() -> None:
         weighted_ce_rows(
-            logits_RS[:, :V], dlogits_RS[:, :V], None, target_R, weight_R, logprob_R, transform
+            logits_RS[:, :V],
+            dlogits_RS[:, :V],
+            target_grad_R,
+            None,
+            target_R,
+            weight_R,
+            logprob_R,
+            transform,
         )
 
     took = median_seconds(run, launch, calls=2 if run.tiny else 20, rounds=5)

@@ -82,10 +82,11 @@ def rows(
 
 
 def row_types(gradient: str) -> dict[str, str]:
-    """What all row kernels begin with."""
+    """What row kernels begin with, or some of it."""
     return {
         "logits_ptr": "*fp32",
         "dlogits_ptr": f"*{gradient}",
+        "target_grad_ptr": "*fp32",
         "bias_ptr": "*fp32",
         "target_ptr": "*i64",
     }
@@ -98,7 +99,7 @@ def aligned_rows(V: int) -> list[str]:
 def shard_statistics(target, V: int, transformed: bool, entropy: bool):
     shape = rowwise.launch_shape(V, target.warp_size)
     types = row_types("fp32") | {"statistics_ptr": "*fp32"} | shard_scalars()
-    del types["dlogits_ptr"]
+    del types["dlogits_ptr"], types["target_grad_ptr"]
     constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_ENTROPY": entropy}
     constants["BLOCK"] = shape.block
     aligned = [name for name in aligned_rows(V) if name in types]
@@ -108,7 +109,8 @@ def shard_statistics(target, V: int, transformed: bool, entropy: bool):
 
 def shard_gradient(target, gradient: str, V: int, transformed: bool, entropy: bool):
     shape = rowwise.launch_shape(V, target.warp_size)
-    types = row_types(gradient) | {"factors_ptr": "*fp32"} | shard_scalars()
+    types = {name: row_types(gradient)[name] for name in ("logits_ptr", "dlogits_ptr", "bias_ptr")}
+    types |= {"zero_ptr": "*i64", "factors_ptr": "*fp32"} | shard_scalars()
     constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_PULL": entropy}
     constants["BLOCK"] = shape.block
     kernel = row_kernels._row_gradient_kernel

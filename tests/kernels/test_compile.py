@@ -74,14 +74,15 @@ def test_rows_that_fit_are_read_once(compiled: dict[str, dict]) -> None:
 
 
 def test_blocks_are_read_and_written_16_bytes_at_a_time(compiled: dict[str, dict]) -> None:
-    """Narrower are only a row's scalars: weight, target, its logit and bias; the log-prob."""
+    """Narrower are only a row's scalars: weight, target, its logit and bias; log-prob and its
+    gradient, each in two branches."""
     for name, facts in compiled.items():
         accesses = Counter(facts["accesses"])
         reads = sum(number for width, number in accesses.items() if width.startswith("ld"))
         writes = sum(number for width, number in accesses.items() if width.startswith("st"))
         if " rows " in name and " 7 " not in name:
             assert accesses["ld128"] >= 1 and reads - accesses["ld128"] <= 4, (name, accesses)
-            assert accesses["st128"] >= 2 and writes - accesses["st128"] <= 2, (name, accesses)
+            assert accesses["st128"] >= 2 and writes - accesses["st128"] <= 4, (name, accesses)
         if " shard-" in name:  # and up to five factors, or six statistics
             assert accesses["ld128"] >= 1 and reads - accesses["ld128"] <= 6, (name, accesses)
         if " shard-gradient " in name:

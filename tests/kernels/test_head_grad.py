@@ -11,7 +11,7 @@ from problem import make_problem
 from tolerance import assert_accurate
 from torch import Tensor
 
-from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
+from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 K = 4
@@ -82,6 +82,28 @@ def test_small_weights_survive_float16(backend: str, device: str) -> None:
         )
     assert one.any()
     assert torch.equal(buffer, one * 2.0**-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_targets_are_not_rounded_to_16_bits(dtype: torch.dtype, backend: str, device: str) -> None:
+    """The target's element outweighs the rest of its row: rounded, it would be off by 1e-3."""
+    hidden_TD, head_VD, target_T, weight_T = inputs(dtype, device)
+    head_VD = head_VD.detach()[:, :8].div(4).repeat(40, 1).contiguous()  # flat, 3880 tokens
+    hidden_TD = hidden_TD.detach()[:, :8].contiguous()
+    buffer = torch.zeros_like(head_VD, dtype=torch.float32)
+    linear_weighted_cross_entropy(
+        hidden_TD,
+        head_VD.requires_grad_(),
+        target_T,
+        weight_T,
+        head_grad_VD=buffer,
+        backend=backend,
+    )
+    exact_VD = head_VD.detach().double().requires_grad_()
+    logprob_T = reference.token_logprobs(hidden_TD.double(), exact_VD, target_T)
+    loss = -(weight_T.to(device).double() * logprob_T).sum()
+    (truth,) = torch.autograd.grad(loss, exact_VD)
+    assert (buffer.double() - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
 def inputs(dtype: torch.dtype, device: str):

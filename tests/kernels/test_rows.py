@@ -10,17 +10,26 @@ from tolerance import assert_accurate
 
 from grao_fast.kernels.checks import logit_transform
 from grao_fast.kernels.policy import Policy
-from grao_fast.kernels.vocab_parallel import sharded_ce_rows
+from grao_fast.kernels.vocab_parallel import Shard, sharded_ce_rows
 
 STRIDE = 320
 
 
 def row_function(backend: str):
+    """The backend's row function, but with the target's gradient put back among the others."""
     if backend == "triton":
         from grao_fast.kernels.rowwise import weighted_ce_rows
     else:
         from grao_fast.kernels.chunked_torch import weighted_ce_rows
-    return weighted_ce_rows
+
+    def run(logits_RV, dlogits_RV, bias_V, target_R, weight_R, *rest):
+        target_grad_R = torch.full_like(weight_R, torch.nan)
+        weighted_ce_rows(logits_RV, dlogits_RV, target_grad_R, bias_V, target_R, weight_R, *rest)
+        place_R1 = target_R.clamp(min=0)[:, None]
+        target_grad_R1 = target_grad_R[:, None].to(dlogits_RV.dtype)
+        dlogits_RV.scatter_add_(1, place_R1, target_grad_R1)
+
+    return run
 
 
 def row_inputs(device: str, R: int = 6, V: int = 257):
@@ -120,13 +129,12 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
     assert_accurate("dlogits", slab, naive[1], truth[1], torch.float32)
 
 
-class OneProcess:
+class OneProcess(Shard):
     """A group of one: its part of the vocabulary is all of it."""
 
     start = 0
 
-    @staticmethod
-    def max_(tensor: torch.Tensor) -> torch.Tensor:
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     sum_ = max_
@@ -152,15 +160,16 @@ def test_two_halves_do_what_the_whole_does(
         torch.full((6,), 0.1, device=device).where(weight_R != 0, 0),
         *(0.8, 1.2, 2.0),
     )
-    halves = sharded_ce_rows(OneProcess, rows.row_statistics, rows.row_gradient)
+    halves = sharded_ce_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
     results = []
     for function in (rows.weighted_ce_rows, halves):
         logits = slab.clone()
         dlogits = torch.full_like(slab, torch.nan, dtype=gradient)
-        values = [torch.full((6,), torch.nan, device=device) for _ in range(3)]
+        values = [torch.full((6,), torch.nan, device=device) for _ in range(4)]
         function(
             logits[:, :V],
             dlogits[:, :V],
+            values[3],
             bias_S[:V],
             target_R,
             weight_R,
