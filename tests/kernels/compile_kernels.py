@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,6 +27,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_LINKER = Path("/opt/rocm/llvm/bin/ld.lld")
+if Version(triton.__version__) < Version("3.5") and not _LINKER.exists():
+    del TARGETS["gfx942"]  # its linker came with Triton 3.5
 # 4096 and 8192 are read once. Production vocabularies are read twice, by one piece of code: of V it
 # sees only whether 16 divides it.
 VOCABULARIES = (49152, 128256, 151936, 262144, 32001, 8192, 4096, 7)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from interpreter import interpreter_fault
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,6 +25,8 @@ def backend(request: pytest.FixtureRequest) -> str:
         rowwise = pytest.importorskip("grao_fast.kernels.rowwise")
         if not rowwise.runs_on(torch.device(device_for("triton"))):
             pytest.skip("Triton was imported without its interpreter; see test_own_process.py")
+        if not torch.cuda.is_available() and (fault := interpreter_fault()):
+            pytest.skip(fault)
     return request.param
 
 

@@ -10,8 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def test_every_device_is_there(compiled: dict[str, dict]) -> None:
-    for device in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    devices = {name.split()[0] for name in compiled}
+    assert devices >= {"sm_80", "sm_90", "sm_100"}
+    if "gfx942" not in devices:
+        assert Version(triton.__version__) < Version("3.5")
+    for device in devices:
         kernels = {name.split()[1] for name in compiled if name.startswith(device + " ")}
         assert kernels == {
             "rows",
