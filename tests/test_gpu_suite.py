@@ -65,8 +65,27 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     assert sections["widths"]["report"]["passed"] == 19
     ours = sections["shapes"]["report"]["T=512 D=64 V=1031"]["grao"]
     assert ours["rounds"] == 2 and ours["median"] > 0 and max(ours["errors"].values()) < 1e-4
+    assert_tables_can_be_made(tmp_path)
     step = sections["step"]["report"]["batch"]
     assert 0.25 < step["live"] / step["T"] < 0.4
+
+
+def assert_tables_can_be_made(tmp_path: Path) -> None:
+    """Of the suite's report, by the benchmarks' own table.py."""
+    script = (
+        "import sys, json, pathlib\n"
+        f"sys.path.insert(0, {str(Path(SUITE).parent)!r})\n"
+        "import keep_suite, table\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "for path in keep_suite.keep(folder / 'out' / 'suite.json', 'here', folder)[1:]:\n"
+        "    result = json.loads(path.read_text())\n"
+        "    print(table.MAKERS[path.stem.split('-')[0]](path.stem, result))\n"
+    )
+    done = python("-c", script, tmp_path, path=Path(torch.__file__).parents[1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| T=512 D=64 V=1031" in done.stdout and "| `linear_grao_loss` |" in done.stdout
+    assert "25% over 100%" in done.stdout and "seconds over tokens" in done.stdout
+    assert (tmp_path / "suite-here.json").exists()
 
 
 def run_with_sections(tmp_path: Path, code: str):

@@ -128,7 +128,13 @@ def _take_turns(
     for name, each in rounds_of.items():
         figures = run.report[where][name]
         if "reason" not in figures:
-            figures |= _joined(each).summary()
+            figures |= _joined(each).summary() | batch_facts(batch)
+
+
+def batch_facts(batch: Batch) -> dict[str, Any]:
+    """As in replay.facts."""
+    (T, D), V = batch.hidden_TD.shape, batch.head_VD.shape[0]
+    return {"shape_TDV": [T, D, V], "dtype": str(batch.hidden_TD.dtype).removeprefix("torch.")}
 
 
 def _joined(rounds: list[Measured]) -> Measured:

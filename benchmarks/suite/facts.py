@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
+from datetime import datetime, timezone
 
 import torch
 from measure import machine_facts, seconds, three_gemms
@@ -21,6 +23,8 @@ def facts(run: Run) -> str:
     """Device and versions; copy and GEMM rates; the three GEMMs of the benchmarks' shapes."""
     report = run.report
     report |= machine_facts(run.device.type)
+    report["date"] = datetime.now(timezone.utc).date().isoformat()
+    report["load"] = os.getloadavg()[0]
     report["commit"] = _printed("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if run.device.type == "cuda":
         properties = torch.cuda.get_device_properties(run.device)
