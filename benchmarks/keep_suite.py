@@ -19,8 +19,8 @@ from measure import PACKAGES
 from peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
-# The suite's sections by the benchmarks that measure the same.
 _MACHINE = ("device", "threads", "load", "python", "torch", "cuda", *PACKAGES)
+# The suite's sections by the benchmarks that measure the same.
 SECTIONS = {"shapes": "linear_grao", "occupancy": "occupancy", "tokens": "tokens"}
 
 
