@@ -35,12 +35,13 @@ def plan_chunks(L: int, stride: int, D: int, itemsize: int | None, workspace_byt
     """Chunks that fit the workspace, of about one size; at least one row.
 
     itemsize: bytes of an element of the logits' gradient where that lies apart, or None. Besides, a
-    row costs its copies of hidden (up to 4 D bytes) and dhidden (4 D).
+    row costs up to 16 D bytes: copies of hidden, dhidden and the target's row of the head, and a
+    product with the target's gradient.
     """
     if itemsize is None:
-        rows = _even(L, workspace_bytes // (4 * stride + 8 * D))
+        rows = _even(L, workspace_bytes // (4 * stride + 16 * D))
         return Chunks(rows, rows)
-    gradient_bytes = itemsize * stride + 8 * D
+    gradient_bytes = itemsize * stride + 16 * D
     together = _even(L, workspace_bytes // (4 * stride + gradient_bytes))
     slab_rows = min(SLAB_ROWS, max(1, L), max(1, workspace_bytes // (8 * stride)))
     if slab_rows >= together:
