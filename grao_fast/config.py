@@ -17,6 +17,7 @@ ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
 VLLMMode = Literal["server", "colocate"]
 
 
@@ -74,6 +75,11 @@ class GRAOConfig:
         max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
         share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
             padded rows, for models that a shared prefix cannot serve.
+        attention_backend: of updates. With a shared prefix, "flex" (FlexAttention, CUDA only) or
+            "sdpa" (in parts); "auto": the first on CUDA, the second elsewhere. Without one,
+            "sdpa" or "flash_attention_2" (CUDA only); "auto": as the model was loaded.
+        use_liger_kernel: on CUDA, Liger's layers (norms, rotary embeddings, MLPs) in place of the
+            model's own; on a CPU it is off, and said to be.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         lr_scheduler_type, warmup_steps: of the learning rate.
         max_grad_norm: gradients are clipped to this norm.
@@ -126,6 +132,8 @@ class GRAOConfig:
     epsilon_high: float | None = None
     max_tokens_per_microbatch: int = 16384
     share_prefix: bool = True
+    attention_backend: AttentionBackend = "auto"
+    use_liger_kernel: bool = False
     learning_rate: float = 1e-6
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
@@ -228,6 +236,7 @@ _CHOICES = {
     "reward_type": get_args(RewardType),
     "lr_scheduler_type": get_args(Scheduler),
     "cache_implementation": get_args(CacheImplementation),
+    "attention_backend": get_args(AttentionBackend),
     "vllm_mode": get_args(VLLMMode),
 }
 

@@ -184,7 +184,13 @@ def evaluate(
     config = config or GRAOConfig()
     if config.use_vllm:
         raise ValueError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
-    config = config.replace(gradient_checkpointing=False, share_prefix=False, kl_coef=0.0)
+    config = config.replace(
+        gradient_checkpointing=False,
+        share_prefix=False,
+        attention_backend="auto",
+        use_liger_kernel=False,
+        kl_coef=0.0,
+    )
     folder = None if output_dir is None else _result_folder(Path(output_dir).expanduser())
     examples = load_examples(dataset, split="test")
     scorer = resolve_reward(reward, weights=config.reward_weights)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,14 @@ def to_groups(rollout: Rollout, *, beta: float, lam: float, kl_coef: float = 0.0
     ]
 
 
+class StepLoss(NamedTuple):
+    """`loss` is what the backward pass begins at: GRAO's, and the router's where there is one."""
+
+    loss: Tensor
+    grao: GRAOLoss
+    router: Tensor | None = None
+
+
 def micro_batch_loss(
     policy: Policy,
     batch: MicroBatch,
@@ -110,7 +119,7 @@ def micro_batch_loss(
     num_prompts: int,
     old_logprob_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
-) -> GRAOLoss:
+) -> StepLoss:
     """The loss of one micro-batch; the sum over a step's micro-batches is the step's loss.
 
     num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
@@ -118,10 +127,10 @@ def micro_batch_loss(
     old_logprob_T: under the policy that the step began with; None: it is this one.
     ref_logprob_T: under the policy that training began with; None: no KL term.
     """
-    hidden_TD = policy.hidden(batch)
+    hidden_TD, router_loss = policy.hidden_and_router_loss(batch)
     head_VD, bias_V = policy.head()
     with policy.autocast():
-        return linear_grao_loss(
+        grao = linear_grao_loss(
             hidden_TD,
             head_VD,
             batch.target_T,
@@ -144,6 +153,10 @@ def micro_batch_loss(
             kl_coef=None if ref_logprob_T is None else config.kl_coef,
             workspace_mib=config.workspace_mib,
         )
+    if router_loss is None:
+        return StepLoss(grao.loss, grao)
+    router_loss = router_loss / num_prompts
+    return StepLoss(grao.loss + router_loss, grao, router_loss.detach())
 
 
 @torch.no_grad()
@@ -232,12 +245,12 @@ def _backward(
             ref_logprob_T=part.ref_logprob_T,
         )
         loss.loss.backward()
-        metrics.add(part.batch, loss, _held(part, loss, config))
+        metrics.add(part.batch, loss.grao, _held(part, loss.grao, config), loss.router)
         if config.num_iterations > 1 and part.old_logprob_T is None:
             # References were not sampled: L(y) needs no ratio, and its gradient is exact as it is.
             K = part.batch.rewards_NK.shape[1]
             is_sample_T = part.batch.sequence_T % K != K - 1
-            part.old_logprob_T = torch.where(is_sample_T, loss.logprob_T.cpu(), torch.nan)
+            part.old_logprob_T = torch.where(is_sample_T, loss.grao.logprob_T.cpu(), torch.nan)
     return metrics
 
 
