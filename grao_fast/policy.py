@@ -205,6 +205,7 @@ def load_policy(
             device,
             backend=config.attention_backend,
             share_prefix=config.share_prefix,
+            recompute=config.gradient_checkpointing,
         ),
         router=Router.of(causal_lm),
         sampler=_sampler(causal_lm, config, eos, pad_id, dtype),

@@ -89,13 +89,19 @@ for _name, _backend in (("grao_parts", sdpa), ("grao_flex", flex)):
 
 
 def choose_attention(
-    causal_lm: PreTrainedModel, device: torch.device, *, backend: str, share_prefix: bool
+    causal_lm: PreTrainedModel,
+    device: torch.device,
+    *,
+    backend: str,
+    share_prefix: bool,
+    recompute: bool,
 ) -> str | None:
     """The attention of updates, as Transformers knows it; None: as the model was loaded.
 
     Args:
         backend: "sdpa", "flex", "flash_attention_2", or "auto": with a shared prefix FlexAttention
             on CUDA and SDPA elsewhere, and without one the model's own.
+        recompute: whether layers are computed again in the backward pass.
 
     Raises:
         ValueError: the backend cannot serve this model, device or layout.
@@ -108,7 +114,7 @@ def choose_attention(
             "parts needs a gradient of the log-sum-exp that flash-attn does not give; "
             'use "flex", or set share_prefix=False'
         )
-    why_not = _why_not_flex(causal_lm, device)
+    why_not = _why_not_flex(causal_lm, device, recompute=recompute)
     if backend == "flex" and why_not:
         raise ValueError(f'attention_backend="flex": {why_not}; use "sdpa" or "auto"')
     if backend == "auto" and why_not and device.type == "cuda":
@@ -116,13 +122,21 @@ def choose_attention(
     return "grao_parts" if backend == "sdpa" or why_not else "grao_flex"
 
 
-def _why_not_flex(causal_lm: PreTrainedModel, device: torch.device) -> str | None:
+def _why_not_flex(
+    causal_lm: PreTrainedModel, device: torch.device, *, recompute: bool
+) -> str | None:
     if device.type != "cuda":
         return f"FlexAttention has no gradients on device {str(device)!r}"
     config = causal_lm.config.get_text_config()
     for name in _DROPOUTS:
         if getattr(config, name, 0.0):
             return f"{name}={getattr(config, name)}, and FlexAttention has no dropout"
+    if recompute and getattr(config, "attn_logit_softcapping", None) is not None:
+        # PyTorch traces the cap's derivative anew in each forward, and what the trace saves puts
+        # the recomputed tensors out of order: gradients were NaN, without an error (torch 2.13)
+        return (
+            "its cap on scores gives wrong gradients in recomputed layers (gradient_checkpointing)"
+        )
     return None
 
 

@@ -53,7 +53,7 @@ def attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else softcap_of(softcap),
+        score_mod=None if softcap is None else softcap_of(softcap, query.device),
         block_mask=block_mask(segments, window, query.device),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -67,13 +67,15 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 @cache
-def softcap_of(softcap: float) -> Score:
-    """softcap * tanh(score / softcap); one object for all layers, as compilation is keyed by it."""
+def softcap_of(softcap: float, device: torch.device) -> Score:
+    """softcap * tanh(score / softcap); one function for all layers, as it is part of the kernel."""
+    # as a tensor: a captured float is a dynamic number, which FlexAttention's lowering refuses
+    cap = torch.tensor(softcap, device=device)
 
-    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
 
-    return cap
+    return capped
 
 
 def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Mask:
