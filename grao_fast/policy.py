@@ -23,6 +23,7 @@ from grao_fast.attention import attending, choose_attention
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
+from grao_fast.liger import use_liger_layers
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.transformers import TransformersSampler
@@ -66,6 +67,11 @@ class Policy:
         """Tokens of prompt and completion that model and sampler hold; None: nothing says so."""
         of_model = getattr(self.causal_lm.config, "max_position_embeddings", None)
         return min(filter(None, (of_model, self.sampler.context_length)), default=None)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.causal_lm.modules())
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the language-model head, as parameters."""
@@ -144,8 +150,9 @@ def load_policy(
     config: GRAOConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     peft_config: Any = None,
+    trained: bool = True,
 ) -> Policy:
-    """Load a model for training or sampling, and check that its head is understood.
+    """Load a model for training or sampling, and check that it is understood.
 
     Args:
         model: a folder, a hub id, or a causal language model of Transformers (or a PeftModel).
@@ -153,10 +160,12 @@ def load_policy(
             concerns the sampler are read.
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
+        trained: False for a model that is only to answer: gradients are not checked.
 
     Raises:
         ValueError: a path that is not there, no tokenizer, no end-of-sequence token, an adapter on
-            the head, logits that differ from the model's own, or a vLLM that cannot serve.
+            the head, logits or gradients that differ from the model's own, an attention backend
+            or Liger that cannot serve, or a vLLM that cannot.
         ConnectionError: no vLLM server answers.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -177,6 +186,8 @@ def load_policy(
                 existing_path(model), dtype=torch.bfloat16 if frozen_bf16 else torch.float32
             )
     model = model.to(device)
+    if config.use_liger_kernel:
+        use_liger_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -210,7 +221,7 @@ def load_policy(
         router=Router.of(causal_lm),
         sampler=_sampler(causal_lm, config, eos, pad_id, dtype),
     )
-    check_parity(policy)
+    check_parity(policy, gradient=trained)
     if initial_lm is None:
         return policy
     initial_lm.eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from grao_fast.batch import Group, MicroBatch, split_by_tokens
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
+from grao_fast.flops import ModelCost, update_flops
 from grao_fast.kernels import (
     GRAOLoss,
     group_advantages,
@@ -212,6 +213,14 @@ def update(
         "grad_norm": norms[0],
         "learning_rate": learning_rate,
         "tokens": config.num_iterations * sum(p.batch.input_ids_BL.numel() for p in parts),
+        **update_flops(
+            ModelCost.of(policy.causal_lm, recompute=policy.recomputes),
+            groups,
+            [part.batch for part in parts],
+            share_prefix=policy.share_prefix,
+            updates=config.num_iterations,
+            scored=config.kl_coef > 0,
+        ),
         "time/update": updated - started,
         "time/sync": time.perf_counter() - updated,
     }

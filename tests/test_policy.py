@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
 from families import FAMILIES, GROUPS, SIZES, assert_same, family_model, gradients
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+from grao_fast.attention import packed_attention, sdpa
 from grao_fast.batch import pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.policy import LogitTransform, load_policy
@@ -92,3 +95,25 @@ def test_transforms_are_read_from_the_config():
 def test_a_missing_folder_is_said_at_once(model: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_policy(model, config=GRAOConfig())
+
+
+def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
+    """The values are right, and keys pass no gradient on: a fault that no logit shows."""
+
+    def without_key_gradients(query, key, *rest, **options):
+        return attend(query, key.detach(), *rest, **options)
+
+    attend = sdpa.attend
+    hook = functools.partial(packed_attention, attend=without_key_gradients)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "grao_parts", hook)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: gradients .* differ .*share_prefix"):
+        load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer)
+    load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer, trained=False)
+
+
+def test_the_check_at_the_start_leaves_no_trace(tiny_model):
+    policy = load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    assert not policy.model.get_input_embeddings()._forward_hooks
+    assert policy.causal_lm.config._attn_implementation == "sdpa"
