@@ -73,6 +73,9 @@ class GRAOConfig:
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
             None: as epsilon.
         max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
+            None: as many as fit the memory, found before the first step.
+        memory_budget_mib: memory in MiB for such a pass, besides parameters, gradients and AdamW's
+            moments. None: 8192 on a CPU, and on CUDA nine tenths of what is free.
         share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
             padded rows, for models that a shared prefix cannot serve.
         attention_backend: of updates. With a shared prefix, "flex" (FlexAttention, CUDA only) or
@@ -130,7 +133,8 @@ class GRAOConfig:
     num_iterations: int = 1
     epsilon: float = 0.2
     epsilon_high: float | None = None
-    max_tokens_per_microbatch: int = 16384
+    max_tokens_per_microbatch: int | None = None
+    memory_budget_mib: int | None = None
     share_prefix: bool = True
     attention_backend: AttentionBackend = "auto"
     use_liger_kernel: bool = False
@@ -262,6 +266,7 @@ _AT_LEAST: dict[str, float] = {
     "generation_batch_size": 1,
     "prompts_per_step": 1,
     "max_tokens_per_microbatch": 1,
+    "memory_budget_mib": 1,
     "learning_rate": 0,
     "weight_decay": 0,
     "warmup_steps": 0,
@@ -283,6 +288,7 @@ _WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
 # What an option needs beside it to have an effect.
 _NEEDS: dict[str, dict[str, Any]] = {
     "cache_implementation": {"use_vllm": False},
+    "memory_budget_mib": {"max_tokens_per_microbatch": None},
     "vllm_mode": _WITH_VLLM,
     "vllm_sync_dir": _WITH_VLLM,
     "vllm_importance_sampling_clip_max": _WITH_VLLM,

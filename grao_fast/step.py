@@ -192,6 +192,7 @@ def update(
     started = time.perf_counter()
     groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
     budget = config.max_tokens_per_microbatch
+    assert budget is not None, "see grao_fast.memory.token_budget"
     passes: list[LossMetrics] = []
     norms: list[float] = []
     with policy.updating():
