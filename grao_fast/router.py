@@ -12,7 +12,8 @@ split; that of a group does not. A dead group, which is not computed, adds nothi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grao_fast.batch import MicroBatch
+
+
+@contextmanager
+def no_router_loss(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model does not compute it: with a cache, Transformers' code for it would fail."""
+    asked = getattr(causal_lm.config, "output_router_logits", None)
+    if asked:
+        causal_lm.config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            causal_lm.config.output_router_logits = True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from grao_fast.batch import Group, MicroBatch
 from grao_fast.policy import Policy
 
 SIZES = {
-    "vocab_size": 75,
+    "vocab_size": 77,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -69,7 +69,7 @@ def probe(tiny_model, config: GRAOConfig):
 
 
 def test_a_budget_is_filled_and_not_exceeded(tiny_model):
-    config = FOUND.replace(memory_budget_mib=3)
+    config = FOUND.replace(memory_budget_mib=3, prompts_per_step=7)
     policy, prompts = probe(tiny_model, config)
     shape = memory.GroupShape.largest(prompts, config)
     found = memory.token_budget(policy, adamw(policy.model, config), prompts, config)
@@ -82,7 +82,7 @@ def test_a_budget_is_filled_and_not_exceeded(tiny_model):
             with memory._Held(policy) as held:
                 memory._run(policy, shape.group(), n, config)
             sizes.append(held.peak + held.gradients_peak + MIB)
-    assert sizes[0] <= 3 * MIB < 1.05 * sizes[1]
+    assert sizes[0] <= 3 * MIB < sizes[1]
 
 
 def test_finding_it_leaves_no_trace(tiny_model):
@@ -110,7 +110,7 @@ def lines_if_any(output: Path) -> list[dict]:
 
 
 def test_a_run_that_found_its_budget_resumes_bit_for_bit(tiny_model, tmp_path: Path):
-    config = FOUND.replace(memory_budget_mib=3, max_steps=4)
+    config = FOUND.replace(memory_budget_mib=2, max_steps=4)
     run(tiny_model, tmp_path / "whole", config=config)
     run(tiny_model, tmp_path / "parts", config=config, callbacks=[StopAt(2)])
     run(tiny_model, tmp_path / "parts", config=config, resume_from_checkpoint=True)

@@ -16,23 +16,23 @@ from grao_fast.config import GRAOConfig
 from grao_fast.policy import LogitTransform, load_policy
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_gradients_of_repeated_ones(
-    family: str, checkpointing: bool, tiny_model
-):
+def test_shared_prompts_give_the_gradients_of_repeated_ones(family: str, how: str, tiny_model):
+    """Two groups in one row; the adapter's weights are not 0 at the start, as they would be."""
+    adapter = None
+    if how.endswith("adapter"):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        adapter = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    config = GRAOConfig(gradient_checkpointing=how != "plain")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(
-        family_model(family),
-        config=GRAOConfig(gradient_checkpointing=checkpointing),
-        tokenizer=tokenizer,
+        family_model(family), config=config, tokenizer=tokenizer, peft_config=adapter
     )
     shared = gradients(policy, pack(GROUPS))
-    stock = load_policy(
-        policy.model,
-        config=GRAOConfig(share_prefix=False, gradient_checkpointing=checkpointing),
-        tokenizer=tokenizer,
-    )
+    assert all(("lora" in name) == (adapter is not None) for name in shared[1])
+    repeating = config.replace(share_prefix=False)
+    stock = load_policy(policy.model, config=repeating, tokenizer=tokenizer)
     assert_same(shared, gradients(stock, pad(GROUPS, pad_token_id=0)))
 
 
