@@ -93,6 +93,7 @@ class MicroBatch:
     input_ids_BL, position_ids_BL: int64, the rows of the forward pass.
     attention_mask_BL: int64, 0 on padding; None for a packed row.
     segments: where the groups stand in a packed row; None for padded rows.
+    place_NT: for each group int64, the places in the flattened rows of its tokens, its prompt once.
     row_T: int64, the place in the flattened (B * L) rows whose hidden state predicts target_T.
     target_T: int64 token ids.
     sequence_T: int64, n * K + k of every target, for `linear_grao_loss`.
@@ -104,6 +105,7 @@ class MicroBatch:
     position_ids_BL: Tensor
     attention_mask_BL: Tensor | None
     segments: tuple[Segment, ...] | None
+    place_NT: tuple[Tensor, ...]
     row_T: Tensor
     target_T: Tensor
     sequence_T: Tensor
@@ -160,6 +162,7 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
         position_ids_BL=torch.tensor([positions]),
         attention_mask_BL=None,
         segments=tuple(segments),
+        place_NT=tuple(torch.arange(s.start, s.stop) for s in segments),
         row_T=torch.tensor(rows),
         **_targets(groups),
     )
@@ -167,23 +170,30 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
 
 def pad(groups: Sequence[Group], *, pad_token_id: int) -> MicroBatch:
     """Lay live sequences out in right-padded rows of their own, the prompt repeated in each."""
-    sequences = [
-        (group.prompt_ids, group.sequence_ids[k]) for group in groups for k in group.live_sequences
-    ]
-    L = max(len(prompt) + len(ids) for prompt, ids in sequences)
-    input_ids = torch.full((len(sequences), L), pad_token_id)
-    mask = torch.zeros((len(sequences), L), dtype=torch.int64)
+    size = sum((group.size for group in groups), start=Size(0, 0, 0))
+    B, L = size.sequences, size.longest
+    input_ids = torch.full((B, L), pad_token_id)
+    mask = torch.zeros((B, L), dtype=torch.int64)
     rows: list[int] = []
-    for b, (prompt, ids) in enumerate(sequences):
-        stop = len(prompt) + len(ids)
-        input_ids[b, :stop] = torch.tensor(prompt + ids)
-        mask[b, :stop] = 1
-        rows += range(b * L + len(prompt) - 1, b * L + stop - 1)
+    places: list[Tensor] = []
+    b = 0
+    for group in groups:
+        P, of_group = len(group.prompt_ids), []
+        for k in group.live_sequences:
+            ids = group.sequence_ids[k]
+            stop = P + len(ids)
+            input_ids[b, :stop] = torch.tensor(group.prompt_ids + ids)
+            mask[b, :stop] = 1
+            rows += range(b * L + P - 1, b * L + stop - 1)
+            of_group += range(b * L + (P if of_group else 0), b * L + stop)
+            b += 1
+        places.append(torch.tensor(of_group))
     return MicroBatch(
         input_ids_BL=input_ids,
-        position_ids_BL=torch.arange(L).expand(len(sequences), L),
+        position_ids_BL=torch.arange(L).expand(B, L),
         attention_mask_BL=mask,
         segments=None,
+        place_NT=tuple(places),
         row_T=torch.tensor(rows),
         **_targets(groups),
     )

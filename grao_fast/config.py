@@ -17,6 +17,7 @@ ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
 VLLMMode = Literal["server", "colocate"]
 
 
@@ -72,8 +73,16 @@ class GRAOConfig:
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
             None: as epsilon.
         max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
+            None: as many as fit the memory, found before the first step.
+        memory_budget_mib: memory in MiB for such a pass, besides parameters, gradients and AdamW's
+            moments. None: 8192 on a CPU, and on CUDA nine tenths of what is free.
         share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
             padded rows, for models that a shared prefix cannot serve.
+        attention_backend: of updates. With a shared prefix, "flex" (FlexAttention, CUDA only) or
+            "sdpa" (in parts); "auto": the first on CUDA, the second elsewhere. Without one,
+            "sdpa" or "flash_attention_2" (CUDA only); "auto": as the model was loaded.
+        use_liger_kernel: on CUDA, Liger's layers (norms, rotary embeddings, MLPs) in place of the
+            model's own; on a CPU it is off, and said to be.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         lr_scheduler_type, warmup_steps: of the learning rate.
         max_grad_norm: gradients are clipped to this norm.
@@ -124,8 +133,11 @@ class GRAOConfig:
     num_iterations: int = 1
     epsilon: float = 0.2
     epsilon_high: float | None = None
-    max_tokens_per_microbatch: int = 16384
+    max_tokens_per_microbatch: int | None = None
+    memory_budget_mib: int | None = None
     share_prefix: bool = True
+    attention_backend: AttentionBackend = "auto"
+    use_liger_kernel: bool = False
     learning_rate: float = 1e-6
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
@@ -228,6 +240,7 @@ _CHOICES = {
     "reward_type": get_args(RewardType),
     "lr_scheduler_type": get_args(Scheduler),
     "cache_implementation": get_args(CacheImplementation),
+    "attention_backend": get_args(AttentionBackend),
     "vllm_mode": get_args(VLLMMode),
 }
 
@@ -253,6 +266,7 @@ _AT_LEAST: dict[str, float] = {
     "generation_batch_size": 1,
     "prompts_per_step": 1,
     "max_tokens_per_microbatch": 1,
+    "memory_budget_mib": 1,
     "learning_rate": 0,
     "weight_decay": 0,
     "warmup_steps": 0,
@@ -274,6 +288,7 @@ _WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
 # What an option needs beside it to have an effect.
 _NEEDS: dict[str, dict[str, Any]] = {
     "cache_implementation": {"use_vllm": False},
+    "memory_budget_mib": {"max_tokens_per_microbatch": None},
     "vllm_mode": _WITH_VLLM,
     "vllm_sync_dir": _WITH_VLLM,
     "vllm_importance_sampling_clip_max": _WITH_VLLM,

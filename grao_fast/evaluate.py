@@ -184,7 +184,13 @@ def evaluate(
     config = config or GRAOConfig()
     if config.use_vllm:
         raise ValueError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
-    config = config.replace(gradient_checkpointing=False, share_prefix=False, kl_coef=0.0)
+    config = config.replace(
+        gradient_checkpointing=False,
+        share_prefix=False,
+        attention_backend="auto",
+        use_liger_kernel=False,
+        kl_coef=0.0,
+    )
     folder = None if output_dir is None else _result_folder(Path(output_dir).expanduser())
     examples = load_examples(dataset, split="test")
     scorer = resolve_reward(reward, weights=config.reward_weights)
@@ -196,14 +202,14 @@ def evaluate(
         if isinstance(named, (str, Path)):
             existing_path(named)
 
-    policy = load_policy(model, config=config, tokenizer=tokenizer)
+    policy = load_policy(model, config=config, tokenizer=tokenizer, trained=False)
     examples, completions = _answer(policy, examples, config)
     baseline = None
     if base_model is not None:
         if isinstance(base_model, nn.Module) and tokenizer is None:
             tokenizer = policy.tokenizer
         del policy  # frees the model before the next is loaded
-        base = load_policy(base_model, config=config, tokenizer=tokenizer)
+        base = load_policy(base_model, config=config, tokenizer=tokenizer, trained=False)
         # Both answer the same prompts: what was too long for the first has been dropped.
         _, baseline = _answer(base, examples, config.replace(max_prompt_length=None))
     result = evaluate_completions(

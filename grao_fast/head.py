@@ -33,11 +33,6 @@ class LogitTransform:
 
 def check_head(causal_lm: PreTrainedModel) -> None:
     """ValueError, with the remedy, where the loss would not be the model's own."""
-    if getattr(causal_lm.config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits asks for the router's auxiliary loss, which GRAO's step does not "
-            "add yet: set model.config.output_router_logits = False"
-        )
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(

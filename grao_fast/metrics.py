@@ -78,13 +78,26 @@ class LossMetrics:
 
     def __init__(self) -> None:
         self.terms, self.kl = torch.zeros(3), 0.0
+        self.router: float | None = None
         self.samples, self.references = _Mean(), _Mean()
         self.logp_diff, self.held = _Mean(), _Mean()
 
-    def add(self, batch: MicroBatch, loss: GRAOLoss, held_T: Tensor | None = None) -> None:
-        """held_T: 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    def add(
+        self,
+        batch: MicroBatch,
+        loss: GRAOLoss,
+        held_T: Tensor | None = None,
+        router: Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch.
+
+        held_T: 1 where the clip holds a ratio, 0 where not, NaN where there is none.
+        router: its part of the loss, beside GRAO's.
+        """
         self.terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
         self.kl += float(loss.kl)
+        if router is not None:
+            self.router = (self.router or 0.0) + float(router)
         logprob_T = loss.logprob_T.float().cpu()
         self.logp_diff.add((logprob_T - batch.sampler_logprob_T).abs())
         if held_T is not None:
@@ -104,7 +117,7 @@ class LossMetrics:
     def to_dict(self, *, kl_coef: float) -> dict[str, float]:
         exploration, imitation, alignment = self.terms.tolist()
         metrics = {
-            "loss": self.kl - (exploration + imitation + alignment),
+            "loss": self.kl + (self.router or 0.0) - (exploration + imitation + alignment),
             "objective/exploration": exploration,
             "objective/imitation": imitation,
             "objective/alignment": alignment,
@@ -113,4 +126,6 @@ class LossMetrics:
             "sampling/logp_diff": self.logp_diff.value,
             "sampling/logp_diff_max": self.logp_diff.max,
         }
+        if self.router is not None:
+            metrics["router_loss"] = self.router
         return metrics | ({"kl": self.kl / kl_coef} if kl_coef else {})

@@ -1,13 +1,18 @@
-"""The start-up check that a model's head is understood: refused by name, never trained wrong."""
+"""The start-up check that a model is understood: refused by name, never trained wrong.
+
+Suffixes: T rows of the head, V vocabulary, B rows of L tokens, D width.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from grao_fast.attention import attending
 from grao_fast.batch import Group
 from grao_fast.kernels.checks import resolve_backend
 
@@ -17,58 +22,110 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS = 16
-# Of our logits against the model's, relative to the largest of them.
+# Of our logits against the model's, and of gradients, relative to the largest of them.
 _TOLERANCE = 1e-3
 _TOLERANCE_16_BITS = 0.05
 
 
-@torch.no_grad()
-def check_parity(policy: Policy) -> None:
-    """Compare logits from the policy's hidden states with the model's own.
+def check_parity(policy: Policy, *, gradient: bool = True) -> None:
+    """Compare logits from the policy's hidden states with the model's own, and their gradients.
+
+    The gradient is that of a sum of log-probs with respect to the embedded tokens, where every
+    layer's part arrives; it costs two backward passes over 16 tokens and touches no parameter.
+
+    Args:
+        gradient: False for a policy that is only to answer.
 
     Raises ValueError, naming the model and the remedy, where they differ or cannot be computed.
     """
-    model, device = policy.causal_lm, policy.device
-    name = type(model).__name__
+    model = policy.causal_lm
+    name, training = type(model).__name__, policy.model.training
     remedy = "set share_prefix=False" if policy.share_prefix else "this model is not supported"
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(_TOKENS) * 7919 + 11) % vocabulary
-    prompt, suffixes = ids[:4].tolist(), [ids[4:8].tolist(), ids[8:16].tolist()]
-    group = Group(prompt, suffixes, torch.tensor([0.0, 1.0]), torch.tensor([True, True]))
-    training = model.training
+    ids_T = (torch.arange(_TOKENS) * 7919 + 11) % vocabulary
+    prompt, suffixes = ids_T[:4].tolist(), [ids_T[4:8].tolist(), ids_T[8:].tolist()]
+    policy.model.eval()
     try:
-        with policy.updating():
-            policy.model.eval()
-            hidden = policy.hidden(policy.lay_out([group])).float()
+        with attending(model, policy.attention):
+            ours = _measure(policy, lambda: _logits(policy, prompt, suffixes), ids_T, gradient)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot run as a policy: {error}; {remedy}") from error
-    head, bias = policy.head()
-    logits = nn.functional.linear(hidden, head.float(), None if bias is None else bias.float())
-    logits = logits * policy.transform.logit_scale
-    if policy.transform.softcap is not None:
-        logits = policy.transform.softcap * torch.tanh(logits / policy.transform.softcap)
-    with policy.autocast():
-        rows = [
-            model(input_ids=torch.tensor([prompt + suffix], device=device)).logits[0, 3:-1].float()
-            for suffix in suffixes
-        ]
+    its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
     policy.model.train(training)
-    expected = torch.cat(rows)
-    error = float((logits - expected).abs().max())
-    largest = float(expected.abs().max())
     # 16-bit forward passes of different shapes differ by their rounding
     sixteen_bits = policy.autocast_dtype is not None or model.dtype != torch.float32
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
-    if not error <= tolerance * largest:
-        raise ValueError(
-            f"{name}: logits from its hidden states differ from its own by {error:.3g} where the "
-            f"largest is {largest:.3g}; {remedy}"
-        )
+    off = 0.0
+    for what, actual, expected in zip(("logits", "gradients"), ours, its_own, strict=False):
+        error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
+        if not error <= tolerance * largest:
+            raise ValueError(
+                f"{name}: {what} from its hidden states differ from its own by {error:.3g} where "
+                f"the largest is {largest:.3g}; {remedy}"
+            )
+        off = max(off, error / largest)
     logger.info(
-        "%s on %s: prompts %s, loss in %s, logits off by %.1e of the largest",
+        "%s on %s: prompts %s, attention %s, loss in %s, %s off by %.1e of the largest",
         name,
-        device,
+        policy.device,
         "shared" if policy.share_prefix else "repeated",
-        resolve_backend(None, device),
-        error / largest,
+        policy.attention or model.config._attn_implementation,
+        resolve_backend(None, policy.device),
+        "logits and gradients" if gradient else "logits",
+        off,
     )
+
+
+def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
+    """(T, V) of the suffixes' tokens, as the loss makes them of hidden states and head."""
+    live_K = torch.ones(len(suffixes), dtype=torch.bool)
+    group = Group(prompt, suffixes, torch.arange(len(suffixes)), live_K)
+    hidden_TD = policy.hidden(policy.lay_out([group])).float()
+    head_VD, bias_V = policy.head()
+    bias_V = None if bias_V is None else bias_V.float()
+    logits_TV = nn.functional.linear(hidden_TD, head_VD.float(), bias_V)
+    logits_TV = logits_TV * policy.transform.logit_scale
+    softcap = policy.transform.softcap
+    return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+
+def _own_logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
+    """(T, V) of the same tokens, by the model's own forward pass over each sequence."""
+    rows = [torch.tensor([prompt + suffix], device=policy.device) for suffix in suffixes]
+    first = len(prompt) - 1  # the row that predicts a suffix's first token
+    with policy.autocast():
+        logits = [policy.causal_lm(input_ids=row).logits[0, first:-1] for row in rows]
+    return torch.cat(logits).float()
+
+
+def _measure(
+    policy: Policy, forward: Callable[[], Tensor], ids_T: Tensor, gradient: bool
+) -> list[Tensor]:
+    """logits_TV of a forward pass; and with `gradient` that of each token, added up over rows."""
+    passed: list[tuple[Tensor, Tensor]] = []
+
+    def watch(embeddings: nn.Module, args: tuple[Tensor, ...], out_BLD: Tensor) -> Tensor:
+        leaf_BLD = out_BLD.detach().requires_grad_()
+        passed.append((args[0], leaf_BLD))
+        return leaf_BLD
+
+    hook = policy.causal_lm.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.set_grad_enabled(gradient):
+            logits_TV = forward()
+    finally:
+        hook.remove()
+    if not gradient:
+        return [logits_TV]
+    target_T = ids_T[-len(logits_TV) :].to(policy.device)
+    logprob_T = logits_TV.log_softmax(-1).gather(1, target_T[:, None])[:, 0]
+    weight_T = torch.linspace(-1, 2, len(target_T), device=policy.device)
+    loss = (weight_T * logprob_T).sum()
+    gradients = torch.autograd.grad(loss, [leaf_BLD for _, leaf_BLD in passed])
+    ids_T = ids_T.unique().to(policy.device)
+    total_TD = sum(
+        (ids_T[:, None] == ids_BL.flatten()).float() @ gradient_BLD.flatten(0, 1).float()
+        for (ids_BL, _), gradient_BLD in zip(passed, gradients, strict=True)
+    )
+    assert isinstance(total_TD, Tensor)  # there is at least one pass
+    return [logits_TV.detach(), total_TD]

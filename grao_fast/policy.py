@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grao_fast.attention import shared_prefix
+from grao_fast.attention import attending, choose_attention
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
+from grao_fast.liger import use_liger_layers
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Policy:
     model: as it is trained and saved; a PeftModel where an adapter is trained.
     causal_lm: the Transformers model inside (the same object without an adapter).
     autocast_dtype: bfloat16, or None to compute in the parameters' dtype.
+    attention: of updates, as `choose_attention` gives it.
+    router: the auxiliary loss of a mixture of experts; None: there is none.
     initial: the policy that training began with, for the KL term; None where it is not needed, or
         is the model without its adapter.
     """
@@ -49,6 +53,8 @@ class Policy:
     transform: LogitTransform
     autocast_dtype: torch.dtype | None
     share_prefix: bool
+    attention: str | None
+    router: Router | None
     sampler: Sampler
     initial: Policy | None = None
 
@@ -61,6 +67,11 @@ class Policy:
         """Tokens of prompt and completion that model and sampler hold; None: nothing says so."""
         of_model = getattr(self.causal_lm.config, "max_position_embeddings", None)
         return min(filter(None, (of_model, self.sampler.context_length)), default=None)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.causal_lm.modules())
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the language-model head, as parameters."""
@@ -94,17 +105,14 @@ class Policy:
     def updating(self) -> Iterator[None]:
         """Training mode, for forward and backward passes over micro-batches."""
         self.model.train()
-        with self._attending():
+        with attending(self.causal_lm, self.attention):
             yield
-
-    def _attending(self) -> AbstractContextManager[None]:
-        return shared_prefix(self.causal_lm) if self.share_prefix else nullcontext()
 
     @contextmanager
     def as_it_began(self) -> Iterator[Policy]:
         """The policy before training, in evaluation mode, for forward passes inside `updating`."""
         if self.initial is not None:
-            with self.initial._attending():
+            with attending(self.initial.causal_lm, self.attention):
                 yield self.initial
             return
         self.model.eval()
@@ -114,6 +122,10 @@ class Policy:
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """hidden_TD, the last hidden states of the rows that predict a token, before the head."""
+        return self.hidden_and_router_loss(batch)[0]
+
+    def hidden_and_router_loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """`hidden`, and the router's loss summed over groups; None where there is no router."""
         device = self.device
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids_BL.to(device, non_blocking=True),
@@ -123,10 +135,13 @@ class Policy:
             inputs["segments"] = batch.segments
         if batch.attention_mask_BL is not None:
             inputs["attention_mask"] = batch.attention_mask_BL.to(device, non_blocking=True)
+        if self.router is not None:
+            inputs["output_router_logits"] = True
         with self.autocast():
-            hidden = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            out = self.causal_lm.base_model(**inputs, use_cache=False)
         rows = batch.row_T.to(device, non_blocking=True)
-        return hidden.flatten(0, 1).index_select(0, rows)
+        hidden_TD = out.last_hidden_state.flatten(0, 1).index_select(0, rows)
+        return hidden_TD, self.router.loss(out.router_logits, batch) if self.router else None
 
 
 def load_policy(
@@ -135,8 +150,9 @@ def load_policy(
     config: GRAOConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     peft_config: Any = None,
+    trained: bool = True,
 ) -> Policy:
-    """Load a model for training or sampling, and check that its head is understood.
+    """Load a model for training or sampling, and check that it is understood.
 
     Args:
         model: a folder, a hub id, or a causal language model of Transformers (or a PeftModel).
@@ -144,10 +160,12 @@ def load_policy(
             concerns the sampler are read.
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
+        trained: False for a model that is only to answer: gradients are not checked.
 
     Raises:
         ValueError: a path that is not there, no tokenizer, no end-of-sequence token, an adapter on
-            the head, logits that differ from the model's own, or a vLLM that cannot serve.
+            the head, logits or gradients that differ from the model's own, an attention backend
+            or Liger that cannot serve, or a vLLM that cannot.
         ConnectionError: no vLLM server answers.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -168,6 +186,8 @@ def load_policy(
                 existing_path(model), dtype=torch.bfloat16 if frozen_bf16 else torch.float32
             )
     model = model.to(device)
+    if config.use_liger_kernel:
+        use_liger_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -191,9 +211,17 @@ def load_policy(
         transform=LogitTransform.from_config(causal_lm.config.get_text_config()),
         autocast_dtype=dtype,
         share_prefix=config.share_prefix,
+        attention=choose_attention(
+            causal_lm,
+            device,
+            backend=config.attention_backend,
+            share_prefix=config.share_prefix,
+            recompute=config.gradient_checkpointing,
+        ),
+        router=Router.of(causal_lm),
         sampler=_sampler(causal_lm, config, eos, pad_id, dtype),
     )
-    check_parity(policy)
+    check_parity(policy, gradient=trained)
     if initial_lm is None:
         return policy
     initial_lm.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from grao_fast.batch import Group, MicroBatch, split_by_tokens
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
+from grao_fast.flops import ModelCost, update_flops
 from grao_fast.kernels import (
     GRAOLoss,
     group_advantages,
@@ -102,6 +104,14 @@ def to_groups(rollout: Rollout, *, beta: float, lam: float, kl_coef: float = 0.0
     ]
 
 
+class StepLoss(NamedTuple):
+    """`loss` is what the backward pass begins at: GRAO's, and the router's where there is one."""
+
+    loss: Tensor
+    grao: GRAOLoss
+    router: Tensor | None = None
+
+
 def micro_batch_loss(
     policy: Policy,
     batch: MicroBatch,
@@ -110,7 +120,7 @@ def micro_batch_loss(
     num_prompts: int,
     old_logprob_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
-) -> GRAOLoss:
+) -> StepLoss:
     """The loss of one micro-batch; the sum over a step's micro-batches is the step's loss.
 
     num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
@@ -118,10 +128,10 @@ def micro_batch_loss(
     old_logprob_T: under the policy that the step began with; None: it is this one.
     ref_logprob_T: under the policy that training began with; None: no KL term.
     """
-    hidden_TD = policy.hidden(batch)
+    hidden_TD, router_loss = policy.hidden_and_router_loss(batch)
     head_VD, bias_V = policy.head()
     with policy.autocast():
-        return linear_grao_loss(
+        grao = linear_grao_loss(
             hidden_TD,
             head_VD,
             batch.target_T,
@@ -144,6 +154,10 @@ def micro_batch_loss(
             kl_coef=None if ref_logprob_T is None else config.kl_coef,
             workspace_mib=config.workspace_mib,
         )
+    if router_loss is None:
+        return StepLoss(grao.loss, grao)
+    router_loss = router_loss / num_prompts
+    return StepLoss(grao.loss + router_loss, grao, router_loss.detach())
 
 
 @torch.no_grad()
@@ -178,6 +192,7 @@ def update(
     started = time.perf_counter()
     groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
     budget = config.max_tokens_per_microbatch
+    assert budget is not None, "see grao_fast.memory.token_budget"
     passes: list[LossMetrics] = []
     norms: list[float] = []
     with policy.updating():
@@ -199,6 +214,14 @@ def update(
         "grad_norm": norms[0],
         "learning_rate": learning_rate,
         "tokens": config.num_iterations * sum(p.batch.input_ids_BL.numel() for p in parts),
+        **update_flops(
+            ModelCost.of(policy.causal_lm, recompute=policy.recomputes),
+            groups,
+            [part.batch for part in parts],
+            share_prefix=policy.share_prefix,
+            updates=config.num_iterations,
+            scored=config.kl_coef > 0,
+        ),
         "time/update": updated - started,
         "time/sync": time.perf_counter() - updated,
     }
@@ -232,12 +255,12 @@ def _backward(
             ref_logprob_T=part.ref_logprob_T,
         )
         loss.loss.backward()
-        metrics.add(part.batch, loss, _held(part, loss, config))
+        metrics.add(part.batch, loss.grao, _held(part, loss.grao, config), loss.router)
         if config.num_iterations > 1 and part.old_logprob_T is None:
             # References were not sampled: L(y) needs no ratio, and its gradient is exact as it is.
             K = part.batch.rewards_NK.shape[1]
             is_sample_T = part.batch.sequence_T % K != K - 1
-            part.old_logprob_T = torch.where(is_sample_T, loss.logprob_T.cpu(), torch.nan)
+            part.old_logprob_T = torch.where(is_sample_T, loss.grao.logprob_T.cpu(), torch.nan)
     return metrics
 
 

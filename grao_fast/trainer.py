@@ -31,6 +31,7 @@ from grao_fast.inputs import (
     check_references,
     writable_folder,
 )
+from grao_fast.memory import token_budget
 from grao_fast.metrics import rollout_metrics
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
@@ -174,6 +175,9 @@ class _Run:
         config, started = self.config, time.perf_counter()
         first_step = 0 if checkpoint is None else self._resume(checkpoint)
         self.policy.sampler.sync(self.policy)
+        # kept apart: what a user left open stays open in the files of the run
+        tokens = token_budget(self.policy, self.optimizer, self.prompts, config)
+        self.step_config = config.replace(max_tokens_per_microbatch=tokens, memory_budget_mib=None)
         (self.output / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
         self.tracker = Tracker(
             self.output,
@@ -220,8 +224,8 @@ class _Run:
         seed = step_seed(self.config.seed, step)
         set_seed(seed)
         prompts = [self.prompts[i] for i in self.stream.batch(step)]
-        rollout = sample_and_score(self.policy, self.reward, prompts, self.config, seed=seed)
-        metrics = update(self.policy, self.optimizer, self.scheduler, rollout, self.config)
+        rollout = sample_and_score(self.policy, self.reward, prompts, self.step_config, seed=seed)
+        metrics = update(self.policy, self.optimizer, self.scheduler, rollout, self.step_config)
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 

@@ -217,7 +217,7 @@ def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(
                 policy, batch, config, num_prompts=len(groups), ref_logprob_T=ref_logprob_T
             )
             loss.loss.backward()
-            total, kl = total + float(loss.loss.detach()), kl + float(loss.kl)
+            total, kl = total + float(loss.loss.detach()), kl + float(loss.grao.kl)
     original, double = double_of(tiny_model), double_of(tiny_model)
     double.load_state_dict(policy.model.state_dict())
     hidden_TD, target_T, _ = rows_of(original, rollout)

@@ -2,100 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from families import FAMILIES, GROUPS, SIZES, assert_same, family_model, gradients
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from grao_fast.batch import Group, pack, pad
+from grao_fast.attention import packed_attention, sdpa
+from grao_fast.batch import pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.policy import LogitTransform, load_policy
 
-SIZES = {
-    "vocab_size": 75,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-FAMILIES = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Mistral": {"sliding_window": 4},
-    "Gemma2": {"sliding_window": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 0.5},
-    "Gemma3Text": {"sliding_window": 4},
-    "Phi3": {},
-    "Granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
-    "Olmo2": {},
-    "Cohere2": {"logit_scale": 0.3, "sliding_window": 4},
-    "Mixtral": {"num_local_experts": 4},
-}
-GROUPS = [
-    Group(
-        [5, 6, 7, 8, 9, 10],
-        [[11, 12, 13], [14], [15, 16, 17, 18, 19, 20, 1]],
-        torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64),
-        torch.tensor([True, True, True]),
-    ),
-    Group(
-        [21, 22],
-        [[23, 24, 25, 26, 27, 28], [29, 30, 1], [31]],
-        torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64),
-        torch.tensor([True, False, True]),
-    ),
-]
 
-
-def family_model(name: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name])
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # fresh norms of 1 would hide a misplaced scale
-        nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 1.0, std=0.2)
-    return model
-
-
-def gradients(policy, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    policy.model.zero_grad()
-    with policy.updating():
-        hidden = policy.hidden(batch)
-        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-    return hidden.detach(), [
-        p.grad.clone() for p in policy.model.parameters() if p.grad is not None
-    ]
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_gradients_of_repeated_ones(
-    family: str, checkpointing: bool, tiny_model
-):
-    """Relative 1e-5 in the max norm of each tensor: float32 rounding through two layers."""
+def test_shared_prompts_give_the_gradients_of_repeated_ones(family: str, how: str, tiny_model):
+    """Two groups in one row; the adapter's weights are not 0 at the start, as they would be."""
+    adapter = None
+    if how.endswith("adapter"):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        adapter = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    config = GRAOConfig(gradient_checkpointing=how != "plain")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(
-        family_model(family),
-        config=GRAOConfig(gradient_checkpointing=checkpointing),
-        tokenizer=tokenizer,
+        family_model(family), config=config, tokenizer=tokenizer, peft_config=adapter
     )
-    hidden, shared = gradients(policy, pack(GROUPS))
-    stock = load_policy(
-        policy.model,
-        config=GRAOConfig(share_prefix=False, gradient_checkpointing=checkpointing),
-        tokenizer=tokenizer,
-    )
-    expected, repeated = gradients(stock, pad(GROUPS, pad_token_id=0))
-    assert torch.allclose(hidden, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    assert len(shared) == len(repeated)
-    for ours, theirs in zip(shared, repeated, strict=True):
-        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    shared = gradients(policy, pack(GROUPS))
+    assert all(("lora" in name) == (adapter is not None) for name in shared[1])
+    repeating = config.replace(share_prefix=False)
+    stock = load_policy(policy.model, config=repeating, tokenizer=tokenizer)
+    assert_same(shared, gradients(stock, pad(GROUPS, pad_token_id=0)))
 
 
 def test_a_sliding_window_is_felt(tiny_model):
@@ -109,7 +47,7 @@ def test_a_sliding_window_is_felt(tiny_model):
         layer.self_attn.config.sliding_window = None
     with policy.updating():
         wide = policy.hidden(pack(GROUPS))
-    assert float((narrow - wide).abs().max()) > 1e-3
+    assert float((narrow - wide).detach().abs().max()) > 1e-3
 
 
 def test_a_window_of_the_mask_alone_is_refused(tiny_model):
@@ -157,3 +95,25 @@ def test_transforms_are_read_from_the_config():
 def test_a_missing_folder_is_said_at_once(model: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_policy(model, config=GRAOConfig())
+
+
+def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
+    """The values are right, and keys pass no gradient on: a fault that no logit shows."""
+
+    def without_key_gradients(query, key, *rest, **options):
+        return attend(query, key.detach(), *rest, **options)
+
+    attend = sdpa.attend
+    hook = functools.partial(packed_attention, attend=without_key_gradients)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "grao_parts", hook)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: gradients .* differ .*share_prefix"):
+        load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer)
+    load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer, trained=False)
+
+
+def test_the_check_at_the_start_leaves_no_trace(tiny_model):
+    policy = load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    assert not policy.model.get_input_embeddings()._forward_hooks
+    assert policy.causal_lm.config._attn_implementation == "sdpa"

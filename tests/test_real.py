@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import gradients
+from tolerance import assert_accurate
 from transformers import AutoModelForCausalLM
 
 import grao_fast
+from grao_fast.batch import Group
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.data import load_examples
@@ -29,8 +32,8 @@ MODEL = os.environ.get("GRAO_SMOLLM2", "")
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not MODEL, reason="GRAO_SMOLLM2 names no model folder"),
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no HH harmless-base in {DATA}"),
 ]
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no HH harmless-base in {DATA}")
 
 CONFIG = GRAOConfig(
     num_generations=3,
@@ -71,6 +74,7 @@ def rows(split: str, count: int) -> list[dict]:
     return [{"prompt": e.prompt, "reference": e.reference} for e in chosen]
 
 
+@needs_data
 def test_steps_save_resume_evaluate(tmp_path: Path):
     """Three steps; the run that stops after one and resumes ends with the same bits."""
     data = {"dataset": rows("train", 24), "reward": shorter, "config": CONFIG}
@@ -90,6 +94,7 @@ def test_steps_save_resume_evaluate(tmp_path: Path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@needs_data
 def test_a_step_is_the_naive_formula():
     """Loss and gradients of one group of SmolLM2 against full logits of the stock model, float32.
 
@@ -125,3 +130,31 @@ def test_a_step_is_the_naive_formula():
     assert abs(float(loss.loss.detach() - expected.detach())) < 1e-4
     for ours, theirs in zip(policy.model.parameters(), naive.parameters(), strict=True):
         assert float((ours.grad - theirs.grad).abs().max()) <= 2e-4 * float(theirs.grad.abs().max())
+
+
+def test_shared_prompts_give_the_gradients_of_repeated_ones():
+    """Two groups in one row, prompts computed once, against padded rows of stock attention.
+
+    The whole gradient to 1e-5, and each tensor of it as close to float64 as the padded rows are.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(10, 49000, (length,), generator=generator).tolist()
+
+    rewards_K = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
+    groups = [
+        Group(ids(P), [ids(R) for R in (9, 4, 12)], rewards_K, rewards_K >= 0) for P in (30, 7)
+    ]
+    policy = load_policy(MODEL, config=CONFIG)
+    stock = load_policy(policy.model, config=CONFIG.replace(share_prefix=False))
+    _, shared = gradients(policy, policy.lay_out(groups))
+    _, repeated = gradients(stock, stock.lay_out(groups))
+    stock.model.double()
+    _, truth = gradients(stock, stock.lay_out(groups))
+    ours, theirs = (
+        torch.cat([found[name].flatten() for name in repeated]) for found in (shared, repeated)
+    )
+    assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
+    for name in truth:
+        assert_accurate(name, shared[name], repeated[name], truth[name], torch.float32)

@@ -16,6 +16,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, St
 from transformers.cache_utils import DynamicLayer
 
 from grao_fast.rollout import Completion
+from grao_fast.router import no_router_loss
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
@@ -84,9 +85,10 @@ class TransformersSampler:
         try:
             for start in range(0, len(prompts), prompts_per_batch):
                 chosen = longest_first[start : start + prompts_per_batch]
-                with torch.autocast(
+                autocast = torch.autocast(
                     self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None
-                ):
+                )
+                with autocast, no_router_loss(self.model):
                     completions = self._decode(
                         [prompts[i] for i in chosen],
                         num_generations,

@@ -1,0 +1,181 @@
+"""Backends of packed attention: what they see, what they give, and which is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from families import FAMILIES, GROUPS, assert_same, family_model, gradients
+from torch.nn.attention import flex_attention as torch_flex
+from transformers import AutoTokenizer
+
+from grao_fast.attention import choose_attention, flex, sdpa
+from grao_fast.batch import Segment, pack
+from grao_fast.config import GRAOConfig
+from grao_fast.policy import load_policy
+
+CPU = torch.device("cpu")
+SEGMENTS = (Segment(0, 150, (140, 7)), Segment(297, 3, (1, 130, 64)), Segment(495, 1, (2,)))
+WINDOWS = [None, 33]
+
+
+@pytest.fixture
+def flex_with_gradients(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch refuses FlexAttention's gradients on a CPU; its uncompiled code has them."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+
+
+def seen_pairs(window: int | None) -> torch.Tensor:
+    """(L, L) bool by the definition, segment by segment."""
+    L = SEGMENTS[-1].stop
+    seen = torch.zeros(L, L, dtype=torch.bool)
+    for segment in SEGMENTS:
+        P, start = segment.prefix_length, segment.start
+        first = start + P
+        for length in (0, *segment.suffix_lengths):
+            places = [*range(start, start + P), *range(first, first + length)]
+            for position, q in enumerate(places):
+                low = 0 if window is None else max(0, position - window + 1)
+                seen[q, places[low : position + 1]] = True
+            first += length
+    return seen
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_mask_is_the_definition(window: int | None):
+    L = SEGMENTS[-1].stop
+    mask = torch_flex.create_mask(flex.mask_of(SEGMENTS, window, CPU), None, None, L, L, "cpu")
+    assert torch.equal(mask[0, 0], seen_pairs(window))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_table_of_blocks_is_pytorchs_own(window: int | None):
+    """All blocks with a pair in them are listed; those apart that need no mask."""
+    mask, L = flex.block_mask(SEGMENTS, window, CPU), SEGMENTS[-1].stop
+    theirs = torch_flex.create_block_mask(mask.mask_mod, None, None, L, L, "cpu", BLOCK_SIZE=128)
+    assert mask.shape == theirs.shape
+    assert torch.equal(mask.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(theirs, name)), name
+    assert int(mask.full_kv_num_blocks.sum()) == (1 if window is None else 0)
+
+
+def test_the_mask_is_made_once_for_a_micro_batch():
+    assert flex.block_mask(SEGMENTS, 5, CPU) is flex.block_mask(SEGMENTS, 5, CPU)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_backends_agree(window: int | None, softcap: float | None, flex_with_gradients):
+    """Values and gradients, grouped heads; where scores are large, the cap bites."""
+    L = SEGMENTS[-1].stop
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, L, 16, generator=generator) for heads in (6, 2, 2))
+    grad = torch.randn(q.shape, generator=generator)
+    options = {"window": window, "scaling": 0.7, "dropout": 0.0, "softcap": softcap}
+    results = []
+    for backend in (flex, sdpa):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = backend.attend(*leaves, SEGMENTS, **options)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).detach().abs().max()) <= 1e-5 * float(
+            theirs.detach().abs().max()
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_gives_every_family_the_gradients_of_parts(
+    family: str, tiny_model, flex_with_gradients
+):
+    """With recomputed layers, except where a cap on scores rules them out."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = GRAOConfig(gradient_checkpointing=family != "Gemma2")
+    policy = load_policy(family_model(family), config=config, tokenizer=tokenizer)
+    assert policy.attention == "grao_parts"
+    on_flex = dataclasses.replace(policy, attention="grao_flex")
+    assert_same(gradients(on_flex, pack(GROUPS)), gradients(policy, pack(GROUPS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", WINDOWS)
+def test_compiled_code_walks_the_table_of_blocks(window: int | None):
+    """Uncompiled, FlexAttention reads the mask alone. On CPUs it compiles for values only, and not
+    with dynamic shapes: torch 2.13 writes C++ that does not compile."""
+    L = SEGMENTS[-1].stop
+    q, k, v = (torch.randn(1, heads, L, 16) for heads in (4, 2, 2))
+    options = {"window": window, "scaling": 0.3, "dropout": 0.0, "softcap": 3.0}
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=False)
+    ours = compiled(
+        q,
+        k,
+        v,
+        score_mod=flex.softcap_of(3.0, CPU),
+        block_mask=flex.block_mask(SEGMENTS, window, CPU),
+        scale=0.3,
+        enable_gqa=True,
+    )
+    theirs = sdpa.attend(q, k, v, SEGMENTS, **options)
+    assert float((ours - theirs).abs().max()) <= 1e-5
+
+
+def test_the_backend_is_chosen_by_device_and_model():
+    def choice(backend: str, device: str = "cuda", *, share_prefix=True, recompute=True):
+        return choose_attention(
+            model,
+            torch.device(device),
+            backend=backend,
+            share_prefix=share_prefix,
+            recompute=recompute,
+        )
+
+    model = family_model("Llama")
+
+    assert choice("auto") == choice("flex") == "grao_flex"
+    assert choice("sdpa") == choice("auto", "cpu") == "grao_parts"
+    assert choice("auto", share_prefix=False) is None
+    assert choice("sdpa", share_prefix=False) == "sdpa"
+    model.config.attention_dropout = 0.1
+    assert choice("auto") == "grao_parts"
+    model = family_model("Gemma2")
+    assert choice("auto") == "grao_parts"
+    assert choice("auto", recompute=False) == "grao_flex"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "flex", "device": "cpu"}, r'no gradients on device .cpu.; use "sdpa"'),
+        ({"backend": "flex", "dropout": 0.1}, r"attention_dropout=0.1.*no dropout"),
+        ({"backend": "flex", "family": "Gemma2"}, r"cap on scores .*gradient_checkpointing"),
+        ({"backend": "flash_attention_2"}, r"log-sum-exp.*share_prefix=False"),
+        ({"backend": "flex", "share_prefix": False}, r"share_prefix is False"),
+        ({"backend": "flash_attention_2", "share_prefix": False}, r"grao-fast\[flash\]"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused(options, message: str):
+    options = {"family": "Llama", "device": "cuda", "dropout": 0.0, "share_prefix": True} | options
+    model = family_model(options["family"])
+    model.config.attention_dropout = options["dropout"]
+    with pytest.raises(ValueError, match=message):
+        choose_attention(
+            model,
+            torch.device(options["device"]),
+            backend=options["backend"],
+            share_prefix=options["share_prefix"],
+            recompute=True,
+        )
+
+
+def test_flash_attn_is_off_on_a_cpu_and_said_to_be(caplog):
+    with caplog.at_level("INFO"):
+        chosen = choose_attention(
+            family_model("Llama"),
+            CPU,
+            backend="flash_attention_2",
+            share_prefix=False,
+            recompute=True,
+        )
+    assert chosen is None
+    assert caplog.text.count("flash_attention_2 is off") == 1
