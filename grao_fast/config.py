@@ -90,7 +90,7 @@ class GRAOConfig:
         max_steps: steps of sampling and learning; -1 to go by num_train_epochs.
         gradient_checkpointing: recompute activations in the backward pass.
         bf16: autocast to bfloat16; None: where a CUDA device supports it. Parameters stay float32.
-        workspace_mib: memory in MiB for the logits slab of the loss.
+        workspace_mib: memory in MiB for logits and their gradient; None: 512 on a CPU, else 2048.
         device: "cpu", "cuda", "cuda:1"...; None: CUDA where there is one.
         seed: of the data order, of sampling and of dropout.
 
@@ -150,7 +150,7 @@ class GRAOConfig:
     max_steps: int = -1
     gradient_checkpointing: bool = True
     bf16: bool | None = None
-    workspace_mib: int = 512
+    workspace_mib: int | None = None
     device: str | None = None
     seed: int = 42
 

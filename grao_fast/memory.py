@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from grao_fast.batch import Group
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
+from grao_fast.kernels.checks import workspace_bytes
 from grao_fast.policy import Policy
 from grao_fast.step import micro_batch_loss
 
@@ -192,7 +193,8 @@ def _estimated_peak(
     fixed, of_group = max(a, 0.0), b * whole + c * whole**2
     fixed += max(each.gradients_peak for each in held)
     # the loss is one operator, which holds its logits inside
-    return lambda n: fixed + n * of_group + config.workspace_mib * _MIB
+    fixed += workspace_bytes(config.workspace_mib, policy.device)
+    return lambda n: fixed + n * of_group
 
 
 def parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:

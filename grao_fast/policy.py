@@ -78,6 +78,15 @@ class Policy:
         head = self.causal_lm.get_output_embeddings()
         return head.weight, head.bias
 
+    def head_grad(self) -> Tensor | None:
+        """The weight's `grad`, made if need be, for the loss to add to; None where it is frozen."""
+        weight, _ = self.head()
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
     def autocast(self) -> torch.autocast:
         """The context in which this policy computes."""
         return torch.autocast(

@@ -123,6 +123,8 @@ def micro_batch_loss(
 ) -> StepLoss:
     """The loss of one micro-batch; the sum over a step's micro-batches is the step's loss.
 
+    The head's gradient is in its weight's `grad` when this returns; `backward` does the others.
+
     num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
         depend on how the step was split.
     old_logprob_T: under the policy that the step began with; None: it is this one.
@@ -153,6 +155,7 @@ def micro_batch_loss(
             ref_logprob_T=ref_logprob_T,
             kl_coef=None if ref_logprob_T is None else config.kl_coef,
             workspace_mib=config.workspace_mib,
+            head_grad_VD=policy.head_grad(),
         )
     if router_loss is None:
         return StepLoss(grao.loss, grao)
