@@ -150,6 +150,8 @@ def check_head_grad(head_grad_VD: Tensor, head_VD: Tensor) -> Tensor:
         raise ValueError(
             f"head_grad_VD must be float32 or {head_VD.dtype}, got {head_grad_VD.dtype}"
         )
+    if not head_grad_VD.is_contiguous():
+        raise ValueError("head_grad_VD must be contiguous: adding to it would copy it every time")
     check_constant("head_grad_VD", head_grad_VD)
     return head_grad_VD
 

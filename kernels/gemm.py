@@ -5,8 +5,8 @@
 On CUDA, bfloat16 and float16 operands go to the tensor cores as they are, with a float32 result
 (`out_dtype`), so that no logit and no partial sum is rounded to them. On CPUs PyTorch rounds the
 result of a 16-bit product to 16 bits: logits are made of operands that are widened first, the head
-a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them: there a product
-is rounded once, to the dtype that its gradient has, and sums over chunks are in float32.
+a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them and operands are
+bfloat16: each chunk's product is rounded to that, and sums over chunks are in float32.
 
 The target's element of dlogits is kept apart, see `row_statistics.TargetGradient`: its products are
 added in float32 afterwards.
@@ -71,15 +71,32 @@ def grad_head(
     """
     _sum_over_rows(dlogits_RV, hidden_RD, out_VD, accumulate, scale)
     grad_R = targets.grad_R if scale is None else targets.grad_R * scale
-    add_rows(out_VD, targets.index_R, (hidden_RD * grad_R[:, None]).to(out_VD.dtype))
+    add_rows(out_VD, targets.index_R, hidden_RD * grad_R[:, None])
 
 
 def add_rows(out: Tensor, index_R: Tensor, rows: Tensor) -> None:
-    """out[index] += rows, for an index that may repeat; the same bits every time."""
+    """out[index] += rows, float32, for an index that may repeat; the same bits every time."""
+    if out.dtype != torch.float32:
+        index_R, rows = _joined(index_R, rows)
     if out.device.type == "cpu":
-        out.index_add_(0, index_R, rows)  # in order
+        out.index_add_(0, index_R, rows.to(out.dtype))  # in order
     else:
-        out.index_put_((index_R,), rows, accumulate=True)  # sorts; index_add_ would use atomics
+        # It sorts, where index_add_ would use atomics.
+        out.index_put_((index_R,), rows.to(out.dtype), accumulate=True)
+
+
+def _joined(index_R: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of one index summed up, in float32: in 16 bits a sum of many like terms stands still.
+
+    As many come out as went in, without a look at how many differ: the rest are 0, for index 0.
+    """
+    index_R, order_R = index_R.sort(stable=True)
+    run_R = torch.ones_like(index_R)
+    run_R[1:] = index_R[1:] != index_R[:-1]
+    run_R = run_R.cumsum(0) - 1
+    sums, joined_R = torch.zeros_like(rows), torch.zeros_like(index_R)
+    add_rows(sums, run_R, rows.index_select(0, order_R))
+    return joined_R.scatter_(0, run_R, index_R), sums
 
 
 def _sum_over_rows(

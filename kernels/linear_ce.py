@@ -157,6 +157,7 @@ def weighted_terms(
         top1,
         group_name,
         vocab_size,
+        head_grad_VD is not None,  # a sum goes on in float32
     )
     if not torch.compiler.is_compiling():
         wants[1] &= head_grad_VD is None
@@ -179,19 +180,19 @@ def _accumulated_by_compiler(
     results = ops.weighted_terms(hidden_TD, head_VD.detach(), bias_V, *arguments, wants)
     loss, *constants, _dhidden_TD, dhead_VD, _dbias_V, unscale = results
     head_grad_VD.add_(dhead_VD.detach().float() * unscale.detach())
-    return WeightedTerms(_LastWord.apply(loss), *constants)
+    return WeightedTerms(_LastWord.apply(loss, head_VD), *constants)
 
 
 class _LastWord(torch.autograd.Function):
-    """A loss from which backward must start."""
+    """A loss from which backward must start, be the head all that asks for a gradient."""
 
     @staticmethod
-    def forward(ctx, loss):
+    def forward(ctx, loss, head_VD):
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return _must_be_one(grad_loss)
+        return _must_be_one(grad_loss), None
 
 
 def _must_be_one(grad_loss: Tensor) -> Tensor:
@@ -217,7 +218,8 @@ class _WeightedTerms(torch.autograd.Function):
         *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = results
         # Kept here and not by save_for_backward, as backward gives these very buffers away.
         ctx.gradients = (dhidden_TD, dhead_VD, dbias_V)
-        ctx.unscale, ctx.backend, ctx.wants = unscale, arguments[11], arguments[-1]
+        *_, backend, _dtype, _entropy, _top1, _group, _vocab_size, _keeps, wants = arguments
+        ctx.unscale, ctx.backend, ctx.wants = unscale, backend, wants
         ctx.dtypes = [None if each is None else each.dtype for each in arguments[:3]]
         ctx.last_word = head_grad_VD is not None
         ctx.mark_non_differentiable(*outputs[1:])
@@ -238,4 +240,4 @@ class _WeightedTerms(torch.autograd.Function):
             scaled_gradient(gradient, scale, dtype, ctx.backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return None, *scaled, *[None] * 16
+        return None, *scaled, *[None] * 17

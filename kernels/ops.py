@@ -89,6 +89,7 @@ def _weighted_terms_fake(
     top1,
     group_name,
     vocab_size,
+    head_grad_float32,
     wants,
 ):
     def empty(wanted, shape, kept):
@@ -103,7 +104,11 @@ def _weighted_terms_fake(
         empty(entropy, T, torch.float32),
         empty(top1, T, torch.float32),
         empty(wants[0], hidden_TD.shape, hidden_TD.dtype),
-        empty(wants[1], head_VD.shape, _kept_dtype(head_VD, dtype)),
+        empty(
+            wants[1],
+            head_VD.shape,
+            torch.float32 if head_grad_float32 else _kept_dtype(head_VD, dtype),
+        ),
         empty(wants[2], head_VD.shape[:1], None if bias_V is None else _kept_dtype(bias_V, dtype)),
         empty(True, (), torch.float32),
     )
@@ -128,6 +133,7 @@ def run_weighted_terms(
     top1: bool,
     group_name: str | None,
     vocab_size: int,
+    head_grad_float32: bool,
     wants: list[bool],
     *,
     head_grad_VD: Tensor | None = None,
@@ -137,7 +143,8 @@ def run_weighted_terms(
 
     What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
     `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`. With
-    a group's name, head and bias are this process's part of `vocab_size`. Only the function, not
+    a group's name, head and bias are this process's part of `vocab_size`. The head's gradient is in
+    its dtype, or for a sum that goes on in float32. Only the function, not
     the operator, takes `head_grad_VD`, to which it adds the head's gradient.
     """
     check_backend(backend, hidden_TD.device)
@@ -167,7 +174,9 @@ def run_weighted_terms(
         )
     loss, parts_C, kl, *values_T = outputs
     values_T = (hidden_TD.new_empty(0) if each is None else each for each in values_T)
-    dgradients = rounded_gradients(gradients, (hidden_TD, head_VD, bias_V), dtype)
+    dgradients = rounded_gradients(
+        gradients, (hidden_TD, head_VD, bias_V), dtype, head_float32=head_grad_float32
+    )
     return loss, parts_C, kl, *values_T, *dgradients, gradients.unscale
 
 
@@ -175,13 +184,17 @@ weighted_terms = operator(_weighted_terms_fake, name="weighted_terms")(run_weigh
 
 
 def rounded_gradients(
-    gradients: Gradients, operands: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype
+    gradients: Gradients,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    dtype: torch.dtype,
+    *,
+    head_float32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of hidden, head and bias, in the dtype in which they are kept; empty where not wanted."""
     hidden_TD, head_VD, bias_V = operands
     nothing = hidden_TD.new_empty
     dhidden_TD, dhead_VD, dbias_V, _ = gradients
-    if dhead_VD is not None:
+    if dhead_VD is not None and not head_float32:
         dhead_VD = dhead_VD.to(_kept_dtype(head_VD, dtype))
     if dbias_V is not None and bias_V is not None:
         dbias_V = dbias_V.to(_kept_dtype(bias_V, dtype))
@@ -210,7 +223,7 @@ def _scale_gradients(ctx, grad_loss, *_grad_constants):
         (gradient.float() * scale).to(dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return *scaled, *[None] * 16
+    return *scaled, *[None] * 17
 
 
 torch.library.register_autograd(

@@ -51,8 +51,9 @@ def row_coefficient(weight_R: Tensor, logprob_R: Tensor, policy: Policy) -> Tens
     ratio = _ratio(weight_R, logprob_R, policy)
     slope_R = torch.where(ratio.held_R == ratio.rho_R, ratio.rho_R, 0)
     gap_R = policy.logprob_3R[2] - logprob_R
-    pull_R = torch.where(gap_R.isnan(), 0, policy.kl_coef_R * gap_R.expm1())
-    # A row without weight may hold anything: 0 * inf would be NaN.
+    # What weighs nothing may hold anything: 0 * inf would be NaN.
+    unpulled_R = gap_R.isnan() | (policy.kl_coef_R == 0)
+    pull_R = torch.where(unpulled_R, 0, policy.kl_coef_R * gap_R.expm1())
     return torch.where(weight_R == 0, 0, weight_R * ratio.importance_R * slope_R) + pull_R
 
 

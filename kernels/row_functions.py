@@ -166,8 +166,10 @@ def _policy_coefficient(weight, kl_coef, logprob, policy_ptr, stride, low, high,
     rho = tl.exp(logprob - old)
     free = tl.where(weight > 0, rho <= high, rho >= low)
     importance = tl.where(sampler == sampler, tl.minimum(tl.exp(old - sampler), cap), 1.0)
-    pull = tl.where(gap == gap, kl_coef * _expm1(gap), 0.0)
-    return weight * importance * tl.where(free, rho, 0.0) + pull
+    # What weighs nothing may hold anything: 0 * inf would be NaN.
+    pull = tl.where((gap == gap) & (kl_coef != 0.0), kl_coef * _expm1(gap), 0.0)
+    push = weight * importance * tl.where(free, rho, 0.0)
+    return tl.where(weight == 0.0, 0.0, push) + pull
 
 
 @triton.jit

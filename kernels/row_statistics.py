@@ -53,9 +53,9 @@ class TargetGradient(NamedTuple):
     """The target's element of dlogits, which is kept apart from the others, in float32.
 
     It outweighs them all: rounded to 16 bits, or summed up together with them, it would lose digits
-    that are worth more than they are. `grad_R` is weight (p - 1) dz/dx, and dlogits then holds 0;
-    or, where p is so small that the subtraction alone would cost a digit, it is -weight dz/dx, and
-    dlogits holds the rest.
+    that are worth more than they are. `grad_R` is weight (p - 1) dz/dx, a quotient and a product,
+    each rounded, and dlogits then holds 0; or, where p is below 1/1024, -weight dz/dx without that
+    rounding, and dlogits holds the rest.
     """
 
     grad_R: Tensor

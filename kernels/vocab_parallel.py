@@ -112,7 +112,8 @@ def local_parts(
     group, vocab_size = vocab_parallel
     rank, processes = group.rank(), group.size()
     width = -(-vocab_size // processes)
-    expected = max(0, min(width, vocab_size - rank * width))
+    _check_none_is_empty(vocab_size, processes)
+    expected = min(width, vocab_size - rank * width)
     if head_VD.ndim == 2 and head_VD.shape[0] != expected:
         raise ValueError(
             f"head_VD has {head_VD.shape[0]} rows in process {rank} of {processes}; of "
@@ -120,6 +121,15 @@ def local_parts(
             "last ones what is left. Pad the vocabulary to a multiple if yours is cut another way"
         )
     return Parts(hidden_TD, head_VD, bias_V, group.group_name, vocab_size)
+
+
+def _check_none_is_empty(vocab_size: int, processes: int) -> None:
+    """In every process alike: if one alone refused, the others would wait for it."""
+    if (processes - 1) * -(-vocab_size // processes) >= vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} leaves the last of {processes} processes no row: use fewer "
+            "processes, or pad the vocabulary"
+        )
 
 
 def _is_dtensor(tensor: Tensor | None) -> bool:
@@ -150,6 +160,7 @@ def _parts_of_dtensors(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None
             "head_VD.device_mesh, [Replicate()]). Where processes have batches of their own, as "
             "under FSDP, gather the head first: head_VD.full_tensor()"
         )
+    _check_none_is_empty(head_VD.shape[0], mesh.size())
     return Parts(
         hidden_TD.to_local(grad_placements=[Replicate()]),
         head_VD.to_local(grad_placements=[ShardOf(0)]),

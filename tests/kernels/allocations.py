@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grao_fast.kernels import ops
 from grao_fast.kernels.one_pass import one_pass
 
 
 class Allocations(TorchDispatchMode):
-    """Shapes and bytes of the tensors that the pass allocates, inside its operator."""
+    """Shapes and bytes of all that operators of the pass return in memory of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -26,7 +27,13 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if (isinstance(result, Tensor) and "empty" in str(function)) or "zeros" in str(function):
-            self.shapes.add(result.shape)
-            self.bytes.append(result.untyped_storage().nbytes())
+        given = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
+        for each in _tensors(result):
+            if each.untyped_storage()._cdata not in given:
+                self.shapes.add(each.shape)
+                self.bytes.append(each.untyped_storage().nbytes())
         return result
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -74,6 +74,13 @@ def errors() -> dict[str, str]:
             linear_weighted_cross_entropy(one, two, *weights, vocab_parallel=parallel)
         except ValueError as error:
             said[name] = str(error)
+    try:  # in all processes, not only in that which would have no row
+        empty = {"vocab_parallel": VocabParallel(dist.group.WORLD, 1)}
+        linear_weighted_cross_entropy(
+            hidden_TD, head_VD[: 1 - rank], torch.zeros(3).long(), torch.ones(3), **empty
+        )
+    except ValueError as error:
+        said["empty"] = str(error)
     try:
         options = {"vocab_parallel": group}
         linear_weighted_cross_entropy(

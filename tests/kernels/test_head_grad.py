@@ -153,6 +153,24 @@ def test_a_factor_that_comes_too_late(factor: float, backend: str, device: str) 
         assert tensors[0].grad.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_frequent_token_does_not_stand_still(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """256 + 1 is 256 in bfloat16: like terms are summed up before they meet the buffer."""
+    T = 4096
+    hidden_TD = torch.ones(T, 8, device=device, dtype=dtype)
+    head_VD = torch.zeros(16, 8, device=device, dtype=dtype).requires_grad_()
+    buffer = torch.zeros_like(head_VD).detach()
+    target_T = torch.full((T,), 3, device=device)
+    weight_T = torch.full((T,), 1 / 64)
+    linear_weighted_cross_entropy(
+        hidden_TD, head_VD, target_T, weight_T, head_grad_VD=buffer, backend=backend
+    )
+    expected = -(T / 64) * (1 - 1 / 16)
+    assert (buffer[3] - expected).abs().max() < 0.01 * abs(expected)
+
+
 @pytest.mark.parametrize(
     "buffer, message",
     [
@@ -160,16 +178,23 @@ def test_a_factor_that_comes_too_late(factor: float, backend: str, device: str) 
         (torch.zeros(97, 24).double(), "float32 or torch.float32, got torch.float64"),
         (torch.zeros(97, 24).requires_grad_(), r"head_grad_VD requires grad.*detach\(\)"),
         (torch.zeros(97, 24, device="meta"), "on meta"),
+        (torch.zeros(24, 97).T, "must be contiguous"),
     ],
-    ids=["shape", "dtype", "grad", "device"],
+    ids=["shape", "dtype", "grad", "device", "layout"],
 )
 def test_refused_by_name(buffer: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_weighted_cross_entropy(*inputs(torch.float32, "cpu"), head_grad_VD=buffer)
 
 
-def test_compiled_gives_the_same_bits(backend: str, device: str) -> None:
-    hidden_TD, head_VD, target_T, weight_T = inputs(torch.float32, device)
+@pytest.mark.parametrize("hidden_frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_gives_the_same_sums(
+    dtype: torch.dtype, hidden_frozen: bool, backend: str, device: str
+) -> None:
+    """In a float32 buffer, of 16-bit operands too."""
+    hidden_TD, head_VD, target_T, weight_T = inputs(dtype, device)
+    hidden_TD.requires_grad_(not hidden_frozen)
 
     def loss(hidden_TD, buffer):
         return linear_weighted_cross_entropy(
@@ -180,9 +205,13 @@ def test_compiled_gives_the_same_bits(backend: str, device: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     results = []
     for function in (loss, compiled):
-        buffer = torch.ones_like(head_VD).detach()
-        (gradient,) = torch.autograd.grad(function(hidden_TD, buffer), hidden_TD)
-        results.append((gradient, buffer))
+        buffer = torch.ones_like(head_VD, dtype=torch.float32).detach()
+        hidden_TD.grad = None
+        function(hidden_TD, buffer).backward()
+        results.append((hidden_TD.grad, buffer))
     assert (results[0][1] != 1).any()
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
-    assert torch.equal(results[0][0], results[1][0])
+    if hidden_frozen:
+        assert results[0][0] is None and results[1][0] is None
+    else:
+        assert torch.equal(results[0][0], results[1][0])

@@ -8,7 +8,8 @@ from allocations import Allocations
 from problem import assert_matches_specification, make_problem
 from tolerance import assert_accurate
 
-from grao_fast.kernels import linear_weighted_cross_entropy, reference
+from grao_fast.kernels import linear_ce, linear_weighted_cross_entropy, reference
+from grao_fast.kernels.scale import scaled_gradient
 
 
 def inputs(T: int = 20, D: int = 24, V: int = 97, device: str = "cpu", dtype=torch.float32):
@@ -116,6 +117,20 @@ def test_small_weights_survive_float16(backend: str, device: str) -> None:
     problem = make_problem(num_prompts=10**6)
     ours = assert_matches_specification(problem, torch.float16, backend, device, scale=2.0**16)
     assert ours["dhead_VD"].any() and ours["dhidden_TD"].any()
+
+
+def test_backward_scales_on_the_backend_of_the_pass(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(gradient, scale, dtype, backend):
+        seen.append(backend)
+        return scaled_gradient(gradient, scale, dtype, backend)
+
+    monkeypatch.setattr(linear_ce, "scaled_gradient", watched)
+    gradients(*inputs(device=device), backend=backend)
+    assert seen == [backend, backend]
 
 
 def test_second_backward_is_refused(backend: str, device: str) -> None:

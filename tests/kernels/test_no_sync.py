@@ -1,7 +1,8 @@
 """The host never waits for a device, and rows are found wherever 64 bits can point.
 
 A tensor on `meta` has no values: whatever would have to look at one, fails. So what runs there
-waits for nothing, on any device.
+waits for nothing. Not run there are the products of `gemm.py` that are CUDA's alone: for these
+there is the GPU suite, on a GPU.
 """
 
 from __future__ import annotations

@@ -198,3 +198,27 @@ def test_surrogate_by_hand() -> None:
         torch.testing.assert_close(value_T, torch.tensor(expected, dtype=torch.float64))
     k3_T = reference.k3(logprob_T, logprob_T + torch.tensor([math.log(2), 0.0]))
     torch.testing.assert_close(k3_T, torch.tensor([1 - math.log(2), 0.0], dtype=torch.float64))
+
+
+def test_what_weighs_nothing_in_the_kl_may_be_far_away(backend: str, device: str) -> None:
+    """A reference that the policy has unlearned: exp(ref - logp) overflows, and weighs 0."""
+    V, T = 8, 5
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(T, 4, generator=generator).to(device).requires_grad_()
+    head_VD = torch.randn(V, 4, generator=generator).to(device).requires_grad_()
+    bias_V = torch.zeros(V, device=device)
+    bias_V[5] = -100.0
+    result = linear_grao_loss(
+        hidden_TD,
+        head_VD,
+        torch.arange(1, 6, device=device),
+        torch.arange(5),
+        torch.tensor([[1.0, 0.0, 1.0, 0.0, 2.0]]),
+        bias_V=bias_V,
+        ref_logprob_T=torch.full((T,), -3.0),
+        kl_coef=0.01,
+        backend=backend,
+    )
+    result.loss.backward()
+    assert result.logprob_T[4] < -95
+    assert hidden_TD.grad.isfinite().all() and head_VD.grad.isfinite().all()

@@ -38,7 +38,7 @@ def pass_arguments(
     policy_3T = torch.linspace(-3, -2, 18, device=device).reshape(3, 6) if off_policy else None
     kl_coef_T = torch.linspace(0, 1, 6) if off_policy else None
     policy = (policy_3T, kl_coef_T, [0.8, 1.2, 2.0])
-    options = (*transform, 2000, backend, dtype, off_policy, off_policy, None, 11, wants)
+    options = (*transform, 2000, backend, dtype, off_policy, off_policy, None, 11, False, wants)
     return (hidden_TD, head_VD, bias_V, target_T, terms_CT, *policy, *options)
 
 

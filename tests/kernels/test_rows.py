@@ -185,3 +185,24 @@ def test_two_halves_do_what_the_whole_does(
         assert one.nan_to_num(7).any()
         tolerance = 8 * torch.finfo(one.dtype).eps
         torch.testing.assert_close(two, one, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_of_an_unlikely_target_the_weight_is_not_rounded(backend: str, device: str) -> None:
+    """Below p = 1/1024 the target's gradient is -weight to the bit, and p stays with the others."""
+    if backend == "triton":
+        from grao_fast.kernels.rowwise import weighted_ce_rows
+    else:
+        from grao_fast.kernels.chunked_torch import weighted_ce_rows
+    V = 4096
+    slab = torch.zeros(2, V, device=device)
+    slab[1, 7] = 9.0  # p = 0.66; the other row's is 1/4096
+    weight_R = torch.tensor([0.3, 0.3], device=device)
+    target_R = torch.full((2,), 7, device=device)
+    logprob_R, target_grad_R = torch.empty(2, device=device), torch.empty(2, device=device)
+    transform = logit_transform(1.0, 1.0, None)
+    weighted_ce_rows(slab, slab, target_grad_R, None, target_R, weight_R, logprob_R, transform)
+    p_R = logprob_R.exp()
+    assert target_grad_R[0] == -weight_R[0]
+    torch.testing.assert_close(slab[0, 7], weight_R[0] * p_R[0])
+    assert slab[1, 7] == 0
+    torch.testing.assert_close(target_grad_R[1], weight_R[1] * (p_R[1] - 1))
