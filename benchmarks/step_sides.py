@@ -151,9 +151,8 @@ class TRL:
         """Its micro-batches, whose advantages make its loss GRAO's: mean_s -K w_s L(s)."""
         from trl.trainer.utils import split_tensor_dict
 
-        weight_NK = sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)
         inputs = self.score(rollout)
-        advantages_S = (self.K * weight_NK).flatten()
+        advantages_S = (self.K * grao_weights(rollout)).flatten()
         inputs["advantages"] = advantages_S.to(inputs["advantages"])
         return split_tensor_dict(inputs, parts)
 
@@ -202,9 +201,15 @@ def take_gradients(model: torch.nn.Module) -> list[Tensor]:
     return gradients
 
 
-def naive_gradient(model: PreTrainedModel, rollout: Rollout) -> tuple[float, list[Tensor]]:
-    """GRAO's formula sequence by sequence, from the full logits of the stock model."""
-    weight_NK = sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)
+def grao_weights(rollout: Rollout) -> Tensor:
+    """w of every sequence, (N, K): GRAO's loss is -(1/N) sum_s w_s L(s)."""
+    return sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)
+
+
+def naive_gradient(
+    model: PreTrainedModel, rollout: Rollout, weight_NK: Tensor
+) -> tuple[float, list[Tensor]]:
+    """-(1/N) sum_s w_s L(s), and its gradient, by each sequence's full logits of the stock model."""
     N = len(rollout.prompts)
     total = 0.0
     for n, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
@@ -213,8 +218,8 @@ def naive_gradient(model: PreTrainedModel, rollout: Rollout) -> tuple[float, lis
             tokens = torch.tensor([prompt.prompt_ids + ids], device=model.device)
             logits = model(tokens).logits[0, len(prompt.prompt_ids) - 1 : -1].float()
             logprobs = (logits / CONFIG.temperature).log_softmax(-1)
-            rows = torch.arange(len(ids), device=model.device)
-            loss = -weight / N * logprobs[rows, tokens[0, -len(ids) :]].mean()
+            mean = logprobs.gather(1, tokens[0, -len(ids) :, None]).mean()
+            loss = -weight / N * mean
             loss.backward()
             total += float(loss.detach())
     return total, take_gradients(model)

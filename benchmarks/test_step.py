@@ -12,11 +12,14 @@ step in one micro-batch, and in one a group; its better one counts.
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import pytest
+import torch
 from problem import DEVICE
 from replay import clock, report
-from step_problem import MODELS, Case, make_model, make_prompts
+from step_problem import Case, make_model, make_prompts
 from step_race import (
     CONTENDERS,
     OURS,
@@ -25,27 +28,49 @@ from step_race import (
     TRL_WHOLE,
     race_sampling,
     race_steps,
+    trl_absence,
 )
 
 SCALE = {"cuda": 8, "cpu": 1}[DEVICE]
 ROUNDS = {"cuda": 5, "cpu": 3}[DEVICE]
 BASE = Case(prompts=4, samples=8, prompt_tokens=48 * SCALE, response_tokens=48 * SCALE)
-STEPS = {
-    "prompt = response": BASE,
-    "prompt : response = 1 : 4": BASE.replace(prompt_tokens=20 * SCALE, response_tokens=80 * SCALE),
-    "prompt : response = 8 : 1": BASE.replace(
-        prompt_tokens=128 * SCALE, response_tokens=16 * SCALE
-    ),
-    "G = 4": BASE.replace(samples=4),
-    "G = 16": BASE.replace(samples=16),
-    "25% dead groups": BASE.replace(dead=0.25),
-    "50% dead groups": BASE.replace(dead=0.5),
-}
-# Mean lengths of the completions before they are cut at 128 tokens: geometric, and all of 128.
+STEPS = [
+    BASE,
+    BASE.replace(prompt_tokens=20 * SCALE, response_tokens=80 * SCALE),
+    BASE.replace(prompt_tokens=128 * SCALE, response_tokens=16 * SCALE),
+    BASE.replace(samples=4),
+    BASE.replace(samples=16),
+    BASE.replace(dead=0.25),
+    BASE.replace(dead=0.5),
+]
+# The mean lengths of completions whose every token may be the last, before they are cut.
 SAMPLING = {"ragged lengths": 64.0 * SCALE, "equal lengths": math.inf}
 LONGEST = 128 * SCALE
 
+REAL = os.environ.get("GRAO_SMOLLM2", "")
+REAL_STEP = Case(prompts=2, samples=4, prompt_tokens=48, response_tokens=48)
+REAL_LONGEST = 96
+QUESTIONS = ["Name a fruit.", "What is the capital of France?"]
+
 pytestmark = pytest.mark.benchmark(timer=clock)
+needs_model = pytest.mark.skipif(not REAL, reason="GRAO_SMOLLM2 names no model folder")
+
+
+def step_name(case: Case) -> str:
+    """Its mean lengths, and what else may differ between cases."""
+    dead = f", {case.dead:.0%} of groups dead" if case.dead else ""
+    return f"prompt {case.prompt_tokens}, response {case.response_tokens}, G={case.samples}{dead}"
+
+
+def step_facts(model, case: Case) -> dict[str, Any]:
+    title = f"optimiser step, {model_name(model)}"
+    return {"title": title, "case": step_name(case), "shape": vars(case)}
+
+
+def model_name(model) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    kind = type(model).__name__.removesuffix("ForCausalLM")
+    return f"{kind}, {millions:.1f} M parameters, V={model.config.vocab_size}"
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +78,11 @@ def model():
     return make_model(DEVICE, DEVICE)
 
 
-@pytest.fixture(scope="module", params=STEPS)
+@pytest.fixture(scope="module", params=STEPS, ids=step_name)
 def step_race(request, model):
-    case = STEPS[request.param]
-    facts = {"phase": "step", "case": request.param, "shape": vars(case), "model": _size(model[0])}
-    return race_steps(*model, case, rounds=ROUNDS), facts
+    case = request.param
+    race = race_steps(*model, case, rounds=ROUNDS, without_trl=trl_absence())
+    return race, step_facts(model[0], case)
 
 
 @pytest.mark.parametrize("variant", [OURS, TRL_WHOLE, TRL_GROUPS])
@@ -69,15 +94,18 @@ def test_step(benchmark, step_race, variant: str) -> None:
 @pytest.fixture(scope="module", params=SAMPLING)
 def sampling_race(request):
     model, tokenizer = make_model(DEVICE, DEVICE, mean_length=SAMPLING[request.param])
-    prompts = make_prompts(BASE, MODELS[DEVICE]["vocab"])
-    facts = {
-        "phase": "sampling",
-        "case": request.param,
-        "shape": vars(BASE) | {"longest": LONGEST},
-        "model": _size(model),
-    }
-    options = {"samples": BASE.samples, "longest": LONGEST, "rounds": ROUNDS + 2}
-    return race_sampling(model, tokenizer, prompts, **options), facts
+    race = race_sampling(
+        model,
+        tokenizer,
+        make_prompts(BASE, model.config.vocab_size),
+        samples=BASE.samples,
+        longest=LONGEST,
+        rounds=ROUNDS + 2,
+        without_trl=trl_absence(),
+    )
+    case = f"prompt {BASE.prompt_tokens}, at most {LONGEST} tokens, G={BASE.samples}"
+    title = f"sampling, {model_name(model)}"
+    return race, {"title": title, "case": f"{request.param}: {case}", "shape": vars(BASE)}
 
 
 @pytest.mark.parametrize("variant", [OURS, TRL_SAMPLE])
@@ -86,6 +114,46 @@ def test_sampling(benchmark, sampling_race, variant: str) -> None:
     report(benchmark, measured, variant, CONTENDERS[variant], facts)
 
 
-def _size(model) -> str:
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    return f"{model.config.model_type}, {count:.1f} M parameters, V={model.config.vocab_size}"
+@pytest.fixture(scope="module")
+def real_model():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).to(DEVICE)
+    return model, AutoTokenizer.from_pretrained(REAL)
+
+
+@pytest.fixture(scope="module")
+def real_step_race(real_model):
+    race = race_steps(*real_model, REAL_STEP, rounds=ROUNDS, without_trl=trl_absence())
+    return race, step_facts(real_model[0], REAL_STEP)
+
+
+@pytest.fixture(scope="module")
+def real_sampling_race(real_model):
+    model, tokenizer = real_model
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in QUESTIONS
+    ]
+    options = {"samples": BASE.samples, "longest": REAL_LONGEST, "rounds": ROUNDS}
+    race = race_sampling(model, tokenizer, prompts, **options, without_trl=trl_absence())
+    case = f"its own lengths, at most {REAL_LONGEST} tokens, G={BASE.samples}"
+    return race, {"title": f"sampling, {model_name(model)}", "case": case}
+
+
+@pytest.mark.real
+@needs_model
+@pytest.mark.parametrize("variant", [OURS, TRL_WHOLE, TRL_GROUPS])
+def test_real_step(benchmark, real_step_race, variant: str) -> None:
+    measured, facts = real_step_race
+    report(benchmark, measured, variant, CONTENDERS[variant], facts)
+
+
+@pytest.mark.real
+@needs_model
+@pytest.mark.parametrize("variant", [OURS, TRL_SAMPLE])
+def test_real_sampling(benchmark, real_sampling_race, variant: str) -> None:
+    measured, facts = real_sampling_race
+    report(benchmark, measured, variant, CONTENDERS[variant], facts)

@@ -128,6 +128,23 @@ def test_accuracy_marks_the_least_error(tmp_path: Path, monkeypatch) -> None:
     assert "| b | 3.0e-06 | **1.0e-07** |" in text
 
 
+def test_a_step_stands_beside_the_better_of_trls_ways(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(title="step, a model", case=case, variant=variant, tokens_per_s=rate, peak_extra_mib=m)
+        for case, variant, rate, m in (
+            ("G=4", "ours", 300.0, 7.0),
+            ("G=4", "trl_whole", 100.0, 90.0),
+            ("G=4", "trl_groups", 150.0, 20.0),
+            ("G=8", "ours", 200.4, None),
+        )
+    ]
+    kept({"step": rows}, tmp_path, monkeypatch)
+    text = filled("step-here")
+    assert "| step, a model | grao-fast, tokens a second |" in text
+    assert "| G=4 | 300 | 150 | 2.00 | 7 | 20 |" in text
+    assert "| G=8 | 200 | - | - | - | - |" in text
+
+
 def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> None:
     rows = [
         row(label=label, variant=label, shape_TDV=[tokens, 2, 8], median=tokens / 100)

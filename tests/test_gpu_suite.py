@@ -51,7 +51,8 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     statuses = {name: entry["status"] for name, entry in sections.items()}
     needs_cuda = {"addressing": "skipped", "sync": "skipped"}
     names = (
-        "facts tests widths addressing shapes occupancy tokens step rows determinism sync compile"
+        "facts tests widths addressing shapes occupancy tokens step train_step rows determinism sync "
+        "compile"
     )
     assert statuses == dict.fromkeys(names.split(), "ok") | ({} if CUDA else needs_cuda)
     table = done.stdout.splitlines()[-len(statuses) :]
@@ -67,6 +68,9 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     assert ours["rounds"] == 2 and ours["median"] > 0 and max(ours["errors"].values()) < 1e-4
     step = sections["step"]["report"]["batch"]
     assert 0.25 < step["live"] / step["T"] < 0.4
+    whole = sections["train_step"]["report"]
+    assert whole["step"]["ours"]["useful_tokens"] == 64
+    assert whole["sampling"]["ours"]["rounds"] == 2
 
 
 def run_with_sections(tmp_path: Path, code: str):

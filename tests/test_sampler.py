@@ -74,7 +74,7 @@ def test_frequencies_follow_the_distribution(model):
 
 
 def test_what_cannot_be_drawn_is_not_drawn():
-    """Probability 0 at the ends and in the middle, and one token that is a rounding away from it."""
+    """Probability 0 at both ends and between, and a token that is a rounding away from it."""
     logits = torch.full((4000, 6), -torch.inf)
     logits[:, 2], logits[:, 4] = 0.0, -40.0
     token, logprob = _draw(logits, 1.0, torch.Generator().manual_seed(0))

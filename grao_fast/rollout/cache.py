@@ -18,8 +18,7 @@ _ROOM = 128
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with room behind its tokens: a new token is written there.
 
-    `DynamicLayer` copies all that it holds at every token, which in the end is most of what decoding
-    reads and writes. For use without autograd.
+    `DynamicLayer` copies all that it holds at every token. For use without autograd.
     """
 
     _room: tuple[Tensor, Tensor] | None = None
@@ -40,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _in_room(self) -> bool:
-        """Whether they still stand there: a selection or repetition of sequences is a new tensor."""
+        """Whether they still stand there: selected or repeated sequences are a new tensor."""
         assert self._room is not None and self.keys is not None
         return self.keys.untyped_storage().data_ptr() == self._room[0].untyped_storage().data_ptr()
 
