@@ -209,7 +209,7 @@ def grao_weights(rollout: Rollout) -> Tensor:
 def naive_gradient(
     model: PreTrainedModel, rollout: Rollout, weight_NK: Tensor
 ) -> tuple[float, list[Tensor]]:
-    """-(1/N) sum_s w_s L(s), and its gradient, by each sequence's full logits of the stock model."""
+    """-(1/N) sum_s w_s L(s), and its gradient, by full logits of the stock model, one by one."""
     N = len(rollout.prompts)
     total = 0.0
     for n, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):

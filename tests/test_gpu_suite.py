@@ -51,8 +51,8 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     statuses = {name: entry["status"] for name, entry in sections.items()}
     needs_cuda = {"addressing": "skipped", "sync": "skipped"}
     names = (
-        "facts tests widths addressing shapes occupancy tokens step train_step rows determinism sync "
-        "compile"
+        "facts tests widths addressing shapes occupancy tokens step train_step rows determinism "
+        "sync compile"
     )
     assert statuses == dict.fromkeys(names.split(), "ok") | ({} if CUDA else needs_cuda)
     table = done.stdout.splitlines()[-len(statuses) :]

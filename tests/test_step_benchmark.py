@@ -121,7 +121,7 @@ def test_a_step_moves_both_models_alike(model, ours, trl, rollout):
 
 @pytest.mark.parametrize("mean_length", [4.0, math.inf])
 def test_both_sample_lengths_of_one_distribution(mean_length: float):
-    """Means of 512 lengths within 4 standard deviations of each other; all equal where no EOS is."""
+    """Means of 512 lengths within 4 standard deviations of each other; alike where no EOS is."""
     pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16'")
     model, tokenizer = make_model("tiny", "cpu", mean_length=mean_length)
     ours = Ours(copy.deepcopy(model), tokenizer)
