@@ -48,8 +48,8 @@ SAMPLING = {"ragged lengths": 64.0 * SCALE, "equal lengths": math.inf}
 LONGEST = 128 * SCALE
 
 REAL = os.environ.get("GRAO_SMOLLM2", "")
-REAL_STEP = Case(prompts=2, samples=4, prompt_tokens=48, response_tokens=48)
-REAL_LONGEST = 96
+REAL_STEP = Case(prompts=2, samples=4, prompt_tokens=32, response_tokens=32)
+REAL_LONGEST = 64
 QUESTIONS = ["Name a fruit.", "What is the capital of France?"]
 
 pytestmark = pytest.mark.benchmark(timer=clock)

@@ -76,6 +76,7 @@ def test_no_figure_in_the_readme_was_written_by_hand() -> None:
     for name in ("linear_grao-cpu", "occupancy-cpu", "accuracy-cpu"):
         assert f"<!-- table: {name} -->\n| T=" in text
     assert "<!-- table: tokens-cpu -->\n![" in text
+    assert "<!-- table: step-cpu -->\n| optimiser step" in text
     assert table.write_tables(text) == text
 
 
