@@ -19,7 +19,7 @@ from peers import Peer
 from problem import Batch, exact_weights, one_group
 from torch import Tensor
 
-PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 class Measured(NamedTuple):

@@ -127,11 +127,35 @@ def token_plots(name: str, result: Result) -> str:
     return "\n".join([*images, "", _source(name, result)])
 
 
+def step_tables(name: str, result: Result) -> str:
+    """A table for each phase and model, a row for each case: ours beside the better of TRL's."""
+    tables = []
+    for title, rows in _by(result["rows"], "title"):
+        lines = [
+            f"| {title} | grao-fast, tokens a second | TRL, tokens a second "
+            "| grao-fast over TRL | extra memory, MiB | TRL's, MiB |",
+            "| --- " * 6 + "|",
+        ]
+        for case, own in _by(rows, "case"):
+            ours = next(row for row in own if row["variant"] == "ours")
+            peers = [row for row in own if row is not ours]
+            cells = [case, f"{ours['tokens_per_s']:.0f}", "-", "-", _mib(ours), "-"]
+            if peers:
+                best = max(peers, key=lambda row: row["tokens_per_s"])
+                cells[2] = f"{best['tokens_per_s']:.0f}"
+                cells[3] = f"{ours['tokens_per_s'] / best['tokens_per_s']:.2f}"
+                cells[5] = _mib(best)
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join([*tables, f"{_facts(result)}{_absent(result)}"])
+
+
 MAKERS: dict[str, Callable[[str, Result], str]] = {
     "linear_grao": time_table,
     "occupancy": occupancy_table,
     "accuracy": accuracy_table,
     "tokens": token_plots,
+    "step": step_tables,
 }
 
 

@@ -76,6 +76,7 @@ def test_no_figure_in_the_readme_was_written_by_hand() -> None:
     for name in ("linear_grao-cpu", "occupancy-cpu", "accuracy-cpu"):
         assert f"<!-- table: {name} -->\n| T=" in text
     assert "<!-- table: tokens-cpu -->\n![" in text
+    assert "<!-- table: step-cpu -->\n| optimiser step" in text
     assert table.write_tables(text) == text
 
 
@@ -126,6 +127,23 @@ def test_accuracy_marks_the_least_error(tmp_path: Path, monkeypatch) -> None:
     assert "| flat: loss | peaked: loss |" in text
     assert "| a | **2.0e-07** | 2.0e-07 |" in text
     assert "| b | 3.0e-06 | **1.0e-07** |" in text
+
+
+def test_a_step_stands_beside_the_better_of_trls_ways(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(title="step, a model", case=case, variant=variant, tokens_per_s=rate, peak_extra_mib=m)
+        for case, variant, rate, m in (
+            ("G=4", "ours", 300.0, 7.0),
+            ("G=4", "trl_whole", 100.0, 90.0),
+            ("G=4", "trl_groups", 150.0, 20.0),
+            ("G=8", "ours", 200.4, None),
+        )
+    ]
+    kept({"step": rows}, tmp_path, monkeypatch)
+    text = filled("step-here")
+    assert "| step, a model | grao-fast, tokens a second |" in text
+    assert "| G=4 | 300 | 150 | 2.00 | 7 | 20 |" in text
+    assert "| G=8 | 200 | - | - | - | - |" in text
 
 
 def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> None:

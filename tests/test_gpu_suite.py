@@ -51,7 +51,8 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     statuses = {name: entry["status"] for name, entry in sections.items()}
     needs_cuda = {"addressing": "skipped", "sync": "skipped"}
     names = (
-        "facts tests widths addressing shapes occupancy tokens step rows determinism sync compile"
+        "facts tests widths addressing shapes occupancy tokens step train_step rows determinism "
+        "sync compile"
     )
     assert statuses == dict.fromkeys(names.split(), "ok") | ({} if CUDA else needs_cuda)
     table = done.stdout.splitlines()[-len(statuses) :]
@@ -68,6 +69,9 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     assert_tables_can_be_made(tmp_path)
     step = sections["step"]["report"]["batch"]
     assert 0.25 < step["live"] / step["T"] < 0.4
+    whole = sections["train_step"]["report"]
+    assert whole["step"]["ours"]["useful_tokens"] == 64
+    assert whole["sampling"]["ours"]["rounds"] == 2
 
 
 def assert_tables_can_be_made(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.rollout.cache import GrowingLayer
+from grao_fast.rollout.transformers import TransformersSampler, _draw
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
@@ -70,6 +71,47 @@ def test_frequencies_follow_the_distribution(model):
     with torch.no_grad():
         p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 1.3).softmax(-1)
     assert bool(((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt() + 1).all())
+
+
+def test_what_cannot_be_drawn_is_not_drawn():
+    """Probability 0 at both ends and between, and a token that is a rounding away from it."""
+    logits = torch.full((4000, 6), -torch.inf)
+    logits[:, 2], logits[:, 4] = 0.0, -40.0
+    token, logprob = _draw(logits, 1.0, torch.Generator().manual_seed(0))
+    assert token.tolist() == [2] * 4000 and logprob.tolist() == [0.0] * 4000
+    logits[:, 4] = 0.0
+    token, _ = _draw(logits, 1.0, torch.Generator().manual_seed(0))
+    assert set(token.tolist()) == {2, 4}
+
+
+def test_logits_that_are_not_numbers_raise():
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        _draw(torch.full((1, 5), torch.nan), 1.0, torch.Generator())
+
+
+def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.MonkeyPatch):
+    """Through repetition, selection and more tokens than there was room for."""
+    from transformers.cache_utils import DynamicLayer
+
+    monkeypatch.setattr("grao_fast.rollout.cache._ROOM", 3)
+    generator = torch.Generator().manual_seed(0)
+    layers = GrowingLayer(), DynamicLayer()
+
+    def append(sequences: int, tokens: int) -> None:
+        keys, values = torch.randn(2, sequences, 2, tokens, 4, generator=generator)
+        ours, theirs = (layer.update(keys, values) for layer in layers)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert layers[0].get_seq_length() == layers[1].get_seq_length()
+
+    append(2, 5)
+    for layer in layers:
+        layer.batch_repeat_interleave(2)
+    for _ in range(5):
+        append(4, 1)
+    for layer in layers:
+        layer.batch_select_indices(torch.tensor([0, 3]))
+    for tokens in (1, 4, 1):
+        append(2, tokens)
 
 
 def test_the_seed_decides(model):

@@ -1,4 +1,4 @@
-"""The sections, in the order they run in, and the seconds each may take: under 8 minutes in all."""
+"""The sections, in the order they run in, and the seconds each may take: under 9 minutes in all."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SECTIONS = [
     Section("occupancy", _later("suite.heads:occupancy"), 25),
     Section("tokens", _later("suite.heads:tokens"), 40),
     Section("step", _later("suite.step:step"), 40),
+    Section("train_step", _later("suite.train_step:train_step"), 60),
     Section("rows", _later("suite.rows:rows"), 15),
     Section("determinism", _later("suite.guarantees:determinism"), 15),
     Section("sync", _later("suite.guarantees:sync"), 15),
     Section("compile", _later("suite.guarantees:compiled"), 30),
 ]
-assert sum(section.limit_s for section in SECTIONS) < 480
+assert sum(section.limit_s for section in SECTIONS) < 540
 
 
 def chosen(names: str | None) -> list[Section]:

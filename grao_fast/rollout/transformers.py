@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
 
 from grao_fast.rollout import Completion
+from grao_fast.rollout.cache import GrowingLayer, growing_cache
 from grao_fast.router import no_router_loss
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class TransformersSampler:
         generator: torch.Generator,
     ) -> list[Completion]:
         """Completions of a batch of prompts, each prompt's one behind the other."""
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model.config)
         logits, mask = self._prefill(prompts, cache)
         cache.batch_repeat_interleave(num_generations)
         logits, mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))
@@ -159,7 +159,7 @@ class TransformersSampler:
         """What runs a step, in which cache, under which mask."""
         if not self.static_cache:
             return self.model, cache, mask
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if any(type(layer) is not GrowingLayer for layer in cache.layers):
             raise ValueError(
                 f"{type(self.model).__name__} has layers that do not attend to all tokens, which "
                 'a cache of fixed size is not made for here: set cache_implementation="dynamic"'
@@ -195,10 +195,18 @@ def _forward(
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token of every row and its log-prob under the distribution it was drawn from."""
+    """A token of every row and its log-prob under the distribution it was drawn from.
+
+    The distribution function is inverted at one random number a row; `torch.multinomial` draws one
+    for every token of the vocabulary, which on a CPU costs more than the softmax. In float64, as in
+    float32 the sum of a large vocabulary would round its rare tokens away.
+    """
     logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
     if temperature > 0:
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
+        # The first token that reaches 0 < point <= total: never one of probability 0.
+        token = torch.searchsorted(cdf, (1 - u) * cdf[:, -1:])
     else:
         token = logprobs.argmax(-1, keepdim=True)
     return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
