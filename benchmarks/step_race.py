@@ -16,16 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from measure import peak_extra_mib, seconds
 from peers import _not_installed
-from step_problem import (
-    Case,
-    make_rollout,
-)
+from step_problem import Case, make_rollout
 from step_sides import TRL, Ours, grao_weights, naive_gradient
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 OURS, TRL_WHOLE, TRL_GROUPS, TRL_SAMPLE = "ours", "trl_whole", "trl_groups", "trl"
 LABELS = {
@@ -176,8 +172,9 @@ def take_turns(
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            call = lambda name=name, turn=turn: tokens[name].append(runs[name](turn))  # noqa: E731
-            took[name].append(seconds(call, device))
+            took[name].append(
+                seconds(lambda name=name, turn=turn: tokens[name].append(runs[name](turn)), device)
+            )
     return {name: Timed(took[name], tokens[name], peaks[name]) for name in names}, absent
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 # Tokens that a layer makes room for when it has none left.
-_ROOM = 128
+_ROOM = 32
 
 
 class GrowingLayer(DynamicLayer):
@@ -38,8 +38,13 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :new] for room in self._room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences; the room of all goes with the others, or both would be held."""
+        super().batch_select_indices(indices)
+        self._room = None
+
     def _in_room(self) -> bool:
-        """Whether they still stand there: selected or repeated sequences are a new tensor."""
+        """Whether they still stand there: repeated or reordered sequences are a new tensor."""
         assert self._room is not None and self.keys is not None
         return self.keys.untyped_storage().data_ptr() == self._room[0].untyped_storage().data_ptr()
 
