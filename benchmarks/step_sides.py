@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
     from grao_fast.step import Rollout
 
-CONFIG = GRAOConfig(temperature=1.0, gradient_checkpointing=False, generation_batch_size=4096)
+CONFIG = GRAOConfig(
+    temperature=1.0,
+    gradient_checkpointing=False,
+    generation_batch_size=4096,
+    max_tokens_per_microbatch=16384,
+)
 
 
 class Ours:

@@ -52,6 +52,11 @@ def run(tiny_model, output: Path, **options):
     return grao_fast.train(tiny_model, output_dir=output, **options)
 
 
+def rarely_equal(prompts, completions):
+    """A reward for steps that are to have live groups, whatever is sampled."""
+    return [float(sum(map(ord, text)) % 101) for text in completions]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 

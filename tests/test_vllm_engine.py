@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import CONFIG, lines, run
+from test_trainer import CONFIG, lines, rarely_equal, run
 from transformers import AutoModelForCausalLM
 
 from grao_fast.rollout.transformers import TransformersSampler
@@ -111,7 +111,7 @@ def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
         max_steps=3, save_steps=0, use_vllm=True, vllm_max_model_length=64,
         vllm_gpu_memory_utilization=0.4,
     )  # fmt: skip
-    result = run(tiny_model, tmp_path, config=config)
+    result = run(tiny_model, tmp_path, config=config, reward=rarely_equal)
     (engine,) = engines
     assert (engine.gpu_memory_utilization, engine.max_model_len) == (0.4, 64)
     assert (engine.logprobs_mode, engine.dtype) == ("processed_logprobs", torch.float32)

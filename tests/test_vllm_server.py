@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import CONFIG, ROWS, StopAt, letters, lines, run, same_bits
+from test_trainer import CONFIG, ROWS, StopAt, letters, lines, rarely_equal, run, same_bits
 from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
@@ -65,7 +65,8 @@ def test_a_seed_repeats_a_sample_and_prompts_have_seeds_of_their_own(url: str, t
 def test_training_keeps_the_server_at_the_policys_weights(
     fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
 ):
-    result = run(tiny_model, tmp_path, config=config(url), eval_dataset=ROWS[:3])
+    options = {"config": config(url), "reward": rarely_equal, "eval_dataset": ROWS[:3]}
+    result = run(tiny_model, tmp_path, **options)
     assert len(fake.paths("/collective_rpc")) == 4  # before the first step, and after each
     assert len(fake.paths("/reset_prefix_cache")) == 4
     for row in lines(tmp_path):
@@ -80,7 +81,7 @@ def test_stale_weights_show(fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
     """A server that only says that it loaded them."""
     fake.loads_weights = False
     with caplog.at_level("INFO"):
-        run(tiny_model, tmp_path, config=config(url, learning_rate=0.05))
+        run(tiny_model, tmp_path, config=config(url, learning_rate=0.05), reward=rarely_equal)
     diffs = [row["sampling/logp_diff"] for row in lines(tmp_path)]
     assert diffs[0] < 1e-4
     assert diffs[-1] > 0.1
