@@ -33,6 +33,7 @@ def read(out: Path) -> dict[str, dict]:
     return json.loads((out / "suite.json").read_text())["sections"]
 
 
+@pytest.mark.slow
 def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> None:
     """In an environment that sees torch, triton and pytest, and no installed grao_fast."""
     venv.create(tmp_path / "bare", with_pip=False)
