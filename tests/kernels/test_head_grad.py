@@ -153,14 +153,11 @@ def test_a_factor_that_comes_too_late(factor: float, backend: str, device: str) 
         assert tensors[0].grad.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_frequent_token_does_not_stand_still(
-    dtype: torch.dtype, backend: str, device: str
-) -> None:
+def test_a_frequent_token_does_not_stand_still(backend: str, device: str) -> None:
     """256 + 1 is 256 in bfloat16: like terms are summed up before they meet the buffer."""
-    T = 4096
-    hidden_TD = torch.ones(T, 8, device=device, dtype=dtype)
-    head_VD = torch.zeros(16, 8, device=device, dtype=dtype).requires_grad_()
+    T = 640
+    hidden_TD = torch.ones(T, 8, device=device, dtype=torch.bfloat16)
+    head_VD = torch.zeros(16, 8, device=device, dtype=torch.bfloat16).requires_grad_()
     buffer = torch.zeros_like(head_VD).detach()
     target_T = torch.full((T,), 3, device=device)
     weight_T = torch.full((T,), 1 / 64)
