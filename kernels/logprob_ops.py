@@ -16,7 +16,7 @@ from .checks import LogitTransform, check_backend, without_autocast
 from .one_pass import Options, one_pass
 from .ops import LIBRARY, operator, rounded_gradients
 from .scale import scaled_gradient
-from .vocab_parallel import Shard
+from .vocab_parallel import shard_of
 
 
 def _token_logprobs_fake(
@@ -64,7 +64,7 @@ def token_logprobs(
         dtype=dtype,
         wants=(False, False, False),
         entropy=entropy,
-        shard=None if group_name is None else Shard(group_name, vocab_size),
+        shard=shard_of(group_name, vocab_size),
     )
     # Weights on the CPU: all rows count, and the host knows it.
     ones_1T = torch.ones(1, hidden_TD.shape[0])
@@ -126,7 +126,7 @@ def token_logprobs_backward(
         dtype=dtype,
         wants=(wants[0], wants[1], wants[2]),
         entropy=grad_entropy_T is not None,
-        shard=None if group_name is None else Shard(group_name, vocab_size),
+        shard=shard_of(group_name, vocab_size),
     )
     if grad_logprob_T is None:
         grad_logprob_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float32)

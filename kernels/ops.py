@@ -30,7 +30,7 @@ from .checks import LogitTransform, check_backend, check_range, without_autocast
 from .live_rows import to_device
 from .one_pass import Gradients, Options, one_pass
 from .policy import Policy
-from .vocab_parallel import Shard
+from .vocab_parallel import shard_of
 
 LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
 
@@ -144,8 +144,8 @@ def run_weighted_terms(
     What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
     `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`. With
     a group's name, head and bias are this process's part of `vocab_size`. The head's gradient is in
-    its dtype, or for a sum that goes on in float32. Only the function, not
-    the operator, takes `head_grad_VD`, to which it adds the head's gradient.
+    its own dtype, or with `head_grad_float32` in float32, for a sum that goes on. Only the
+    function, not the operator, takes `head_grad_VD`, to which it adds that gradient.
     """
     check_backend(backend, hidden_TD.device)
     options = Options(
@@ -156,7 +156,7 @@ def run_weighted_terms(
         wants=(wants[0], wants[1], wants[2]),
         entropy=entropy,
         top1=top1,
-        shard=None if group_name is None else Shard(group_name, vocab_size),
+        shard=shard_of(group_name, vocab_size),
     )
     policy = None
     if policy_3T is not None and kl_coef_T is not None:

@@ -77,6 +77,11 @@ class Shard(NamedTuple):
         return tensor
 
 
+def shard_of(group_name: str | None, vocab_size: int) -> Shard | None:
+    """None where the head is whole: operators know that by a group without a name."""
+    return None if group_name is None else Shard(group_name, vocab_size)
+
+
 class Parts(NamedTuple):
     """What this process has of each operand, as plain tensors."""
 
