@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from grao_fast.rollout.cache import GrowingLayer
+from grao_fast.rollout.cache import GrowingLayer, drop_rows
 from grao_fast.rollout.transformers import TransformersSampler, _draw
 
 EOS = 1
@@ -73,26 +76,76 @@ def test_frequencies_follow_the_distribution(model):
     assert bool(((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt() + 1).all())
 
 
-def test_what_cannot_be_drawn_is_not_drawn():
+def uniform(n: int) -> torch.Tensor:
+    return torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("V", [5, 128, 1000])
+def test_draws_invert_the_distribution_function(V: int):
+    """Also where the vocabulary is not a multiple of a block."""
+    logits = 3 * torch.randn(4000, V, generator=torch.Generator().manual_seed(1))
+    u = uniform(4000)
+    token, logprob = _draw(logits, 0.9, u)
+    logprobs = (logits / 0.9).log_softmax(-1)
+    cdf = logprobs.double().exp().cumsum(-1)
+    assert torch.equal(token[:, None], torch.searchsorted(cdf, (1 - u) * cdf[:, -1:]))
+    torch.testing.assert_close(logprob, logprobs.gather(1, token[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("place", [1, 150, 300])
+def test_rare_tokens_are_not_rounded_away(place: int):
+    """1e-9 is drawn beside 1 - 1e-9 for that share of the numbers, in its block or in another."""
+    logits = torch.full((2, 301), -torch.inf)
+    logits[:, 0], logits[:, place] = 0.0, math.log(1e-9)
+    token, _ = _draw(logits, 1.0, torch.tensor([[0.9e-9], [1.1e-9]], dtype=torch.float64))
+    assert token.tolist() == [place, 0]
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+def test_what_cannot_be_drawn_is_not_drawn(scale: int):
     """Probability 0 at both ends and between, and a token that is a rounding away from it."""
-    logits = torch.full((4000, 6), -torch.inf)
-    logits[:, 2], logits[:, 4] = 0.0, -40.0
-    token, logprob = _draw(logits, 1.0, torch.Generator().manual_seed(0))
-    assert token.tolist() == [2] * 4000 and logprob.tolist() == [0.0] * 4000
-    logits[:, 4] = 0.0
-    token, _ = _draw(logits, 1.0, torch.Generator().manual_seed(0))
-    assert set(token.tolist()) == {2, 4}
+    logits = torch.full((4000, 6 * scale), -torch.inf)
+    logits[:, 2 * scale], logits[:, 4 * scale] = 0.0, -40.0
+    token, logprob = _draw(logits, 1.0, uniform(4000))
+    assert token.tolist() == [2 * scale] * 4000 and logprob.tolist() == [0.0] * 4000
+    logits[:, 4 * scale] = 0.0
+    token, _ = _draw(logits, 1.0, uniform(4000))
+    assert set(token.tolist()) == {2 * scale, 4 * scale}
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    token, _ = _draw(logits[:2], 1.0, ends)
+    assert token.tolist() == [4 * scale, 2 * scale]
 
 
-def test_logits_that_are_not_numbers_raise():
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        _draw(torch.full((1, 5), torch.nan), 1.0, torch.Generator())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_raise(tiny_model, temperature: float, logit: float):
+    broken = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[3] = logit
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite.*learning_rate"):
+        sampler(broken).sample(
+            [[5]], num_generations=2, max_new_tokens=3, temperature=temperature, seed=0
+        )
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_a_completion_does_not_depend_on_when_others_end(model, static_cache: bool):
+    """With and without an end-of-sequence token, all draw the same until their own end."""
+    options = {"num_generations": 8, "max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+    eos = range(1, model.config.vocab_size, 5)
+    ending = sampler(model, eos=eos, static_cache=static_cache).sample(PROMPTS, **options)
+    endless = sampler(model, eos=()).sample(PROMPTS, **options)
+    ends = set()
+    for group, others in zip(ending, endless, strict=True):
+        for completion, other in zip(group, others, strict=True):
+            length = len(completion.token_ids)
+            ends.add(length)
+            assert completion.token_ids == other.token_ids[:length]
+    assert len(ends) > 3
 
 
 def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.MonkeyPatch):
     """Through repetition, selection and more tokens than there was room for."""
-    from transformers.cache_utils import DynamicLayer
-
     monkeypatch.setattr("grao_fast.rollout.cache._ROOM", 3)
     generator = torch.Generator().manual_seed(0)
     layers = GrowingLayer(), DynamicLayer()
@@ -109,9 +162,34 @@ def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.Monk
     for _ in range(5):
         append(4, 1)
     for layer in layers:
-        layer.batch_select_indices(torch.tensor([0, 3]))
+        layer.batch_select_indices(torch.tensor([0, 3, 1]))
     for tokens in (1, 4, 1):
-        append(2, tokens)
+        append(3, tokens)
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["repeated", "in its room"])
+@pytest.mark.parametrize("gone", [[0, 1], [1, 3], [4], [3, 4], [0, 1, 2, 3]], ids=str)
+def test_the_last_rows_take_the_places_of_dropped_ones(gone: list[int], room: bool):
+    """In a growing layer as in any other; what is left is one and the same."""
+    keys = torch.arange(5.0)[:, None, None, None].expand(5, 2, 3, 4)
+    cache = DynamicCache()
+    cache.layers = [GrowingLayer(), DynamicLayer()]
+    for layer in cache.layers:
+        layer.update(keys, -keys)
+        if room:
+            layer.update(keys[:, :, :1], -keys[:, :, :1])
+        else:
+            layer.batch_repeat_interleave(1)
+    ended = torch.zeros(5, dtype=torch.bool)
+    ended[gone] = True
+    order = drop_rows(cache, ended)
+    assert sorted(order.tolist()) == sorted(set(range(5)) - set(gone))
+    stay = [i for i in range(len(order)) if not ended[i]]
+    assert order[stay].tolist() == stay
+    for layer in cache.layers:
+        more = order.float()[:, None, None, None].expand(-1, 2, 1, 4)
+        got, negative = layer.update(more, -more)
+        assert torch.equal(got, more.expand_as(got)) and torch.equal(negative, -got)
 
 
 def test_the_seed_decides(model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -38,10 +39,14 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :new] for room in self._room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences; the room of all goes with the others, or both would be held."""
-        super().batch_select_indices(indices)
-        self._room = None
+    def close_up(self, places: Tensor, movers: Tensor, left: int) -> None:
+        """The sequences `movers` take `places`, and the first `left` are kept: no other moves."""
+        assert self.keys is not None and self.values is not None
+        for states in (self.keys, self.values):
+            states[places] = states[movers]
+        self.keys, self.values = self.keys[:left], self.values[:left]
+        if self._room is not None:
+            self._room = self._room[0][:left], self._room[1][:left]
 
     def _in_room(self) -> bool:
         """Whether they still stand there: repeated or reordered sequences are a new tensor."""
@@ -60,6 +65,28 @@ class GrowingLayer(DynamicLayer):
                 room[:, :, :old] = held
             rooms.append(room)
         return rooms[0], rooms[1]
+
+
+def drop_rows(cache: DynamicCache, ended: Tensor) -> Tensor:
+    """Drop the sequences that have ended, (B,) bool on the CPU; returns who is left, in new order.
+
+    The last ones take the places of those that ended: a `GrowingLayer` copies only these, any other
+    layer all that are left.
+    """
+    assert cache.layers[0].keys is not None
+    device = cache.layers[0].keys.device
+    live = (~ended).nonzero().squeeze(1)
+    left = len(live)
+    places, movers = ended[:left].nonzero().squeeze(1), live[live >= left]
+    order = torch.arange(left)
+    order[places] = movers
+    places, movers, order = (x.to(device) for x in (places, movers, order))
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.close_up(places, movers, left)
+        else:
+            layer.batch_select_indices(order)
+    return order
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from grao_fast.rollout import Completion
-from grao_fast.rollout.cache import GrowingLayer, growing_cache
+from grao_fast.rollout.cache import GrowingLayer, drop_rows, growing_cache
 from grao_fast.router import no_router_loss
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-# Dropping rows copies the cache, so it waits until this share of the batch has ended.
-_DROP_SHARE = 1 / 8
+# Tokens whose probabilities are summed before one of them is drawn: about the vocabulary's root,
+# and a divisor of most vocabularies, which then need no padding.
+_BLOCK = 128
 # Lengths of static caches are multiples of this: every new one is compiled anew.
 _STATIC_BLOCK = 256
 
@@ -125,23 +127,32 @@ class TransformersSampler:
         lengths = torch.zeros_like(rows)
         finished = torch.zeros_like(ended)
         for step in range(max_new_tokens):
-            token, logprob = _draw(logits, temperature, generator)
+            # of every row that there was: what one draws does not depend on when others end
+            u = torch.rand(
+                len(tokens), 1, dtype=torch.float64, device=rows.device, generator=generator
+            )
+            token, logprob = _draw(logits, temperature, u[rows])
             tokens[rows, step] = torch.where(ended, self.pad_token_id, token)
             logprobs[rows, step] = torch.where(ended, 0.0, logprob)
             lengths[rows] += ~ended
             ended |= torch.isin(token, self.eos_ids)
             finished[rows] = ended
-            if step + 1 == max_new_tokens or bool(ended.all()):
+            over = ended.cpu()  # the one wait for the device in a step
+            if step + 1 == max_new_tokens or bool(over.all()):
                 break
             if not self.static_cache:
-                if ended.float().mean() >= _DROP_SHARE:
-                    keep = (~ended).nonzero().squeeze(1)
-                    cache.batch_select_indices(keep)
-                    rows, token, mask, ended = rows[keep], token[keep], mask[keep], ended[keep]
-                    position = position[keep]
+                if over.any():
+                    left = drop_rows(cache, over)
+                    rows, token, mask, ended = rows[left], token[left], mask[left], ended[left]
+                    position = position[left]
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = _forward(decode, token[:, None], mask, position, cache)
             position = position + 1
+        if bool(logprobs.isnan().any()):
+            raise FloatingPointError(
+                f"{type(self.model).__name__} gives logits that are NaN or infinite: its weights "
+                "may be broken, or have diverged under a learning_rate that is too high"
+            )
         return _completions(tokens, logprobs, lengths, finished)
 
     def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
@@ -194,22 +205,37 @@ def _forward(
     return output.logits[:, -1].float()
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
     """A token of every row and its log-prob under the distribution it was drawn from.
 
-    The distribution function is inverted at one random number a row; `torch.multinomial` draws one
-    for every token of the vocabulary, which on a CPU costs more than the softmax. In float64, as in
-    float32 the sum of a large vocabulary would round its rare tokens away.
+    Args:
+        logits: (B, V) float32.
+        u: (B, 1) float64, uniform in [0, 1).
     """
-    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
-    if temperature > 0:
-        cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
-        # The first token that reaches 0 < point <= total: never one of probability 0.
-        token = torch.searchsorted(cdf, (1 - u) * cdf[:, -1:])
-    else:
-        token = logprobs.argmax(-1, keepdim=True)
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+    p = (logits / temperature if temperature > 0 else logits).softmax(-1)
+    token = _invert(p, u) if temperature > 0 else logits.argmax(-1, keepdim=True)
+    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
+
+
+def _invert(p: Tensor, u: Tensor) -> Tensor:
+    """The token of every row, (B, 1), at which its distribution function reaches 1 - u.
+
+    First the block of `_BLOCK` tokens, then the token in it: `torch.multinomial` draws a random
+    number for every token of the vocabulary, and one sum over all of it had to be held in float64,
+    as in float32 it would round rare tokens away. A token of probability 0 is never drawn; a row of
+    NaN gives some token.
+    """
+    V = p.shape[1]
+    blocks = (F.pad(p, (0, -V % _BLOCK)) if V % _BLOCK else p).unflatten(1, (-1, _BLOCK))
+    mass = blocks.sum(-1).double()
+    cdf = mass.cumsum(-1)
+    point = (1 - u) * cdf[:, -1:]
+    block = torch.searchsorted(cdf, point).clamp(max=mass.shape[1] - 1)
+    before = F.pad(cdf, (1, 0)).gather(1, block)
+    share = ((point - before) / mass.gather(1, block)).clamp(max=1)  # 0 < share, of the block
+    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(-1)
+    within = torch.searchsorted(inside, share * inside[:, -1:])
+    return (block * _BLOCK + within).clamp(max=V - 1)
 
 
 def _completions(
