@@ -48,9 +48,21 @@ SAMPLING = {"ragged lengths": 64.0 * SCALE, "equal lengths": math.inf}
 LONGEST = 128 * SCALE
 
 REAL = os.environ.get("GRAO_SMOLLM2", "")
-REAL_STEP = Case(prompts=2, samples=4, prompt_tokens=32, response_tokens=32)
-REAL_LONGEST = 64
-QUESTIONS = ["Name a fruit.", "What is the capital of France?"]
+REAL_BASE = Case(prompts=2, samples=4, prompt_tokens=32, response_tokens=32)
+REAL_STEPS = [REAL_BASE, REAL_BASE.replace(prompt_tokens=128, response_tokens=16)]
+QUESTIONS = [
+    "Name a fruit.",
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Who wrote Hamlet?",
+    "Why is the sky blue?",
+    "Translate 'good morning' into Spanish.",
+    "What is 17 + 25?",
+    "List three primary colours.",
+]
+# Prompts, and the most tokens of an answer; the model ends its answers itself. Few rows cost a CPU
+# about as much as one: a step of decoding reads all weights for them.
+REAL_SAMPLING = [(2, 64), (8, 128)]
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 needs_model = pytest.mark.skipif(not REAL, reason="GRAO_SMOLLM2 names no model folder")
@@ -122,24 +134,26 @@ def real_model():
     return model, AutoTokenizer.from_pretrained(REAL)
 
 
-@pytest.fixture(scope="module")
-def real_step_race(real_model):
-    race = race_steps(*real_model, REAL_STEP, rounds=ROUNDS, without_trl=trl_absence())
-    return race, step_facts(real_model[0], REAL_STEP)
+@pytest.fixture(scope="module", params=REAL_STEPS, ids=step_name)
+def real_step_race(request, real_model):
+    case = request.param
+    race = race_steps(*real_model, case, rounds=ROUNDS, without_trl=trl_absence())
+    return race, step_facts(real_model[0], case)
 
 
-@pytest.fixture(scope="module")
-def real_sampling_race(real_model):
+@pytest.fixture(scope="module", params=REAL_SAMPLING, ids="{0[0]} prompts".format)
+def real_sampling_race(request, real_model):
     model, tokenizer = real_model
+    count, longest = request.param
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
-        for question in QUESTIONS
+        for question in QUESTIONS[:count]
     ]
-    options = {"samples": BASE.samples, "longest": REAL_LONGEST, "rounds": ROUNDS}
+    options = {"samples": BASE.samples, "longest": longest, "rounds": ROUNDS}
     race = race_sampling(model, tokenizer, prompts, **options, without_trl=trl_absence())
-    case = f"its own lengths, at most {REAL_LONGEST} tokens, G={BASE.samples}"
+    case = f"its own lengths: {count} prompts, at most {longest} tokens, G={BASE.samples}"
     return race, {"title": f"sampling, {model_name(model)}", "case": case}
 
 
