@@ -1,4 +1,4 @@
-"""One family's pass of the GRAO loss: packed, in repeated prompts, and by the naive formula.
+"""One model's pass of the GRAO loss: packed, in repeated prompts, and by the naive formula.
 
 All three are given the same model, groups and rewards, in float32. Packed is `share_prefix=True`,
 repeated is `share_prefix=False`, which pads; naive is the stock model's full logits, one sequence
@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from step_problem import Case, make_rollout
+from step_problem import useful_tokens
 from step_race import Contender, Race, take_turns
 from step_sides import CONFIG, grao_weights, naive_gradient, take_gradients
 from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grao_fast.batch import Group
+    from grao_fast.step import Rollout
 
 PACKED, REPEATED = "packed", "repeated"
 LABELS = {PACKED: "grao-fast, shared prompts", REPEATED: "grao-fast, repeated prompts"}
@@ -33,18 +34,24 @@ Gradient = tuple[float, list[Tensor]]  # the loss, and its gradient in every par
 
 
 def race_family(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, *, rounds: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    *,
+    held: tuple[str, ...],
+    rounds: int,
 ) -> tuple[Race, dict[str, Any]]:
     """Forward and backward of one batch, checked, then timed in turns.
 
+    held: which errors of packed against repeated must be within 1e-5.
+
     Returns:
-        The race, and what is said beside its times: tokens computed by each, padding included, and
-        `errors`, those of `off` for each pair that is compared.
+        The race, and what is said beside its times: the tokens that each computes, how many of the
+        repeated ones are padding, and `errors`, those of `off` for each pair that is compared.
 
     Raises:
-        AssertionError: packed differs from repeated by more than 1e-5.
+        AssertionError: one of those that are held is above 1e-5.
     """
-    rollout = make_rollout(case, model.config.vocab_size, eos=tokenizer.eos_token_id)
     groups = to_groups(rollout, beta=CONFIG.beta, lam=CONFIG.lam)
     policies = {
         name: load_policy(
@@ -55,20 +62,27 @@ def race_family(
         for name in CONTENDERS
     }
     errors = compare(policies, groups, naive_gradient(model, rollout, grao_weights(rollout)))
-    for what, error in errors["packed and repeated"].items():
+    for what in held:
+        error = errors["packed, repeated"][what]
         assert error <= TOLERANCE, (
-            f"{type(model).__name__}: the {what} of packed groups is off by {error:.2g} of that of "
+            f"{type(model).__name__}: {what} of packed groups is off by {error:.2g} of that of "
             f"repeated prompts, {TOLERANCE:.0e} passes"
         )
-    tokens = {name: policy.lay_out(groups).input_ids_BL.numel() for name, policy in policies.items()}
-    useful = sum(len(ids) for group in groups for ids in group.sequence_ids)
+    packed, repeated = (policies[name].lay_out(groups) for name in (PACKED, REPEATED))
+    mask_BL = repeated.attention_mask_BL
+    assert mask_BL is not None
+    facts = {
+        "tokens": {PACKED: packed.input_ids_BL.numel(), REPEATED: mask_BL.numel()},
+        "padding": int((mask_BL == 0).sum()),
+        "errors": errors,
+    }
 
     def run(name: str) -> int:
         gradient(policies[name], groups)
-        return useful
+        return useful_tokens(rollout)
 
     runs = {name: lambda turn, name=name: run(name) for name in policies}
-    return take_turns(runs, {}, rounds, model.device), {"tokens": tokens, "errors": errors}
+    return take_turns(runs, {}, rounds, model.device), facts
 
 
 def compare(
@@ -77,18 +91,18 @@ def compare(
     """How far packed is from repeated, and both from naive.
 
     The naive formula has no loss of a mixture's router: beside it ours is left out too, and is
-    part of what packed and repeated are compared by.
+    part of what packed, repeated are compared by.
     """
     packed, repeated = (gradient(policies[name], groups) for name in (PACKED, REPEATED))
-    errors = {"packed and repeated": off(packed, repeated)}
+    errors = {"packed, repeated": off(packed, repeated)}
     if policies[PACKED].router is not None:
         packed, repeated = (
             gradient(dataclasses.replace(policies[name], router=None), groups)
             for name in (PACKED, REPEATED)
         )
     return errors | {
-        "packed and naive": off(packed, naive),
-        "repeated and naive": off(repeated, naive),
+        "packed, naive": off(packed, naive),
+        "repeated, naive": off(repeated, naive),
     }
 
 
@@ -102,13 +116,20 @@ def gradient(policy: Policy, groups: list[Group]) -> Gradient:
 
 
 def off(actual: Gradient, expected: Gradient) -> dict[str, float]:
-    """The loss's relative error, and the largest of max|a - b| / max|b| of any parameter.
+    """Relative errors: of the loss, of the whole gradient in its norm, and the worst parameter's.
 
-    NaN, also where a parameter's expected gradient is 0 everywhere, passes no comparison.
+    The last is the largest of max|a - b| / max|b| over parameters. NaN, also where a parameter's
+    expected gradient is 0 everywhere, passes no comparison.
     """
     (loss, ours), (true_loss, theirs) = actual, expected
-    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    worst = [d.abs().max() / b.abs().max() for d, b in zip(differences, theirs, strict=True)]
     return {
         "loss": abs(loss - true_loss) / abs(true_loss),
-        "gradient": float(torch.stack(errors).max()),
+        "gradient": float(norm(differences) / norm(theirs)),
+        "worst parameter": float(torch.stack(worst).max()),
     }
+
+
+def norm(gradients: list[Tensor]) -> Tensor:
+    return torch.stack([each.norm() for each in gradients]).norm()

@@ -9,27 +9,50 @@ what is compared.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from family_race import CONTENDERS, PACKED, REPEATED, race_family
 from problem import DEVICE
 from replay import clock, report
-from step_problem import Case, make_model
+from step_problem import Case, make_model, make_rollout
 
 # Last: what both folders have is the benchmarks'.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from families import FAMILIES, family_model
 
-ROUNDS = 5
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from grao_fast.step import Rollout
+
 CASE = Case(prompts=4, samples=4, prompt_tokens=24, response_tokens=16)
+ROUNDS = 5
+
 REAL = os.environ.get("GRAO_SMOLLM2", "")
-REAL_ROUNDS = 3
-REAL_CASE = Case(prompts=2, samples=4, prompt_tokens=32, response_tokens=32)
+REAL_ROUNDS = 2
+# A question's samples and, last, its reference, each with a reward.
+REAL_GROUPS = {
+    "Name a fruit.": {
+        "An apple.": 1.0,
+        "A banana is a fruit that grows in bunches.": 0.5,
+        "I am not sure what you mean.": -1.0,
+        "A mango is a sweet fruit from the tropics.": 1.5,
+    },
+    "What is the capital of France?": {
+        "The capital of France is Paris.": 1.0,
+        "It is Lyon, a large city in the south.": -1.0,
+        "Paris.": 0.5,
+        "Paris, which lies on the Seine.": 1.2,
+    },
+}
 
 pytestmark = [
     pytest.mark.benchmark(timer=clock),
@@ -39,15 +62,31 @@ pytestmark = [
 ]
 
 
-def facts(family: str, case: Case) -> dict[str, object]:
-    return {"family": family, "dtype": "float32", "shape": vars(case)}
+def facts(family: str) -> dict[str, Any]:
+    return {"family": family, "dtype": "float32", "threads": torch.get_num_threads()}
+
+
+@contextmanager
+def one_thread():
+    """On tiny tensors threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family_race(request):
+    """Every parameter is held: float32 allows that through two layers."""
+    model = family_model(request.param)
     _, tokenizer = make_model("tiny", "cpu")  # its EOS and padding are all that is used
-    race, found = race_family(family_model(request.param), tokenizer, CASE, rounds=ROUNDS)
-    return race, facts(request.param, CASE) | found
+    rollout = make_rollout(CASE, model.config.vocab_size)
+    held = ("loss", "gradient", "worst parameter")
+    with one_thread():
+        race, found = race_family(model, tokenizer, rollout, held=held, rounds=ROUNDS)
+        return race, facts(request.param) | found
 
 
 @pytest.mark.parametrize("variant", [PACKED, REPEATED])
@@ -58,12 +97,45 @@ def test_family(benchmark, family_race, variant: str) -> None:
 
 @pytest.fixture(scope="module")
 def real_race():
+    """The gradient is held as a whole: single tensors differ by 1e-5 after 30 layers in float32,
+    those of repeated prompts and of the naive formula too."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
-    race, found = race_family(model, tokenizer, REAL_CASE, rounds=REAL_ROUNDS)
-    return race, facts("SmolLM2-135M-Instruct", REAL_CASE) | found
+    rollout = real_rollout(tokenizer)
+    held = ("loss", "gradient")
+    race, found = race_family(model, tokenizer, rollout, held=held, rounds=REAL_ROUNDS)
+    return race, facts("SmolLM2-135M-Instruct") | found
+
+
+def real_rollout(tokenizer: PreTrainedTokenizerBase) -> Rollout:
+    """`REAL_GROUPS` as a step would hold them."""
+    from grao_fast.data import Encoded, Example
+    from grao_fast.kernels import group_advantages
+    from grao_fast.rollout import Completion
+    from grao_fast.step import Rollout
+
+    prompts, completions = [], []
+    for question, answers in REAL_GROUPS.items():
+        prompt_ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        *samples, reference = ([*tokenizer(a).input_ids, tokenizer.eos_token_id] for a in answers)
+        prompts.append(Encoded(Example("", "", {}), prompt_ids, reference))
+        completions.append([Completion(ids, [math.nan] * len(ids), True) for ids in samples])
+    rewards_NK = torch.tensor(
+        [list(answers.values()) for answers in REAL_GROUPS.values()], dtype=torch.float64
+    )
+    return Rollout(
+        prompts=prompts,
+        completions=completions,
+        texts=[list(answers)[:-1] for answers in REAL_GROUPS.values()],
+        rewards_NK=rewards_NK,
+        advantages_NK=group_advantages(rewards_NK),
+        per_function={},
+        seconds={},
+    )
 
 
 @pytest.mark.real
