@@ -3,7 +3,7 @@
     pytest benchmarks/test_families.py --benchmark-only
     GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/test_families.py --benchmark-only -m real
 
-The families, two layers with random weights each, are those of the tests. `family_race.py` says
+The families, two layers with random weights each, are those of the tests. `family_sides.py` says
 what is compared.
 """
 
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from family_race import CONTENDERS, PACKED, REPEATED, race_family
+from family_sides import PACKED, REPEATED, compare_family
 from problem import DEVICE
 from replay import clock, report
 from step_problem import Case, make_model, make_rollout
+from step_race import Contender, take_turns
 
 # Last: what both folders have is the benchmarks'.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from grao_fast.step import Rollout
 
+CONTENDERS = {
+    PACKED: Contender(PACKED, "grao-fast, shared prompts"),
+    REPEATED: Contender(REPEATED, "grao-fast, repeated prompts"),
+}
 CASE = Case(prompts=4, samples=4, prompt_tokens=24, response_tokens=16)
 ROUNDS = 5
 
@@ -85,7 +90,8 @@ def family_race(request):
     rollout = make_rollout(CASE, model.config.vocab_size)
     held = ("loss", "gradient", "worst parameter")
     with one_thread():
-        race, found = race_family(model, tokenizer, rollout, held=held, rounds=ROUNDS)
+        runs, found = compare_family(model, tokenizer, rollout, held=held)
+        race = take_turns(runs, {}, ROUNDS, model.device)
         return race, facts(request.param) | found
 
 
@@ -104,9 +110,8 @@ def real_race():
     model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     rollout = real_rollout(tokenizer)
-    held = ("loss", "gradient")
-    race, found = race_family(model, tokenizer, rollout, held=held, rounds=REAL_ROUNDS)
-    return race, facts("SmolLM2-135M-Instruct") | found
+    runs, found = compare_family(model, tokenizer, rollout, held=("loss", "gradient"))
+    return take_turns(runs, {}, REAL_ROUNDS, model.device), facts("SmolLM2-135M-Instruct") | found
 
 
 def real_rollout(tokenizer: PreTrainedTokenizerBase) -> Rollout:

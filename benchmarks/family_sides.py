@@ -2,17 +2,17 @@
 
 All three are given the same model, groups and rewards, in float32. Packed is `share_prefix=True`,
 repeated is `share_prefix=False`, which pads; naive is the stock model's full logits, one sequence
-at a time (`naive_gradient`). The first two are held to each other before they are timed.
+at a time (`naive_gradient`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from step_problem import useful_tokens
-from step_race import Contender, Race, take_turns
 from step_sides import CONFIG, grao_weights, naive_gradient, take_gradients
 from torch import Tensor
 
@@ -26,28 +26,26 @@ if TYPE_CHECKING:
     from grao_fast.step import Rollout
 
 PACKED, REPEATED = "packed", "repeated"
-LABELS = {PACKED: "grao-fast, shared prompts", REPEATED: "grao-fast, repeated prompts"}
-CONTENDERS = {name: Contender(name, label) for name, label in LABELS.items()}
 TOLERANCE = 1e-5
 
 Gradient = tuple[float, list[Tensor]]  # the loss, and its gradient in every parameter
 
 
-def race_family(
+def compare_family(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rollout: Rollout,
     *,
     held: tuple[str, ...],
-    rounds: int,
-) -> tuple[Race, dict[str, Any]]:
-    """Forward and backward of one batch, checked, then timed in turns.
+) -> tuple[dict[str, Callable[[int], int]], dict[str, Any]]:
+    """Forward and backward of one batch, all ways, and how far they are from each other.
 
     held: which errors of packed against repeated must be within 1e-5.
 
     Returns:
-        The race, and what is said beside its times: the tokens that each computes, how many of the
-        repeated ones are padding, and `errors`, those of `off` for each pair that is compared.
+        For `take_turns` the passes of packed and repeated; and what is said beside their times: the
+        tokens that each computes, how many of the repeated ones are padding, and `errors`, those of
+        `off` for each pair that is compared.
 
     Raises:
         AssertionError: one of those that are held is above 1e-5.
@@ -59,7 +57,7 @@ def race_family(
             config=CONFIG.replace(device="cpu", bf16=False, share_prefix=name == PACKED),
             tokenizer=tokenizer,
         )
-        for name in CONTENDERS
+        for name in (PACKED, REPEATED)
     }
     errors = compare(policies, groups, naive_gradient(model, rollout, grao_weights(rollout)))
     for what in held:
@@ -81,8 +79,7 @@ def race_family(
         gradient(policies[name], groups)
         return useful_tokens(rollout)
 
-    runs = {name: lambda turn, name=name: run(name) for name in policies}
-    return take_turns(runs, {}, rounds, model.device), facts
+    return {name: lambda turn, name=name: run(name) for name in policies}, facts
 
 
 def compare(
@@ -90,8 +87,8 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """How far packed is from repeated, and both from naive.
 
-    The naive formula has no loss of a mixture's router: beside it ours is left out too, and is
-    part of what packed, repeated are compared by.
+    A mixture's router adds its loss where packed is compared with repeated; the naive formula has
+    none, and beside it theirs is left out.
     """
     packed, repeated = (gradient(policies[name], groups) for name in (PACKED, REPEATED))
     errors = {"packed, repeated": off(packed, repeated)}
@@ -118,8 +115,8 @@ def gradient(policy: Policy, groups: list[Group]) -> Gradient:
 def off(actual: Gradient, expected: Gradient) -> dict[str, float]:
     """Relative errors: of the loss, of the whole gradient in its norm, and the worst parameter's.
 
-    The last is the largest of max|a - b| / max|b| over parameters. NaN, also where a parameter's
-    expected gradient is 0 everywhere, passes no comparison.
+    The last is the largest of max|a - b| / max|b| over parameters; NaN or infinite, and so within
+    no bound, where a parameter's expected gradient is 0 everywhere.
     """
     (loss, ours), (true_loss, theirs) = actual, expected
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
