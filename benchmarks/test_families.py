@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +22,17 @@ from problem import DEVICE
 from replay import clock, report
 from step_problem import Case, make_model, make_rollout
 from step_race import Contender, take_turns
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from grao_fast.data import Encoded, Example
+from grao_fast.kernels import group_advantages
+from grao_fast.rollout import Completion
+from grao_fast.step import Rollout
 
 # Last: what both folders have is the benchmarks'.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from families import FAMILIES, family_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from grao_fast.step import Rollout
 
 CONTENDERS = {
     PACKED: Contender(PACKED, "grao-fast, shared prompts"),
@@ -71,15 +71,13 @@ def facts(family: str) -> dict[str, Any]:
     return {"family": family, "dtype": "float32", "threads": torch.get_num_threads()}
 
 
-@contextmanager
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On tiny tensors threads only wait for each other."""
+    """On tiny tensors threads only wait for each other; on busy cores they always do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -89,10 +87,8 @@ def family_race(request):
     _, tokenizer = make_model("tiny", "cpu")  # its EOS and padding are all that is used
     rollout = make_rollout(CASE, model.config.vocab_size)
     held = ("loss", "gradient", "worst parameter")
-    with one_thread():
-        runs, found = compare_family(model, tokenizer, rollout, held=held)
-        race = take_turns(runs, {}, ROUNDS, model.device)
-        return race, facts(request.param) | found
+    runs, found = compare_family(model, tokenizer, rollout, held=held)
+    return take_turns(runs, {}, ROUNDS, model.device), facts(request.param) | found
 
 
 @pytest.mark.parametrize("variant", [PACKED, REPEATED])
@@ -103,10 +99,8 @@ def test_family(benchmark, family_race, variant: str) -> None:
 
 @pytest.fixture(scope="module")
 def real_race():
-    """The gradient is held as a whole: single tensors differ by 1e-5 after 30 layers in float32,
-    those of repeated prompts and of the naive formula too."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """The gradient is held as a whole: single tensors differ by more than 1e-5 after 30 layers of
+    float32, those of repeated prompts and of the naive formula too."""
     model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     rollout = real_rollout(tokenizer)
@@ -116,11 +110,6 @@ def real_race():
 
 def real_rollout(tokenizer: PreTrainedTokenizerBase) -> Rollout:
     """`REAL_GROUPS` as a step would hold them."""
-    from grao_fast.data import Encoded, Example
-    from grao_fast.kernels import group_advantages
-    from grao_fast.rollout import Completion
-    from grao_fast.step import Rollout
-
     prompts, completions = [], []
     for question, answers in REAL_GROUPS.items():
         prompt_ids = tokenizer.apply_chat_template(
