@@ -1,11 +1,12 @@
-"""Keep what the benchmarks measured, and write the README's tables and the plots from it.
+"""Keep what the benchmarks measured, and write the documents' tables and the plots from it.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python benchmarks/table.py --keep run.json cpu  # -> benchmarks/results/*-cpu.json
-    python benchmarks/table.py  # results/*.json -> README.md, docs/results/tokens-*.png
+    python benchmarks/table.py  # results/*.json -> README.md, docs/results/{*.md,tokens-*.png}
 
-A table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, NAME being a file of
-benchmarks/results: the benchmark's and the machine's. No figure in it is written by hand.
+A table stands in README.md, or in a document of docs/results, between `<!-- table: NAME -->` and
+`<!-- end -->`, NAME being a file of benchmarks/results: the benchmark's and the machine's. No
+figure in it is written by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-PLOTS = HERE.parent / "docs" / "results"
+DOCS = HERE.parent / "docs" / "results"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -150,17 +151,35 @@ def step_tables(name: str, result: Result) -> str:
     return "\n\n".join([*tables, f"{_facts(result)}{_absent(result)}"])
 
 
+def families_table(name: str, result: Result) -> str:
+    """A row for each family, a column for each error of each pair, and the tokens computed."""
+    rows = [own[0] for _, own in _by(result["rows"], "family")]  # its two rows say the same of it
+    columns = [(pair, what) for pair, errors in rows[0]["errors"].items() for what in errors]
+    lines = [
+        f"| {rows[0]['dtype']} | {' | '.join(f'{pair}: {what}' for pair, what in columns)} "
+        "| tokens packed, repeated (less padding) |",
+        "| --- " * (2 + len(columns)) + "|",
+    ]
+    for row in rows:
+        errors = [f"{row['errors'][pair][what]:.1e}" for pair, what in columns]
+        packed, repeated = row["tokens"]["packed"], row["tokens"]["repeated"]
+        tokens = f"{packed}, {repeated} ({repeated - row['padding']})"
+        lines.append(f"| {row['family']} | {' | '.join(errors)} | {tokens} |")
+    return "\n".join([*lines, "", _facts(result)])
+
+
 MAKERS: dict[str, Callable[[str, Result], str]] = {
     "linear_grao": time_table,
     "occupancy": occupancy_table,
     "accuracy": accuracy_table,
     "tokens": token_plots,
     "step": step_tables,
+    "families": families_table,
 }
 
 
 def write_tables(text: str) -> str:
-    """The README with every table made anew."""
+    """A document with every table made anew."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
@@ -248,7 +267,7 @@ def draw(name: str, result: Result) -> list[Path]:
     written = []
     for kind, title in _PANELS:
         figure = _figure(result, kind, f"Forward and backward of an LM head: {title}")
-        path = PLOTS / f"{name}-{kind}.png"
+        path = DOCS / f"{name}-{kind}.png"
         FigureCanvasAgg(figure).print_png(path)
         written.append(path)
     return written
@@ -304,10 +323,10 @@ def main() -> None:
     if arguments.keep:
         written = keep(Path(arguments.keep[0]), arguments.keep[1])
     else:
-        README.write_text(write_tables(README.read_text()))
-        plotted = RESULTS.glob("tokens-*.json")
-        written = [README]
-        for path in plotted:
+        written = [p for p in (README, *DOCS.glob("*.md")) if _BLOCK.search(p.read_text())]
+        for path in written:
+            path.write_text(write_tables(path.read_text()))
+        for path in RESULTS.glob("tokens-*.json"):
             written += draw(path.stem, json.loads(path.read_text()))
     for path in written:
         print(f"wrote {path}")

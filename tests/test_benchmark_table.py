@@ -1,5 +1,5 @@
-"""The README's tables are what benchmarks/table.py makes of the committed results, and the batches
-that the benchmarks are run on are what they say."""
+"""The documents' tables are what benchmarks/table.py makes of the committed results, and the
+batches that the benchmarks are run on are what they say."""
 
 from __future__ import annotations
 
@@ -80,6 +80,27 @@ def test_no_figure_in_the_readme_was_written_by_hand() -> None:
     assert table.write_tables(text) == text
 
 
+def test_no_figure_of_the_families_was_written_by_hand() -> None:
+    text = (ROOT / "docs" / "results" / "families.md").read_text()
+    assert "<!-- table: families-cpu -->\n| float32 |" in text
+    assert table.write_tables(text) == text
+
+
+def test_documents_with_tables_are_filled_and_others_left(tmp_path: Path, monkeypatch) -> None:
+    kept({"linear_grao": [row()]}, tmp_path, monkeypatch)
+    marked = "<!-- table: linear_grao-here -->\nold\n<!-- end -->\n"
+    readme, with_table, without = (tmp_path / n for n in ("README.md", "a.md", "b.md"))
+    for path, text in ((readme, marked), (with_table, marked), (without, "old\r\n")):
+        path.write_bytes(text.encode())
+    monkeypatch.setattr(table, "README", readme)
+    monkeypatch.setattr(table, "DOCS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["table.py"])
+    table.main()
+    for path in (readme, with_table):
+        assert "| naive: full logits | 1.50" in path.read_text()
+    assert without.read_bytes() == b"old\r\n"
+
+
 def test_keep_drops_the_hosts_name_and_the_table_names_the_absent(tmp_path: Path, monkeypatch):
     rows = [row(), row(label="ours", median=0.5, q1=0.25, q3=0.75)]
     (path,) = kept({"linear_grao": rows}, tmp_path, monkeypatch)
@@ -146,6 +167,29 @@ def test_a_step_stands_beside_the_better_of_trls_ways(tmp_path: Path, monkeypatc
     assert "| G=8 | 200 | - | - | - | - |" in text
 
 
+def test_families_have_one_row_each_without_times(tmp_path: Path, monkeypatch) -> None:
+    pairs = {"packed, repeated": {"loss": 0.0, "worst parameter": 1.24e-6}, "b": {"loss": 3e-7}}
+    rows = [
+        row(
+            family=family,
+            variant=variant,
+            errors=pairs,
+            tokens={"packed": 40, "repeated": 100},
+            padding=30,
+        )
+        for family in ("Llama", "Qwen3")
+        for variant in ("packed", "repeated")
+    ]
+    kept({"families": rows}, tmp_path, monkeypatch)
+    text = filled("families-here")
+    heads = ["packed, repeated: loss", "packed, repeated: worst parameter", "b: loss"]
+    assert f"| float32 | {' | '.join(heads)} |" in text
+    for family in ("Llama", "Qwen3"):
+        assert text.count(f"| {family} | 0.0e+00 | 1.2e-06 | 3.0e-07 | 40, 100 (70) |\n") == 1
+    assert "1.5" not in text  # the median
+    assert "A processor, 2 CPU threads" in text
+
+
 def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> None:
     rows = [
         row(label=label, variant=label, shape_TDV=[tokens, 2, 8], median=tokens / 100)
@@ -153,7 +197,7 @@ def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> N
         for tokens in (256, 512, 1024)[: 2 if label == "b" else 3]
     ]
     kept({"tokens": rows}, tmp_path, monkeypatch)
-    monkeypatch.setattr(table, "PLOTS", tmp_path)
+    monkeypatch.setattr(table, "DOCS", tmp_path)
     result = json.loads((tmp_path / "tokens-here.json").read_text())
     for path in table.draw("tokens-here", result):
         assert path.read_bytes().startswith(b"\x89PNG")
