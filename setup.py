@@ -17,7 +17,7 @@ TEST = [
     "peft>=0.18",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "setuptools>=77",  # the packaging tests build wheels without the network
+    "setuptools>=77.0.1",  # the packaging tests build wheels without the network
 ]
 
 setup(
