@@ -13,11 +13,11 @@ VERSION = re.search(
 TEST = [
     "gguf>=0.10",  # the tests marked `real` read SmolLM2 from a GGUF file
     "hypothesis>=6.100",
-    "openai>=1",  # the client of a vLLM server
-    "peft>=0.17",
+    "openai>=1.56",  # the client of a vLLM server
+    "peft>=0.18",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "setuptools>=77",  # the packaging tests build wheels without the network
+    "setuptools>=77.0.1",  # the packaging tests build wheels without the network
 ]
 
 setup(
@@ -40,11 +40,11 @@ setup(
         "accelerate>=1.10",
         "datasets>=4",
         "jinja2>=3.1",  # chat templates
-        "jsonargparse>=4.40",
+        "jsonargparse>=4.48",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "rich>=13",
-        "safetensors>=0.4",
+        "safetensors>=0.4.3",
         "torch>=2.8",
         "transformers>=5",
         'triton>=3.4; sys_platform == "linux"',
@@ -53,12 +53,12 @@ setup(
         # quack-kernels is left to the user: it is for Hopper only
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8.5", "trl>=1.16"],
         "flash": ["flash-attn>=2.6"],
-        "judge": ["openai>=1"],
+        "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],
-        "peft": ["peft>=0.17"],
+        "peft": ["peft>=0.18"],
         "trl": ["trl>=1.16"],
         "vllm": ["vllm>=0.22"],
-        "vllm-server": ["openai>=1"],
+        "vllm-server": ["openai>=1.56"],
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"],
     },

@@ -67,6 +67,7 @@ def read_rows(
 
 def _load(name: str, split: str) -> Any:
     import datasets
+    from datasets.arrow_writer import SchemaInferenceError
     from datasets.exceptions import DatasetsError
 
     path = Path(name).expanduser()
@@ -82,6 +83,8 @@ def _load(name: str, split: str) -> Any:
     except StopIteration as error:  # what the json reader says of a file without rows
         raise ValueError(f"{name} is empty: it has no rows") from error
     except (DatasetsError, OSError, ValueError) as error:
+        if isinstance(error.__cause__, SchemaInferenceError):  # the same, of datasets 4
+            raise ValueError(f"{name} is empty: it has no rows") from error
         # OSError: unreadable files, and a hub that cannot be reached or does not know the id.
         cause = str(error.__cause__ or error).strip().split("\n")[0]
         kind = "" if exists else " (no such file; taken for a hub id)"

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grao_fast.attention import attending, choose_attention
+from grao_fast.attention import attending, choose_attention, keep_score_cap
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
@@ -201,6 +201,7 @@ def load_policy(
         model = _with_adapter(model, peft_config)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_head(causal_lm)
+    keep_score_cap(causal_lm)
     initial_lm = copy.deepcopy(causal_lm) if config.kl_coef and causal_lm is model else None
     if config.gradient_checkpointing and not causal_lm.supports_gradient_checkpointing:
         logger.warning("%s cannot recompute activations: none are", type(causal_lm).__name__)
@@ -294,7 +295,7 @@ def _loading(name: str | Path) -> Iterator[None]:
     """Transformers' reasons for not loading, many lines long, as one that names the model."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot load model {str(name)!r}: {reason}") from error
 

@@ -126,7 +126,8 @@ class Tracker:
 
     def close(self) -> None:
         """Stop the bar, finish the trackers, close the files; once more does nothing."""
-        self._progress.stop()
+        if self._progress.live.is_started:  # else rich before 14.3 prints an empty line
+            self._progress.stop()
         for tracker in self._trackers:
             tracker.finish()
         self._trackers = []

@@ -7,7 +7,9 @@
 
 # From a checkout's root, whoever looks for Hugging Face's `kernels` package (transformers does)
 # meets this folder under that name. It must be nothing then, not these kernels a second time.
-if __name__ != "kernels":
+if __name__ == "kernels":
+    __version__ = "0"  # Transformers 5.0 fails on a package without one
+else:
     from . import reference
     from .advantage import group_advantages, sequence_weights
     from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy

@@ -139,7 +139,8 @@ def _weighted_ce_rows_kernel(
 
         if WRITE_GRADIENT:
             scale, pull = weight / total, pull / total
-            whole = others < APART_FROM * tl.exp(target_z - peak)
+            # The constant on the right: on the left, the interpreter of Triton 3.8 fails.
+            whole = others < tl.exp(target_z - peak) * APART_FROM
             target_grad = _target_gradient(
                 target_z, target_dz, peak, others, weight, scale, pull, mean_gap, whole,
                 HAS_ENTROPY_WEIGHT,

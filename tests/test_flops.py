@@ -22,16 +22,34 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def ungrouped(query, key, value):
+    """Shapes with a key/value head for every query head: grouped ones torch 2.11 cannot count."""
+    return query, (*query[:2], *key[2:]), (*query[:2], *value[2:])
+
+
 def attention_flops(query, key, value, *rest, out_shape=None, **options) -> int:
-    return flop_counter.sdpa_flop_count(query, key, value)
+    return flop_counter.sdpa_flop_count(*ungrouped(query, key, value))
 
 
 def attention_backward_flops(grad, query, key, value, *rest, out_shape=None, **options) -> int:
-    return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+    return flop_counter.sdpa_backward_flop_count(grad, *ungrouped(query, key, value))
 
 
 # PyTorch has these formulas, and applies them on CUDA only.
 ON_CPU = {ATTENTION: attention_flops, ATTENTION_BACKWARD: attention_backward_flops}
+
+FUSED = torch._fused_sdp_choice(
+    *(torch.ones(1, heads, 1, 8) for heads in (4, 2, 2)), is_causal=True, enable_gqa=True
+)
+needs_fused_attention = pytest.mark.skipif(
+    not FUSED, reason="this torch has no fused attention with grouped heads on CPUs"
+)
+
+
+def counted_flops(counter: flop_counter.FlopCounterMode) -> int:
+    """Without the product by which Transformers before 5.20 makes the angles of positions."""
+    angles = (n for name, n in counter.get_flop_counts().items() if name.endswith(".rotary_emb"))
+    return counter.get_total_flops() - sum(sum(counts.values()) for counts in angles)
 
 
 def short(prompt: int, samples: int) -> Group:
@@ -41,6 +59,7 @@ def short(prompt: int, samples: int) -> Group:
 
 
 # With an adapter and no recomputation the first layer's inputs need no gradient, which we count.
+@needs_fused_attention
 @pytest.mark.parametrize(("adapter", "recompute"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("family", ["Llama", "Granite", "Qwen2"])
 def test_flops_are_those_that_pytorch_counts(
@@ -69,10 +88,11 @@ def test_flops_are_those_that_pytorch_counts(
     ):
         nn.functional.linear(policy.hidden(batch), head, bias).sum().backward()
     cost = ModelCost.of(policy.causal_lm, recompute=policy.recomputes)
-    assert cost.updates(batch_work(batch, cost.layers)) == counter.get_total_flops()
+    assert cost.updates(batch_work(batch, cost.layers)) == counted_flops(counter)
     assert policy.recomputes == recompute
 
 
+@needs_fused_attention
 def test_scoring_is_one_forward_pass(tiny_model):
     policy = load_policy(tiny_model, config=GRAOConfig())
     batch = pack([short(1, 4), short(2, 4)])
@@ -83,7 +103,7 @@ def test_scoring_is_one_forward_pass(tiny_model):
     ):
         nn.functional.linear(policy.hidden(batch), policy.head()[0])
     cost = ModelCost.of(policy.causal_lm, recompute=True)
-    assert cost.scores(batch_work(batch, cost.layers)) == counter.get_total_flops()
+    assert cost.scores(batch_work(batch, cost.layers)) == counted_flops(counter)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])

@@ -162,3 +162,17 @@ def test_the_checkouts_root_on_the_path_does_no_harm() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["True", "False", "False", "True"]
+
+
+def numbers(version: str) -> list[int]:
+    return [*map(int, version.split(".")), 0, 0][:3]
+
+
+def test_the_oldest_versions_are_the_floors() -> None:
+    """`tests/oldest.txt`, with which these tests pass, holds what setup.py lets in at the least."""
+    setup = (ROOT / "setup.py").read_text("utf-8").split('"bench"')[0]
+    floors = re.findall(r"[\"']([a-z0-9-]+)>=([0-9.]+)", setup)
+    pins = re.findall(r"^(.+)==(.+)$", (ROOT / "tests/oldest.txt").read_text("utf-8"), re.MULTILINE)
+    assert {name: numbers(pin) for name, pin in pins} == {
+        name: numbers(floor) for name, floor in floors
+    }

@@ -88,6 +88,14 @@ for _name, _backend in (("grao_parts", sdpa), ("grao_flex", flex)):
     AttentionMaskInterface.register(_name, lambda **unused: None)
 
 
+def keep_score_cap(causal_lm: PreTrainedModel) -> None:
+    """Eager for SDPA, which drops a cap in silence: so Transformers before 5.21 runs Gemma 2."""
+    cap = getattr(causal_lm.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and causal_lm.config._attn_implementation == "sdpa":
+        logger.info("eager attention, not SDPA, which would drop attn_logit_softcapping=%s", cap)
+        causal_lm.set_attn_implementation("eager")
+
+
 def choose_attention(
     causal_lm: PreTrainedModel,
     device: torch.device,
