@@ -130,15 +130,16 @@ def test_the_backend_is_chosen_by_device_and_model():
             recompute=recompute,
         )
 
-    model = family_model("Llama")
-
+    model = family_model("Llama", head_dim=8)
+    assert choice("auto") == "grao_parts"  # too narrow
+    model = family_model("Llama", head_dim=16)
     assert choice("auto") == choice("flex") == "grao_flex"
     assert choice("sdpa") == choice("auto", "cpu") == "grao_parts"
     assert choice("auto", share_prefix=False) is None
     assert choice("sdpa", share_prefix=False) == "sdpa"
     model.config.attention_dropout = 0.1
     assert choice("auto") == "grao_parts"
-    model = family_model("Gemma2")
+    model = family_model("Gemma2", head_dim=16)
     assert choice("auto") == "grao_parts"
     assert choice("auto", recompute=False) == "grao_flex"
 
@@ -149,6 +150,7 @@ def test_the_backend_is_chosen_by_device_and_model():
         ({"backend": "flex", "device": "cpu"}, r'no gradients on device .cpu.; use "sdpa"'),
         ({"backend": "flex", "dropout": 0.1}, r"attention_dropout=0.1.*no dropout"),
         ({"backend": "flex", "family": "Gemma2"}, r"cap on scores .*gradient_checkpointing"),
+        ({"backend": "flex"}, r"heads are 8 wide.*take 16 or more"),
         ({"backend": "flash_attention_2"}, r"log-sum-exp.*share_prefix=False"),
         ({"backend": "flex", "share_prefix": False}, r"share_prefix is False"),
         ({"backend": "flash_attention_2", "share_prefix": False}, r"grao-fast\[flash\]"),
