@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from grao_fast.attention import choose_attention, flex, sdpa
 from grao_fast.batch import Segment, pack
 from grao_fast.config import GRAOConfig
+from grao_fast.parity import check_parity
 from grao_fast.policy import load_policy
 
 CPU = torch.device("cpu")
@@ -96,6 +97,25 @@ def test_flex_gives_every_family_the_gradients_of_parts(
     assert policy.attention == "grao_parts"
     on_flex = dataclasses.replace(policy, attention="grao_flex")
     assert_same(gradients(on_flex, pack(GROUPS)), gradients(policy, pack(GROUPS)))
+
+
+def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = family_model("Llama", max_position_embeddings=256)
+    policy = load_policy(model, config=GRAOConfig(), tokenizer=tokenizer)
+    on_flex = dataclasses.replace(policy, attention="grao_flex")
+    check_parity(on_flex)
+
+    def wrong(*args):
+        sees = mask_of(*args)
+        return lambda b, h, q, k: sees(b, h, q, k) & ((q < flex.BLOCK) | (k > 0))
+
+    mask_of = flex.mask_of
+    monkeypatch.setattr(flex, "mask_of", wrong)
+    flex.block_mask.cache_clear()
+    with pytest.raises(ValueError, match=r"logits .* differ"):
+        check_parity(on_flex)
+    flex.block_mask.cache_clear()
 
 
 @pytest.mark.slow
