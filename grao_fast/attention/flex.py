@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from grao_fast.batch import Segment
+from grao_fast.kernels.live_rows import to_device
 
 BLOCK = 128
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -96,7 +97,7 @@ def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
             prefixes += [prefix] * (stop - first)
             positions += range(first, stop)
             number += 1
-    owner_L, prefix_L, position_L = torch.tensor([owners, prefixes, positions]).to(device)
+    owner_L, prefix_L, position_L = to_device(torch.tensor([owners, prefixes, positions]), device)
     reach_L = torch.zeros_like(position_L) if window is None else position_L - (window - 1)
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
