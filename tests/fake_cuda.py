@@ -10,6 +10,7 @@ Not seen: what CUDA's own code of an operator refuses beyond that, memory, and t
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
@@ -41,9 +43,26 @@ _AUTOCAST: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("softmax", "log_softmax", "layer_norm", "rms_norm", "norm"), torch.float32),
     **dict.fromkeys(("pow", "__pow__", "exp", "rsqrt", "sum", "prod", "cumsum"), torch.float32),
 }
+# Pointers of Triton's kernels; others are to float32.
+_INT64 = {"target_ptr", "zero_ptr"}
+_ANY_FLOAT = {
+    "dlogits_ptr",
+    "gradient_ptr",
+    "out_ptr",
+    "rewards_ptr",
+    "advantages_ptr",
+    "terms_ptr",
+}
 # PyTorch's guards of the current device, by c10::DeviceType.
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 _CUDA_GUARD, _META_GUARD = 1, 14
+
+
+class _Generator(torch.Generator):
+    """A CUDA build alone has those of CUDA."""
+
+    def __new__(cls, device: object = None) -> _Generator:
+        return super().__new__(cls)
 
 
 class HostWaits(AssertionError):
@@ -62,11 +81,12 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def fake_cuda(*, may_wait: bool) -> Iterator[None]:
+def fake_cuda(*, may_wait: bool = False, look: float | None = None) -> Iterator[None]:
     """Inside, "cuda" is a device like any other.
 
     may_wait: False raises `HostWaits` at a copy that is not `non_blocking`, and at an index that
-        has to be copied. What reads a value raises in any case.
+        has to be copied.
+    look: what the host sees of any value on the device; None raises where it looks.
     """
     properties = SimpleNamespace(warp_size=32, major=9, minor=0, multi_processor_count=132)
     replaced = {
@@ -86,10 +106,15 @@ def fake_cuda(*, may_wait: bool) -> Iterator[None]:
         )
         is_cuda = property(lambda tensor: tensor.device.type == "cuda")
         stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
+        # A copy of a tensor would come with a mode of its own.
+        stack.enter_context(
+            patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)
+        )
         # PyTorch's C++ enters a tensor's device; a CPU build has no guard that could.
         stack.callback(guards.__setitem__, _CUDA_GUARD, guards[_CUDA_GUARD])
         guards[_CUDA_GUARD] = guards[_META_GUARD]
-        stack.enter_context(_Operators(may_wait))
+        stack.enter_context(_Operators(may_wait, look))
         functions = stack.enter_context(_Functions())
         stack.enter_context(
             patch.object(torch.autograd, "_engine_run_backward", functions.in_engine)
@@ -97,14 +122,45 @@ def fake_cuda(*, may_wait: bool) -> Iterator[None]:
         yield
 
 
+def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not launched: what they would be launched with is checked."""
+    rowwise = pytest.importorskip("grao_fast.kernels.rowwise")
+    from grao_fast.kernels import advantage_kernels
+
+    for module in (rowwise, advantage_kernels):
+        for name in [each for each in vars(module) if each.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, _Launcher(getattr(module, name)))
+    monkeypatch.setattr(rowwise, "runs_on", lambda device: device.type == "cuda")
+
+
+class _Launcher:
+    """Stands where a kernel does; it checks what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.signature = inspect.signature(kernel.fn)
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        assert all(each > 0 for each in grid)
+        return self.launch
+
+    def launch(self, *args: Any, num_warps: int, **constants: Any) -> None:
+        assert num_warps in (1, 2, 4, 8, 16)
+        for name, value in self.signature.bind(*args, **constants).arguments.items():
+            assert isinstance(value, Tensor) == name.endswith("_ptr"), name
+            if isinstance(value, Tensor):
+                assert value.is_cuda, f"{name} is on {value.device}"
+                expected = torch.int64 if name in _INT64 else torch.float32
+                assert value.dtype == expected or name in _ANY_FLOAT, f"{name} is {value.dtype}"
+
+
 class _Operators(TorchDispatchMode):
     """Runs what has to do with "cuda" on fake tensors, and all else as it is."""
 
     supports_higher_order_operators = True  # FlexAttention is one
 
-    def __init__(self, may_wait: bool) -> None:
+    def __init__(self, may_wait: bool, look: float | None) -> None:
         super().__init__()
-        self.may_wait = may_wait
+        self.may_wait, self.look = may_wait, look
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
@@ -123,6 +179,12 @@ class _Operators(TorchDispatchMode):
             with self:
                 return function.decompose(*args, **kwargs)
         self._check(function, args, kwargs)
+        if self.look is not None and args and isinstance(args[0], FakeTensor):
+            seen = torch.full(args[0].shape, self.look, dtype=args[0].dtype)
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return seen.item()
+            if function is _COPIES[0] and kwargs.get("device") == torch.device("cpu"):
+                return function(seen, **kwargs)
         args, kwargs = tree_map_only(Tensor, _faked, (args, kwargs))
         with _MODE:
             return function(*args, **kwargs)

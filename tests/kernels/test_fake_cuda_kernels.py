@@ -5,7 +5,6 @@ What the kernels compute, test_rows.py and others show in Triton's interpreter.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -40,40 +39,12 @@ OFF_POLICY: dict[str, Any] = {
     "top1": True,
 }
 CHUNKS = {"workspace_mib": 0.02}  # several
-INT64 = {"target_ptr", "zero_ptr"}
-ANY_FLOAT = {"dlogits_ptr", "gradient_ptr", "out_ptr", "rewards_ptr", "advantages_ptr", "terms_ptr"}
-
-
-class Launcher:
-    """Stands where a kernel does; it checks what it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.signature = inspect.signature(kernel.fn)
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        assert all(each > 0 for each in grid)
-        return self.launch
-
-    def launch(self, *args: Any, num_warps: int, **constants: Any) -> None:
-        assert num_warps in (1, 2, 4, 8, 16)
-        for name, value in self.signature.bind(*args, **constants).arguments.items():
-            assert isinstance(value, Tensor) == name.endswith("_ptr"), name
-            if isinstance(value, Tensor):
-                assert value.is_cuda, f"{name} is on {value.device}"
-                expected = torch.int64 if name in INT64 else torch.float32
-                assert value.dtype == expected or name in ANY_FLOAT, f"{name} is {value.dtype}"
 
 
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    rowwise = pytest.importorskip("grao_fast.kernels.rowwise")
-    from grao_fast.kernels import advantage_kernels
-
-    for module in (rowwise, advantage_kernels):
-        for name in [each for each in vars(module) if each.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
-    monkeypatch.setattr(rowwise, "runs_on", lambda device: device.type == "cuda")
-    with fake_cuda.fake_cuda(may_wait=False):
+    fake_cuda.launch_nothing(monkeypatch)
+    with fake_cuda.fake_cuda():
         yield
 
 
