@@ -63,8 +63,11 @@ def attend(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compiled on the first call; dynamic, as packed rows have a length each."""
-    return torch.compile(flex_attention, dynamic=True)
+    """Compiled on the first call; dynamic, as packed rows have a length each.
+
+    The whole graph, or PyTorch's limit of recompilations would end in code that holds all scores.
+    """
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @cache
