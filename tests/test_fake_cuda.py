@@ -29,6 +29,7 @@ from grao_fast.optim import adamw
 from grao_fast.parity import check_parity
 from grao_fast.policy import Policy, load_policy
 from grao_fast.rollout import Completion
+from grao_fast.state import load_optimizer
 from grao_fast.step import Rollout, micro_batch_loss, update
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
@@ -114,6 +115,23 @@ def test_an_update(options: dict[str, Any], tiny_model: Path) -> None:
     moments = [value for state in optimizer.state.values() for value in state.values()]
     assert len(moments) == 3 * len(list(loaded.model.parameters()))
     assert all(moment.device.type == "cuda" for moment in moments)  # step counts too: it is fused
+
+
+def test_a_checkpoint_of_a_cpu_is_loaded_for_fused_adamw(tmp_path: Path, tiny_model: Path) -> None:
+    """Step counts are on the device for fused AdamW, and on the CPU for the other."""
+    plain = torch.optim.AdamW(family_model("Qwen3", head_dim=16).parameters())
+    for parameter in plain.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    plain.step()
+    schedule = LambdaLR(plain, lambda step: 1.0)
+    state = {"optimizer": plain.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(state, tmp_path / "optimizer.pt")
+    with fake_cuda.fake_cuda(may_wait=True):
+        loaded, _ = load(tiny_model)
+        fused = torch.optim.AdamW(loaded.model.parameters(), fused=True)
+        load_optimizer(tmp_path, fused, LambdaLR(fused, lambda step: 1.0))
+        assert all(group["fused"] for group in fused.param_groups)
+        assert all(x.is_cuda for state in fused.state.values() for x in state.values())
 
 
 @pytest.mark.parametrize(("temperature", "cache"), [(1.0, "dynamic"), (0.0, "static")])
