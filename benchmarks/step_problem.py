@@ -26,10 +26,19 @@ FIRST = 2  # the first token that is neither
 DEAD_REWARD = 0.5
 NEVER = -1e4  # a logit
 
-# Qwen3 from its config, random weights. "cuda" is Qwen3-0.6B.
+# Qwen3 from its config, random weights. "cuda" is Qwen3-0.6B, and "attention" has heads like it.
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"vocab": 211, "width": 32, "layers": 2, "heads": 4, "kv": 2, "head": 8, "mlp": 64},
     "cpu": {"vocab": 4096, "width": 192, "layers": 4, "heads": 6, "kv": 2, "head": 32, "mlp": 512},
+    "attention": {
+        "vocab": 512,
+        "width": 256,
+        "layers": 4,
+        "heads": 16,
+        "kv": 8,
+        "head": 128,
+        "mlp": 512,
+    },
     "cuda": {
         "vocab": 151936,
         "width": 1024,

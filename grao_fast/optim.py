@@ -39,4 +39,6 @@ def adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        # PyTorch's default on CUDA holds one more tensor of each parameter's size while it steps
+        fused=True if trainable[0].is_cuda else None,
     )

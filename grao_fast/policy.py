@@ -23,6 +23,7 @@ from grao_fast.attention import attending, choose_attention, keep_score_cap
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
+from grao_fast.kernels.live_rows import to_device
 from grao_fast.liger import use_liger_layers
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
@@ -137,19 +138,19 @@ class Policy:
         """`hidden`, and the router's loss summed over groups; None where there is no router."""
         device = self.device
         inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids_BL.to(device, non_blocking=True),
-            "position_ids": batch.position_ids_BL.to(device, non_blocking=True),
+            "input_ids": to_device(batch.input_ids_BL, device),
+            "position_ids": to_device(batch.position_ids_BL, device),
         }
         if batch.segments is not None:
             inputs["segments"] = batch.segments
         if batch.attention_mask_BL is not None:
-            inputs["attention_mask"] = batch.attention_mask_BL.to(device, non_blocking=True)
+            inputs["attention_mask"] = to_device(batch.attention_mask_BL, device)
         if self.router is not None:
             inputs["output_router_logits"] = True
         with self.autocast():
             out = self.causal_lm.base_model(**inputs, use_cache=False)
-        rows = batch.row_T.to(device, non_blocking=True)
-        hidden_TD = out.last_hidden_state.flatten(0, 1).index_select(0, rows)
+        rows_T = to_device(batch.row_T, device)
+        hidden_TD = out.last_hidden_state.flatten(0, 1).index_select(0, rows_T)
         return hidden_TD, self.router.loss(out.router_logits, batch) if self.router else None
 
 

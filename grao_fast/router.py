@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grao_fast.batch import MicroBatch
+from grao_fast.kernels.live_rows import to_device
 
 
 @contextmanager
@@ -72,7 +73,7 @@ class Router:
         """
         losses = []
         for place_T in batch.place_NT:
-            place_T = place_T.to(router_logits[0].device, non_blocking=True)
+            place_T = to_device(place_T, router_logits[0].device)
             of_group = tuple(logits.index_select(0, place_T) for logits in router_logits)
             losses.append(self.balance(of_group, self.num_experts, self.num_experts_per_tok))
         return self.coef * torch.stack(losses).sum()

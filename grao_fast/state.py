@@ -129,19 +129,19 @@ def load_weights(policy: Policy, path: Path) -> None:
 
 def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:
     """Load a checkpoint's moments and place in the schedule; options stay the config's own."""
-    # to the CPU: AdamW moves its moments to their parameters, and wants its step counts here
+    # to the CPU: AdamW moves its moments to their parameters, and its step counts where it, fused
+    # or not, wants them, which it reads from the options that are loaded
     state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
-    options = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
+    own_groups = optimizer.state_dict()["param_groups"]
+    for group, own in zip(state["optimizer"]["param_groups"], own_groups, strict=True):
+        group.update(own, params=group["params"])
     base_lrs = scheduler.base_lrs
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     scheduler.base_lrs = base_lrs
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-    for group, own, base_lr in zip(optimizer.param_groups, options, base_lrs, strict=True):
-        group.update(own, lr=base_lr * factor)
+    for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+        group["lr"] = base_lr * factor
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

@@ -59,10 +59,10 @@ GROUPS = [
 ]
 
 
-def family_model(name: str) -> transformers.PreTrainedModel:
+def family_model(name: str, **sizes: int) -> transformers.PreTrainedModel:
     """Two layers with random weights, norms included: fresh ones would hide a misplaced scale."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name])
+    config = getattr(transformers, f"{name}Config")(**SIZES | sizes, **FAMILIES[name])
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 1.0, std=0.2)

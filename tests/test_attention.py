@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from grao_fast.attention import choose_attention, flex, sdpa
 from grao_fast.batch import Segment, pack
 from grao_fast.config import GRAOConfig
+from grao_fast.parity import check_parity
 from grao_fast.policy import load_policy
 
 CPU = torch.device("cpu")
@@ -98,6 +99,25 @@ def test_flex_gives_every_family_the_gradients_of_parts(
     assert_same(gradients(on_flex, pack(GROUPS)), gradients(policy, pack(GROUPS)))
 
 
+def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = family_model("Llama", max_position_embeddings=256)
+    policy = load_policy(model, config=GRAOConfig(), tokenizer=tokenizer)
+    on_flex = dataclasses.replace(policy, attention="grao_flex")
+    check_parity(on_flex)
+
+    def wrong(*args):
+        sees = mask_of(*args)
+        return lambda b, h, q, k: sees(b, h, q, k) & ((q < flex.BLOCK) | (k > 0))
+
+    mask_of = flex.mask_of
+    monkeypatch.setattr(flex, "mask_of", wrong)
+    flex.block_mask.cache_clear()
+    with pytest.raises(ValueError, match=r"logits .* differ"):
+        check_parity(on_flex)
+    flex.block_mask.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", WINDOWS)
 def test_compiled_code_walks_the_table_of_blocks(window: int | None):
@@ -130,15 +150,16 @@ def test_the_backend_is_chosen_by_device_and_model():
             recompute=recompute,
         )
 
-    model = family_model("Llama")
-
+    model = family_model("Llama", head_dim=8)
+    assert choice("auto") == "grao_parts"  # too narrow
+    model = family_model("Llama", head_dim=16)
     assert choice("auto") == choice("flex") == "grao_flex"
     assert choice("sdpa") == choice("auto", "cpu") == "grao_parts"
     assert choice("auto", share_prefix=False) is None
     assert choice("sdpa", share_prefix=False) == "sdpa"
     model.config.attention_dropout = 0.1
     assert choice("auto") == "grao_parts"
-    model = family_model("Gemma2")
+    model = family_model("Gemma2", head_dim=16)
     assert choice("auto") == "grao_parts"
     assert choice("auto", recompute=False) == "grao_flex"
 
@@ -149,6 +170,7 @@ def test_the_backend_is_chosen_by_device_and_model():
         ({"backend": "flex", "device": "cpu"}, r'no gradients on device .cpu.; use "sdpa"'),
         ({"backend": "flex", "dropout": 0.1}, r"attention_dropout=0.1.*no dropout"),
         ({"backend": "flex", "family": "Gemma2"}, r"cap on scores .*gradient_checkpointing"),
+        ({"backend": "flex"}, r"heads are 8 wide.*take 16 or more"),
         ({"backend": "flash_attention_2"}, r"log-sum-exp.*share_prefix=False"),
         ({"backend": "flex", "share_prefix": False}, r"share_prefix is False"),
         ({"backend": "flash_attention_2", "share_prefix": False}, r"grao-fast\[flash\]"),

@@ -50,10 +50,10 @@ def test_runs_to_its_end_where_the_package_is_not_installed(tmp_path: Path) -> N
     assert "grao_fast: bare checkout" in done.stdout
     sections = read(tmp_path / "out")
     statuses = {name: entry["status"] for name, entry in sections.items()}
-    needs_cuda = {"addressing": "skipped", "sync": "skipped"}
+    needs_cuda = dict.fromkeys(("addressing", "attention", "sync"), "skipped")
     names = (
-        "facts tests widths addressing shapes occupancy tokens step train_step rows determinism "
-        "sync compile"
+        "facts tests widths addressing shapes occupancy tokens step attention train_step rows "
+        "determinism sync compile"
     )
     assert statuses == dict.fromkeys(names.split(), "ok") | ({} if CUDA else needs_cuda)
     table = done.stdout.splitlines()[-len(statuses) :]

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _NOT_PASSED: Any = object()
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _DROPOUTS = ("attention_dropout", "attn_pdrop")
+_NARROWEST_HEAD = 16  # what FlexAttention's lowering for CUDA says (torch 2.11, 2.13)
 
 
 def packed_attention(
@@ -145,6 +146,9 @@ def _why_not_flex(
         return (
             "its cap on scores gives wrong gradients in recomputed layers (gradient_checkpointing)"
         )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width < _NARROWEST_HEAD:
+        return f"heads are {width} wide, and FlexAttention's kernels take {_NARROWEST_HEAD} or more"
     return None
 
 

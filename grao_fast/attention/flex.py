@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from grao_fast.batch import Segment
+from grao_fast.kernels.live_rows import to_device
 
 BLOCK = 128
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -62,8 +63,11 @@ def attend(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compiled on the first call; dynamic, as packed rows have a length each."""
-    return torch.compile(flex_attention, dynamic=True)
+    """Compiled on the first call; dynamic, as packed rows have a length each.
+
+    The whole graph, or PyTorch's limit of recompilations would end in code that holds all scores.
+    """
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @cache
@@ -96,7 +100,7 @@ def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
             prefixes += [prefix] * (stop - first)
             positions += range(first, stop)
             number += 1
-    owner_L, prefix_L, position_L = torch.tensor([owners, prefixes, positions]).to(device)
+    owner_L, prefix_L, position_L = to_device(torch.tensor([owners, prefixes, positions]), device)
     reach_L = torch.zeros_like(position_L) if window is None else position_L - (window - 1)
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
