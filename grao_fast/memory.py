@@ -164,11 +164,20 @@ def _measured_peak(policy: Policy, shape: GroupShape, config: GRAOConfig) -> Cal
             try:
                 _run(policy, shape.group(), n, config)
                 peaks[n] = torch.cuda.max_memory_allocated(policy.device) - before
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 peaks[n] = float("inf")
         return peaks[n]
 
     return peak
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch's allocator, or a library that allocates past it, says so."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
 
 
 def _estimated_peak(

@@ -117,7 +117,16 @@ def test_a_run_that_found_its_budget_resumes_bit_for_bit(tiny_model, tmp_path: P
     assert same_bits(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
 
 
-def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no more"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "Triton", "cuBLAS"],
+)
+def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch, error):
     """The bookkeeping alone: torch.cuda is replaced, and three groups are more than there is."""
     policy, _ = probe(tiny_model, FOUND)
     ran = []
@@ -125,7 +134,7 @@ def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch):
     def fake_run(policy, group, count, config):
         ran.append(count)
         if count > 2:
-            raise torch.OutOfMemoryError("no more")
+            raise error
 
     monkeypatch.setattr(memory, "_run", fake_run)
     for name in ("empty_cache", "reset_peak_memory_stats"):
@@ -136,3 +145,17 @@ def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch):
     assert [peak(n) for n in (1, 2, 4, 1)] == [100, 200, float("inf"), 100]
     assert ran == [1, 2, 4]
     assert memory.most_that_fit(peak, 1e9, 8) == 2
+
+
+def test_on_cuda_other_errors_of_a_pass_are_not_taken_for_memory(tiny_model, monkeypatch):
+    policy, _ = probe(tiny_model, FOUND)
+
+    def fail(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory, "_run", fail)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        memory._measured_peak(policy, memory.GroupShape(3, (2, 2)), FOUND)(1)
