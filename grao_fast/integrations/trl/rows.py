@@ -48,11 +48,13 @@ class Rows:
     def is_sample_T(self) -> Tensor:
         return self.sequence_T < self.samples
 
-    def of_samples(self, values_BC: Tensor, *, absent: float) -> Tensor:
-        """(T,) of what TRL keeps for each token of the samples; `absent` for the references'."""
+    def of_samples(self, values_BC: Tensor | None) -> Tensor:
+        """(T,) of what TRL keeps for each token of the samples; NaN where it keeps nothing."""
+        if values_BC is None:
+            return torch.full(self.token_T.shape, torch.nan, device=self.input_ids_SL.device)
         column_T = self.token_T.clamp(max=values_BC.shape[1] - 1)  # references may be longer
         values_T = values_BC[self.source_S[self.sequence_T], column_T]
-        return values_T.where(self.is_sample_T.to(values_T.device), absent)
+        return values_T.where(self.is_sample_T.to(values_T.device), torch.nan)
 
     def sequence_means(self, logprob_T: Tensor) -> Tensor:
         """(S,) mean log-prob of each sequence over the tokens that were computed; NaN for none."""
@@ -61,25 +63,6 @@ class Rows:
         sums_2S[0].index_add_(0, sequence_T, logprob_T.nan_to_num())
         sums_2S[1].index_add_(0, sequence_T, (~logprob_T.isnan()).to(logprob_T.dtype))
         return sums_2S[0] / sums_2S[1]
-
-    def held(
-        self,
-        terms_3T: Tensor,
-        logprob_T: Tensor,
-        old_T: Tensor | None,
-        *,
-        clip: tuple[float, float],
-    ) -> Tensor:
-        """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
-        if old_T is None:
-            return torch.full_like(logprob_T, torch.nan)
-        low, high = clip
-        weight_T, rho_T = terms_3T.sum(0).to(logprob_T.device), (logprob_T - old_T).exp()
-        held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
-        return held_T.float().where(~rho_T.isnan(), torch.nan)
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        return model_inputs(self.input_ids_SL, self.attention_mask_SL)
 
 
 def model_inputs(input_ids_SL: Tensor, attention_mask_SL: Tensor) -> dict[str, Tensor]:
@@ -140,6 +123,17 @@ def row_terms(rows: Rows, batch: Mapping[str, Tensor], *, num_prompts: float) ->
     terms_S3 = terms_S3 / (rows.length_S.clamp(min=1) * num_prompts)[:, None]
     terms_3T = terms_S3[rows.sequence_T].T
     if "importance_sampling_ratio" in batch:
-        terms_3T = terms_3T * rows.of_samples(batch["importance_sampling_ratio"], absent=1.0)
+        ratio_T = rows.of_samples(batch["importance_sampling_ratio"])
+        terms_3T = terms_3T * ratio_T.nan_to_num(1.0)  # of references: 1
     # What cancels to 0 is not computed, so none of its terms count: they still sum to the loss.
     return terms_3T.where(terms_3T.sum(0) != 0, 0.0).float()
+
+
+def held_ratios(
+    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
+) -> Tensor:
+    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    low, high = clip
+    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
+    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    return held_T.float().where(~rho_T.isnan(), torch.nan)

@@ -1,0 +1,264 @@
+"""GRAO inside TRL's GRPOTrainer, against the specification in float64."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+pytest.importorskip("trl")
+
+from trl_runs import (
+    assert_same,
+    config,
+    double_of,
+    kept,
+    owners_of,
+    prompts,
+    run,
+    truth,
+    with_rewards,
+)
+
+WORKER = Path(__file__).with_name("trl_worker.py")
+KINDS = ["live", "dead", "gappy"] * 4
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "per_generation", "steps"),
+    [(2, 2, 2), (1, 1, 2), (4, 2, 1), (1, 2, 4)],
+    ids=["whole", "one_micro_batch", "two_rollouts_a_step", "two_steps_a_rollout"],
+)
+def test_the_gradient_is_the_specifications(
+    tiny_model: Path, tmp_path: Path, accumulated: int, per_generation: int, steps: int
+):
+    """Groups of 2 in shuffled micro-batches of 3 rows, or of 6 where there is but one.
+
+    Dead groups and absent rewards are among them, and references longer than completions may be.
+    Two steps on a rollout have its gradient between them.
+    """
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=6 // per_generation,
+        gradient_accumulation_steps=accumulated,
+        steps_per_generation=per_generation,
+        max_steps=steps,
+    )
+    trainer = run(tiny_model, args, prompts(KINDS))
+    assert len(trainer.gradients) == steps
+    double = double_of(tiny_model)
+    losses = [truth(double, *batch) for batch in kept(trainer)]
+    assert any((each.advantages_NK == 0).all(1).any() for each in losses)
+    assert any(each.advantages_NK.isnan().any() for each in losses)
+    loss = sum(each.loss for each in losses) / len(losses)
+    loss.backward()
+    assert_same([torch.stack(each).mean(0) for each in zip(*trainer.gradients)], double)
+    if per_generation <= accumulated:  # off policy, ratios stand where log-probs do
+        mean = sum(logged(trainer, "loss")) / steps
+        assert mean == pytest.approx(float(loss.detach()), abs=1e-4)
+
+
+def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, tmp_path: Path):
+    trainer = run(tiny_model, config(tmp_path), prompts(KINDS))
+    ((groups, rewards_NK),) = kept(trainer)
+    rows, _ = trainer.rollouts[0]
+    expected = truth(double_of(tiny_model), groups, rewards_NK)
+    entry = trainer.state.log_history[0]
+    assert max(len(sequences[-1]) for _, sequences in groups) > 6
+    assert entry["completions/max_length"] <= 6
+    assert entry["scored"] == len(rows)
+    assert len(trainer._logs["extra"]["kind"]) == len(trainer._logs["prompt"]) == len(rows)
+    metrics = {
+        "reward": rewards_NK[:, :-1].nanmean(),
+        "reference/reward": rewards_NK[:, -1].nanmean(),
+        "reference/advantage": expected.advantages_NK[:, -1].nanmean(),
+        "reference/frac_negative": (expected.advantages_NK[:, -1] < 0).double().mean(),
+        "frac_dead": (expected.advantages_NK.nan_to_num() == 0).all(1).double().mean(),
+        "objective/exploration": expected.exploration,
+        "objective/imitation": expected.imitation,
+        "objective/alignment": expected.alignment,
+    }
+    for name, value in metrics.items():
+        assert entry[name] == pytest.approx(float(value.detach()), abs=1e-4), name
+    parts = sum(entry[f"objective/{part}"] for part in ("exploration", "imitation", "alignment"))
+    assert parts == pytest.approx(-entry["loss"], abs=1e-4)
+    table = torch.tensor(list(trainer._logs["advantages"]), dtype=torch.float64)
+    torch.testing.assert_close(
+        table, expected.advantages_NK[:, :-1].flatten(), equal_nan=True, rtol=1e-6, atol=1e-6
+    )
+    assert "clip_ratio/region_mean" not in entry and "kl" not in entry
+
+
+def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
+    tiny_model: Path, tmp_path: Path
+):
+    """Two steps by SGD on one rollout, against the same two of the specification."""
+    kl_coef, clip, lr = 0.3, (0.01, 0.02), 0.5
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=1,
+        num_iterations=2,
+        max_steps=2,
+        epsilon=clip[0],
+        epsilon_high=clip[1],
+        beta=kl_coef,
+        use_bias_correction_kl=False,
+        lr_scheduler_type="constant",
+    )
+    trainer = run(tiny_model, args, prompts(["live", "dead"] * 3), lr=lr)
+    ((groups, rewards_NK),) = kept(trainer)
+    double = double_of(tiny_model)
+    owner_T = owners_of(groups)
+    is_sample_T = owner_T % 3 != 2
+    # A KL to anything makes the specification score samples of dead groups too.
+    anything = {"ref_logprob_T": torch.zeros(len(owner_T)), "kl_coef": 1.0}
+    scored_T = truth(double, groups, rewards_NK, **anything).logprob_T
+    start_T = torch.where(is_sample_T, scored_T, torch.nan)
+    truth(double, groups, rewards_NK).loss.backward()
+    assert_same(trainer.gradients[0], double)  # the policy is where it began: no KL yet
+    torch.optim.SGD(double.parameters(), lr=lr).step()
+    double.zero_grad()
+    kl = {"ref_logprob_T": start_T, "kl_coef": kl_coef}
+    second = truth(double, groups, rewards_NK, old_logprob_T=start_T, clip=clip, **kl)
+    second.loss.backward()
+    assert_same(trainer.gradients[1], double)
+    assert 0.1 < logged(trainer, "clip_ratio/region_mean")[1] < 0.9
+    assert logged(trainer, "clip_ratio/region_mean")[0] == 0.0
+    assert logged(trainer, "kl") == pytest.approx([0.0, float(second.kl.detach()) / kl_coef])
+
+
+def test_vllms_importance_ratio_is_a_factor_of_the_samples_tokens(tiny_model: Path, tmp_path: Path):
+    ratio_BC = torch.linspace(0.0, 2.0, 36).view(6, 6)
+    extra = {"importance_sampling_ratio": ratio_BC}
+    trainer = run(tiny_model, config(tmp_path), prompts(["live"] * 6), extra=extra)
+    ((groups, rewards_NK),) = kept(trainer)
+    double = double_of(tiny_model)
+    logprob_T = truth(double, groups, rewards_NK).logprob_T
+    factors = []
+    for n, (_, sequences) in enumerate(groups):
+        for k, ids in enumerate(sequences):
+            of_sample = ratio_BC[2 * n + k, : len(ids)].tolist() if k < 2 else []
+            factors += of_sample or [1.0] * len(ids)
+    sampler_T = logprob_T - torch.tensor(factors, dtype=torch.float64).log()
+    assert len(factors) == len(logprob_T)
+    truth(double, groups, rewards_NK, sampler_logprob_T=sampler_T).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_options_of_the_objective_arrive(tiny_model: Path, tmp_path: Path):
+    options = {"statistics": "samples", "reference_advantage": "clip"}
+    trainer = run(
+        tiny_model, config(tmp_path), prompts(KINDS), grao_beta=0.9, grao_lam=0.2, **options
+    )
+    double = double_of(tiny_model)
+    (batch,) = kept(trainer)
+    truth(double, *batch, beta=0.9, lam=0.2, **options).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_evaluation_reports_the_objective(tiny_model: Path, tmp_path: Path):
+    args = config(tmp_path, num_generations_eval=1, per_device_eval_batch_size=2)
+    trainer = run(tiny_model, args, prompts(KINDS), eval_dataset=prompts(["live"] * 4))
+    trainer.rollouts.clear()
+    metrics = trainer.evaluate()
+    double = double_of(tiny_model)
+    losses = [float(truth(double, *batch).loss.detach()) for batch in kept(trainer, G=1)]
+    assert len(losses) == 2
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+def test_training_raises_the_reward(tiny_model: Path, tmp_path: Path):
+    def share_of_a(completions: list, **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [text.count("a") / 6 for text in texts]
+
+    rows = prompts(["live"] * 6).remove_columns("reference").add_column("chosen", ["aaaaaa"] * 6)
+    args = config(tmp_path, max_steps=25, lr_scheduler_type="constant")
+    trainer = run(tiny_model, args, rows, lr=0.03, reward_funcs=share_of_a)
+    rewards = logged(trainer, "reward")
+    assert rewards[0] < 0.1 and sum(rewards[-5:]) / 5 > 0.6
+
+
+REFUSED = {
+    "loss_type": "dapo",
+    "scale_rewards": "batch",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "importance_sampling_level": "sequence",
+    "top_entropy_quantile": 0.5,
+    "entropy_coef": 0.1,
+    "use_adaptive_entropy": True,
+    "delta": 1.5,
+    "off_policy_mask_threshold": 0.5,
+    "cast_lm_head_to_fp32": True,
+    "torch_compile": True,
+    "remove_unused_columns": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_without_a_place_are_refused_by_name(tiny_model: Path, tmp_path: Path, name: str):
+    args = config(tmp_path)
+    setattr(args, name, REFUSED[name])
+    with pytest.raises(ValueError, match=rf"no {name}=.*set {name}="):
+        run(tiny_model, args, prompts(KINDS))
+
+
+def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="set use_bias_correction_kl=False"):
+        run(tiny_model, config(tmp_path, beta=0.1), prompts(KINDS))
+    with pytest.raises(ValueError, match="no tools: leave it out"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), tools=[max])
+    with pytest.raises(ValueError, match="its columns are prompt, kind; add reference, completion"):
+        run(tiny_model, config(tmp_path), prompts(KINDS).remove_columns("reference"))
+    with pytest.raises(ValueError, match="statistics must be one of group, samples; got 'batch'"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), statistics="batch")
+    with pytest.raises(ValueError, match="grao_beta must be a number"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), grao_beta="0.5")
+
+
+def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
+    """3 rows each in groups of 2: one group begins in the first process and ends in the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, str(WORKER), str(tiny_model), str(tmp_path)]
+        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    for worker in workers:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 0, said.decode()[-2000:]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    tokenizer, double = AutoTokenizer.from_pretrained(tiny_model), double_of(tiny_model)
+    loss = 0.0
+    for (rows_0, pairs_0), (rows_1, pairs_1) in zip(
+        first["rollouts"], second["rollouts"], strict=True
+    ):
+        batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
+        loss = loss + truth(double, *batch).loss / len(first["rollouts"])
+    loss.backward()
+    assert_same(first["gradients"], double)
+    for mine, other in zip(first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(mine, other)
+    # One process had nothing to learn from in one of the micro-batches, and kept step.
+    assert not all(first["learnt"] + second["learnt"])
+    assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
