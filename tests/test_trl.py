@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
@@ -63,7 +64,9 @@ def test_the_gradient_is_the_specifications(
     assert any(each.advantages_NK.isnan().any() for each in losses)
     loss = sum(each.loss for each in losses) / len(losses)
     loss.backward()
-    assert_same([torch.stack(each).mean(0) for each in zip(*trainer.gradients)], double)
+    assert_same(
+        [torch.stack(each).mean(0) for each in zip(*trainer.gradients, strict=True)], double
+    )
     if per_generation <= accumulated:  # off policy, ratios stand where log-probs do
         mean = sum(logged(trainer, "loss")) / steps
         assert mean == pytest.approx(float(loss.detach()), abs=1e-4)
@@ -168,6 +171,55 @@ def test_options_of_the_objective_arrive(tiny_model: Path, tmp_path: Path):
     assert_same(trainer.gradients[0], double)
 
 
+def test_a_blank_reference_is_absent(tiny_model: Path, tmp_path: Path):
+    rows = prompts(["live"] * 6).to_list()
+    for row in rows[::2]:
+        row["reference"][0]["content"] = " "
+    trainer = run(
+        tiny_model, config(tmp_path, per_device_train_batch_size=6), Dataset.from_list(rows)
+    )
+    double = double_of(tiny_model)
+    losses = [truth(double, *batch) for batch in kept(trainer)]
+    absent = torch.cat([each.advantages_NK[:, -1].isnan() for each in losses])
+    assert absent.any() and not absent.all()
+    (sum(each.loss for each in losses) / len(losses)).backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_text_is_taken_as_it_is(tiny_model: Path, tmp_path: Path):
+    """As prompts, as references in another column, and in what rewards are called with."""
+    seen = []
+
+    def count(prompts: list, completions: list, completion_ids: list, **_: Any) -> list[float]:
+        seen.append((completions, completion_ids))
+        return [float(len(completion)) for completion in completions]
+
+    rows = [{"prompt": "abc", "completion": "a completion longer than six"}] * 4
+    args = config(tmp_path, steps_per_generation=2)
+    trainer = run(tiny_model, args, Dataset.from_list(rows), reward_funcs=count)
+    _, batch = trainer.rollouts[0]
+    ids = [*trainer._tokenizer(rows[0]["completion"])["input_ids"], 1]
+    assert seen[1] == ([rows[0]["completion"]] * 3, [ids] * 3)
+    assert batch["lengths_B2"][:, 1].tolist() == [len(ids), 0] * 3
+    assert batch["reference_ids"][::2].tolist() == [ids] * 3
+
+
+def test_an_adapter_learns_and_is_held_to_the_model_below(tiny_model: Path, tmp_path: Path):
+    from peft import LoraConfig
+
+    options = {"beta": 0.1, "use_bias_correction_kl": False, "lr_scheduler_type": "constant"}
+    trainer = run(
+        tiny_model,
+        config(tmp_path, max_steps=2, learning_rate=0.1, **options),
+        prompts(["live"] * 12),
+        lr=None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    assert trainer.gradients[1] and all(gradient.any() for gradient in trainer.gradients[1])
+    first, second = logged(trainer, "kl")
+    assert first == 0.0 < second
+
+
 def test_evaluation_reports_the_objective(tiny_model: Path, tmp_path: Path):
     args = config(tmp_path, num_generations_eval=1, per_device_eval_batch_size=2)
     trainer = run(tiny_model, args, prompts(KINDS), eval_dataset=prompts(["live"] * 4))
@@ -201,6 +253,7 @@ REFUSED = {
     "use_adaptive_entropy": True,
     "delta": 1.5,
     "off_policy_mask_threshold": 0.5,
+    "mask_truncated_completions": True,
     "cast_lm_head_to_fp32": True,
     "torch_compile": True,
     "remove_unused_columns": True,
@@ -262,3 +315,6 @@ def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
     # One process had nothing to learn from in one of the micro-batches, and kept step.
     assert not all(first["learnt"] + second["learnt"])
     assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    assert any(bool(whole.any()) for _, whole in first["sharded"])
+    for sharded, whole in first["sharded"] + second["sharded"]:
+        torch.testing.assert_close(sharded, whole)

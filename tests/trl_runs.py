@@ -70,7 +70,7 @@ class _KeepGradients(TrainerCallback):
         self.keeper = keeper
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        gradients = [p.grad.clone() for p in self.keeper.model.parameters()]
+        gradients = [p.grad.clone() for p in self.keeper.model.parameters() if p.requires_grad]
         self.keeper.gradients.append(gradients)
 
 
@@ -100,12 +100,12 @@ def run(
     args: GRPOConfig,
     dataset: Dataset,
     *,
-    lr: float = 0.0,
+    lr: float | None = 0.0,
     reward_funcs: Any = reward,
     extra: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> Keeper:
-    """Train by plain SGD; the weights stay where they are unless `lr` is given."""
+    """Train by plain SGD, or with lr None by the optimiser of `args`; lr 0 moves no weight."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     trainer = Keeper(
         model,
@@ -113,7 +113,7 @@ def run(
         args,
         dataset,
         processing_class=AutoTokenizer.from_pretrained(model_folder),
-        optimizers=(torch.optim.SGD(model.parameters(), lr=lr), None),
+        optimizers=(None if lr is None else torch.optim.SGD(model.parameters(), lr=lr), None),
         extra=extra,
         **options,
     )
@@ -143,16 +143,19 @@ def groups_of(tokenizer: Any, rows: list[dict], pairs: list, G: int) -> list:
     for start in range(0, len(rows), G):
         text = rows[start]["reference"][0]["content"]
         samples = [completion for _, completion in pairs[start : start + G]]
-        groups.append((pairs[start][0], [*samples, [*tokenizer(text)["input_ids"], EOS]]))
+        ids = [*tokenizer(text)["input_ids"], EOS] if text.strip() else []  # blank: absent
+        groups.append((pairs[start][0], [*samples, ids]))
     return groups
 
 
 def rewards_of(tokenizer: Any, rows: list[dict], groups: list) -> Tensor:
-    """(N, K) float64 by `score`, NaN for none."""
+    """(N, K) float64 by `score`, NaN for none and for an absent sequence."""
     kinds = [row["kind"] for row in rows[:: len(groups[0][1]) - 1]]
     scores = [
         [
             score([{"content": tokenizer.decode(ids, skip_special_tokens=True)}], kind)
+            if ids
+            else None
             for ids in sequences
         ]
         for (_, sequences), kind in zip(groups, kinds, strict=True)

@@ -8,17 +8,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grao_fast.head import LogitTransform, check_head
 from grao_fast.integrations.trl.rows import Rows
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.checks import choose_backend, logit_transform
 from grao_fast.kernels.linear_ce import WeightedTerms, weighted_terms
 from grao_fast.kernels.vocab_parallel import local_parts
+from grao_fast.parity import check_parity
+from grao_fast.policy import Policy
+from grao_fast.rollout import Sampler
 
 Objective = Callable[[PreTrainedModel, Tensor], Any]
 
@@ -47,6 +51,39 @@ def answer_objectives(causal_lm: PreTrainedModel) -> None:
         return objective(self, output.last_hidden_state)
 
     causal_lm.forward = MethodType(forward, causal_lm)
+
+
+def logit_transform_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    autocast_dtype: torch.dtype | None,
+    compare: bool,
+) -> LogitTransform:
+    """How the kernels make the model's logits, held to the model's own where asked to `compare`.
+
+    Raises ValueError, by name, for a model whose logits are others.
+    """
+    causal_lm = causal_lm_of(model)
+    check_head(causal_lm)
+    transform = LogitTransform.from_config(causal_lm.config.get_text_config())
+    if not compare:
+        return transform
+    policy = Policy(
+        model=model,
+        causal_lm=causal_lm,
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset([tokenizer.eos_token_id]),
+        pad_token_id=tokenizer.pad_token_id,
+        transform=transform,
+        autocast_dtype=autocast_dtype,
+        share_prefix=False,
+        attention=None,
+        router=None,
+        sampler=cast(Sampler, None),  # TRL samples
+    )
+    check_parity(policy, gradient=False)  # of its layers, which run as they are
+    return transform
 
 
 def loss_of(

@@ -18,6 +18,7 @@ _ONLY = {
     "use_adaptive_entropy": False,
     "delta": None,
     "off_policy_mask_threshold": None,
+    "mask_truncated_completions": False,  # y would be weighed against samples that are not there
     "cast_lm_head_to_fp32": False,  # the logits are summed in float32 as it is
     "torch_compile": False,
     "remove_unused_columns": False,  # the reference is in one of them
@@ -41,7 +42,7 @@ def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
             "to multiply it by the ratio, which GRAOTrainer does not: set "
             "use_bias_correction_kl=False"
         )
-    if args.deepspeed is not None:
+    if args.deepspeed_plugin is not None:
         raise ValueError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
     for name in ("tools", "environment_factory"):
         if options.get(name):

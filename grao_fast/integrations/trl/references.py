@@ -2,7 +2,10 @@
 
 A generation batch is B rows in each process, groups of G one after another over all processes, so
 that a group may begin in one process and end in the next. Its reference rides on the row that
-begins it, and is scored by the process that holds that row.
+begins it, its carrier, and is scored by the process that holds that row.
+
+Suffixes: N prompts of all processes, K = G + 1 sequences of each, 3 terms of the objective, 2 for
+a row's sample and the reference that rides on it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grao_fast.data import REFERENCE_COLUMNS
@@ -79,3 +84,28 @@ def places_of_groups(processes: int, B: int, G: int) -> list[int]:
         for process in range(processes)
         for place in range(len(carriers(process, B, G)))
     ]
+
+
+def ride(
+    terms_3NK: Tensor, token_ids: Sequence[Sequence[int]], process: int, B: int
+) -> tuple[Tensor, list[Tensor]]:
+    """What each of a process's B rows adds to the objective, and the reference that rides on it.
+
+    Args:
+        terms_3NK: coefficients of all processes' sequences, the references last.
+        token_ids: of the references of this process's carriers; what comes behind is not read.
+
+    Returns:
+        terms_B23 of the row's sample and of the reference that rides on it, 0 where none does; and
+        the token ids of the latter, empty where none does.
+    """
+    G = terms_3NK.shape[2] - 1
+    own_B = torch.arange(B) + process * B  # places of the rows among all processes'
+    riding = list(carriers(process, B, G))
+    terms_B23 = terms_3NK.new_zeros(B, 2, 3)
+    terms_B23[:, 0] = terms_3NK[:, :, :-1].flatten(1)[:, own_B].T
+    terms_B23[riding, 1] = terms_3NK[:, own_B[riding] // G, -1].T
+    ids_B = [torch.zeros(0, dtype=torch.int64) for _ in range(B)]
+    for b, ids in zip(riding, token_ids, strict=False):
+        ids_B[b] = torch.tensor(ids, dtype=torch.int64)
+    return terms_B23, ids_B

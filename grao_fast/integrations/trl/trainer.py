@@ -10,7 +10,7 @@ last; F reward functions; the rest as in `rows.py`.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,19 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
-from grao_fast.head import LogitTransform, check_head
 from grao_fast.integrations.trl.head import (
     answer_objectives,
     causal_lm_of,
+    logit_transform_of,
     loss_of,
     scores_of,
 )
 from grao_fast.integrations.trl.options import check_options
 from grao_fast.integrations.trl.references import (
-    carriers,
     places_of_groups,
     read_references,
     reference_column,
+    ride,
     scored_rows,
 )
 from grao_fast.integrations.trl.rows import Rows, held_ratios, lay_out, model_inputs, row_terms
@@ -42,8 +42,8 @@ from grao_fast.kernels.advantage import (
 )
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.kernels.linear_ce import WeightedTerms
-from grao_fast.parity import check_parity
-from grao_fast.policy import Policy
+
+PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
 
 
 class GRAOTrainer(GRPOTrainer):
@@ -73,13 +73,10 @@ class GRAOTrainer(GRPOTrainer):
         ValueError: an option, a model or a dataset that does not fit, by name.
     """
 
-    _tag_names = ["trl", "grao"]  # noqa: RUF012
+    # For the model card that TRL writes.
     _name = "GRAO"
-    _paper = {  # noqa: RUF012  TRL reads it for the model card
-        "title": "Group Relative Alignment Optimization",
-        "id": "2508.07750",
-        "citation": "@article{wang2025grao, eprint={arXiv:2508.07750}, year={2025}}",
-    }
+    _tag_names = ["trl", "grao"]  # noqa: RUF012
+    _paper = {"title": PAPER, "id": "2508.07750"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -117,36 +114,20 @@ class GRAOTrainer(GRPOTrainer):
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
             )
         self._sample_rewards_SF: Tensor | None = None
-        self._logits = self._check_model()
-        for each in (self.model, self.ref_model):
-            if each is not None:
-                answer_objectives(causal_lm_of(self.accelerator.unwrap_model(each)))
-
-    def _check_model(self) -> dict[str, Any]:
-        """How the kernels make the model's logits; ValueError where they would be others."""
-        causal_lm = causal_lm_of(self.model)
-        check_head(causal_lm)
-        transform = LogitTransform.from_config(causal_lm.config.get_text_config())
-        if self.accelerator.is_main_process:  # others may not have the weights yet
-            policy = Policy(
-                model=self.model,
-                causal_lm=causal_lm,
-                tokenizer=self._tokenizer,
-                eos_token_ids=frozenset(self.eos_token_ids),
-                pad_token_id=self._tokenizer.pad_token_id,
-                transform=transform,
-                autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
-                share_prefix=False,
-                attention=None,
-                router=None,
-                sampler=cast(Any, None),  # TRL samples
-            )
-            check_parity(policy, gradient=False)  # its layers run as they are
-        return {
+        transform = logit_transform_of(
+            self.model,
+            self._tokenizer,
+            autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
+            compare=self.accelerator.is_main_process,  # others may not have the weights yet
+        )
+        self._logits = {
             "temperature": self.temperature,
             "logit_scale": transform.logit_scale,
             "softcap": transform.softcap,
         }
+        for each in (self.model, self.ref_model):
+            if each is not None:
+                answer_objectives(causal_lm_of(self.accelerator.unwrap_model(each)))
 
     @property
     def _group_size(self) -> int:
@@ -174,14 +155,7 @@ class GRAOTrainer(GRPOTrainer):
         )
         self._log_rollout(rewards_NK, advantages_NK)
 
-        own = torch.arange(B) + process * B  # places of this process's rows among all
-        riding = torch.tensor(carriers(process, B, G), dtype=torch.int64)
-        terms_B23 = torch.zeros(B, 2, 3, dtype=torch.float64)
-        terms_B23[:, 0] = terms_3NK[:, :, :-1].flatten(1)[:, own].T
-        terms_B23[riding, 1] = terms_3NK[:, own[riding] // G, -1].T
-        ids_B = [torch.tensor([], dtype=torch.int64)] * B
-        for b, ids in zip(riding.tolist(), reference_ids, strict=False):  # behind them, what fills
-            ids_B[b] = torch.tensor(ids, dtype=torch.int64)
+        terms_B23, ids_B = ride(terms_3NK, reference_ids, process, B)
         lengths_B = torch.tensor([len(ids) for ids in ids_B])
         lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
         reference_ids_BC = pad(
