@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 pytest.importorskip("trl")
 
@@ -23,10 +30,13 @@ from trl_runs import (
     kept,
     owners_of,
     prompts,
+    reward,
     run,
     truth,
     with_rewards,
 )
+
+from grao_fast.integrations.trl import GRAOTrainer
 
 WORKER = Path(__file__).with_name("trl_worker.py")
 KINDS = ["live", "dead", "gappy"] * 4
@@ -73,11 +83,12 @@ def test_the_gradient_is_the_specifications(
 
 
 def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, tmp_path: Path):
-    trainer = run(tiny_model, config(tmp_path), prompts(KINDS))
-    ((groups, rewards_NK),) = kept(trainer)
-    rows, _ = trainer.rollouts[0]
+    """At the second step: what rewards said of references at the first is forgotten."""
+    trainer = run(tiny_model, config(tmp_path, max_steps=2), prompts(KINDS))
+    groups, rewards_NK = kept(trainer)[1]
+    rows, _ = trainer.rollouts[1]
     expected = truth(double_of(tiny_model), groups, rewards_NK)
-    entry = trainer.state.log_history[0]
+    entry = trainer.state.log_history[1]
     assert max(len(sequences[-1]) for _, sequences in groups) > 6
     assert entry["completions/max_length"] <= 6
     assert entry["scored"] == len(rows)
@@ -107,7 +118,7 @@ def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
     tiny_model: Path, tmp_path: Path
 ):
     """Two steps by SGD on one rollout, against the same two of the specification."""
-    kl_coef, clip, lr = 0.3, (0.01, 0.02), 0.5
+    kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.5
     args = config(
         tmp_path,
         per_device_train_batch_size=6,
@@ -226,9 +237,29 @@ def test_evaluation_reports_the_objective(tiny_model: Path, tmp_path: Path):
     trainer.rollouts.clear()
     metrics = trainer.evaluate()
     double = double_of(tiny_model)
-    losses = [float(truth(double, *batch).loss.detach()) for batch in kept(trainer, G=1)]
+    results = [truth(double, *batch) for batch in kept(trainer, G=1)]
+    losses = [float(each.loss.detach()) for each in results]
     assert len(losses) == 2
+    advantages = torch.cat([each.advantages_NK[:, 0] for each in results]).tolist()
+    assert list(trainer._logs["advantages"])[-4:] == pytest.approx(advantages)
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+def test_positions_count_from_each_prompts_first_token(tiny_model: Path, tmp_path: Path):
+    """A model whose positions are absolute would notice the padding before a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **ids, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    trainer = run(tmp_path / "gpt2", config(tmp_path), prompts(["live"] * 6))
+    _, batch = trainer.rollouts[0]
+    assert not batch["prompt_mask"].all()
+    double = double_of(tmp_path / "gpt2")
+    truth(double, *kept(trainer)[0]).loss.backward()
+    assert_same(trainer.gradients[0], double)
 
 
 def test_training_raises_the_reward(tiny_model: Path, tmp_path: Path):
@@ -266,6 +297,20 @@ def test_options_without_a_place_are_refused_by_name(tiny_model: Path, tmp_path:
     setattr(args, name, REFUSED[name])
     with pytest.raises(ValueError, match=rf"no {name}=.*set {name}="):
         run(tiny_model, args, prompts(KINDS))
+
+
+def test_models_that_are_not_understood_are_refused(tiny_model: Path, tmp_path: Path):
+    args, rows = config(tmp_path), prompts(KINDS)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    llama = AutoModelForCausalLM.from_pretrained(tiny_model)
+    llama.config.logit_scale = 2.0  # which no Llama reads
+    with pytest.raises(ValueError, match="LlamaForCausalLM: logits from its hidden states differ"):
+        GRAOTrainer(llama, reward, args, rows, processing_class=tokenizer)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    experts = MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **small))
+    with pytest.raises(ValueError, match="set router_aux_loss_coef=0"):
+        GRAOTrainer(experts, reward, args, rows, processing_class=tokenizer)
 
 
 def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):

@@ -177,7 +177,7 @@ def truth(
     hidden, targets = [], []
     for prompt, sequences in groups:
         for ids in sequences:
-            states_LD = double.model(torch.tensor([prompt + ids])).last_hidden_state[0]
+            states_LD = double.base_model(torch.tensor([prompt + ids])).last_hidden_state[0]
             hidden.append(states_LD[len(prompt) - 1 : -1])
             targets += ids
     return reference.grao_loss(
