@@ -37,6 +37,7 @@ from trl_runs import (
 )
 
 from grao_fast.integrations.trl import GRAOTrainer
+from grao_fast.kernels import reference
 
 WORKER = Path(__file__).with_name("trl_worker.py")
 KINDS = ["live", "dead", "gappy"] * 4
@@ -92,7 +93,7 @@ def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, 
     assert max(len(sequences[-1]) for _, sequences in groups) > 6
     assert entry["completions/max_length"] <= 6
     assert entry["scored"] == len(rows)
-    assert len(trainer._logs["extra"]["kind"]) == len(trainer._logs["prompt"]) == len(rows)
+    assert len(trainer._logs["extra"]["said"]) == len(trainer._logs["prompt"]) == len(rows)
     metrics = {
         "reward": rewards_NK[:, :-1].nanmean(),
         "reference/reward": rewards_NK[:, -1].nanmean(),
@@ -118,7 +119,7 @@ def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
     tiny_model: Path, tmp_path: Path
 ):
     """Two steps by SGD on one rollout, against the same two of the specification."""
-    kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.5
+    kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.02
     args = config(
         tmp_path,
         per_device_train_batch_size=6,
@@ -148,8 +149,13 @@ def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
     second = truth(double, groups, rewards_NK, old_logprob_T=start_T, clip=clip, **kl)
     second.loss.backward()
     assert_same(trainer.gradients[1], double)
-    assert 0.1 < logged(trainer, "clip_ratio/region_mean")[1] < 0.9
-    assert logged(trainer, "clip_ratio/region_mean")[0] == 0.0
+    weight_T = reference.sequence_weights(second.advantages_NK).flatten()[owner_T]
+    rho_T = (second.logprob_T - start_T).exp()[is_sample_T]
+    weight_T = weight_T[is_sample_T]
+    held_T = ((weight_T > 0) & (rho_T > 1.2)) | ((weight_T < 0) & (rho_T < 0.98))
+    assert 0.1 < held_T.double().mean() < 0.9
+    held = [0.0, float(held_T.double().mean())]
+    assert logged(trainer, "clip_ratio/region_mean") == pytest.approx(held)
     assert logged(trainer, "kl") == pytest.approx([0.0, float(second.kl.detach()) / kl_coef])
 
 
@@ -240,6 +246,8 @@ def test_evaluation_reports_the_objective(tiny_model: Path, tmp_path: Path):
     results = [truth(double, *batch) for batch in kept(trainer, G=1)]
     losses = [float(each.loss.detach()) for each in results]
     assert len(losses) == 2
+    said = [completion[0]["content"] for completion in trainer._logs["completion"]]
+    assert list(trainer._logs["extra"]["said"])[-4:] == said[-4:]
     advantages = torch.cat([each.advantages_NK[:, 0] for each in results]).tolist()
     assert list(trainer._logs["advantages"])[-4:] == pytest.approx(advantages)
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)

@@ -45,7 +45,7 @@ def reward(
 ) -> list[float | None]:
     scores = [score(*each) for each in zip(completions, kind, strict=True)]
     if log_extra is not None:
-        log_extra("kind", kind)
+        log_extra("said", [completion[0]["content"] for completion in completions])
         log_metric("scored", len(scores))
     return scores
 

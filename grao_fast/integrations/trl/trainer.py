@@ -66,8 +66,9 @@ class GRAOTrainer(GRPOTrainer):
 
     Metrics, beside TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
     `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
-    samples'), `frac_dead`. `loss` is -J, plus TRL's beta times `kl`. Of ratios there is
-    `clip_ratio/region_mean` alone. Log-probs and `entropy` are over sequences of some weight.
+    samples'), `frac_dead`. `loss` is -J, plus TRL's beta times `kl`; off policy, ratios stand in it
+    where the samples' log-probs do. Of ratios there is `clip_ratio/region_mean` alone. Log-probs
+    and `entropy` are over sequences of some weight.
 
     Raises:
         ValueError: an option, a model or a dataset that does not fit, by name.
