@@ -32,7 +32,7 @@ def execute(source: str) -> dict[str, object]:
 
 def test_every_python_block_is_run() -> None:
     python = re.findall(BLOCK.format(language="python"), README, re.DOTALL)
-    assert python == [block("train"), block("kernels")]
+    assert python == [block("train"), block("kernels"), block("trl")]
 
 
 def test_train_example(
@@ -61,6 +61,18 @@ def test_kernel_example() -> None:
     total = result.exploration + result.imitation + result.alignment  # type: ignore[attr-defined]
     assert total.item() == pytest.approx(-result.loss.item(), abs=1e-4)  # type: ignore[attr-defined]
     assert hidden.grad.isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_trl_example(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    shutil.copytree(tiny_model, tmp_path / "Qwen/Qwen2.5-0.5B-Instruct")
+    write_jsonl(tmp_path / "problems.jsonl", [json.loads(block("row", "json")), *sums(7)])
+    monkeypatch.chdir(tmp_path)
+    # GRPOConfig asks for bfloat16, which Transformers takes a machine without a GPU to lack.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    trainer = execute(block("trl"))["trainer"]
+    assert trainer.state.global_step == 20  # type: ignore[attr-defined]
+    assert "objective/imitation" in trainer.state.log_history[0]  # type: ignore[attr-defined]
 
 
 def test_links_and_commands_lead_somewhere() -> None:

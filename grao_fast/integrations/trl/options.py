@@ -1,0 +1,55 @@
+"""What GRAOTrainer refuses of GRPOTrainer's options, by name and with the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl.trainer.grpo_config import GRPOConfig
+
+# Fields of GRPOConfig that GRAO's objective leaves no room for, or whose other values are not
+# written here.
+_ONLY = {
+    "loss_type": "grpo",  # a sequence counts by its mean log-prob
+    "scale_rewards": "group",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "importance_sampling_level": "token",
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "delta": None,
+    "off_policy_mask_threshold": None,
+    "mask_truncated_completions": False,  # y would be weighed against samples that are not there
+    "cast_lm_head_to_fp32": False,  # the logits are summed in float32 as it is
+    "torch_compile": False,
+    "remove_unused_columns": False,  # the reference is in one of them
+}
+
+
+def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
+    """ValueError where GRPOTrainer would do with an option what GRAOTrainer does not.
+
+    options: GRPOTrainer's keyword arguments.
+    """
+    if args is None:
+        raise ValueError('GRAOTrainer needs args=GRPOConfig(..., loss_type="grpo")')
+    for name, only in _ONLY.items():
+        value = getattr(args, name)
+        if value != only:
+            raise ValueError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
+    if args.beta != 0.0 and args.use_bias_correction_kl:
+        raise ValueError(
+            f"beta={args.beta} asks for a KL term, and use_bias_correction_kl=True (TRL's default) "
+            "to multiply it by the ratio, which GRAOTrainer does not: set "
+            "use_bias_correction_kl=False"
+        )
+    if args.deepspeed_plugin is not None:
+        raise ValueError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
+    for name in ("tools", "environment_factory"):
+        if options.get(name):
+            raise ValueError(f"GRAOTrainer has no {name}: leave it out")
+    peft_config = options.get("peft_config")
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(peft_config).__name__} prepends virtual tokens, for which GRAOTrainer's rows "
+            "leave no room: use a LoRA-like adapter"
+        )

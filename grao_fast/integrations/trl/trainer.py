@@ -1,0 +1,300 @@
+"""`GRAOTrainer`: TRL's GRPOTrainer with references and GRAO's objective.
+
+TRL samples, scores, shuffles, splits, accumulates and launches as it does for GRPO. What differs:
+each group's reference, scored by the same rewards, rides on one row of the group through TRL's
+shuffle and split, and a micro-batch's loss is made in one pass at the LM head.
+
+Suffixes: N prompts of all processes, G samples and K = G + 1 sequences of each, the reference
+last; F reward functions; the rest as in `rows.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import pad
+
+from grao_fast.integrations.trl.head import (
+    answer_objectives,
+    causal_lm_of,
+    logit_transform_of,
+    loss_of,
+    scores_of,
+)
+from grao_fast.integrations.trl.options import check_options
+from grao_fast.integrations.trl.references import (
+    places_of_groups,
+    read_references,
+    reference_column,
+    ride,
+    scored_rows,
+)
+from grao_fast.integrations.trl.rows import Rows, held_ratios, lay_out, model_inputs, row_terms
+from grao_fast.kernels.advantage import (
+    REFERENCE_ADVANTAGES,
+    STATISTICS,
+    advantages_and_terms,
+    check_finite_rewards,
+)
+from grao_fast.kernels.checks import check_choice, check_number
+from grao_fast.kernels.linear_ce import WeightedTerms
+
+PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
+
+
+class GRAOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, with the objective of arXiv 2508.07750.
+
+    The reference is the dataset's column `reference`, `completion` or `chosen`: text, or messages
+    that end in the assistant's turn; blank counts as absent. It gets an end-of-sequence token and
+    is never cut. A pairwise reward compares it with itself, and should find a tie.
+
+    Where a step holds whole generation batches (`steps_per_generation` divides
+    `gradient_accumulation_steps`), its gradient is GRAO's to rounding; where a generation batch is
+    spread over several steps, each has the part of the sum that TRL's shuffle dealt it.
+
+    Args:
+        model, reward_funcs, args, train_dataset, and by name all others: GRPOTrainer's. `args`
+            needs loss_type="grpo". Its `beta` is a KL penalty on samples, its `epsilon` clips the
+            ratios of samples where they are off policy; a reference has neither.
+        grao_beta, grao_lam: weights of imitation and of the alignment regulariser.
+        statistics, reference_advantage: as in `grao_fast.kernels.group_advantages`.
+
+    Metrics, beside TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
+    `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
+    samples'), `frac_dead`. `loss` is -J, plus TRL's beta times `kl`; off policy, ratios stand in it
+    where the samples' log-probs do. Of ratios there is `clip_ratio/region_mean` alone. Log-probs
+    and `entropy` are over sequences of some weight.
+
+    Raises:
+        ValueError: an option, a model or a dataset that does not fit, by name.
+    """
+
+    # For the model card that TRL writes.
+    _name = "GRAO"
+    _tag_names = ["trl", "grao"]  # noqa: RUF012
+    _paper = {"title": PAPER, "id": "2508.07750"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        *,
+        grao_beta: float = 0.5,
+        grao_lam: float = 0.6,
+        statistics: str = "group",
+        reference_advantage: str = "signed",
+        **options: Any,
+    ) -> None:
+        check_number("grao_beta", grao_beta)
+        check_number("grao_lam", grao_lam)
+        check_choice("statistics", statistics, STATISTICS)
+        check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
+        check_options(args, options)
+        columns = getattr(train_dataset, "column_names", None)
+        if columns is not None:
+            reference_column(columns)
+        self._objective = {
+            "statistics": statistics,
+            "reference_advantage": reference_advantage,
+            "beta": grao_beta,
+            "lam": grao_lam,
+        }
+        super().__init__(model, reward_funcs, args, train_dataset, **options)
+        if self._is_vlm:
+            raise ValueError("GRAOTrainer is for text: pass a tokenizer as processing_class")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, and GRAOTrainer has no "
+                "auxiliary loss for a router: set router_aux_loss_coef=0.0"
+            )
+        self._sample_rewards_SF: Tensor | None = None
+        transform = logit_transform_of(
+            self.model,
+            self._tokenizer,
+            autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
+            compare=self.accelerator.is_main_process,  # others may not have the weights yet
+        )
+        self._logits = {
+            "temperature": self.temperature,
+            "logit_scale": transform.logit_scale,
+            "softcap": transform.softcap,
+        }
+        for each in (self.model, self.ref_model):
+            if each is not None:
+                answer_objectives(causal_lm_of(self.accelerator.unwrap_model(each)))
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    # A rollout: TRL's, and the references beside it.
+
+    def _calculate_rewards(self, *arguments: Any) -> Tensor:
+        """TRL's rewards of the samples of all processes, (N * G, F), which it does not hand on."""
+        self._sample_rewards_SF = super()._calculate_rewards(*arguments)
+        return self._sample_rewards_SF
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if "tool_mask" in output:
+            raise ValueError("rollout_func gave an env_mask, which GRAOTrainer does not know: "
+                             "leave it out")  # fmt: skip
+        G, B, process = self._group_size, len(inputs), self.accelerator.process_index
+        reference_ids, reference_rewards_N = self._score_references(inputs, G)
+        samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
+        rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
+        check_finite_rewards("rewards", rewards_NK)
+        advantages_NK, terms_3NK = advantages_and_terms(
+            rewards_NK, backend="torch", **self._objective
+        )
+        self._log_rollout(rewards_NK, advantages_NK)
+
+        terms_B23, ids_B = ride(terms_3NK, reference_ids, process, B)
+        lengths_B = torch.tensor([len(ids) for ids in ids_B])
+        lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
+        reference_ids_BC = pad(
+            ids_B, self._tokenizer.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        output["reference_ids"] = reference_ids_BC.to(output["prompt_ids"].device)
+        # On the CPU, where the loss reads them without waiting for a device.
+        output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2}
+        if "importance_sampling_ratio" in output:
+            output["importance_sampling_ratio"] = output["importance_sampling_ratio"].cpu()
+        micro_batches = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % micro_batches == 0:
+            output.pop("old_per_token_logps", None)  # made for vLLM's correction: of this policy
+        del output["advantages"]  # GRPO's
+        return output
+
+    def _score_references(
+        self, inputs: list[dict[str, Any]], G: int
+    ) -> tuple[list[list[int]], Tensor]:
+        """Token ids of the rows that this process scores, and rewards_N of all processes'."""
+        rows = [inputs[b] for b in scored_rows(self.accelerator.process_index, len(inputs), G)]
+        references = read_references(rows, self._tokenizer, self.eos_token_ids)
+        rewards_SF = super()._calculate_rewards(
+            rows, [row["prompt"] for row in rows], references.completions, references.token_ids
+        )
+        # What a reward has to say to the table of completions and to the metrics is of samples.
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        absent = [text is None for text in references.texts]
+        absent_S = self.accelerator.gather(torch.tensor(absent, device=self.accelerator.device))
+        rewards_S = self._total(rewards_SF).where(~absent_S.cpu(), torch.nan)
+        places = places_of_groups(self.accelerator.num_processes, len(inputs), G)
+        return references.token_ids, rewards_S[places]
+
+    def _total(self, rewards_SF: Tensor) -> Tensor:
+        """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""
+        rewards_SF = rewards_SF.double().cpu()
+        total_S = (rewards_SF * self.reward_weights.double()).nansum(1)
+        return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
+
+    def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
+        reference_N = advantages_NK[:, -1]
+        present_N = reference_N[~reference_N.isnan()]
+        self._record(
+            {
+                "frac_dead": (advantages_NK.nan_to_num() == 0).all(1).double().mean(),
+                "reference/reward": rewards_NK[:, -1].nanmean(),
+                "reference/advantage": reference_N.nanmean(),
+                "reference/frac_negative": (present_N < 0).double().mean(),
+            }
+        )
+        # The table of completions has GRPO's.
+        table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
+        for _ in range(min(len(table), len(advantages))):
+            table.pop()
+        table.extend(advantages)
+
+    # The loss.
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """-J of a micro-batch of B rows, which stand for B / G prompts, and TRL's KL term."""
+        B, training = inputs["prompt_ids"].shape[0], self.model.training
+        rows = lay_out(
+            inputs, pad_token_id=self._tokenizer.pad_token_id, all_samples=self.beta != 0.0
+        )
+        terms_3T = row_terms(rows, inputs, num_prompts=B / self._group_size)
+        old_T, ref_T = (
+            rows.of_samples(inputs.get(name))
+            for name in ("old_per_token_logps", "ref_per_token_logps")
+        )
+        off_policy = {}
+        if "old_per_token_logps" in inputs or self.beta != 0.0:
+            # TRL's KL is a mean over the tokens of a sample, and over all samples.
+            kl_coef_T = self.beta / (B * rows.length_S[rows.sequence_T])
+            off_policy = {
+                "policy_3T": torch.stack([old_T, torch.full_like(old_T, torch.nan), ref_T]),
+                "kl_coef_T": kl_coef_T.where(rows.is_sample_T, 0.0),
+                "bounds": (1 - self.epsilon_low, 1 + self.epsilon_high, torch.inf),
+            }
+        with self.accelerator.autocast():
+            result = model(
+                **model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
+                objective=loss_of(rows, terms_3T, self._logits, off_policy),
+            )
+        self._log_loss(rows, terms_3T.sum(0), old_T, result)
+        return result.loss / (self.current_gradient_accumulation_steps if training else 1)
+
+    def _log_loss(self, rows: Rows, weight_T: Tensor, old_T: Tensor, result: WeightedTerms) -> None:
+        parts_4 = torch.stack([*result.parts_C, result.kl])
+        exploration, imitation, alignment, kl = self.accelerator.reduce(parts_4, reduction="mean")
+        mean_S = rows.sequence_means(result.logprob_T)
+        clip = (self.epsilon_low, self.epsilon_high)
+        values = [
+            mean_S[: rows.samples],
+            mean_S[rows.samples :],
+            result.entropy_T[rows.is_sample_T.to(mean_S.device)],
+            held_ratios(weight_T, result.logprob_T, old_T, clip),
+        ]
+        sums_42 = torch.stack([torch.stack([v.nansum(), (~v.isnan()).sum()]) for v in values])
+        total_4, count_4 = self.accelerator.reduce(sums_42, reduction="sum").unbind(1)
+        sample, reference, entropy, held = total_4 / count_4
+        self._record(
+            {
+                "objective/exploration": exploration,
+                "objective/imitation": imitation,
+                "objective/alignment": alignment,
+                "reference/logprob": reference,
+                "reference/logprob_gap": reference - sample,
+                "entropy": entropy,
+                "clip_ratio/region_mean": held,
+                "kl": kl / self.beta if self.beta else torch.tensor(torch.nan),
+            }
+        )
+
+    def _record(self, metrics: dict[str, Tensor]) -> None:
+        """For TRL's log, which takes means; NaN, which is nothing to report, is left out here."""
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            if not value.isnan():
+                self._metrics[mode][name].append(float(value))
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **of_images: Any,
+    ) -> tuple[Tensor, None, None]:
+        """(B, logits_to_keep) log-probs as the loss makes them, 0 on padding.
+
+        TRL asks for them of an old policy, and of the one that its KL term holds to.
+        """
+        logprobs = []
+        size = batch_size or len(input_ids)
+        for ids_BL, mask_BL in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            objective = scores_of(ids_BL, mask_BL[:, -logits_to_keep:].bool(), self._logits)
+            with self.accelerator.autocast():
+                logprobs.append(model(**model_inputs(ids_BL, mask_BL), objective=objective))
+        return torch.cat(logprobs), None, None

@@ -1,0 +1,373 @@
+"""GRAO inside TRL's GRPOTrainer, against the specification in float64."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+pytest.importorskip("trl")
+
+from trl_runs import (
+    assert_same,
+    config,
+    double_of,
+    kept,
+    owners_of,
+    prompts,
+    reward,
+    run,
+    truth,
+    with_rewards,
+)
+
+from grao_fast.integrations.trl import GRAOTrainer
+from grao_fast.kernels import reference
+
+WORKER = Path(__file__).with_name("trl_worker.py")
+KINDS = ["live", "dead", "gappy"] * 4
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "per_generation", "steps"),
+    [(2, 2, 2), (1, 1, 2), (4, 2, 1), (1, 2, 4)],
+    ids=["whole", "one_micro_batch", "two_rollouts_a_step", "two_steps_a_rollout"],
+)
+def test_the_gradient_is_the_specifications(
+    tiny_model: Path, tmp_path: Path, accumulated: int, per_generation: int, steps: int
+):
+    """Groups of 2 in shuffled micro-batches of 3 rows, or of 6 where there is but one.
+
+    Dead groups and absent rewards are among them, and references longer than completions may be.
+    Two steps on a rollout have its gradient between them.
+    """
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=6 // per_generation,
+        gradient_accumulation_steps=accumulated,
+        steps_per_generation=per_generation,
+        max_steps=steps,
+    )
+    trainer = run(tiny_model, args, prompts(KINDS))
+    assert len(trainer.gradients) == steps
+    double = double_of(tiny_model)
+    losses = [truth(double, *batch) for batch in kept(trainer)]
+    assert any((each.advantages_NK == 0).all(1).any() for each in losses)
+    assert any(each.advantages_NK.isnan().any() for each in losses)
+    loss = sum(each.loss for each in losses) / len(losses)
+    loss.backward()
+    assert_same(
+        [torch.stack(each).mean(0) for each in zip(*trainer.gradients, strict=True)], double
+    )
+    if per_generation <= accumulated:  # off policy, ratios stand where log-probs do
+        mean = sum(logged(trainer, "loss")) / steps
+        assert mean == pytest.approx(float(loss.detach()), abs=1e-4)
+
+
+def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, tmp_path: Path):
+    """At the second step: what rewards said of references at the first is forgotten."""
+    trainer = run(tiny_model, config(tmp_path, max_steps=2), prompts(KINDS))
+    groups, rewards_NK = kept(trainer)[1]
+    rows, _ = trainer.rollouts[1]
+    expected = truth(double_of(tiny_model), groups, rewards_NK)
+    entry = trainer.state.log_history[1]
+    assert max(len(sequences[-1]) for _, sequences in groups) > 6
+    assert entry["completions/max_length"] <= 6
+    assert entry["scored"] == len(rows)
+    assert len(trainer._logs["extra"]["said"]) == len(trainer._logs["prompt"]) == len(rows)
+    metrics = {
+        "reward": rewards_NK[:, :-1].nanmean(),
+        "reference/reward": rewards_NK[:, -1].nanmean(),
+        "reference/advantage": expected.advantages_NK[:, -1].nanmean(),
+        "reference/frac_negative": (expected.advantages_NK[:, -1] < 0).double().mean(),
+        "frac_dead": (expected.advantages_NK.nan_to_num() == 0).all(1).double().mean(),
+        "objective/exploration": expected.exploration,
+        "objective/imitation": expected.imitation,
+        "objective/alignment": expected.alignment,
+    }
+    for name, value in metrics.items():
+        assert entry[name] == pytest.approx(float(value.detach()), abs=1e-4), name
+    parts = sum(entry[f"objective/{part}"] for part in ("exploration", "imitation", "alignment"))
+    assert parts == pytest.approx(-entry["loss"], abs=1e-4)
+    table = torch.tensor(list(trainer._logs["advantages"]), dtype=torch.float64)
+    torch.testing.assert_close(
+        table, expected.advantages_NK[:, :-1].flatten(), equal_nan=True, rtol=1e-6, atol=1e-6
+    )
+    assert "clip_ratio/region_mean" not in entry and "kl" not in entry
+
+
+def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
+    tiny_model: Path, tmp_path: Path
+):
+    """Two steps by SGD on one rollout, against the same two of the specification."""
+    kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.02
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=1,
+        num_iterations=2,
+        max_steps=2,
+        epsilon=clip[0],
+        epsilon_high=clip[1],
+        beta=kl_coef,
+        use_bias_correction_kl=False,
+        lr_scheduler_type="constant",
+    )
+    trainer = run(tiny_model, args, prompts(["live", "dead"] * 3), lr=lr)
+    ((groups, rewards_NK),) = kept(trainer)
+    double = double_of(tiny_model)
+    owner_T = owners_of(groups)
+    is_sample_T = owner_T % 3 != 2
+    # A KL to anything makes the specification score samples of dead groups too.
+    anything = {"ref_logprob_T": torch.zeros(len(owner_T)), "kl_coef": 1.0}
+    scored_T = truth(double, groups, rewards_NK, **anything).logprob_T
+    start_T = torch.where(is_sample_T, scored_T, torch.nan)
+    truth(double, groups, rewards_NK).loss.backward()
+    assert_same(trainer.gradients[0], double)  # the policy is where it began: no KL yet
+    torch.optim.SGD(double.parameters(), lr=lr).step()
+    double.zero_grad()
+    kl = {"ref_logprob_T": start_T, "kl_coef": kl_coef}
+    second = truth(double, groups, rewards_NK, old_logprob_T=start_T, clip=clip, **kl)
+    second.loss.backward()
+    assert_same(trainer.gradients[1], double)
+    weight_T = reference.sequence_weights(second.advantages_NK).flatten()[owner_T]
+    rho_T = (second.logprob_T - start_T).exp()[is_sample_T]
+    weight_T = weight_T[is_sample_T]
+    held_T = ((weight_T > 0) & (rho_T > 1.2)) | ((weight_T < 0) & (rho_T < 0.98))
+    assert 0.1 < held_T.double().mean() < 0.9
+    held = [0.0, float(held_T.double().mean())]
+    assert logged(trainer, "clip_ratio/region_mean") == pytest.approx(held)
+    assert logged(trainer, "kl") == pytest.approx([0.0, float(second.kl.detach()) / kl_coef])
+
+
+def test_vllms_importance_ratio_is_a_factor_of_the_samples_tokens(tiny_model: Path, tmp_path: Path):
+    ratio_BC = torch.linspace(0.0, 2.0, 36).view(6, 6)
+    extra = {"importance_sampling_ratio": ratio_BC}
+    trainer = run(tiny_model, config(tmp_path), prompts(["live"] * 6), extra=extra)
+    ((groups, rewards_NK),) = kept(trainer)
+    double = double_of(tiny_model)
+    logprob_T = truth(double, groups, rewards_NK).logprob_T
+    factors = []
+    for n, (_, sequences) in enumerate(groups):
+        for k, ids in enumerate(sequences):
+            of_sample = ratio_BC[2 * n + k, : len(ids)].tolist() if k < 2 else []
+            factors += of_sample or [1.0] * len(ids)
+    sampler_T = logprob_T - torch.tensor(factors, dtype=torch.float64).log()
+    assert len(factors) == len(logprob_T)
+    truth(double, groups, rewards_NK, sampler_logprob_T=sampler_T).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_options_of_the_objective_arrive(tiny_model: Path, tmp_path: Path):
+    options = {"statistics": "samples", "reference_advantage": "clip"}
+    trainer = run(
+        tiny_model, config(tmp_path), prompts(KINDS), grao_beta=0.9, grao_lam=0.2, **options
+    )
+    double = double_of(tiny_model)
+    (batch,) = kept(trainer)
+    truth(double, *batch, beta=0.9, lam=0.2, **options).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_a_blank_reference_is_absent(tiny_model: Path, tmp_path: Path):
+    rows = prompts(["live"] * 6).to_list()
+    for row in rows[::2]:
+        row["reference"][0]["content"] = " "
+    trainer = run(
+        tiny_model, config(tmp_path, per_device_train_batch_size=6), Dataset.from_list(rows)
+    )
+    double = double_of(tiny_model)
+    losses = [truth(double, *batch) for batch in kept(trainer)]
+    absent = torch.cat([each.advantages_NK[:, -1].isnan() for each in losses])
+    assert absent.any() and not absent.all()
+    (sum(each.loss for each in losses) / len(losses)).backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_text_is_taken_as_it_is(tiny_model: Path, tmp_path: Path):
+    """As prompts, as references in another column, and in what rewards are called with."""
+    seen = []
+
+    def count(prompts: list, completions: list, completion_ids: list, **_: Any) -> list[float]:
+        seen.append((completions, completion_ids))
+        return [float(len(completion)) for completion in completions]
+
+    rows = [{"prompt": "abc", "completion": "a completion longer than six"}] * 4
+    args = config(tmp_path, steps_per_generation=2)
+    trainer = run(tiny_model, args, Dataset.from_list(rows), reward_funcs=count)
+    _, batch = trainer.rollouts[0]
+    ids = [*trainer._tokenizer(rows[0]["completion"])["input_ids"], 1]
+    assert seen[1] == ([rows[0]["completion"]] * 3, [ids] * 3)
+    assert batch["lengths_B2"][:, 1].tolist() == [len(ids), 0] * 3
+    assert batch["reference_ids"][::2].tolist() == [ids] * 3
+
+
+def test_an_adapter_learns_and_is_held_to_the_model_below(tiny_model: Path, tmp_path: Path):
+    from peft import LoraConfig
+
+    options = {"beta": 0.1, "use_bias_correction_kl": False, "lr_scheduler_type": "constant"}
+    trainer = run(
+        tiny_model,
+        config(tmp_path, max_steps=2, learning_rate=0.1, **options),
+        prompts(["live"] * 12),
+        lr=None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    assert trainer.gradients[1] and all(gradient.any() for gradient in trainer.gradients[1])
+    first, second = logged(trainer, "kl")
+    assert first == 0.0 < second
+
+
+def test_evaluation_reports_the_objective(tiny_model: Path, tmp_path: Path):
+    args = config(tmp_path, num_generations_eval=1, per_device_eval_batch_size=2)
+    trainer = run(tiny_model, args, prompts(KINDS), eval_dataset=prompts(["live"] * 4))
+    trainer.rollouts.clear()
+    metrics = trainer.evaluate()
+    double = double_of(tiny_model)
+    results = [truth(double, *batch) for batch in kept(trainer, G=1)]
+    losses = [float(each.loss.detach()) for each in results]
+    assert len(losses) == 2
+    said = [completion[0]["content"] for completion in trainer._logs["completion"]]
+    assert list(trainer._logs["extra"]["said"])[-4:] == said[-4:]
+    advantages = torch.cat([each.advantages_NK[:, 0] for each in results]).tolist()
+    assert list(trainer._logs["advantages"])[-4:] == pytest.approx(advantages)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+def test_positions_count_from_each_prompts_first_token(tiny_model: Path, tmp_path: Path):
+    """A model whose positions are absolute would notice the padding before a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **ids, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    trainer = run(tmp_path / "gpt2", config(tmp_path), prompts(["live"] * 6))
+    _, batch = trainer.rollouts[0]
+    assert not batch["prompt_mask"].all()
+    double = double_of(tmp_path / "gpt2")
+    truth(double, *kept(trainer)[0]).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_training_raises_the_reward(tiny_model: Path, tmp_path: Path):
+    def share_of_a(completions: list, **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [text.count("a") / 6 for text in texts]
+
+    rows = prompts(["live"] * 6).remove_columns("reference").add_column("chosen", ["aaaaaa"] * 6)
+    args = config(tmp_path, max_steps=25, lr_scheduler_type="constant")
+    trainer = run(tiny_model, args, rows, lr=0.03, reward_funcs=share_of_a)
+    rewards = logged(trainer, "reward")
+    assert rewards[0] < 0.1 and sum(rewards[-5:]) / 5 > 0.6
+
+
+REFUSED = {
+    "loss_type": "dapo",
+    "scale_rewards": "batch",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "importance_sampling_level": "sequence",
+    "top_entropy_quantile": 0.5,
+    "entropy_coef": 0.1,
+    "use_adaptive_entropy": True,
+    "delta": 1.5,
+    "off_policy_mask_threshold": 0.5,
+    "mask_truncated_completions": True,
+    "cast_lm_head_to_fp32": True,
+    "torch_compile": True,
+    "remove_unused_columns": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_without_a_place_are_refused_by_name(tiny_model: Path, tmp_path: Path, name: str):
+    args = config(tmp_path)
+    setattr(args, name, REFUSED[name])
+    with pytest.raises(ValueError, match=rf"no {name}=.*set {name}="):
+        run(tiny_model, args, prompts(KINDS))
+
+
+def test_models_that_are_not_understood_are_refused(tiny_model: Path, tmp_path: Path):
+    args, rows = config(tmp_path), prompts(KINDS)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    llama = AutoModelForCausalLM.from_pretrained(tiny_model)
+    llama.config.logit_scale = 2.0  # which no Llama reads
+    with pytest.raises(ValueError, match="LlamaForCausalLM: logits from its hidden states differ"):
+        GRAOTrainer(llama, reward, args, rows, processing_class=tokenizer)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    experts = MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **small))
+    with pytest.raises(ValueError, match="set router_aux_loss_coef=0"):
+        GRAOTrainer(experts, reward, args, rows, processing_class=tokenizer)
+
+
+def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="set use_bias_correction_kl=False"):
+        run(tiny_model, config(tmp_path, beta=0.1), prompts(KINDS))
+    with pytest.raises(ValueError, match="no tools: leave it out"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), tools=[max])
+    with pytest.raises(ValueError, match="its columns are prompt, kind; add reference, completion"):
+        run(tiny_model, config(tmp_path), prompts(KINDS).remove_columns("reference"))
+    with pytest.raises(ValueError, match="statistics must be one of group, samples; got 'batch'"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), statistics="batch")
+    with pytest.raises(ValueError, match="grao_beta must be a number"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), grao_beta="0.5")
+
+
+def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
+    """3 rows each in groups of 2: one group begins in the first process and ends in the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, str(WORKER), str(tiny_model), str(tmp_path)]
+        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    for worker in workers:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 0, said.decode()[-2000:]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    tokenizer, double = AutoTokenizer.from_pretrained(tiny_model), double_of(tiny_model)
+    loss = 0.0
+    for (rows_0, pairs_0), (rows_1, pairs_1) in zip(
+        first["rollouts"], second["rollouts"], strict=True
+    ):
+        batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
+        loss = loss + truth(double, *batch).loss / len(first["rollouts"])
+    loss.backward()
+    assert_same(first["gradients"], double)
+    for mine, other in zip(first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(mine, other)
+    # One process had nothing to learn from in one of the micro-batches, and kept step.
+    assert not all(first["learnt"] + second["learnt"])
+    assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    assert any(bool(whole.any()) for _, whole in first["sharded"])
+    for sharded, whole in first["sharded"] + second["sharded"]:
+        torch.testing.assert_close(sharded, whole)
