@@ -82,9 +82,10 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
 
 
 def _lengths(policy: Policy) -> tuple[int, ...]:
-    places = _LONG[0] + max(_LONG[1:])
-    fits = policy.context_length is None or places <= policy.context_length
-    return _LONG if fits and policy.attention == "grao_flex" else _SHORT
+    if policy.attention != "grao_flex":
+        return _SHORT
+    fits = policy.context_length is None or _LONG[0] + max(_LONG[1:]) <= policy.context_length
+    return _LONG if fits else _SHORT
 
 
 def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
