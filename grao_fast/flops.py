@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from grao_fast.attention import head_width
 from grao_fast.batch import Group, MicroBatch
 
 Window = int | None
@@ -52,8 +53,9 @@ class ModelCost:
         total = sum(size for size, _ in weights)
         trained = sum(size for size, trains in weights if trains)
         heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        qk, v = (getattr(config, n, None) or width for n in ("qk_head_dim", "v_head_dim"))
+        qk, v = (
+            getattr(config, n, None) or head_width(config) for n in ("qk_head_dim", "v_head_dim")
+        )
         pair_forward = 2 * heads * (qk + v)
         again = 1 if recompute else 0
         head = causal_lm.get_output_embeddings().weight

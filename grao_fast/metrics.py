@@ -18,20 +18,37 @@ if TYPE_CHECKING:
     from grao_fast.step import Rollout
 
 
+def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor]:
+    """Groups that teach nothing, and the reference's health; NaN where no reference is there."""
+    reference_N = advantages_NK[:, -1]
+    present_N = reference_N[~reference_N.isnan()]
+    return {
+        "frac_dead": (advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
+        "reference/reward": rewards_NK[:, -1].nanmean(),
+        "reference/advantage": reference_N.nanmean(),
+        "reference/frac_negative": (present_N < 0).double().mean(),
+    }
+
+
+def held_ratios(
+    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
+) -> Tensor:
+    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    low, high = clip
+    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
+    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    return held_T.float().where(~rho_T.isnan(), torch.nan)
+
+
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Rewards, lengths and the reference's health; the reference stays out of `reward`."""
-    samples_NG, reference_N = rollout.rewards_NK[:, :-1], rollout.rewards_NK[:, -1]
-    reference_advantage_N = rollout.advantages_NK[:, -1]
-    present = ~reference_advantage_N.isnan()
+    samples_NG = rollout.rewards_NK[:, :-1]
     completions = [completion for group in rollout.completions for completion in group]
     metrics = {
         "reward": samples_NG.nanmean(),
         "reward_std": _nanstd(samples_NG),
         "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
-        "frac_dead": (rollout.advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
-        "reference/reward": reference_N.nanmean(),
-        "reference/advantage": reference_advantage_N.nanmean(),
-        "reference/frac_negative": (reference_advantage_N[present] < 0).double().mean(),
+        **group_metrics(rollout.rewards_NK, rollout.advantages_NK),
         "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
         "time/sample": rollout.seconds["sample"],

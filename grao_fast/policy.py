@@ -154,6 +154,11 @@ class Policy:
         return hidden_TD, self.router.loss(out.router_logits, batch) if self.router else None
 
 
+def causal_lm_of(model: Any) -> PreTrainedModel:
+    """The Transformers model inside an adapter, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_policy(
     model: str | Path | nn.Module,
     *,
@@ -197,10 +202,10 @@ def load_policy(
             )
     model = model.to(device)
     if config.use_liger_kernel:
-        use_liger_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        use_liger_layers(causal_lm_of(model))
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     keep_score_cap(causal_lm)
     initial_lm = copy.deepcopy(causal_lm) if config.kl_coef and causal_lm is model else None

@@ -27,7 +27,7 @@ from grao_fast.kernels import (
     linear_logprobs,
     sequence_weights,
 )
-from grao_fast.metrics import LossMetrics
+from grao_fast.metrics import LossMetrics, held_ratios
 from grao_fast.policy import Policy
 from grao_fast.rewards import Reward
 from grao_fast.rollout import Completion
@@ -268,15 +268,12 @@ def _backward(
 
 
 def _held(part: _Part, loss: GRAOLoss, config: GRAOConfig) -> Tensor | None:
-    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    """`held_ratios` of a pass behind the first; None where there are none."""
     if part.old_logprob_T is None:
         return None
     weight_NK = sequence_weights(loss.advantages_NK, beta=config.beta, lam=config.lam)
     weight_T = weight_NK.flatten()[part.batch.sequence_T]
-    rho_T = (loss.logprob_T.cpu() - part.old_logprob_T).exp()
-    low, high = config.clip
-    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
-    return torch.where(rho_T.isnan(), torch.nan, held_T.float())
+    return held_ratios(weight_T, loss.logprob_T.cpu(), part.old_logprob_T, config.clip)
 
 
 def _optimizer_step(optimizer: Optimizer, *, max_norm: float) -> float:

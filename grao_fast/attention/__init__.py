@@ -131,6 +131,11 @@ def choose_attention(
     return "grao_parts" if backend == "sdpa" or why_not else "grao_flex"
 
 
+def head_width(config: Any) -> int:
+    """Of queries and keys in a Transformers config that has no width for them alone."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _why_not_flex(
     causal_lm: PreTrainedModel, device: torch.device, *, recompute: bool
 ) -> str | None:
@@ -146,7 +151,7 @@ def _why_not_flex(
         return (
             "its cap on scores gives wrong gradients in recomputed layers (gradient_checkpointing)"
         )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     if width < _NARROWEST_HEAD:
         return f"heads are {width} wide, and FlexAttention's kernels take {_NARROWEST_HEAD} or more"
     return None

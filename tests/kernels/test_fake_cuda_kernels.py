@@ -13,6 +13,7 @@ import fake_cuda
 import pytest
 import torch
 from problem import Problem, make_problem
+from test_no_sync import DTYPES, OFF_POLICY
 from torch import Tensor
 
 from grao_fast.kernels import (
@@ -27,17 +28,6 @@ from grao_fast.kernels.vocab_parallel import Shard, VocabParallel
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OFF_POLICY: dict[str, Any] = {
-    "old_logprob_T": torch.zeros(24),
-    "clip": (0.2, 0.2),
-    "sampler_logprob_T": torch.zeros(24),
-    "sampler_cap": 2.0,
-    "ref_logprob_T": torch.zeros(24),
-    "kl_coef": 0.1,
-    "entropy": True,
-    "top1": True,
-}
 CHUNKS = {"workspace_mib": 0.02}  # several
 
 

@@ -21,15 +21,10 @@ from grao_fast.kernels.checks import choose_backend, logit_transform
 from grao_fast.kernels.linear_ce import WeightedTerms, weighted_terms
 from grao_fast.kernels.vocab_parallel import local_parts
 from grao_fast.parity import check_parity
-from grao_fast.policy import Policy
+from grao_fast.policy import Policy, causal_lm_of
 from grao_fast.rollout import Sampler
 
 Objective = Callable[[PreTrainedModel, Tensor], Any]
-
-
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside an adapter, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def answer_objectives(causal_lm: PreTrainedModel) -> None:

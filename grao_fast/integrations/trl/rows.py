@@ -127,13 +127,3 @@ def row_terms(rows: Rows, batch: Mapping[str, Tensor], *, num_prompts: float) ->
         terms_3T = terms_3T * ratio_T.nan_to_num(1.0)  # of references: 1
     # What cancels to 0 is not computed, so none of its terms count: they still sum to the loss.
     return terms_3T.where(terms_3T.sum(0) != 0, 0.0).float()
-
-
-def held_ratios(
-    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
-) -> Tensor:
-    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
-    low, high = clip
-    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
-    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
-    return held_T.float().where(~rho_T.isnan(), torch.nan)

@@ -20,7 +20,6 @@ from trl.trainer.utils import pad
 
 from grao_fast.integrations.trl.head import (
     answer_objectives,
-    causal_lm_of,
     logit_transform_of,
     loss_of,
     scores_of,
@@ -33,7 +32,7 @@ from grao_fast.integrations.trl.references import (
     ride,
     scored_rows,
 )
-from grao_fast.integrations.trl.rows import Rows, held_ratios, lay_out, model_inputs, row_terms
+from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
 from grao_fast.kernels.advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
@@ -42,6 +41,8 @@ from grao_fast.kernels.advantage import (
 )
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.kernels.linear_ce import WeightedTerms
+from grao_fast.metrics import group_metrics, held_ratios
+from grao_fast.policy import causal_lm_of
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
 
@@ -198,16 +199,7 @@ class GRAOTrainer(GRPOTrainer):
         return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
-        reference_N = advantages_NK[:, -1]
-        present_N = reference_N[~reference_N.isnan()]
-        self._record(
-            {
-                "frac_dead": (advantages_NK.nan_to_num() == 0).all(1).double().mean(),
-                "reference/reward": rewards_NK[:, -1].nanmean(),
-                "reference/advantage": reference_N.nanmean(),
-                "reference/frac_negative": (present_N < 0).double().mean(),
-            }
-        )
+        self._record(group_metrics(rewards_NK, advantages_NK))
         # The table of completions has GRPO's.
         table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
         for _ in range(min(len(table), len(advantages))):
