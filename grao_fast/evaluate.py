@@ -178,7 +178,8 @@ def evaluate(
             of a training run, whose completions.jsonl would be overwritten.
         RewardError: the reward or the metric failed.
     """
-    from grao_fast.policy import existing_path, load_policy
+    from grao_fast.loading import existing_path
+    from grao_fast.policy import load_policy
 
     # Neither gradients nor packing: what cannot be trained can still be evaluated.
     config = config or GRAOConfig()

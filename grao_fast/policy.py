@@ -12,19 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grao_fast.attention import attending, choose_attention, keep_score_cap
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
-from grao_fast.liger import use_liger_layers
+from grao_fast.loading import load_model
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.transformers import TransformersSampler
@@ -170,7 +165,8 @@ def load_policy(
     """Load a model for training or sampling, and check that it is understood.
 
     Args:
-        model: a folder, a hub id, or a causal language model of Transformers (or a PeftModel).
+        model: a folder or hub id of a model, or of an adapter, which is continued on its base; or
+            a causal language model of Transformers, or a PeftModel.
         config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix`, `kl_coef` and what
             concerns the sampler are read.
         tokenizer: of the model; None loads the one beside it.
@@ -189,22 +185,15 @@ def load_policy(
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    tokenizer = tokenizer or _load_tokenizer(model)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {_name(model)} has no eos_token; set tokenizer.eos_token"
-        )
-    if not isinstance(model, nn.Module):
-        frozen_bf16 = bf16 and peft_config is not None
-        with _loading(model):
-            model = AutoModelForCausalLM.from_pretrained(
-                existing_path(model), dtype=torch.bfloat16 if frozen_bf16 else torch.float32
-            )
-    model = model.to(device)
-    if config.use_liger_kernel:
-        use_liger_layers(causal_lm_of(model))
-    if peft_config is not None:
-        model = _with_adapter(model, peft_config)
+    model, tokenizer = load_model(
+        model,
+        device=device,
+        bf16=bf16,
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+        trained=trained,
+        liger=config.use_liger_kernel,
+    )
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     keep_score_cap(causal_lm)
@@ -275,53 +264,6 @@ def _sampler(
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         max_model_length=config.vllm_max_model_length,
     )
-
-
-def existing_path(name: str | Path) -> str:
-    """A hub id as it is; what looks like a path must be a folder."""
-    text = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
-    looks_like_path = isinstance(name, Path) or text.startswith((".", "/")) or text.count("/") > 1
-    if looks_like_path and not Path(text).is_dir():
-        raise ValueError(f"model folder {text!r} does not exist; give a folder or a hub id")
-    return text
-
-
-def _load_tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
-    name = (
-        getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else existing_path(model)
-    )
-    if not name:
-        raise ValueError("a model given as a module needs its tokenizer: pass tokenizer=...")
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def _loading(name: str | Path) -> Iterator[None]:
-    """Transformers' reasons for not loading, many lines long, as one that names the model."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot load model {str(name)!r}: {reason}") from error
-
-
-def _name(model: str | Path | nn.Module) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
-
-
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    from peft import get_peft_model
-
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "
-            "hold; use a LoRA-like adapter"
-        )
-    try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ValueError(f"the adapter does not fit {_name(model)}: {error}") from error
 
 
 def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:

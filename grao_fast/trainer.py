@@ -79,7 +79,8 @@ def train(
     """Align a causal language model by GRAO (arXiv 2508.07750).
 
     Args:
-        model: a folder, a hub id, or a Transformers causal language model.
+        model: a folder or hub id of a model, or of an adapter, which is continued on the base that
+            it names; or a Transformers causal language model, or a PeftModel.
         dataset: prompts with reference answers; see `grao_fast.data` for columns and sources.
         reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
             "file.py:function", or a list of these. See `GRAOConfig.reward_type`.
@@ -87,7 +88,7 @@ def train(
         tokenizer: of the model; None loads the one beside it.
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
         metric: a held-out measure, called as a reward is, that training never sees.
-        peft_config: a peft config, to train an adapter.
+        peft_config: a peft config, to train a new adapter.
         callbacks: see `grao_fast.callbacks.Callback`.
         output_dir: made if needed.
         resume_from_checkpoint: True for the latest whole checkpoint in output_dir, or its path.

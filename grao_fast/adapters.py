@@ -1,0 +1,266 @@
+"""Adapters of peft: found in folders, put on models, and loaded with every key accounted for."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
+_MERGE_OR_CONTINUE = (
+    "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
+    "and pass what that returns"
+)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as peft saves it.
+
+    path: a folder or a hub id.
+    base: name or path of the model that it was trained on.
+    name: of the adapter; one with a name of its own lies in a folder of that name below.
+    """
+
+    path: str
+    base: str
+    name: str = _DEFAULT
+
+    @property
+    def subfolder(self) -> dict[str, str]:
+        """Options for peft's loaders."""
+        return {} if self.name == _DEFAULT else {"subfolder": self.name}
+
+
+def find_adapter(path: str) -> AdapterFolder | None:
+    """The adapter in a folder or under a hub id; None where it is a model, or nothing.
+
+    Raises:
+        ValueError: the folder holds several, or a model's weights too; or no base is named.
+    """
+    name = _DEFAULT
+    config = find_adapter_config_file(path)
+    if config is None and not (Path(path) / "config.json").is_file():
+        below = sorted(Path(path).glob(f"*/{_CONFIG}"))
+        if len(below) > 1:
+            raise ValueError(
+                f"model {path!r} holds several adapters ({', '.join(p.parent.name for p in below)}"
+                "), in folders of their own: give the folder of one"
+            )
+        if below:
+            config, name = str(below[0]), below[0].parent.name
+    if config is None:
+        return None
+    if any(weights for pattern in _WEIGHTS for weights in Path(path).glob(pattern)):
+        raise ValueError(
+            f"model {path!r} holds the weights of a model and {_CONFIG}: move {_CONFIG} away to "
+            "use the model, or give a folder with the adapter alone"
+        )
+    try:
+        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise ValueError(
+            f"adapter {path!r} does not say which base model it is of: name it as "
+            f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
+        )
+    return AdapterFolder(path, base, name)
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is peft's wrapper around a Transformers model."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def check_adapter_config(peft_config: Any) -> None:
+    """Refuse adapters that packed prompts cannot hold."""
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "
+            "hold; use a LoRA-like adapter"
+        )
+
+
+def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
+    """Refuse a model in memory whose adapter would be lost, doubled or not trained.
+
+    Raises:
+        ValueError: says which, and the remedy.
+    """
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    if not is_peft_model(model):
+        if (trained or peft_config is not None) and _tuner_layers(model):
+            raise ValueError(
+                f"{type(model).__name__} still holds the layers of an adapter, of an earlier "
+                "peft_config or of load_adapter: load the model anew, or pass its PeftModel "
+                "(`result.model` of a run) without peft_config to continue that adapter"
+            )
+        return
+    if peft_config is not None:
+        raise ValueError(
+            f"the model is a {type(model).__name__} already, whose adapter a peft_config would "
+            f"wrap and lose: {_MERGE_OR_CONTINUE}"
+        )
+    for config in model.peft_config.values():  # pyright: ignore[reportAttributeAccessIssue]
+        check_adapter_config(config)
+    if is_peft_model(model.get_base_model()) or any(  # pyright: ignore[reportCallIssue]
+        # peft itself nests ParamWrapper, one for each of a module's targeted parameters
+        type(layer).__name__ != "ParamWrapper" and len(_tuner_layers(layer)) > 1
+        for layer in _tuner_layers(model)
+    ):
+        raise ValueError(
+            "the model is an adapter within an adapter, of which only the outer one would be "
+            "saved: merge the inner one first (merge_and_unload), or load the base model anew"
+        )
+    if trained and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the adapter is trainable, as it was loaded for inference: load it "
+            "with PeftModel.from_pretrained(..., is_trainable=True), or give its folder as model"
+        )
+
+
+def _tuner_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that an adapter has put in place of a model's own, itself included."""
+    if not is_peft_available():
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
+    """The model with a new adapter, whose first weights are drawn."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ValueError(f"the adapter does not fit {name}: {error}") from error
+
+
+def open_adapter(model: nn.Module, adapter: AdapterFolder, *, trained: bool) -> nn.Module:
+    """The model with a saved adapter, trainable if `trained`.
+
+    Raises:
+        ValueError: peft is not installed; the adapter does not fit the model, key by key.
+    """
+    if not is_peft_available():
+        raise ValueError(
+            f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
+        )
+    from peft import PeftConfig, get_peft_model
+
+    with _one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
+        config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
+        check_adapter_config(config)
+        config.inference_mode = not trained
+        with warnings.catch_warnings():
+            # of a base model that lies elsewhere than where the adapter was trained
+            warnings.filterwarnings("ignore", message=".*was renamed from.*")
+            peft_model = get_peft_model(model, config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
+        loaded = peft_model.load_adapter(
+            adapter.path, adapter.name, is_trainable=trained, **adapter.subfolder
+        )
+    if loaded.missing_keys or loaded.unexpected_keys:
+        raise ValueError(
+            f"adapter {adapter.path!r} does not fit base model {adapter.base!r}: "
+            f"{differing_keys(loaded.missing_keys, loaded.unexpected_keys)}"
+        )
+    return peft_model
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """peft's and torch's reasons, of several lines, as one."""
+    try:
+        yield
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what}: {reason[:300]}") from error
+
+
+def differing_keys(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """One phrase that names the first of each and counts the others."""
+    kinds = (("lacks", sorted(missing)), ("has no place for", sorted(unexpected)))
+    return "; ".join(
+        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
+        for what, keys in kinds
+        if keys
+    )
+
+
+def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+    """What peft saves of an adapter by its key in the file, sharing memory with the model."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def check_all_saved(model: Any) -> None:
+    """Refuse what would be trained and not be in the adapter that is saved."""
+    saved = {
+        tensor.data_ptr()
+        for name in model.peft_config
+        for tensor in adapter_state(model, name).values()
+    }
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in saved
+    ]
+    if left:
+        raise ValueError(
+            f"{left[0]}{f' and {len(left) - 1} more' if left[1:] else ''} would be trained, and is "
+            "not saved with the adapter: freeze it (requires_grad_(False)), or name its module in "
+            "modules_to_save"
+        )
+
+
+@torch.no_grad()
+def load_adapters(model: Any, folder: Path) -> None:
+    """Load the adapters that `save_pretrained` wrote into `folder`: all keys, or none.
+
+    Raises:
+        ValueError: a key is missing, has no place in the model, or is of another shape.
+    """
+    from peft import load_peft_weights
+
+    whole = model.state_dict()  # where peft has saved embeddings beside the adapter
+    pairs = []
+    for name in model.peft_config:
+        path = folder if name == _DEFAULT else folder / name
+        with _one_line(f"cannot load adapter {name!r} of {str(folder)!r}"):
+            saved = load_peft_weights(str(path), device="cpu")
+        own = adapter_state(model, name)
+        places = whole | own
+        missing, unexpected = own.keys() - saved.keys(), saved.keys() - places.keys()
+        if missing or unexpected:
+            raise ValueError(
+                f"adapter {name!r} of {str(folder)!r} is not this run's: it "
+                f"{differing_keys(missing, unexpected)}"
+            )
+        for key, value in saved.items():
+            if value.shape != places[key].shape:
+                raise ValueError(
+                    f"adapter {name!r} of {str(folder)!r} is not this run's: {key} has shape "
+                    f"{tuple(value.shape)}, here {tuple(places[key].shape)}"
+                )
+            pairs.append((places[key], value))
+    for place, value in pairs:
+        place.copy_(value)
