@@ -25,6 +25,7 @@ from grao_fast.data_sources import Rows, read_rows
 from grao_fast.encoding import encode_prompts, encode_references, end_of_turn
 from grao_fast.fields import (
     Messages,
+    check_text,
     is_hh_transcript,
     parse_hh_transcript,
     read_messages,
@@ -62,7 +63,10 @@ class Encoded:
 
 
 def load_examples(
-    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    *,
+    split: str = "train",
+    require_references: bool = False,
 ) -> list[Example]:
     """Read a dataset into examples; see the top of this file for the columns.
 
@@ -71,6 +75,7 @@ def load_examples(
             files or one written by `Dataset.save_to_disk`, a hub id, a `datasets.Dataset` or
             `DatasetDict`, or a list of dicts.
         split: which one, where the dataset has several.
+        require_references: refuse a dataset in which no row has one.
 
     Raises:
         ValueError: the dataset cannot be found or read, is empty, or lacks a column; or a row's
@@ -78,6 +83,12 @@ def load_examples(
     """
     rows = read_rows(dataset, split=split)
     columns = _Columns.of(rows)
+    if require_references and columns.reference is None:
+        raise ValueError(
+            f"{rows.name} has no reference answers: it has {', '.join(rows.columns)}, and a "
+            f"reference is taken from {', '.join(REFERENCE_COLUMNS)}; rename the column that "
+            "holds the answers"
+        )
     examples = [columns.example(index, row) for index, row in enumerate(rows.rows)]
     blank = sum(example.reference is None for example in examples)
     if columns.transcripts and blank:
@@ -88,6 +99,8 @@ def load_examples(
         examples = [example for example in examples if example.reference is not None]
         if not examples:
             raise ValueError(f"every transcript of {rows.name} ends in a blank answer")
+    elif require_references and blank == len(examples):
+        raise ValueError(f"every row of {rows.name} has a blank reference in `{columns.reference}`")
     elif columns.reference is not None and blank:
         logger.warning(
             "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
@@ -133,6 +146,8 @@ class _Columns:
 
     def example(self, index: int, row: Mapping[str, Any]) -> Example:
         where = f"row {index}"
+        for name, value in row.items():
+            check_text(value, f"{where}, `{name}`")
         used = {self.prompt, self.reference}
         columns = {name: value for name, value in row.items() if name not in used}
         if self.prompt is not None:

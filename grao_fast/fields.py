@@ -16,6 +16,25 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+def check_text(value: Any, where: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer or file can."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: character {error.start} is {value[error.start]!a}, half a "
+                f"surrogate pair and no text; repair the row or leave it out"
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_text(key, where)
+            check_text(item, where)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_text(item, where)
+
+
 def read_prompt(value: Any, where: str) -> str | Messages:
     """A prompt: text that is not blank, or messages."""
     if isinstance(value, str):

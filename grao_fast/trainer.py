@@ -106,7 +106,7 @@ def train(
     config = config or GRAOConfig()
     check_one_process()
     output = writable_folder(output_dir)
-    examples = load_examples(dataset, split="train")
+    examples = load_examples(dataset, split="train", require_references=True)
     eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
     reward_function = resolve_reward(reward, weights=config.reward_weights)
     metric_function = None if metric is None else resolve_reward(metric)

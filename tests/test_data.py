@@ -100,41 +100,45 @@ def test_missing_path_is_no_hub_lookup(name: str, monkeypatch: pytest.MonkeyPatc
     assert name in str(error.value)
 
 
+class HubDataset:
+    """What `datasets.load_dataset_builder` returns of a dataset of some rows in Parquet."""
+
+    name = "parquet"
+
+    def download_and_prepare(self) -> None:
+        pass
+
+    def as_dataset(self, *, split: str) -> Dataset:
+        return {"test": Dataset.from_list(ROWS)}[split]
+
+
 @pytest.mark.parametrize("name", ["org/name", "squad", "org/tulu-2.5-mix"])
 def test_hub_ids_are_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(path: str, *, split: str) -> Dataset:
-        assert (path, split) == (name, "test")
-        return Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    looked_up = []
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda path: looked_up.append(path) or HubDataset()
+    )
     assert load_examples(name, split="test") == EXAMPLES
+    assert looked_up == [name]
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(path: str, *, split: str) -> Dataset:
+    def load_dataset_builder(path: str) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(ValueError, match=r"'org/name' \(no such file; taken for a hub id\).*no r"):
         load_examples("org/name")
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv"])
-def test_files_without_rows(tmp_path: Path, name: str) -> None:
-    path = write_jsonl(tmp_path / name, [])
-    with pytest.raises(ValueError, match=rf"{name}.* (is empty|No columns)"):
-        load_examples(path)
-
-
-def test_unreadable_file(tmp_path: Path) -> None:
-    broken = tmp_path / "rows.jsonl"
-    broken.write_text("{not json\n")
-    with pytest.raises(ValueError, match=r"cannot load dataset .*rows\.jsonl"):
-        load_examples(broken)
+def test_missing_splits_and_readers(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(ValueError, match="has no split 'test'; it has train"):
+        load_examples(tmp_path, split="test")
     (tmp_path / "rows.docx").write_text("x")
     with pytest.raises(ValueError, match=r"no reader for files called 'rows\.docx'"):
         load_examples(tmp_path / "rows.docx")
@@ -159,10 +163,31 @@ def test_implicit_prompts() -> None:
     assert load_examples(rows)[0].reference == " The cat"
 
 
-def test_arrow_padding_of_messages_is_removed() -> None:
-    rows = [{"prompt": [user("a"), {**user("b"), "name": "x"}], "reference": "c"}]
-    messages = load_examples(Dataset.from_list(rows))[0].prompt
-    assert messages == [user("a"), {**user("b"), "name": "x"}]
+def test_arrow_padding_of_messages_and_tools_is_removed() -> None:
+    calls = [{"function": {"name": n, "arguments": {n: 1}}} for n in ("f", "g")]
+    prompt = [user("a"), {**assistant("b"), "tool_calls": calls}, {**user("c"), "name": "x"}]
+    row = {"prompt": prompt, "reference": "d", "tools": calls}
+    (example,) = load_examples(Dataset.from_list([row]))
+    assert (example.prompt, example.columns) == (prompt, {"tools": calls})
+
+
+def test_a_dataset_without_references_can_be_refused() -> None:
+    rows = [{"prompt": "a", "response": "b"}]
+    with pytest.raises(
+        ValueError, match=r"it has prompt, response, .* taken from reference, completion, chosen"
+    ):
+        load_examples(rows, require_references=True)
+    rows = [{"prompt": "a", "completion": " "}, {"prompt": "a", "completion": None}]
+    with pytest.raises(ValueError, match=r"every row of the dataset has a blank .* `completion`"):
+        load_examples(rows, require_references=True)
+    assert load_examples(ROWS, require_references=True) == EXAMPLES
+
+
+def test_half_a_surrogate_pair_is_named() -> None:
+    for row in ({"prompt": "a\ud83d", "reference": "b"}, {"prompt": "a", "k": [{"x": "b\udc00"}]}):
+        with pytest.raises(ValueError, match=r"row 1, `(prompt|k)`: character 1 is '.ud"):
+            load_examples([ROWS[0], row])
+    assert load_examples([{"prompt": "a\U0001f600", "reference": "b"}])
 
 
 def test_absent_references(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,201 @@
+"""Rows of JSON and CSV files, every value as the file has it.
+
+`datasets` reads these formats into typed columns: text that looks like a date becomes one, "None"
+and "NA" in a CSV file are lost, 00501 becomes 501, and an object gains the keys of all others in
+its column. Here a JSON value is what JSON says it is, and a CSV cell is text.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import IO, Any, cast
+
+from fsspec.compression import compr
+
+Row = dict[str, Any]
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131072
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
+
+
+def read_json(
+    path: str, *, name: str = "", encoding: str = "utf-8", field: str | None = None
+) -> list[Row]:
+    """Rows of JSON Lines, or of one JSON array of objects.
+
+    Args:
+        path: a file, compressed or not.
+        name: what errors call it, and what tells its compression; the path by default.
+        encoding: of the text; a byte order mark of UTF-8 is no part of it.
+        field: where the file is one object, the key under which it holds the rows.
+
+    Raises:
+        ValueError: a file that cannot be read, or a line that is no text, no JSON or no object.
+    """
+    name = name or path
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    rows: list[Row] = []
+    with _open(path, name) as file:
+        lines = _lines(file, name, encoding)
+        for number, line in lines:
+            if not line.strip():
+                continue
+            with _naming(name, number):
+                first = not rows
+                if first and (field is not None or line.lstrip().startswith("[")):
+                    return _read_document(_rest(line, lines), decoder, name, field)
+                try:
+                    row = decoder.decode(line)
+                except json.JSONDecodeError:
+                    if not first:
+                        raise
+                    return _read_document(_rest(line, lines), decoder, name, field)
+            rows.append(_checked(row, f"{name}, line {number}"))
+    return rows
+
+
+def read_csv(
+    path: str, *, name: str = "", encoding: str = "utf-8", delimiter: str = ","
+) -> list[Row]:
+    """Rows of a CSV file with a header; every cell is text, an empty one the empty text.
+
+    Columns without a name, such as an index that was written beside a table, are left out.
+    Arguments and errors are those of `read_json`.
+    """
+    name = name or path
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with _open(path, name) as file:
+            texts = (line for _, line in _lines(file, name, encoding))
+            return _read_table(csv.reader(texts, delimiter=delimiter, strict=True), name)
+    finally:
+        csv.field_size_limit(limit)  # the limit is the whole process's
+
+
+def _read_table(reader: Any, name: str) -> list[Row]:
+    rows: list[Row] = []
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue  # a blank line
+            if not header:
+                header = cells
+                twice = next((c for c in header if c and header.count(c) > 1), None)
+                if twice is not None:
+                    raise ValueError(f"{name} has several columns called `{twice}`: rename them")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{name}, line {reader.line_num} has {len(cells)} cells, and the header "
+                    f"{len(header)}"
+                )
+            rows.append({key: cell for key, cell in zip(header, cells, strict=True) if key})
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num} is not CSV: {error}") from error
+    return rows
+
+
+def _read_document(text: str, decoder: json.JSONDecoder, name: str, field: str | None) -> list[Row]:
+    """Rows of one array, or of objects over several lines that follow each other."""
+    values: list[Any] = []
+    end = _skip_blank(text, 0)
+    while end < len(text):
+        value, end = decoder.raw_decode(text, end)
+        values.append(value)
+        end = _skip_blank(text, end)
+    if field is not None:
+        if len(values) != 1 or not isinstance(values[0], dict) or field not in values[0]:
+            raise ValueError(f"{name} is not one JSON object with the key `{field}`")
+        values = [values[0][field]]
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    return [_checked(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+
+
+def _skip_blank(text: str, start: int) -> int:
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
+
+
+def _rest(line: str, lines: Iterator[tuple[int, str]]) -> str:
+    return line + "".join(text for _, text in lines)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object. Of a key that it has twice, nobody can say which value is meant."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _KeyTwice(f"an object has the key `{twice}` twice")
+    return row
+
+
+class _KeyTwice(ValueError):
+    pass
+
+
+@contextmanager
+def _naming(name: str, first_line: int) -> Iterator[None]:
+    """The decoder's errors with the file's name and the line in it."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(
+            f"{name}, line {line} is not JSON: {error.msg} (character {error.colno})"
+        ) from error
+    except _KeyTwice as error:
+        raise ValueError(f"{name}, line {first_line} or after it: {error}") from error
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
+    return row
+
+
+@contextmanager
+def _open(path: str, name: str) -> Iterator[IO[bytes]]:
+    """A file's bytes, uncompressed; a damaged archive is a ValueError that names it."""
+    compression = COMPRESSIONS.get(PurePath(name).suffix.lower())
+    if compression is not None and compression not in compr:
+        raise ValueError(f"cannot read {name}: {compression} needs `pip install zstandard`")
+    try:
+        if compression == "zip":
+            with zipfile.ZipFile(path) as archive:
+                files = len(archive.namelist())
+            if files != 1:
+                raise ValueError(f"{name} holds {files} files: unpack it, and give the folder")
+        with open(path, "rb") as raw:
+            uncompress = compr[compression]
+            file = uncompress(raw, mode="rb") if compression else raw
+            yield cast("IO[bytes]", file)
+    except _DAMAGED as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
+
+
+def _lines(file: Iterable[bytes], name: str, encoding: str) -> Iterator[tuple[int, str]]:
+    """Numbers, from 1, and texts of a file's lines, their ends included."""
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, line.decode(encoding)
+        except UnicodeDecodeError as error:
+            guess = "UTF-16" if number == 1 and line.startswith(_UTF16) else "ISO-8859-1"
+            raise ValueError(
+                f"{name}, line {number}: byte {error.start} (0x{line[error.start]:02x}) is not "
+                f"{encoding.upper()}; convert the file, as with iconv -f {guess} -t UTF-8"
+            ) from error
