@@ -17,6 +17,7 @@ Run = Callable[[dict[str, Any]], None]
 EVALUATION_FIELDS = (
     "reward_type",
     "reward_weights",
+    "reward_timeout",
     "max_new_tokens",
     "max_prompt_length",
     "generation_batch_size",

@@ -37,6 +37,8 @@ class GRAOConfig:
         reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
             compares a completion with the reference (+1, 0, -1), whose own reward is 0.
         reward_weights: one weight for each reward function; all 1 by default.
+        reward_timeout: seconds that one call of a reward function, or of a metric, may take before
+            the run ends with an error; None: as many as it likes.
         kl_coef: weight of the KL divergence from the policy that training began with; 0: none. That
             policy is kept as a copy of the model or, where an adapter is trained, is the model
             without it.
@@ -111,6 +113,7 @@ class GRAOConfig:
     reference_advantage: ReferenceAdvantage = "signed"
     reward_type: RewardType = "pointwise"
     reward_weights: tuple[float, ...] | None = None
+    reward_timeout: float | None = None
     kl_coef: float = 0.0
 
     temperature: float = 0.7
@@ -185,7 +188,11 @@ class GRAOConfig:
         for name in ("epsilon", "vllm_gpu_memory_utilization"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
-        for name in ("vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_max"):
+        for name in (
+            "reward_timeout",
+            "vllm_gpu_memory_utilization",
+            "vllm_importance_sampling_clip_max",
+        ):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0, got 0")
         _check_effect(self)
@@ -254,6 +261,7 @@ _AT_LEAST: dict[str, float] = {
     "beta": 0,
     "lam": 0,
     "kl_coef": 0,
+    "reward_timeout": 0,
     "num_iterations": 1,
     "epsilon": 0,
     "epsilon_high": 0,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from grao_fast.policy import Policy
-    from grao_fast.rewards.calling import RewardFunction
+    from grao_fast.rewards.finding import RewardFunction
 
     RewardSpec = str | RewardFunction | Reward | Sequence[str | RewardFunction]
 
@@ -167,8 +167,8 @@ def evaluate(
         reward: as `grao_fast.train` takes it.
         base_model: the model before alignment, for NAG; loaded when `model` has answered, so that
             only one is in memory.
-        config: `reward_type`, `reward_weights`, the lengths, `generation_batch_size`,
-            `cache_implementation`, `device`, `bf16` and `seed` are read.
+        config: `reward_type`, `reward_weights`, `reward_timeout`, the lengths,
+            `generation_batch_size`, `cache_implementation`, `device`, `bf16` and `seed` are read.
         tokenizer: of both models; None loads the one beside each.
         metric: a held-out measure, called as a pointwise reward is.
         output_dir: eval.json and completions.jsonl are written there; None: nowhere.
@@ -194,10 +194,10 @@ def evaluate(
     )
     folder = None if output_dir is None else _result_folder(Path(output_dir).expanduser())
     examples = load_examples(dataset, split="test")
-    scorer = resolve_reward(reward, weights=config.reward_weights)
+    scorer = resolve_reward(reward, weights=config.reward_weights, timeout=config.reward_timeout)
     scorer.check(examples, reward_type=config.reward_type)
     if metric is not None:
-        metric = resolve_reward(metric)
+        metric = resolve_reward(metric, timeout=config.reward_timeout)
         metric.check(examples, reward_type="pointwise")
     for named in (model, base_model):
         if isinstance(named, (str, Path)):

@@ -108,8 +108,9 @@ def train(
     output = writable_folder(output_dir)
     examples = load_examples(dataset, split="train", require_references=True)
     eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
-    reward_function = resolve_reward(reward, weights=config.reward_weights)
-    metric_function = None if metric is None else resolve_reward(metric)
+    limit = config.reward_timeout
+    reward_function = resolve_reward(reward, weights=config.reward_weights, timeout=limit)
+    metric_function = None if metric is None else resolve_reward(metric, timeout=limit)
     for rows in filter(None, (examples, eval_examples)):
         reward_function.check(rows, reward_type=config.reward_type)
     if metric_function and eval_examples:

@@ -1,231 +1,203 @@
-"""Finding reward functions, calling them, and checking what they return."""
+"""Calling reward functions: at the same time, on copies of their own, and not for ever."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import math
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from numbers import Real
-from pathlib import Path
-from types import ModuleType
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-RewardFunction = Callable[..., Any]
+import torch
+
+from grao_fast.rewards.copies import own_copy
+from grao_fast.rewards.event_loop import AsyncCalls
+from grao_fast.rewards.finding import (
+    RewardError,
+    RewardFunction,
+    function_name,
+    running,
+    select_arguments,
+)
+from grao_fast.rewards.generators import GlobalGenerators
+from grao_fast.rewards.values import check_values
+from grao_fast.threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+Results = dict[int, Any]
 
 
-class RewardError(ValueError):
-    """A reward that cannot be found, cannot be called, fails, or returns what no reward can be."""
+class Caller:
+    """Calls functions on the same rows, each with deep copies of the arguments that it takes.
 
+    A single function runs in the calling thread, unless there is a time limit. Of several, the
+    async ones run in one event loop, every other in a thread, all at the same time. Threads share
+    the global generators of Python, NumPy and torch: where one has moved meanwhile, all are put
+    back, and the functions run again one after another, and so from then on, as a run that resumes
+    must draw what it would have drawn. A function that fails in a thread is called once more in the
+    calling one, and stays there where that helps: some work in the main thread only.
 
-@contextmanager
-def _running(what: str) -> Iterator[None]:
-    """Code of the user's runs inside: whatever it raises comes out as a RewardError."""
-    try:
-        yield
-    except RewardError:
-        raise
-    except Exception as error:  # any kind: it is the user's code
-        raise RewardError(f"{what} raised {type(error).__name__}: {error}") from error
-
-
-def find_function(spec: str | RewardFunction) -> RewardFunction:
-    """The callable that "package.module:function" or "path/file.py:function" names.
-
-    A callable is returned as it is. Raises RewardError where there is none, or it is a class, or
-    its signature cannot take `completions` by name.
+    timeout: seconds that a call may take; None: as many as it likes. Every call is then in a
+        thread, as nothing else can be left while it runs.
     """
-    function: Any = _import(spec) if isinstance(spec, str) else spec
-    name = repr(spec) if isinstance(spec, str) else function_name(function)
-    if not callable(function):
-        raise RewardError(f"reward {name} is not callable: it is a {type(function).__name__}")
-    if inspect.isclass(function):
-        raise RewardError(f"reward {name} is a class: give an instance of it, or a function")
-    if not _accepts(function, "completions"):
-        raise RewardError(
-            f"reward {name} does not take `completions`: write it as "
-            f"f(prompts, completions, **columns) -> list of numbers"
-        )
-    return function
 
+    def __init__(self, functions: Sequence[RewardFunction], *, timeout: float | None) -> None:
+        self.functions, self.timeout = list(functions), timeout
+        self.names = [function_name(function) for function in functions]
+        self._async = [i for i, function in enumerate(functions) if _is_async(function)]
+        self._sync = [i for i in range(len(functions)) if i not in self._async]
+        # in the calling thread
+        self._here = set(self._sync) if len(self._sync) == 1 else set()
+        self._together = len(self._sync) + bool(self._async) > 1
 
-def _import(spec: str) -> Any:
-    module_name, colon, attribute = spec.rpartition(":")
-    if not colon or not module_name or not attribute:
-        raise RewardError(
-            f"reward {spec!r} names no function: write 'package.module:function' or "
-            f"'path/file.py:function'"
-        )
-    if module_name.endswith(".py"):
-        path = Path(module_name).expanduser()
-        if not path.is_file():
-            raise RewardError(f"reward {spec!r}: no such file {module_name!r}")
-        with _running(f"reward {spec!r}: {module_name}"):
-            module = _load_file(path.resolve())
-    else:
+    def call(self, offered: Mapping[str, Any], labels: Sequence[str]) -> list[list[float]]:
+        """One list of floats a function, NaN where it returned None.
+
+        Raises RewardError naming the function, the first where several fail, and, where one value
+        is wrong, that value and its row as `labels` calls it.
+        """
+        for function in self.functions:
+            select_arguments(function, offered)
+        results = self._at_once(offered) if self._together else self._in_turn(offered)
+        return [check_values(name, results[i], labels) for i, name in enumerate(self.names)]
+
+    def _in_turn(self, offered: Mapping[str, Any]) -> Results:
+        results = {i: self._call_here(i, offered) for i in self._sync}
+        if not self._async:
+            return results
+        loop = self._async_calls(offered)
+        started = time.monotonic()
+        if self.timeout is None and not _in_a_loop():
+            loop.run()
+        else:
+            in_thread(_as_here(loop.run))
         try:
-            with _running(f"reward {spec!r}: importing {module_name}"):
-                module = importlib.import_module(module_name)
-        except RewardError as error:
-            if isinstance(error.__cause__, ModuleNotFoundError):
-                raise RewardError(
-                    f"reward {spec!r}: {error.__cause__}; for a file that is not installed, "
-                    f"write 'path/file.py:{attribute}'"
-                ) from error
-            raise
-    if not hasattr(module, attribute):
-        raise RewardError(f"reward {spec!r}: {module_name} has no {attribute!r}")
-    return getattr(module, attribute)
+            return results | {i: self._wait(i, loop.outcomes[i], started) for i in self._async}
+        finally:
+            loop.abandon()
 
+    def _at_once(self, offered: Mapping[str, Any]) -> Results:
+        generators, started = GlobalGenerators.now(), time.monotonic()
+        outcomes = {
+            i: in_thread(_as_here(partial(self._call, i, offered)))
+            for i in self._sync
+            if i not in self._here
+        }
+        loop = self._async_calls(offered)
+        if self._async:
+            in_thread(_as_here(loop.run))
+        results, errors = {}, {}
+        try:
+            for i in sorted(self._here):
+                results[i] = self._call_here(i, offered)
+            for i, outcome in sorted((outcomes | loop.outcomes).items()):
+                try:
+                    results[i] = self._wait(i, outcome, started)
+                except RewardError as error:
+                    errors[i] = error
+        finally:
+            loop.abandon()
+        if any(i in self._async or self.timeout is not None for i in errors):
+            raise errors[min(errors)]
+        if generators.moved():
+            generators.restore()
+            return self._from_now_on_in_turn(offered)
+        for i, error in errors.items():
+            results[i] = self._call_here(i, offered)
+            logger.warning("%s; in the calling thread it does not, and stays there", error)
+            self._here.add(i)
+        self._together = len(self._here) < len(self._sync) or bool(self._async)
+        return results
 
-def _load_file(path: Path) -> ModuleType:
-    """Run a file once, as a module that dataclasses and pickle can find by its name."""
-    name = f"_grao_fast_file_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    located = importlib.util.spec_from_file_location(name, path)
-    assert located is not None and located.loader is not None  # it ends in .py
-    module = sys.modules[name] = importlib.util.module_from_spec(located)
-    try:
-        located.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]  # half a module must not answer the next call
-        raise
-    return module
-
-
-def function_name(function: RewardFunction) -> str:
-    """The name that metrics and errors call a function by."""
-    inner = getattr(function, "func", function)  # of a functools.partial
-    return getattr(inner, "__name__", type(inner).__name__).strip("<>")
-
-
-def _parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
-    """Parameters that can be given by name (True: without a default), and whether ** takes any."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"the signature of reward {function_name(function)} cannot be read: wrap it in a "
-            f"Python function"
-        ) from error
-    named, open_ended = {}, False
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            open_ended = True
-        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            named[parameter.name] = parameter.default is parameter.empty
-    return named, open_ended
-
-
-def _accepts(function: RewardFunction, name: str) -> bool:
-    named, open_ended = _parameters(function)
-    return open_ended or name in named
-
-
-def select_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments offered by name, those that a function takes.
-
-    Raises RewardError where it needs one that is not offered.
-    """
-    named, open_ended = _parameters(function)
-    missing = [name for name, required in named.items() if required and name not in offered]
-    if missing:
-        raise RewardError(
-            f"reward {function_name(function)} needs `{missing[0]}`, which the dataset does not "
-            f"have; it can take {', '.join(offered)}"
+    def _from_now_on_in_turn(self, offered: Mapping[str, Any]) -> Results:
+        self._together = False
+        logger.warning(
+            "one of the rewards %s draws from a global generator while others run: from now on "
+            "they run one after another, so that the run can be repeated. With a generator of its "
+            "own, such as random.Random(0), they could run at the same time",
+            ", ".join(self.names),
         )
-    return {name: value for name, value in offered.items() if open_ended or name in named}
+        return self._in_turn(offered)
+
+    def _call_here(self, i: int, offered: Mapping[str, Any]) -> Any:
+        if self.timeout is None:
+            return self._call(i, offered)
+        started = time.monotonic()
+        return self._wait(i, in_thread(_as_here(partial(self._call, i, offered))), started)
+
+    def _call(self, i: int, offered: Mapping[str, Any]) -> Any:
+        function = self.functions[i]
+        arguments = _own_arguments(function, offered)
+        with running(f"reward {self.names[i]}"):
+            result = function(**arguments)
+        if not inspect.isawaitable(result):
+            return result
+        # not known to be async before it was called
+        loop = AsyncCalls({i: lambda: self._await(i, result)})
+        if _in_a_loop():
+            in_thread(_as_here(loop.run))
+        else:
+            loop.run()
+        return loop.outcomes[i].result()
+
+    def _async_calls(self, offered: Mapping[str, Any]) -> AsyncCalls:
+        return AsyncCalls({i: partial(self._call_async, i, offered) for i in self._async})
+
+    async def _call_async(self, i: int, offered: Mapping[str, Any]) -> Any:
+        function = self.functions[i]
+        return await self._await(i, function(**_own_arguments(function, offered)))
+
+    async def _await(self, i: int, result: Any) -> Any:
+        with running(f"reward {self.names[i]}"):
+            return await result
+
+    def _wait(self, i: int, outcome: Future[Any], started: float) -> Any:
+        left = None if self.timeout is None else max(0.0, self.timeout - time.monotonic() + started)
+        try:
+            return outcome.result(left)
+        except futures.TimeoutError:
+            raise RewardError(
+                f"reward {self.names[i]} took longer than reward_timeout={self.timeout:g} seconds: "
+                "raise it, or give a time limit to what the reward waits for"
+            ) from None
 
 
-def require_references(function: RewardFunction) -> None:
-    """A pairwise reward compares with `references`, so it must take them."""
-    if not _accepts(function, "references"):
-        raise RewardError(
-            f"reward {function_name(function)} does not take `references`, with which a pairwise "
-            f"reward compares: add the argument, or set reward_type='pointwise'"
-        )
+def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes; every row its own, though rows of a prompt are alike."""
+    return {
+        name: [own_copy(value) for value in values]
+        for name, values in select_arguments(function, offered).items()
+    }
 
 
-def call_functions(
-    functions: Sequence[RewardFunction], offered: Mapping[str, Any], labels: Sequence[str]
-) -> list[list[float]]:
-    """Call every function on the same rows; async ones run concurrently.
-
-    Returns one list of floats a function, NaN where it returned None. Raises RewardError naming
-    the function, and, where one value is wrong, that value and its row as `labels` calls it.
-    """
-    names = [function_name(function) for function in functions]
-    results: list[Any] = []
-    try:
-        for name, function in zip(names, functions, strict=True):
-            arguments = select_arguments(function, offered)
-            with _running(f"reward {name}"):
-                results.append(function(**arguments))
-    except RewardError:
-        for result in results:
-            if inspect.iscoroutine(result):
-                result.close()  # or Python warns that it was never awaited
-        raise
-    pending = {index: item for index, item in enumerate(results) if inspect.isawaitable(item)}
-    if pending:
-        awaited = _await_all(pending, names)
-        results = [awaited.get(index, result) for index, result in enumerate(results)]
-    return [
-        _check_values(name, result, labels) for name, result in zip(names, results, strict=True)
-    ]
+def _is_async(function: RewardFunction) -> bool:
+    call = getattr(type(function), "__call__", None)  # noqa: B004, it is to be looked at
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def _await_all(pending: Mapping[int, Awaitable[Any]], names: Sequence[str]) -> dict[int, Any]:
-    async def one(index: int) -> Any:
-        with _running(f"reward {names[index]}"):
-            return await pending[index]
-
-    async def every() -> list[Any]:
-        return await asyncio.gather(*(one(index) for index in pending))
-
+def _in_a_loop() -> bool:
+    """Whether an event loop runs in this thread, as in a notebook: another cannot."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        results = asyncio.run(every())
-    else:  # a loop runs in this thread already, as in a notebook: another thread has none
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            results = pool.submit(asyncio.run, every()).result()
-    return dict(zip(pending, results, strict=True))
+        return False
+    return True
 
 
-def _check_values(name: str, values: Any, labels: Sequence[str]) -> list[float]:
-    rows = len(labels)
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f"reward {name} returned a {type(values).__name__}, where a list of {rows} numbers is "
-            f"needed" + ("; call .tolist() on it" if hasattr(values, "tolist") else "")
-        )
-    if len(values) != rows:
-        raise RewardError(
-            f"reward {name} returned {len(values)} values for {rows} completions: it must return "
-            f"one for each"
-        )
-    floats = []
-    for label, value in zip(labels, values, strict=True):
-        if value is None:
-            floats.append(math.nan)
-            continue
-        if not isinstance(value, Real):
-            raise RewardError(
-                f"reward {name} returned {value!r} for {label}, a "
-                f"{type(value).__name__}: it must be a number, or None for no reward"
-            )
-        if not math.isfinite(value):
-            raise RewardError(
-                f"reward {name} returned {value!r} for {label}: it must be finite, or "
-                f"None for no reward"
-            )
-        floats.append(float(value))
-    return floats
+def _as_here(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` for another thread, with what torch keeps for each: grad mode and CUDA device."""
+    grad = torch.is_grad_enabled()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def there() -> Any:
+        if device is not None:
+            torch.cuda.set_device(device)
+        with torch.set_grad_enabled(grad):
+            return function()
+
+    return there

@@ -7,6 +7,8 @@ Where prompts are messages, completions and references are too:
 [{"role": "assistant", "content": ...}]. None means that the function has no reward to give.
 
 Several functions are summed, each times its weight; one that returns None is left out of a sum.
+They run at the same time, see `grao_fast.rewards.calling`. What a function is given is its own: a
+deep copy, down to objects that cannot be copied, in every row, which it may change as it likes.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ from torch import Tensor
 
 from grao_fast.config import RewardType
 from grao_fast.data import Example
-from grao_fast.rewards.calling import (
+from grao_fast.rewards.calling import Caller
+from grao_fast.rewards.finding import (
     RewardError,
     RewardFunction,
-    call_functions,
     find_function,
     function_name,
     require_references,
     select_arguments,
 )
+from grao_fast.rewards.values import LARGEST
 
 __all__ = ["GroupScores", "Reward", "RewardError", "resolve_reward"]
 
@@ -51,28 +54,40 @@ def resolve_reward(
     spec: str | RewardFunction | Reward | Sequence[str | RewardFunction],
     *,
     weights: Sequence[float] | None = None,
+    timeout: float | None = None,
 ) -> Reward:
     """Find the function or functions of a reward.
 
     Args:
         spec: a callable, "package.module:function", "path/file.py:function", or a list of these.
         weights: one for each function; all 1 by default.
+        timeout: seconds that one call of a function may take; None: as many as it likes.
 
     Raises:
         RewardError: not found, not callable, a signature that cannot be called, or a wrong number
             of weights.
     """
     if isinstance(spec, Reward):
-        return spec if weights is None else Reward(spec.functions, weights=weights)
+        if weights is None and timeout is None:
+            return spec
+        return Reward(
+            spec.functions,
+            weights=spec.weights if weights is None else weights,
+            timeout=spec.timeout if timeout is None else timeout,
+        )
     specs: list[Any] = list(spec) if isinstance(spec, (list, tuple)) else [spec]
-    return Reward([find_function(item) for item in specs], weights=weights)
+    return Reward([find_function(item) for item in specs], weights=weights, timeout=timeout)
 
 
 class Reward:
     """One or more reward functions and their weights."""
 
     def __init__(
-        self, functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None
+        self,
+        functions: Sequence[RewardFunction],
+        *,
+        weights: Sequence[float] | None = None,
+        timeout: float | None = None,
     ) -> None:
         if not functions:
             raise RewardError("no reward function was given")
@@ -84,7 +99,9 @@ class Reward:
             )
         self.functions = list(functions)
         self.weights = [float(weight) for weight in weights]
+        self.timeout = timeout
         self.names = _unique([function_name(function) for function in functions])
+        self._caller = Caller(functions, timeout=timeout)
 
     def check(self, examples: Sequence[Example], *, reward_type: RewardType) -> None:
         """Check, without calling them, that the functions can be called on these examples.
@@ -141,7 +158,7 @@ class Reward:
 
         rewards_NK = torch.full((groups, samples + 1), math.nan, dtype=torch.float64)
         cell_R = torch.tensor(cells, dtype=torch.long)
-        rewards_NK.view(-1)[cell_R] = self._sum(scores_FR)
+        rewards_NK.view(-1)[cell_R] = self._sum(scores_FR, labels)
         if reward_type == "pairwise":
             present_N = torch.tensor([example.reference is not None for example in examples])
             rewards_NK[present_N, -1] = 0.0
@@ -154,7 +171,7 @@ class Reward:
         references = [example.reference for example in examples]
         labels = [f"completion {row}" for row in range(len(examples))]
         scores_FR = self._call(examples, completions, references, "pointwise", labels)
-        return self._sum(scores_FR).tolist()
+        return self._sum(scores_FR, labels).tolist()
 
     def compare(
         self,
@@ -172,7 +189,7 @@ class Reward:
         if reward_type == "pairwise":
             labels = [f"pair {row}" for row in range(len(examples))]
             scores_FR = self._call(examples, completions, others, reward_type, labels)
-            return self._sum(scores_FR).tolist()
+            return self._sum(scores_FR, labels).tolist()
         both = self.score([*examples, *examples], [*completions, *others])
         half = len(examples)
         return [mine - other for mine, other in zip(both[:half], both[half:], strict=True)]
@@ -192,12 +209,19 @@ class Reward:
         if not examples:
             return torch.empty(len(self.functions), 0, dtype=torch.float64)
         offered = _arguments(examples, completions, references, _column_names(examples))
-        values = call_functions(self.functions, offered, labels)
+        values = self._caller.call(offered, labels)
         return torch.tensor(values, dtype=torch.float64)
 
-    def _sum(self, scores_FR: Tensor) -> Tensor:
+    def _sum(self, scores_FR: Tensor, labels: Sequence[str]) -> Tensor:
         weights_F1 = torch.tensor(self.weights, dtype=torch.float64)[:, None]
         total_R = (weights_F1 * scores_FR).nansum(dim=0)
+        if bool((total_R.abs() > LARGEST).any()):
+            row = int(total_R.abs().argmax())
+            raise RewardError(
+                f"the weighted sum of the rewards {', '.join(self.names)} is {total_R[row]:g} for "
+                f"{labels[row]}: beyond {LARGEST:g} no mean and deviation can be taken; lower "
+                "reward_weights"
+            )
         return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
 
 

@@ -1,0 +1,61 @@
+"""What a reward function may return: one number, or None, for every completion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from grao_fast.rewards.finding import RewardError
+
+# Squares of a group's deviations and sums of them stay far from float64's largest number.
+LARGEST = 1e100
+
+
+def check_values(name: str, values: Any, labels: Sequence[str]) -> list[float]:
+    """A function's rewards as floats, NaN for None; a RewardError names what can be none.
+
+    Numbers of NumPy and tensors without dimensions are numbers, True is 1 and False 0.
+    """
+    rows = len(labels)
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(
+            f"reward {name} returned a {type(values).__name__}, where a list of {rows} numbers is "
+            f"needed" + ("; call .tolist() on it" if hasattr(values, "tolist") else "")
+        )
+    if len(values) != rows:
+        raise RewardError(
+            f"reward {name} returned {len(values)} values for {rows} completions: it must return "
+            f"one for each"
+        )
+    return [
+        math.nan if value is None else _check_value(name, value, label)
+        for label, value in zip(labels, values, strict=True)
+    ]
+
+
+def _check_value(name: str, value: Any, label: str) -> float:
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(number, Real):
+        raise RewardError(
+            f"reward {name} returned {value!r} for {label}, a "
+            f"{type(value).__name__}: it must be a number, or None for no reward"
+        )
+    if number != number or abs(number) == math.inf:
+        raise RewardError(
+            f"reward {name} returned {value!r} for {label}: it must be finite, or "
+            f"None for no reward"
+        )
+    if abs(number) > LARGEST:
+        raise RewardError(
+            f"reward {name} returned {_short(number)} for {label}: beyond {LARGEST:g} no mean and "
+            f"deviation can be taken; scale it down"
+        )
+    return float(number)
+
+
+def _short(number: Any) -> str:
+    if isinstance(number, int):  # Python refuses to print integers of more than 4300 digits
+        return f"an integer of {number.bit_length()} bits"
+    return repr(number)
