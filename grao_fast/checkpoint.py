@@ -1,28 +1,28 @@
-"""Checkpoints that are whole or not there.
+"""The checkpoints in the folder of a run: which there are, and which one a run goes on from.
 
-A checkpoint is written into a folder beside its final name, every file is flushed to disk, a
-manifest with sizes and SHA-256 sums is written last, and only then is the folder renamed. A process
-killed at any moment leaves the earlier checkpoints and at most a `.partial` folder, which the next
-write removes. A folder whose files do not match its manifest is never loaded.
+A checkpoint is a sealed folder (see `grao_fast.files`) with a state.json. One whose files differ
+from its manifest is torn: it is never loaded, and never stands in the way of the one before it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from grao_fast.files import delete, sealed_files, verify_folder
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
-_REPLACED = ".replaced"
+STATE = "state.json"
+OPTIMIZER = "optimizer.pt"
+FINAL = "final"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_RESULTS = re.compile(r"(metrics|completions|eval-\d+)\.jsonl|(summary|baseline)\.json")
+
+ResumeFrom = str | Path | bool | None
 
 
 class CheckpointError(ValueError):
@@ -34,48 +34,32 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill` on an empty folder, seal it with a manifest, and rename it to `path`."""
-    for left_over in path.parent.glob(f"*{_PARTIAL}"):
-        shutil.rmtree(left_over)
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.mkdir(parents=True)
-    fill(partial)
-    files = {}
-    for file in _files(partial):
-        _flush(file)
-        files[str(file.relative_to(partial))] = {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-    (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _flush(partial / MANIFEST)
-    _flush(partial)
-    replaced = path.with_name(path.name + _REPLACED)
-    if path.exists():  # never without a whole folder, under one name or the other
-        os.rename(path, replaced)
-    os.rename(partial, path)
-    _flush(path.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
 def verify(path: Path) -> None:
-    """Raise CheckpointError unless `path` holds exactly what its manifest says."""
+    """Raise CheckpointError unless a checkpoint is whole and says that it is of its name's step."""
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {str(path)!r} has no readable {MANIFEST}") from error
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {str(path)!r} is torn: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} is torn: {name} differs from its manifest"
-            )
+        for name in (STATE, OPTIMIZER):
+            if name not in sealed_files(path):
+                raise ValueError(f"its manifest names no {name}")
+        verify_folder(path)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} is torn: {error}") from error
+    step = read_state(path)["step"]
+    if _NAME.fullmatch(path.name) and step != step_of(path):
+        raise CheckpointError(f"checkpoint {str(path)!r} is torn: its {STATE} is of step {step}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: its step, at least."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} is torn: no {STATE} to read") from error
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"checkpoint {str(path)!r} is torn: its {STATE} names no step")
+    return state
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -91,35 +75,55 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def find_checkpoint(output_dir: Path, resume_from: str | Path | bool) -> Path:
-    """The checkpoint to resume from: a path as given, or with True the latest whole one.
+def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
+    """The checkpoint that a run in `output_dir` goes on from; None: it begins.
+
+    Args:
+        resume_from: a checkpoint's folder; True for the latest whole one in output_dir; "auto" for
+            that one or, where there is none, to begin; None or False to begin.
 
     Raises:
-        CheckpointError: the path given is missing or torn, or there is no whole checkpoint.
+        CheckpointError: the folder given is missing or torn, there is no whole checkpoint, or
+            results would be lost: those of another run, or of later steps than it begins at.
     """
-    if resume_from is not True:
-        path = Path(str(resume_from))
-        verify(path)
-        return path
-    for path in list_checkpoints(output_dir):
-        try:
-            verify(path)
-            return path
-        except CheckpointError as error:
-            logger.warning("%s; trying the one before it", error)
-    raise CheckpointError(f"no whole checkpoint in {str(output_dir)!r} to resume from")
+    if resume_from is None or resume_from is False:
+        check_fresh(output_dir)
+        return None
+    if resume_from is True or resume_from == "auto":
+        checkpoint = _latest_whole(output_dir)
+        if checkpoint is None and resume_from is True:
+            raise CheckpointError(f"no whole checkpoint in {str(output_dir)!r} to resume from")
+        if checkpoint is None and (output_dir / FINAL).exists():
+            raise CheckpointError(
+                f"{str(output_dir)!r} holds the {FINAL}/ of a run that ended without checkpoints: "
+                "take it, delete it, or choose another output_dir"
+            )
+        return checkpoint
+    path = Path(resume_from).expanduser()
+    verify(path)
+    if path.resolve().parent != output_dir.resolve():
+        check_fresh(output_dir)
+    for later in list_checkpoints(output_dir):
+        if step_of(later) > read_state(path)["step"] and _is_whole(later):
+            raise CheckpointError(
+                f"{str(output_dir)!r} already holds {later.name}: resume from it "
+                "(resume_from_checkpoint=True), delete it, or choose another output_dir"
+            )
+    return path
 
 
-def check_fresh(output_dir: Path, *, after_step: int) -> None:
-    """Refuse a folder that holds checkpoints of later steps than this run starts at.
-
-    They are another run's, or of another branch of this one, and would be taken for its own.
-    """
-    later = [path.name for path in list_checkpoints(output_dir) if step_of(path) > after_step]
-    if later:
+def check_fresh(output_dir: Path) -> None:
+    """Refuse a folder with results of a run: another would overwrite them, or mix with them."""
+    names = [path.name for path in list_checkpoints(output_dir)]
+    names += [FINAL] if (output_dir / FINAL).exists() else []
+    for path in sorted(output_dir.iterdir() if output_dir.exists() else ()):
+        if _RESULTS.fullmatch(path.name) and path.is_file() and path.stat().st_size:
+            names.append(path.name)
+    if names:
         raise CheckpointError(
-            f"{str(output_dir)!r} already holds {later[0]}: resume from it "
-            "(resume_from_checkpoint=True), delete it, or choose another output_dir"
+            f"{str(output_dir)!r} already holds {names[0]}, of another run: go on with that run "
+            '(resume_from_checkpoint=True, or "auto" to begin where there is no checkpoint), '
+            "delete its results, or choose another output_dir"
         )
 
 
@@ -129,24 +133,17 @@ def delete_old(newest: Path, keep: int | None) -> None:
         return
     earlier = [p for p in list_checkpoints(newest.parent) if step_of(p) < step_of(newest)]
     for path in earlier[keep - 1 :]:
-        shutil.rmtree(path)
+        delete(path)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _latest_whole(output_dir: Path) -> Path | None:
+    return next(filter(_is_whole, list_checkpoints(output_dir)), None)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_whole(path: Path) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        verify(path)
+    except CheckpointError as error:
+        logger.warning("%s; it is passed over", error)
+        return False
+    return True

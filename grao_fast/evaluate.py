@@ -33,9 +33,9 @@ from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
 from grao_fast.inputs import writable_folder
+from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.tables import results_table
-from grao_fast.tracking import COMPLETIONS_FILE, METRICS_FILE, write_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset

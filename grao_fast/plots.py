@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from grao_fast.tracking import METRICS_FILE, read_lines
+from grao_fast.lines import METRICS_FILE, read_lines
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -49,7 +49,7 @@ def plot_run(output_dir: str | Path) -> list[Path]:
     Raises:
         ValueError: there is no metrics.jsonl, or it holds nothing to plot.
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     path = folder / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {METRICS_FILE}: give the output_dir of a run")

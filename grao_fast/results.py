@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,13 @@ from torch import nn
 
 from grao_fast.config import GRAOConfig
 from grao_fast.evaluate import EvaluationResult
+from grao_fast.files import write_file
 from grao_fast.state import versions
 from grao_fast.step import Rollout
+
+logger = logging.getLogger(__name__)
+
+_BASELINE = "baseline.json"
 
 
 @dataclass(frozen=True)
@@ -61,4 +68,39 @@ def write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) ->
         "config": config.to_dict(),
         "versions": versions(),
     }
-    (result.output_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_file(result.output_dir / "summary.json", json.dumps(summary, indent=1))
+
+
+def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None:
+    """Keep the greedy answers from before training, which a run that resumes cannot make again.
+
+    Args:
+        data: digest of the prompts that they answer.
+    """
+    write_file(output_dir / _BASELINE, json.dumps({"data": data, "texts": list(texts)}))
+
+
+def read_baseline(output_dir: Path, *, data: str) -> list[str] | None:
+    """The answers that `write_baseline` kept; None, said in a line, where there are none of these.
+
+    Args:
+        data: digest of the prompts to be answered.
+    """
+    path = output_dir / _BASELINE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        digest, texts = kept["data"], kept["texts"]
+        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("its texts are none")
+    except FileNotFoundError:
+        reason = f"{_BASELINE} is not in {output_dir}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        reason = f"{path} is damaged"
+    else:
+        if digest == data:
+            return texts
+        reason = "eval_dataset is not the one this run began with"
+    logger.warning(
+        "%s, and the answers from before training cannot be made again: no NAG in this run", reason
+    )
+    return None

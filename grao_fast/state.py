@@ -19,16 +19,14 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from grao_fast.checkpoint import CheckpointError, write_folder
+from grao_fast.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded
+from grao_fast.files import write_folder
 from grao_fast.policy import Policy
 from grao_fast.rollout.weights import no_bar
 
 logger = logging.getLogger(__name__)
-
-_STATE = "state.json"
-_OPTIMIZER = "optimizer.pt"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -88,19 +86,11 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         save_model(policy, folder)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        torch.save(state, folder / _OPTIMIZER)
+        torch.save(state, folder / OPTIMIZER)
         facts = {"step": step, "data": data, "config": config.to_dict(), "versions": versions()}
-        (folder / _STATE).write_text(json.dumps(facts, indent=1))
+        (folder / STATE).write_text(json.dumps(facts, indent=1))
 
     write_folder(path, fill)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Step, dataset digest, config and versions of a verified checkpoint."""
-    try:
-        return json.loads((path / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a checkpoint of a run: no {_STATE}") from error
 
 
 def check_same_run(path: Path, state: dict[str, Any], *, config: GRAOConfig, data: str) -> None:
@@ -131,7 +121,7 @@ def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> Non
     """Load a checkpoint's moments and place in the schedule; options stay the config's own."""
     # to the CPU: AdamW moves its moments to their parameters, and its step counts where it, fused
     # or not, wants them, which it reads from the options that are loaded
-    state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+    state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     own_groups = optimizer.state_dict()["param_groups"]
     for group, own in zip(state["optimizer"]["param_groups"], own_groups, strict=True):
         group.update(own, params=group["params"])

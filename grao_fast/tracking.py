@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
 from grao_fast.tables import completions_table
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-COMPLETIONS_FILE = "completions.jsonl"
-_ERRORS = "backslashreplace"  # writes a lone surrogate as JSON's own escape for it
 _PROJECT = "grao-fast"
 _PIP_NAME = {"comet_ml": "comet-ml"}  # where pip's name differs from accelerate's
 
@@ -67,8 +64,8 @@ class Tracker:
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._trackers = _make_trackers(report_to, self.output_dir)
-        self._metrics = _open_lines(self.output_dir / METRICS_FILE, start_step)
-        self._completions = _open_lines(self.output_dir / COMPLETIONS_FILE, start_step)
+        self._metrics = LineFile(self.output_dir / METRICS_FILE, keep_to=start_step)
+        self._completions = LineFile(self.output_dir / COMPLETIONS_FILE, keep_to=start_step)
         for tracker in self._trackers:
             tracker.start()
             tracker.store_init_configuration(_hyperparameters(config))
@@ -94,7 +91,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a line of metrics; NaN and infinity become null."""
-        _write_line(self._metrics, {"step": step, **metrics})
+        self._metrics.write({"step": step, **metrics})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers:
             tracker.log(finite, step=step)
@@ -113,7 +110,7 @@ class Tracker:
         `reference_advantage`, and the lists `completions`, `rewards` and `advantages`.
         """
         for row in rows:
-            _write_line(self._completions, {"step": step, **row})
+            self._completions.write({"step": step, **row})
         if self._show and rows:
             self._console.print(completions_table(step, rows))
 
@@ -123,6 +120,11 @@ class Tracker:
             self._print(text)
         else:
             logger.warning("%s", text)
+
+    def flush(self) -> None:
+        """Return when all that was logged is on the disk, as checkpoints of these steps are."""
+        self._metrics.flush()
+        self._completions.flush()
 
     def close(self) -> None:
         """Stop the bar, finish the trackers, close the files; once more does nothing."""
@@ -147,60 +149,6 @@ class Tracker:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a JSON lines file. A torn last line, of a run that was killed, is left out.
-
-    Raises ValueError naming a line before the last that is no JSON.
-    """
-    with Path(path).open(encoding="utf-8", newline="\n") as file:
-        lines = list(file)  # not splitlines(), which also splits at U+2028 inside a string
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return rows
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON lines file; NaN and infinity become null."""
-    with path.open("w", encoding="utf-8", errors=_ERRORS) as file:
-        for row in rows:
-            _write_line(file, row)
-
-
-def _open_lines(path: Path, start_step: int) -> TextIO:
-    """Open a file to append to, holding the lines up to start_step; empty where that is 0."""
-    kept = []
-    if start_step > 0 and path.exists():
-        kept = [row for row in read_lines(path) if row["step"] <= start_step]
-    # Beside and renamed: a kill here must not cost the lines of the run so far.
-    beside = path.with_name(path.name + ".tmp")
-    write_lines(beside, kept)
-    beside.replace(path)
-    return path.open("a", encoding="utf-8", errors=_ERRORS)
-
-
-def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
-    line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-    file.write(line + "\n")
-    file.flush()
-
-
-def _plain(value: Any) -> Any:
-    """Data that JSON has: no tuples, no NaN, no infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:

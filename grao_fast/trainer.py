@@ -15,27 +15,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from grao_fast.callbacks import Callback
-from grao_fast.checkpoint import (
-    check_fresh,
-    checkpoint_path,
-    delete_old,
-    find_checkpoint,
-    write_folder,
-)
+from grao_fast.checkpoint import FINAL, checkpoint_path, choose_checkpoint, delete_old, read_state
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
+from grao_fast.files import clear_left_overs, write_file, write_folder
 from grao_fast.inputs import (
     check_evaluation,
     check_one_process,
     check_references,
     writable_folder,
 )
+from grao_fast.lines import METRICS_FILE, read_lines, write_lines
+from grao_fast.lock import only_run_in
 from grao_fast.memory import token_budget
 from grao_fast.metrics import rollout_metrics
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
-from grao_fast.results import TrainResult, samples, write_summary
+from grao_fast.results import (
+    TrainResult,
+    read_baseline,
+    samples,
+    write_baseline,
+    write_summary,
+)
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.state import (
     DataStream,
@@ -43,21 +46,18 @@ from grao_fast.state import (
     fingerprint,
     load_optimizer,
     load_weights,
-    read_state,
     save_checkpoint,
     save_model,
     step_seed,
 )
 from grao_fast.step import Rollout, sample_and_score, update
-from grao_fast.tracking import METRICS_FILE, Tracker, check_trackers, read_lines, write_lines
+from grao_fast.tracking import Tracker, check_trackers
 from grao_fast.watch import Watch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-_BASELINE = "baseline.json"  # greedy completions from before training, for NAG
 
 RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
@@ -90,8 +90,10 @@ def train(
         metric: a held-out measure, called as a reward is, that training never sees.
         peft_config: a peft config, to train a new adapter.
         callbacks: see `grao_fast.callbacks.Callback`.
-        output_dir: made if needed.
-        resume_from_checkpoint: True for the latest whole checkpoint in output_dir, or its path.
+        output_dir: made if needed; one run at a time holds it.
+        resume_from_checkpoint: True for the latest whole checkpoint in output_dir, "auto" for that
+            one or, where there is none yet, to begin; or a checkpoint's path. None: output_dir must
+            hold no results of another run.
 
     Returns:
         TrainResult; the model is also in `output_dir/final`.
@@ -100,41 +102,43 @@ def train(
         ValueError: an argument, the dataset, a reward or the model is not usable; said before the
             model is loaded where that can be known.
         RewardError: a reward failed or returned something else than one number a completion.
-        CheckpointError: nothing whole to resume from.
+        CheckpointError: nothing whole to resume from, or results that would be overwritten.
+        OSError: something could not be written; what was saved before is whole.
         FloatingPointError: the gradient became NaN or infinite.
     """
     config = config or GRAOConfig()
     check_one_process()
     output = writable_folder(output_dir)
-    examples = load_examples(dataset, split="train", require_references=True)
-    eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
-    limit = config.reward_timeout
-    reward_function = resolve_reward(reward, weights=config.reward_weights, timeout=limit)
-    metric_function = None if metric is None else resolve_reward(metric, timeout=limit)
-    for rows in filter(None, (examples, eval_examples)):
-        reward_function.check(rows, reward_type=config.reward_type)
-    if metric_function and eval_examples:
-        metric_function.check(eval_examples, reward_type="pointwise")
-    check_references(examples, eval_examples, config)
-    check_evaluation(
-        has_eval_dataset=eval_dataset is not None, has_metric=metric is not None, config=config
-    )
-    check_trackers(config.report_to)
-    checkpoint = find_checkpoint(output, resume_from_checkpoint) if resume_from_checkpoint else None
-    check_fresh(output, after_step=0 if checkpoint is None else read_state(checkpoint)["step"])
-    set_seed(config.seed)  # of an adapter's first weights
-    policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
-    run = _Run(
-        config=config,
-        policy=policy,
-        reward=reward_function,
-        metric=metric_function,
-        prompts=_encode(policy, examples, config),
-        eval_prompts=None if eval_examples is None else _encode(policy, eval_examples, config),
-        output=output,
-        callbacks=callbacks,
-    )
-    return run.train(checkpoint)
+    with only_run_in(output):
+        clear_left_overs(output)
+        checkpoint = choose_checkpoint(output, resume_from_checkpoint)
+        examples = load_examples(dataset, split="train", require_references=True)
+        eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
+        limit = config.reward_timeout
+        reward_function = resolve_reward(reward, weights=config.reward_weights, timeout=limit)
+        metric_function = None if metric is None else resolve_reward(metric, timeout=limit)
+        for rows in filter(None, (examples, eval_examples)):
+            reward_function.check(rows, reward_type=config.reward_type)
+        if metric_function and eval_examples:
+            metric_function.check(eval_examples, reward_type="pointwise")
+        check_references(examples, eval_examples, config)
+        check_evaluation(
+            has_eval_dataset=eval_dataset is not None, has_metric=metric is not None, config=config
+        )
+        check_trackers(config.report_to)
+        set_seed(config.seed)  # of an adapter's first weights
+        policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
+        run = _Run(
+            config=config,
+            policy=policy,
+            reward=reward_function,
+            metric=metric_function,
+            prompts=_encode(policy, examples, config),
+            eval_prompts=None if eval_examples is None else _encode(policy, eval_examples, config),
+            output=output,
+            callbacks=callbacks,
+        )
+        return run.train(checkpoint)
 
 
 class _Run:
@@ -180,7 +184,7 @@ class _Run:
         # kept apart: what a user left open stays open in the files of the run
         tokens = token_budget(self.policy, self.optimizer, self.prompts, config)
         self.step_config = config.replace(max_tokens_per_microbatch=tokens, memory_budget_mib=None)
-        (self.output / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        write_file(self.output / "config.json", json.dumps(config.to_dict(), indent=1))
         self.tracker = Tracker(
             self.output,
             report_to=config.report_to,
@@ -214,7 +218,7 @@ class _Run:
                     self._save(step)
                 if last:
                     break
-            write_folder(self.output / "final", lambda folder: save_model(self.policy, folder))
+            write_folder(self.output / FINAL, lambda folder: save_model(self.policy, folder))
         finally:
             self.tracker.close()
         result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
@@ -242,8 +246,7 @@ class _Run:
         )
         if step == 0:
             self.baseline_texts = texts
-            kept = {"data": fingerprint(self.eval_prompts), "texts": texts}
-            (self.output / _BASELINE).write_text(json.dumps(kept))
+            write_baseline(self.output, texts, data=fingerprint(self.eval_prompts))
         result = self._compare(texts, None if step == 0 else self.baseline_texts)
         if not log:
             return result
@@ -266,6 +269,7 @@ class _Run:
         )
 
     def _save(self, step: int) -> None:
+        self.tracker.flush()
         path = checkpoint_path(self.output, step)
         save_checkpoint(
             path,
@@ -293,16 +297,11 @@ class _Run:
         """The evaluation at step 0 of the run that resumes, from the completions it kept."""
         if self.eval_prompts is None:
             return None
-        try:
-            kept = json.loads((self.output / _BASELINE).read_text())
-        except FileNotFoundError:
-            logger.warning("%s is not in %s: no NAG in this run", _BASELINE, self.output)
+        texts = read_baseline(self.output, data=fingerprint(self.eval_prompts))
+        if texts is None:
             return None
-        if kept["data"] != fingerprint(self.eval_prompts):
-            logger.warning("eval_dataset is not the one this run began with: no NAG in this run")
-            return None
-        self.baseline_texts = kept["texts"]
-        return self._compare(kept["texts"], None)
+        self.baseline_texts = texts
+        return self._compare(texts, None)
 
     def _recall_metrics(self) -> tuple[Watch, dict[str, float]]:
         """What the steps before a resume have reported, to the watch; and the last of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -13,14 +14,13 @@ import pytest
 
 from grao_fast.checkpoint import (
     CheckpointError,
-    check_fresh,
     checkpoint_path,
+    choose_checkpoint,
     delete_old,
-    find_checkpoint,
     list_checkpoints,
     verify,
-    write_folder,
 )
+from grao_fast.files import write_folder
 
 
 def write(output: Path, step: int, text: str = "weights") -> Path:
@@ -30,6 +30,8 @@ def write(output: Path, step: int, text: str = "weights") -> Path:
         (folder / "model.bin").write_text(text)
         (folder / "sub").mkdir()
         (folder / "sub" / "tokenizer.json").write_text("{}")
+        (folder / "optimizer.pt").write_text("moments")
+        (folder / "state.json").write_text(json.dumps({"step": step}))
 
     write_folder(path, fill)
     return path
@@ -54,17 +56,17 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(
     else:
         os.truncate(torn / "manifest.json", 10)
     with pytest.raises(CheckpointError, match="checkpoint-10"):
-        find_checkpoint(tmp_path, torn)
+        choose_checkpoint(tmp_path, torn)
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint(tmp_path, True) == good
+        assert choose_checkpoint(tmp_path, True) == good
     assert "checkpoint-10" in caplog.text
 
 
 def test_nothing_to_resume_from_is_an_error(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        find_checkpoint(tmp_path, True)
+        choose_checkpoint(tmp_path, True)
     with pytest.raises(CheckpointError, match="does not exist"):
-        find_checkpoint(tmp_path, tmp_path / "checkpoint-7")
+        choose_checkpoint(tmp_path, tmp_path / "checkpoint-7")
 
 
 def test_a_failed_write_leaves_no_checkpoint(tmp_path: Path):
@@ -90,7 +92,8 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path):
     program = """
 import sys, time
 from pathlib import Path
-from grao_fast.checkpoint import checkpoint_path, write_folder
+from grao_fast.checkpoint import checkpoint_path
+from grao_fast.files import write_folder
 def fill(folder):
     (folder / "model.bin").write_text("half")
     print("writing", flush=True)
@@ -103,7 +106,7 @@ write_folder(checkpoint_path(Path(sys.argv[1]), 2), fill)
     assert process.stdout.readline().strip() == "writing"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert find_checkpoint(tmp_path, True) == checkpoint_path(tmp_path, 1)
+    assert choose_checkpoint(tmp_path, True) == checkpoint_path(tmp_path, 1)
     verify(write(tmp_path, 2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
@@ -116,10 +119,13 @@ def test_what_was_just_written_is_kept_beside_later_leftovers(tmp_path: Path):
 
 
 def test_a_folder_with_later_checkpoints_is_refused(tmp_path: Path):
-    write(tmp_path, 4)
-    check_fresh(tmp_path, after_step=4)
-    with pytest.raises(CheckpointError, match="already holds checkpoint-4"):
-        check_fresh(tmp_path, after_step=0)
+    earlier, later = write(tmp_path, 4), write(tmp_path, 6)
+    with pytest.raises(CheckpointError, match="already holds checkpoint-6"):
+        choose_checkpoint(tmp_path, earlier)
+    with pytest.raises(CheckpointError, match="already holds checkpoint-6"):
+        choose_checkpoint(tmp_path, None)
+    os.truncate(later / "model.bin", 1)
+    assert choose_checkpoint(tmp_path, earlier) == earlier  # a torn one stands in nobody's way
 
 
 def test_a_checkpoint_can_be_written_again(tmp_path: Path):

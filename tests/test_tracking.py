@@ -14,8 +14,9 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
+from grao_fast.lines import read_lines
 from grao_fast.tables import head, tail
-from grao_fast.tracking import Tracker, read_lines
+from grao_fast.tracking import Tracker
 
 ROW = {
     "prompt": [{"role": "user", "content": "first " + "x" * 500 + " last"}],
@@ -70,7 +71,7 @@ def test_a_new_run_starts_new_files_and_a_resumed_one_continues(tmp_path: Path) 
         {"step": 3, "loss": 9.0},
     ]
     assert [row["step"] for row in read_lines(tmp_path / "completions.jsonl")] == [0, 1, 2]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "completions.jsonl"}
 
 
 @pytest.mark.parametrize("text", ["\u2028 \x85 \x0b \r\n", "\ud800"])
@@ -81,10 +82,26 @@ def test_any_text_survives_a_resume(tmp_path: Path, text: str) -> None:
     assert read_lines(tmp_path / "completions.jsonl") == [{"step": 1, "prompt": text}]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        tracker(tmp_path, start_step=2)
+BROKEN = {
+    "cut": b'{"st',
+    "inside a character": '{"step": 2, "prompt": "\u00e9'.encode()[:-1],
+    "no row": b"[1, 2]",
+    "no step": b'{"loss": 1}',
+    "zeros of a lost block": bytes(100),
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", BROKEN.values(), ids=list(BROKEN))
+def test_broken_lines_are_left_out_and_said(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n" + b'{"step": 2}\n' + line)
+    tracker(tmp_path, start_step=2).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert "metrics.jsonl: line 2 cannot be read and is left out" in caplog.text
+    assert len(caplog.records) == 1
 
 
 class Recorder(GeneralTracker):
