@@ -18,6 +18,18 @@ from transformers.utils.peft_utils import find_adapter_config_file
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
+# Options of an adapter that change nothing of what it computes once its weights are drawn.
+_NOT_COMPUTED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
 _MERGE_OR_CONTINUE = (
     "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
     "and pass what that returns"
@@ -264,3 +276,33 @@ def load_adapters(model: Any, folder: Path) -> None:
             pairs.append((places[key], value))
     for place, value in pairs:
         place.copy_(value)
+
+
+def adapter_configs(model: Any) -> dict[str, dict[str, Any]]:
+    """By adapter, the options that decide what it computes; empty where there is none."""
+    if not is_peft_model(model):
+        return {}
+    active = set(model.base_model.active_adapters)
+    return {
+        name: {
+            "active": name in active,
+            **{
+                key: _plain(value)
+                for key, value in config.to_dict().items()
+                if key not in _NOT_COMPUTED and not key.endswith("dropout")
+            },
+        }
+        for name, config in model.peft_config.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON of an option; names in alphabetical order, as most options hold them in sets."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in sorted(value.items(), key=str)}
+    if isinstance(value, (set, frozenset, list, tuple)):
+        items = [_plain(item) for item in value]
+        return sorted(items) if all(isinstance(item, str) for item in items) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return getattr(value, "value", value)  # of an enumeration of texts
+    return type(value).__name__

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grao_fast.adapters import check_all_saved, is_peft_model
 from grao_fast.attention import attending, choose_attention, keep_score_cap
 from grao_fast.batch import Group, MicroBatch, pack, pad
+from grao_fast.beginning import Beginning
 from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
@@ -37,8 +38,7 @@ class Policy:
     autocast_dtype: bfloat16, or None to compute in the parameters' dtype.
     attention: of updates, as `choose_attention` gives it.
     router: the auxiliary loss of a mixture of experts; None: there is none.
-    initial: the policy that training began with, for the KL term; None where it is not needed, or
-        is the model without its adapter.
+    beginning: what training began with, for the KL term; None where it is not needed.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ class Policy:
     attention: str | None
     router: Router | None
     sampler: Sampler
-    initial: Policy | None = None
+    beginning: Beginning | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +115,10 @@ class Policy:
 
     @contextmanager
     def as_it_began(self) -> Iterator[Policy]:
-        """The policy before training, in evaluation mode, for forward passes inside `updating`."""
-        if self.initial is not None:
-            with attending(self.initial.causal_lm, self.attention):
-                yield self.initial
-            return
+        """This policy as it was before training, in evaluation mode, inside `updating`."""
+        assert self.beginning is not None, "kl_coef is 0"
         self.model.eval()
-        with self.model.disable_adapter():
+        with self.beginning.restored():
             yield self
         self.model.train()
 
@@ -197,7 +194,8 @@ def load_policy(
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     keep_score_cap(causal_lm)
-    initial_lm = copy.deepcopy(causal_lm) if config.kl_coef and causal_lm is model else None
+    if trained and is_peft_model(model):
+        check_all_saved(model)
     if config.gradient_checkpointing and not causal_lm.supports_gradient_checkpointing:
         logger.warning("%s cannot recompute activations: none are", type(causal_lm).__name__)
     elif config.gradient_checkpointing:
@@ -225,12 +223,10 @@ def load_policy(
         ),
         router=Router.of(causal_lm),
         sampler=_sampler(causal_lm, config, eos, pad_id, dtype),
+        beginning=Beginning(model) if config.kl_coef else None,
     )
     check_parity(policy, gradient=trained)
-    if initial_lm is None:
-        return policy
-    initial_lm.eval().requires_grad_(False)
-    return replace(policy, initial=replace(policy, model=initial_lm, causal_lm=initial_lm))
+    return policy
 
 
 def _sampler(

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,21 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedModel
 
+from grao_fast.adapters import differing_keys, is_peft_model, load_adapters
 from grao_fast.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.config import GRAOConfig
-from grao_fast.data import Encoded
 from grao_fast.files import write_folder
+from grao_fast.identity import (
+    FORMAT,
+    PolicyIdentity,
+    check_frozen,
+    check_same_policy,
+    digest_weights,
+)
 from grao_fast.policy import Policy
 from grao_fast.rollout.weights import no_bar
-
-logger = logging.getLogger(__name__)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -55,15 +60,6 @@ class DataStream:
         return torch.randperm(self.size, generator=generator).tolist()
 
 
-def fingerprint(prompts: Sequence[Encoded]) -> str:
-    """A digest of tokens and columns of a dataset, to know it again when a run resumes."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        row = [prompt.prompt_ids, prompt.reference_ids, prompt.example.columns]
-        digest.update(json.dumps(row, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
 def save_model(policy: Policy, folder: Path) -> None:
     """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
     with no_bar():
@@ -79,42 +75,83 @@ def save_checkpoint(
     *,
     step: int,
     config: GRAOConfig,
-    data: str,
+    belongs_to: Mapping[str, Any],
 ) -> None:
-    """Write a whole checkpoint, or none."""
+    """Write a whole checkpoint, or none.
+
+    belongs_to: what is compared when a run resumes from it, see `grao_fast.identity`.
+    """
 
     def fill(folder: Path) -> None:
         save_model(policy, folder)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, folder / OPTIMIZER)
-        facts = {"step": step, "data": data, "config": config.to_dict(), "versions": versions()}
+        if policy.beginning is not None and is_peft_model(policy.model):
+            policy.beginning.save(folder)  # a whole model's is the model that is given
+        facts = {
+            "format": FORMAT,
+            "step": step,
+            **belongs_to,
+            "weights": digest_weights(policy.model),
+            "config": config.to_dict(),
+            "versions": versions(),
+        }
         (folder / STATE).write_text(json.dumps(facts, indent=1))
 
     write_folder(path, fill)
 
 
-def check_same_run(path: Path, state: dict[str, Any], *, config: GRAOConfig, data: str) -> None:
-    """Refuse a checkpoint of another dataset; say which options have changed."""
-    if state["data"] != data:
+def resume_policy(
+    policy: Policy, given: PolicyIdentity, path: Path, state: Mapping[str, Any]
+) -> PolicyIdentity:
+    """Load a checkpoint's weights into the policy that it belongs to, and what its run began with.
+
+    given: the identity of the policy as it stands; returns that of the policy the run began with.
+
+    Raises:
+        CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
+    """
+    check_same_policy(path, state, given, kl=policy.beginning is not None)
+    load_weights(policy, path, state)
+    check_frozen(path, state, policy)
+    run = replace(given, start=state["policy"]["start"])
+    if policy.beginning is not None and not policy.beginning.load(path) and given != run:
         raise CheckpointError(
-            f"checkpoint {str(path)!r} was written on another dataset (digest {state['data']}, now "
-            f"{data}); resume with the dataset, tokenizer and lengths of that run"
+            f"checkpoint {str(path)!r} was written with kl_coef=0 and does not hold the adapter's "
+            f"first weights, and those drawn here are others (seed {state['config']['seed']} "
+            "there): resume with that seed, or leave kl_coef at 0"
         )
-    now = json.loads(json.dumps(config.to_dict()))
-    changed = [key for key, value in now.items() if state["config"].get(key) != value]
-    if changed:
-        logger.warning("resuming with other options than the checkpoint's: %s", ", ".join(changed))
+    return run
 
 
-def load_weights(policy: Policy, path: Path) -> None:
-    """Load a checkpoint's weights into the model as it stands."""
-    if hasattr(policy.model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
+    """Load a checkpoint's weights into the model as it stands, every one of them.
 
-        set_peft_model_state_dict(policy.model, load_peft_weights(str(path)))
-        return
-    saved = type(policy.causal_lm).from_pretrained(path, dtype=policy.causal_lm.dtype)
-    policy.causal_lm.load_state_dict(saved.state_dict())
+    Raises:
+        CheckpointError: a weight is missing, is not the model's, or is not what was saved.
+    """
+    if is_peft_model(policy.model):
+        load_adapters(policy.model, path)
+    else:
+        _load_model(policy.causal_lm, path)
+    if digest_weights(policy.model) != state["weights"]:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
+            "differ from those that it was written of; resume from an earlier one"
+        )
+
+
+def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
+    saved, info = type(causal_lm).from_pretrained(
+        path, dtype=causal_lm.dtype, trust_remote_code=False, output_loading_info=True
+    )
+    missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is not of this model: it "
+            f"{differing_keys(missing, unexpected)}"
+        )
+    causal_lm.load_state_dict(saved.state_dict())
 
 
 def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:

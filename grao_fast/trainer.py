@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,14 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
 from grao_fast.files import clear_left_overs, write_file, write_folder
+from grao_fast.identity import (
+    PolicyIdentity,
+    RunIdentity,
+    check_same_run,
+    check_steps,
+    digest_frozen,
+    fingerprint,
+)
 from grao_fast.inputs import (
     check_evaluation,
     check_one_process,
@@ -42,10 +51,8 @@ from grao_fast.results import (
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.state import (
     DataStream,
-    check_same_run,
-    fingerprint,
     load_optimizer,
-    load_weights,
+    resume_policy,
     save_checkpoint,
     save_model,
     step_seed,
@@ -126,10 +133,14 @@ def train(
             has_eval_dataset=eval_dataset is not None, has_metric=metric is not None, config=config
         )
         check_trackers(config.report_to)
+        identity = RunIdentity.of(examples, reward_function)
+        if checkpoint is not None:
+            check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
         set_seed(config.seed)  # of an adapter's first weights
         policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
         run = _Run(
             config=config,
+            identity=identity,
             policy=policy,
             reward=reward_function,
             metric=metric_function,
@@ -148,6 +159,7 @@ class _Run:
         self,
         *,
         config: GRAOConfig,
+        identity: RunIdentity,
         policy: Policy,
         reward: Reward,
         metric: Reward | None,
@@ -159,7 +171,8 @@ class _Run:
         self.config, self.policy, self.reward, self.metric = config, policy, reward, metric
         self.prompts, self.eval_prompts = prompts, eval_prompts
         self.output, self.callbacks = output, callbacks
-        self.data = fingerprint(prompts)
+        self.identity, self.policy_identity = identity, PolicyIdentity.of(policy)
+        self.eval_data = fingerprint([prompt.example for prompt in eval_prompts or ()])
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
                            config.prompts_per_step, len(prompts))  # fmt: skip
@@ -180,6 +193,7 @@ class _Run:
         """The loop."""
         config, started = self.config, time.perf_counter()
         first_step = 0 if checkpoint is None else self._resume(checkpoint)
+        self.frozen = digest_frozen(self.policy.model)
         self.policy.sampler.sync(self.policy)
         # kept apart: what a user left open stays open in the files of the run
         tokens = token_budget(self.policy, self.optimizer, self.prompts, config)
@@ -246,7 +260,7 @@ class _Run:
         )
         if step == 0:
             self.baseline_texts = texts
-            write_baseline(self.output, texts, data=fingerprint(self.eval_prompts))
+            write_baseline(self.output, texts, data=self.eval_data)
         result = self._compare(texts, None if step == 0 else self.baseline_texts)
         if not log:
             return result
@@ -278,7 +292,12 @@ class _Run:
             self.scheduler,
             step=step,
             config=self.config,
-            data=self.data,
+            belongs_to={
+                "run": asdict(self.identity),
+                "policy": asdict(self.policy_identity),
+                "frozen": self.frozen,
+                "prompts": len(self.prompts),
+            },
         )
         delete_old(path, self.config.save_total_limit)
         for callback in self.callbacks:
@@ -287,8 +306,13 @@ class _Run:
     def _resume(self, checkpoint: Path) -> int:
         """Load a checkpoint; returns the number of steps it has done."""
         state = read_state(checkpoint)
-        check_same_run(checkpoint, state, config=self.config, data=self.data)
-        load_weights(self.policy, checkpoint)
+        check_steps(checkpoint, state["step"], self.total_steps)
+        self.policy_identity = resume_policy(self.policy, self.policy_identity, checkpoint, state)
+        if state["prompts"] != len(self.prompts):
+            logger.warning(
+                "%d prompts are short enough here and %d were: their order is another one",
+                len(self.prompts), state["prompts"],
+            )  # fmt: skip
         load_optimizer(checkpoint, self.optimizer, self.scheduler)
         logger.info("resuming from %s", checkpoint)
         return state["step"]
@@ -297,7 +321,7 @@ class _Run:
         """The evaluation at step 0 of the run that resumes, from the completions it kept."""
         if self.eval_prompts is None:
             return None
-        texts = read_baseline(self.output, data=fingerprint(self.eval_prompts))
+        texts = read_baseline(self.output, data=self.eval_data)
         if texts is None:
             return None
         self.baseline_texts = texts

@@ -1,0 +1,214 @@
+"""What a checkpoint belongs to, written in it and compared before a run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from grao_fast.adapters import adapter_configs, adapter_state, is_peft_model
+from grao_fast.beginning import trainable
+from grao_fast.checkpoint import CheckpointError
+from grao_fast.config import GRAOConfig
+from grao_fast.data import Example
+from grao_fast.digests import digest_rows, digest_tensors
+from grao_fast.rewards import Reward
+from grao_fast.rewards.calling import function_name
+
+if TYPE_CHECKING:
+    from grao_fast.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # of state.json and what lies beside it
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of prompts, references and columns, to know a dataset again when a run resumes.
+
+    Not of token ids: a chat template may write today's date. See `digest_rows` for what counts.
+    """
+    return digest_rows((e.prompt, e.reference, e.columns) for e in examples)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What does not change while a run lasts, known before a model is loaded.
+
+    data: `fingerprint` of the dataset.
+    reward: names of the reward functions.
+    """
+
+    data: str
+    reward: list[str]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], reward: Reward) -> RunIdentity:
+        return cls(fingerprint(examples), [function_name(f) for f in reward.functions])
+
+
+@dataclass(frozen=True)
+class PolicyIdentity:
+    """What does not change of a policy while it is trained.
+
+    model: its class and name, which are only said.
+    adapters: by name, the options that decide what an adapter computes.
+    trained: dtype and shape of every trained parameter.
+    tokenizer: digest of vocabulary, chat template and special tokens.
+    start: digest of what checkpoints hold, as training began with it: all weights of a model, or
+        the trained ones where an adapter is.
+    """
+
+    model: str
+    adapters: dict[str, dict[str, Any]]
+    trained: dict[str, str]
+    tokenizer: str
+    start: str
+
+    @classmethod
+    def of(cls, policy: Policy) -> PolicyIdentity:
+        """Of a policy before its first step, or before it takes a checkpoint's weights."""
+        return cls(
+            model=_described(policy),
+            adapters=adapter_configs(policy.model),
+            trained={
+                name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
+                for name, p in trainable(policy.model).items()
+            },
+            tokenizer=_tokenizer_digest(policy.tokenizer),
+            start=digest_weights(policy.model),
+        )
+
+
+def _described(policy: Policy) -> str:
+    name = getattr(policy.causal_lm, "name_or_path", "")
+    return f"{type(policy.causal_lm).__name__} {name}".strip()
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Of all of a model, or of what is trained where an adapter is: what training changes."""
+    return digest_tensors(trainable(model) if is_peft_model(model) else model.state_dict())
+
+
+def digest_frozen(model: nn.Module) -> str | None:
+    """Of all that an adapter's checkpoint does not hold; None where it holds a whole model."""
+    if not is_peft_model(model):
+        return None
+    state: dict[str, Tensor] = model.state_dict()
+    held = {
+        tensor.data_ptr()
+        for name in adapter_configs(model)
+        for tensor in adapter_state(model, name).values()
+    }
+    return digest_tensors({k: t for k, t in state.items() if t.data_ptr() not in held})
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return digest_rows([tokenizer.get_vocab(), tokenizer.chat_template, special])
+
+
+def check_same_run(
+    path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig
+) -> None:
+    """Refuse a checkpoint of other data or another reward; say which options have changed.
+
+    Raises:
+        CheckpointError: it is of another format; or it names what differs, and both sides.
+    """
+    written = state.get("format", 1)
+    if written != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is of format {written}, and this version of grao-fast reads "
+            f"{FORMAT}: resume with the version that wrote it, or start anew in another output_dir"
+        )
+    if state["run"]["data"] != run.data:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was written on another dataset (digest "
+            f"{state['run']['data']}, now {run.data}); resume with the dataset of that run"
+        )
+    if state["run"]["reward"] != run.reward:
+        raise _other(path, "the reward", ", ".join(state["run"]["reward"]), ", ".join(run.reward))
+    if config.max_steps > 0:
+        check_steps(path, state["step"], config.max_steps)
+    now = json.loads(json.dumps(config.to_dict()))
+    changed = [key for key, value in now.items() if state["config"].get(key) != value]
+    if changed:
+        logger.warning("resuming with other options than the checkpoint's: %s", ", ".join(changed))
+
+
+def check_steps(path: Path, done: int, total: int) -> None:
+    """Refuse a run that would end before the checkpoint's step."""
+    if done > total:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} has done {done} steps, and this run has {total}: raise "
+            "max_steps (or num_train_epochs), or resume from an earlier checkpoint"
+        )
+
+
+def check_same_policy(
+    path: Path, state: Mapping[str, Any], policy: PolicyIdentity, *, kl: bool
+) -> None:
+    """Refuse a checkpoint of another model, adapter or tokenizer, or that trains other parameters.
+
+    kl: the model as it is given serves as what training began with.
+
+    Raises:
+        CheckpointError: names what differs, and both sides.
+    """
+    now, before = json.loads(json.dumps(asdict(policy))), state["policy"]
+    _check_adapters(path, before["adapters"], now["adapters"])
+    _check_trained(path, before["trained"], now["trained"])
+    if before["tokenizer"] != now["tokenizer"]:
+        sides = (f"of digest {side['tokenizer']}" for side in (before, now))
+        raise _other(path, "the tokenizer, or its chat template,", *sides)
+    # An adapter's first weights are drawn, and replaced by the checkpoint's; its base is compared
+    # by `check_frozen`. So are a model's, where it has come as far as the checkpoint by itself.
+    came_as_far = not kl and now["start"] == state["weights"]
+    if not now["adapters"] and before["start"] != now["start"] and not came_as_far:
+        sides = (f"{side['model']} (weights of digest {side['start']})" for side in (before, now))
+        raise _other(path, "the model that training began with", *sides)
+
+
+def check_frozen(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded."""
+    before, now = state["frozen"], digest_frozen(policy.model)
+    if before != now:
+        both = ((state["policy"]["model"], before), (_described(policy), now))
+        sides = (f"{model} (frozen weights of digest {digest})" for model, digest in both)
+        raise _other(
+            path, "the base model, or what the adapter's first weights made of it,", *sides
+        )
+
+
+def _check_adapters(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before.keys() != now.keys():
+        sides = (", ".join(map(repr, sorted(side))) or "none" for side in (before, now))
+        raise _other(path, "the adapter", *sides)
+    for name, options in before.items():
+        # options that one version of peft knows and the other does not say nothing
+        changed = [k for k in options if k in now[name] and options[k] != now[name][k]]
+        if changed:
+            sides = (", ".join(f"{k}={side[k]}" for k in changed) for side in (options, now[name]))
+            raise _other(path, f"adapter {name!r}", *sides)
+
+
+def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differ:
+        more = f" and {len(differ) - 1} more" if differ[1:] else ""
+        sides = (side.get(differ[0], "frozen or absent") for side in (before, now))
+        raise _other(path, f"what is trained, {differ[0]}{more},", *sides)
+
+
+def _other(path: Path, what: str, before: str, now: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {str(path)!r} is of another run: {what} was {before}, and is {now} here; "
+        "resume with what that run had, or start anew in another output_dir"
+    )
