@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,3 +26,21 @@ class Callback:
 
     def on_save(self, step: int, path: Path) -> None:
         """After every checkpoint."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """ValueError where one is a class, or lacks what a run calls."""
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks must be a list of callbacks, got {callbacks!r}")
+    for callback in callbacks:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise ValueError(f"callbacks holds the class {name}: pass an instance, {name}()")
+        lacking = [
+            name for name in vars(Callback) if name[0] != "_" and not hasattr(callback, name)
+        ]
+        if lacking:
+            raise ValueError(
+                f"callback {callback!r} has no {lacking[0]}: derive its class from "
+                "grao_fast.callbacks.Callback"
+            )

@@ -34,6 +34,7 @@ from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
 from grao_fast.inputs import writable_folder
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
+from grao_fast.model_checks import gives_models_back
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.tables import results_table
 
@@ -148,6 +149,7 @@ def evaluate_completions(
     )
 
 
+@gives_models_back
 def evaluate(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],

@@ -11,7 +11,7 @@ A multiply-add is two operations, and only matrix products are counted:
 
 A pair is a query with a key that it sees: causal, in the window of its layer, in its own sequence.
 Weights and heads that are frozen have no gradient of their own. Of a mixture of experts, those that
-a token is sent to count.
+a token is sent to count. What recurrent layers do between their weights does not.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from grao_fast.attention import head_width
 from grao_fast.batch import Group, MicroBatch
 
 Window = int | None
+
+# What Transformers calls layers without attention.
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class ModelCost:
         weights = list(_weights(causal_lm, config))
         total = sum(size for size, _ in weights)
         trained = sum(size for size, trains in weights if trains)
-        heads = config.num_attention_heads
+        layers = Counter(layer_windows(config))
+        heads = config.num_attention_heads if layers else 0
         qk, v = (
-            getattr(config, n, None) or head_width(config) for n in ("qk_head_dim", "v_head_dim")
+            (getattr(config, n, None) or head_width(config)) if layers else 0
+            for n in ("qk_head_dim", "v_head_dim")
         )
         pair_forward = 2 * heads * (qk + v)
         again = 1 if recompute else 0
@@ -66,7 +71,7 @@ class ModelCost:
             pair_update=(1 + again) * pair_forward + 2 * heads * (3 * qk + 2 * v),
             row_forward=2 * head.numel(),
             row_update=2 * head.numel() * (3 if head.requires_grad else 2),
-            layers=Counter(layer_windows(config)),
+            layers=layers,
         )
 
     def updates(self, work: Work) -> float:
@@ -116,12 +121,14 @@ def causal_pairs(length: int, window: Window) -> int:
 
 
 def layer_windows(config: Any) -> list[Window]:
-    """The window of each layer of a Transformers config."""
+    """The window of each layer of a Transformers config that attends."""
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+        attends = hasattr(config, "num_attention_heads")
+        return [window] * config.num_hidden_layers if attends else []
+    attending = (kind for kind in kinds if kind not in _WITHOUT_ATTENTION)
+    return [window if "sliding" in kind else None for kind in attending]
 
 
 def _weights(causal_lm: PreTrainedModel, config: Any) -> Iterable[tuple[float, bool]]:

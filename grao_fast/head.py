@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+# Names of a factor of the logits, and of their cap, in configs of Transformers.
+_SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Model types whose config names a factor of the logits but divides by it.
 _DIVIDES_LOGITS_SCALING = ("granite", "minicpm3")
 
@@ -22,13 +25,16 @@ class LogitTransform:
     @classmethod
     def from_config(cls, config: Any) -> LogitTransform:
         """Read a Transformers config: Gemma caps, Cohere and Falcon-H1 scale, Granite divides."""
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+
+        def first(names: tuple[str, ...]) -> float | None:
+            return next(filter(None, (getattr(config, name, None) for name in names)), None)
+
+        scale = first(_SCALES)
         scaling = getattr(config, "logits_scaling", None)
         if scaling is not None:
-            scale = (
-                1 / scaling if config.model_type.startswith(_DIVIDES_LOGITS_SCALING) else scaling
-            )
-        return cls(float(scale or 1.0), getattr(config, "final_logit_softcapping", None))
+            divides = config.model_type.startswith(_DIVIDES_LOGITS_SCALING)
+            scale = 1 / scaling if divides else scaling
+        return cls(float(scale or 1.0), first(_CAPS))
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:

@@ -94,7 +94,7 @@ class LossMetrics:
     """The losses of an update's micro-batches, added up."""
 
     def __init__(self) -> None:
-        self.terms, self.kl = torch.zeros(3), 0.0
+        self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
         self.router: float | None = None
         self.samples, self.references = _Mean(), _Mean()
         self.logp_diff, self.held = _Mean(), _Mean()
@@ -125,7 +125,7 @@ class LossMetrics:
         """Add L(s), the mean log-prob of each sequence of the batch, to its kind's mean."""
         K = batch.rewards_NK.shape[1]
         sequences, place_T = batch.sequence_T.unique(return_inverse=True)
-        sums = torch.zeros(len(sequences)).index_add_(0, place_T, logprob_T)
+        sums = torch.zeros(len(sequences), dtype=torch.float32).index_add_(0, place_T, logprob_T)
         means = sums / torch.bincount(place_T)
         is_reference = sequences % K == K - 1
         self.samples.add(means[~is_reference])

@@ -53,10 +53,12 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     try:
         with attending(model, policy.attention):
             ours = _measure(policy, lambda: _logits(policy, prompt, suffixes), ids_T, gradient)
+        its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot run as a policy: {error}; {remedy}") from error
-    its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
-    policy.model.train(training)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"{name} cannot run as a policy: {reason}; {remedy}") from error
+    finally:
+        policy.model.train(training)
     # 16-bit forward passes of different shapes differ by their rounding
     sixteen_bits = policy.autocast_dtype is not None or model.dtype != torch.float32
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
@@ -68,7 +70,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
                 f"{name}: {what} from its hidden states differ from its own by {error:.3g} where "
                 f"the largest is {largest:.3g}; {remedy}"
             )
-        off = max(off, error / largest)
+        off = max(off, error / largest if largest else 0.0)  # of a head of zeros, both are 0
     logger.info(
         "%s on %s: prompts %s, attention %s, loss in %s, %s off by %.1e of the largest",
         name,
@@ -125,14 +127,16 @@ def _measure(
     try:
         with torch.set_grad_enabled(gradient):
             logits_TV = forward()
+            target_T = ids_T[-len(logits_TV) :].to(policy.device)
+            logprob_T = logits_TV.log_softmax(-1).gather(1, target_T[:, None])[:, 0]
+            weight_T = torch.linspace(
+                -1, 2, len(target_T), dtype=torch.float32, device=policy.device
+            )
+            loss = (weight_T * logprob_T).sum()
     finally:
         hook.remove()
     if not gradient:
         return [logits_TV]
-    target_T = ids_T[-len(logits_TV) :].to(policy.device)
-    logprob_T = logits_TV.log_softmax(-1).gather(1, target_T[:, None])[:, 0]
-    weight_T = torch.linspace(-1, 2, len(target_T), device=policy.device)
-    loss = (weight_T * logprob_T).sum()
     gradients = torch.autograd.grad(loss, [leaf_BLD for _, leaf_BLD in passed])
     ids_T = ids_T.unique().to(policy.device)
     total_TD = sum(

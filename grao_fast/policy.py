@@ -21,9 +21,12 @@ from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
 from grao_fast.loading import load_model
+from grao_fast.model_checks import check_weights, plain_model
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
-from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.rollout.cache import Kept, kept_by
+from grao_fast.rollout.choose import check_sharing, choose_sampler
+from grao_fast.rollout.proof import check_sampler
 from grao_fast.router import Router
 
 logger = logging.getLogger(__name__)
@@ -110,7 +113,7 @@ class Policy:
     def updating(self) -> Iterator[None]:
         """Training mode, for forward and backward passes over micro-batches."""
         self.model.train()
-        with attending(self.causal_lm, self.attention):
+        with torch.enable_grad(), attending(self.causal_lm, self.attention):
             yield
 
     @contextmanager
@@ -182,6 +185,8 @@ def load_policy(
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if isinstance(model, nn.Module):
+        model = plain_model(model)
     model, tokenizer = load_model(
         model,
         device=device,
@@ -191,6 +196,7 @@ def load_policy(
         trained=trained,
         liger=config.use_liger_kernel,
     )
+    check_weights(model)
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     keep_score_cap(causal_lm)
@@ -203,6 +209,9 @@ def load_policy(
         if hasattr(model, "peft_config"):
             causal_lm.enable_input_require_grads()
     dtype = torch.bfloat16 if bf16 else None
+    kept = kept_by(causal_lm, dtype)
+    if config.share_prefix:
+        check_sharing(causal_lm, kept)
     eos = _eos_token_ids(causal_lm, tokenizer)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     policy = Policy(
@@ -222,23 +231,27 @@ def load_policy(
             recompute=config.gradient_checkpointing,
         ),
         router=Router.of(causal_lm),
-        sampler=_sampler(causal_lm, config, eos, pad_id, dtype),
+        sampler=_sampler(causal_lm, kept, config, eos, pad_id, dtype),
         beginning=Beginning(model) if config.kl_coef else None,
     )
     check_parity(policy, gradient=trained)
+    if not config.use_vllm:  # which is proved when it has the weights
+        check_sampler(policy)
     return policy
 
 
 def _sampler(
     causal_lm: PreTrainedModel,
+    kept: Kept,
     config: GRAOConfig,
     eos_token_ids: frozenset[int],
     pad_token_id: int,
     dtype: torch.dtype | None,
 ) -> Sampler:
     if not config.use_vllm:
-        return TransformersSampler(
+        return choose_sampler(
             causal_lm,
+            kept,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
             batch_size=config.generation_batch_size,
@@ -264,10 +277,9 @@ def _sampler(
 
 def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
     """Transformers 5.23 renamed the method; both take these options."""
-    enable = getattr(
-        causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": False})
+    renamed = hasattr(causal_lm, "activation_checkpointing_enable")
+    name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
+    getattr(causal_lm, name)({"use_reentrant": False})
 
 
 def _eos_token_ids(
@@ -275,5 +287,5 @@ def _eos_token_ids(
 ) -> frozenset[int]:
     generation = getattr(causal_lm, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    listed = [] if ids is None else torch.as_tensor(ids).flatten().tolist()  # also of a tuple
     return frozenset([*listed, tokenizer.eos_token_id])

@@ -198,6 +198,7 @@ def update(
     assert budget is not None, "see grao_fast.memory.token_budget"
     passes: list[LossMetrics] = []
     norms: list[float] = []
+    optimizer.zero_grad(set_to_none=True)  # what an interrupted run or a caller has left
     with policy.updating():
         parts = [
             _Part(policy.lay_out(part))

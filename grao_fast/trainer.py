@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
-from grao_fast.callbacks import Callback
+from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkpoint import FINAL, checkpoint_path, choose_checkpoint, delete_old, read_state
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
@@ -39,6 +39,7 @@ from grao_fast.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.lock import only_run_in
 from grao_fast.memory import token_budget
 from grao_fast.metrics import rollout_metrics
+from grao_fast.model_checks import gives_models_back
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
 from grao_fast.results import (
@@ -69,6 +70,7 @@ logger = logging.getLogger(__name__)
 RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
 
+@gives_models_back
 def train(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
@@ -115,6 +117,7 @@ def train(
     """
     config = config or GRAOConfig()
     check_one_process()
+    check_callbacks(callbacks)
     output = writable_folder(output_dir)
     with only_run_in(output):
         clear_left_overs(output)

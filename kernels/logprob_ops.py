@@ -67,7 +67,7 @@ def token_logprobs(
         shard=shard_of(group_name, vocab_size),
     )
     # Weights on the CPU: all rows count, and the host knows it.
-    ones_1T = torch.ones(1, hidden_TD.shape[0])
+    ones_1T = torch.ones(1, hidden_TD.shape[0], dtype=torch.float32)
     with without_autocast(hidden_TD.device):
         result = one_pass(hidden_TD, head_VD, bias_V, target_T, ones_1T, options)
     entropy_T = result.logprob_T.new_empty(0) if result.entropy_T is None else result.entropy_T

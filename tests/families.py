@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -43,6 +45,38 @@ FAMILIES = {
         "router_aux_loss_coef": 0.1,
     },
 }
+# Of layers that carry a state: gated delta rule, short convolution, and two with Mamba 2, beside
+# attention in one layer and without any.
+HYBRIDS = {
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 0,
+        "mlp_only_layers": [0, 1],
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "FalconH1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "lm_head_multiplier": 0.5,
+    },
+    "Mamba2": {
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "num_attention_heads": None,
+        "num_key_value_heads": None,
+        "max_position_embeddings": None,
+    },
+}
 GROUPS = [
     Group(
         [5, 6, 7, 8, 9, 10],
@@ -59,10 +93,12 @@ GROUPS = [
 ]
 
 
-def family_model(name: str, **sizes: int) -> transformers.PreTrainedModel:
+def family_model(name: str, **sizes: Any) -> transformers.PreTrainedModel:
     """Two layers with random weights, norms included: fresh ones would hide a misplaced scale."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | sizes, **FAMILIES[name])
+    options = SIZES | (FAMILIES | HYBRIDS)[name] | sizes
+    given = {option: value for option, value in options.items() if value is not None}
+    config = getattr(transformers, f"{name}Config")(**given)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 1.0, std=0.2)

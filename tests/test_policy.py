@@ -14,6 +14,7 @@ from grao_fast.attention import packed_attention, sdpa
 from grao_fast.batch import pack, pad
 from grao_fast.config import GRAOConfig
 from grao_fast.policy import LogitTransform, load_policy
+from grao_fast.rollout import transformers as rollout_transformers
 
 
 @pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])
@@ -84,6 +85,7 @@ def test_transforms_are_read_from_the_config():
 
     assert read("Gemma2", final_logit_softcapping=30.0) == LogitTransform(1.0, 30.0)
     assert read("Granite", logits_scaling=4.0) == LogitTransform(0.25, None)
+    assert read("RecurrentGemma", logits_soft_cap=30.0) == LogitTransform(1.0, 30.0)
     assert read("Cohere", logit_scale=0.0625) == LogitTransform(0.0625, None)
     assert read("Llama") == LogitTransform(1.0, None)
 
@@ -110,6 +112,29 @@ def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: gradients .* differ .*share_prefix"):
         load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer)
     load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer, trained=False)
+
+
+def test_a_sampler_that_says_other_log_probs_is_refused(tiny_model, monkeypatch):
+    """It would be off-policy without a word: here by a temperature that it does not tell of."""
+
+    def warmer(logits, temperature, u):
+        return draw(logits / 1.1, temperature, u)
+
+    draw = rollout_transformers.draw
+    monkeypatch.setattr(rollout_transformers, "draw", warmer)
+    message = r"LlamaForCausalLM: log-probs of TransformersSampler differ .* nats"
+    with pytest.raises(ValueError, match=message):
+        load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
+
+
+def test_a_model_that_cannot_be_sampled_is_refused_at_the_start(tiny_model, monkeypatch):
+    def prefill(*_):
+        raise IndexError("no such layer")
+
+    monkeypatch.setattr(rollout_transformers.TransformersSampler, "_prefill", prefill)
+    message = "LlamaForCausalLM cannot be sampled by TransformersSampler: no such layer"
+    with pytest.raises(ValueError, match=message):
+        load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
 
 
 def test_the_check_at_the_start_leaves_no_trace(tiny_model):

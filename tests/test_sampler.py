@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from grao_fast.rollout.cache import GrowingLayer, drop_rows
-from grao_fast.rollout.transformers import TransformersSampler, _draw
+from grao_fast.rollout.cache import GrowingLayer, cache_name, drop_rows
+from grao_fast.rollout.drawing import draw
+from grao_fast.rollout.transformers import TransformersSampler
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
@@ -76,6 +79,20 @@ def test_frequencies_follow_the_distribution(model):
     assert bool(((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt() + 1).all())
 
 
+def test_the_cache_has_the_name_that_the_model_gives_it(model):
+    """Transformers renamed it, and will drop the old name; before, and in models of others, it is
+    the only one."""
+
+    def old(input_ids=None, past_key_values=None): ...
+    def new(input_ids=None, cache=None): ...
+
+    assert cache_name(SimpleNamespace(forward=old)) == "past_key_values"
+    assert cache_name(SimpleNamespace(forward=new)) == "cache"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        sampler(model).sample([[5]], num_generations=2, max_new_tokens=2, temperature=1.0, seed=0)
+
+
 def uniform(n: int) -> torch.Tensor:
     return torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -85,7 +102,7 @@ def test_draws_invert_the_distribution_function(V: int):
     """Also where the vocabulary is not a multiple of a block."""
     logits = 3 * torch.randn(4000, V, generator=torch.Generator().manual_seed(1))
     u = uniform(4000)
-    token, logprob = _draw(logits, 0.9, u)
+    token, logprob = draw(logits, 0.9, u)
     logprobs = (logits / 0.9).log_softmax(-1)
     cdf = logprobs.double().exp().cumsum(-1)
     assert torch.equal(token[:, None], torch.searchsorted(cdf, (1 - u) * cdf[:, -1:]))
@@ -97,7 +114,7 @@ def test_rare_tokens_are_not_rounded_away(place: int):
     """1e-9 is drawn beside 1 - 1e-9 for that share of the numbers, in its block or in another."""
     logits = torch.full((2, 301), -torch.inf)
     logits[:, 0], logits[:, place] = 0.0, math.log(1e-9)
-    token, _ = _draw(logits, 1.0, torch.tensor([[0.9e-9], [1.1e-9]], dtype=torch.float64))
+    token, _ = draw(logits, 1.0, torch.tensor([[0.9e-9], [1.1e-9]], dtype=torch.float64))
     assert token.tolist() == [place, 0]
 
 
@@ -106,13 +123,13 @@ def test_what_cannot_be_drawn_is_not_drawn(scale: int):
     """Probability 0 at both ends and between, and a token that is a rounding away from it."""
     logits = torch.full((4000, 6 * scale), -torch.inf)
     logits[:, 2 * scale], logits[:, 4 * scale] = 0.0, -40.0
-    token, logprob = _draw(logits, 1.0, uniform(4000))
+    token, logprob = draw(logits, 1.0, uniform(4000))
     assert token.tolist() == [2 * scale] * 4000 and logprob.tolist() == [0.0] * 4000
     logits[:, 4 * scale] = 0.0
-    token, _ = _draw(logits, 1.0, uniform(4000))
+    token, _ = draw(logits, 1.0, uniform(4000))
     assert set(token.tolist()) == {2 * scale, 4 * scale}
     ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
-    token, _ = _draw(logits[:2], 1.0, ends)
+    token, _ = draw(logits[:2], 1.0, ends)
     assert token.tolist() == [4 * scale, 2 * scale]
 
 

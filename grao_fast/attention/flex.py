@@ -74,7 +74,7 @@ def _compiled() -> Callable[..., Tensor]:
 def softcap_of(softcap: float, device: torch.device) -> Score:
     """softcap * tanh(score / softcap); one function for all layers, as it is part of the kernel."""
     # as a tensor: a captured float is a dynamic number, which FlexAttention's lowering refuses
-    cap = torch.tensor(softcap, device=device)
+    cap = torch.tensor(softcap, dtype=torch.float32, device=device)
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)

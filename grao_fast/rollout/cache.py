@@ -1,19 +1,22 @@
-"""A key/value cache that grows in place.
+"""The cache of a model: what it holds, and one of keys and values that grows in place.
 
 Shapes: B sequences, H key/value heads, L tokens, d head width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 # Tokens that a layer makes room for when it has none left.
 _ROOM = 32
+# Layers of a cache that hold keys and values and nothing else, or those of another layer.
+_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class GrowingLayer(DynamicLayer):
@@ -94,3 +97,47 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The argument of `forward` that takes the cache: Transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Kept(NamedTuple):
+    """What a model keeps of earlier tokens while it generates.
+
+    keys_and_values: whether it is that alone, in a `DynamicCache`.
+    state: by name, what makes a token depend on those before it besides attention; None: nothing.
+    """
+
+    keys_and_values: bool
+    state: str | None
+
+
+@torch.no_grad()
+def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
+    """Of a model, as the cache says that it makes itself in a forward pass over two tokens.
+
+    A class that marks itself as stateful is believed. Raises ValueError where it cannot run.
+    """
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            output = model(input_ids=ids, use_cache=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{type(model).__name__} cannot run over two tokens: {error}") from error
+    finally:
+        model.train(training)
+    held = dict(output.items())
+    cache = held.get("cache", held.get("past_key_values"))
+    stateful = getattr(model, "_is_stateful", False)
+    if type(cache) is DynamicCache:
+        others = {type(layer).__name__ for layer in cache.layers} - _KEYS_AND_VALUES
+        if others:
+            return Kept(False, " and ".join(sorted(others)))
+    elif cache is not None:
+        return Kept(False, type(cache).__name__)
+    return Kept(cache is not None and not stateful, "a recurrent state" if stateful else None)

@@ -1,0 +1,166 @@
+"""Models that carry a state from token to token: trained and evaluated by `generate`, unshared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import HYBRIDS, assert_same, family_model, gradients
+from tiny import sums
+from transformers import AutoTokenizer
+
+import grao_fast
+from grao_fast import GRAOConfig
+from grao_fast.batch import Group, pad
+from grao_fast.flops import layer_windows
+from grao_fast.policy import Policy, load_policy
+from grao_fast.rollout import Completion
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def policy(request: pytest.FixtureRequest, tiny_model: Path) -> Policy:
+    """Every third token ends a completion, so that rows end at different times."""
+    model = family_model(request.param)
+    model.generation_config.eos_token_id = list(range(1, 77, 3))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return load_policy(model, config=GRAOConfig(share_prefix=False), tokenizer=tokenizer)
+
+
+def sample(policy: Policy, **options) -> list[list[Completion]]:
+    options = {"num_generations": 6, "max_new_tokens": 8, "temperature": 0.7, "seed": 3} | options
+    return policy.sampler.sample(PROMPTS, **options)
+
+
+def test_log_probs_are_those_of_the_full_forward_pass(policy: Policy):
+    groups = sample(policy)
+    model = policy.causal_lm.eval()
+    lengths = set()
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+            ended = [token in policy.eos_token_ids for token in completion.token_ids]
+            assert not any(ended[:-1])
+            assert completion.finished == ended[-1]
+            assert completion.finished or len(ended) == 8
+            lengths.add(len(ended))
+    assert len(lengths) > 3
+
+
+def test_one_call_one_result_and_another_seed_another(policy: Policy):
+    assert sample(policy) == sample(policy)
+    assert sample(policy) != sample(policy, seed=4)
+
+
+def test_a_group_does_not_depend_on_the_prompts_beside_it(policy: Policy):
+    """Greedily, as draws follow the batch; padding would be summed into the state."""
+    together = sample(policy, temperature=0.0, num_generations=1)
+    options = {"num_generations": 1, "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
+    alone = [policy.sampler.sample([prompt], **options)[0] for prompt in PROMPTS]
+    assert [g[0].token_ids for g in together] == [g[0].token_ids for g in alone]
+
+
+def test_the_models_generation_config_has_no_say(policy: Policy):
+    """Nor is it changed."""
+    expected = sample(policy)
+    own = policy.causal_lm.generation_config
+    settings = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_k": 1,
+        "repetition_penalty": 5.0,
+        "suppress_tokens": [3, 4, 5],
+        "max_length": 5,
+        "min_new_tokens": 8,
+    }
+    before = {name: getattr(own, name) for name in settings}
+    own.update(**settings)
+    try:
+        assert sample(policy) == expected
+        assert policy.causal_lm.generation_config is own
+        assert all(getattr(own, name) == value for name, value in settings.items())
+    finally:
+        own.update(**before)
+
+
+def test_padding_on_the_right_changes_no_gradient(policy: Policy):
+    """Rows of two lengths in one batch, against one row a batch."""
+    live = torch.ones(1, dtype=torch.bool)
+    rewards = torch.zeros(1, dtype=torch.float64)
+    rows = [Group([5, 6, 7], [[8, 9, 10, 11, 12, 13]], rewards, live)]
+    rows += [Group([14], [[15, 16]], rewards, live)]
+    hidden, together = gradients(policy, pad(rows, pad_token_id=0))
+    weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+    policy.model.zero_grad()
+    parts = []
+    with policy.updating():
+        for row, weight_TD in zip(rows, weight.split([6, 2]), strict=True):
+            parts.append(policy.hidden(pad([row], pad_token_id=0)))
+            (parts[-1] * weight_TD).sum().backward()
+    named = policy.model.named_parameters()
+    apart = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    assert_same((hidden, together), (torch.cat(parts).detach(), apart))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_two_steps_and_an_evaluation(family: str, tiny_model: Path, tmp_path: Path):
+    """In float32 the sampler and the policy agree to rounding; layers are recomputed."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = GRAOConfig(
+        num_generations=3,
+        max_new_tokens=6,
+        prompts_per_step=2,
+        max_steps=2,
+        save_steps=0,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        share_prefix=False,
+        memory_budget_mib=4000,
+        device="cpu",
+    )
+
+    def reward(completions, **columns) -> list[float]:
+        return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+    model = family_model(family)
+    with pytest.raises(ValueError, match=r"carries a state .*: set share_prefix=False"):
+        options = {"tokenizer": tokenizer, "output_dir": tmp_path / "shared"}
+        shared = config.replace(share_prefix=True)
+        grao_fast.train(model, sums(4), reward, config=shared, **options)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    result = grao_fast.train(
+        model,
+        sums(4),
+        reward,
+        config=config,
+        tokenizer=tokenizer,
+        eval_dataset=sums(2),
+        output_dir=tmp_path / "run",
+    )
+    assert result.metrics["sampling/logp_diff_max"] < 1e-4
+    assert result.metrics["grad_norm"] > 0
+    changed = [not torch.equal(before[name], w) for name, w in model.state_dict().items()]
+    assert all(changed)
+    assert result.after is not None and result.after.nag is not None
+    answered = grao_fast.evaluate(tmp_path / "run" / "final", sums(2), reward, config=config)
+    assert answered.reward == result.after.reward
+
+
+def test_a_cache_of_fixed_size_is_refused(tiny_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = GRAOConfig(share_prefix=False, cache_implementation="static")
+    with pytest.raises(
+        ValueError, match=r'Lfm2ForCausalLM keeps .* cache_implementation="dynamic"'
+    ):
+        load_policy(family_model("Lfm2"), config=config, tokenizer=tokenizer)
+
+
+def test_a_layer_that_does_not_attend_costs_no_pairs():
+    windows = {name: layer_windows(family_model(name).config) for name in HYBRIDS}
+    assert windows == {"Qwen3Next": [None], "Lfm2": [None], "FalconH1": [None] * 2, "Mamba2": []}

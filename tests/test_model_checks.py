@@ -1,0 +1,210 @@
+"""What a model and the state of PyTorch may be; and that a user's model is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import family_model
+from tiny import sums
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import grao_fast
+from grao_fast import GRAOConfig
+from grao_fast.callbacks import Callback
+from grao_fast.policy import load_policy
+
+CONFIG = GRAOConfig(
+    num_generations=3,
+    max_new_tokens=6,
+    prompts_per_step=2,
+    max_steps=2,
+    save_steps=0,
+    learning_rate=1e-3,
+    max_tokens_per_microbatch=2000,
+    disable_tqdm=True,
+    device="cpu",
+)
+
+
+def distinct(completions, **columns) -> list[float]:
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Runs of two steps, each in a folder of its own; their last metrics."""
+    folders = (tmp_path / f"run-{i}" for i in count())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def run(model: nn.Module, **options: Any) -> dict[str, float]:
+        arguments = {"reward": distinct, "config": CONFIG, "output_dir": next(folders)} | options
+        return grao_fast.train(model, sums(4), tokenizer=tokenizer, **arguments).metrics
+
+    return run
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if not k.startswith("time/")}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_named(tiny_model: Path, value: float):
+    """Also in the row of a token that no check at the start reads."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        model.model.norm.weight[0] = value
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' of LlamaForCa"):
+        load_policy(model, config=CONFIG, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight'"):
+        load_policy(model, config=CONFIG, tokenizer=tokenizer)
+
+
+def test_a_head_of_zeros_learns(train):
+    """All tokens are equally likely at first, and every gradient below the head is 0."""
+    model = family_model("Llama", tie_word_embeddings=False)
+    nn.init.zeros_(model.lm_head.weight)
+    metrics = train(model)
+    assert metrics["sampling/logp_diff_max"] < 1e-5
+    assert bool(model.lm_head.weight.detach().abs().max() > 0)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, "bfloat16", "float64"])
+def test_the_state_of_torch_around_a_run_does_not_reach_it(train, around: Any):
+    expected = untimed(train(family_model("Llama")))
+    model = family_model("Llama")
+    try:
+        if isinstance(around, str):
+            torch.set_default_dtype(getattr(torch, around))
+        with nullcontext() if isinstance(around, str) else around():
+            metrics = untimed(train(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert metrics == expected
+
+
+def test_a_compiled_model_is_taken_out_of_its_wrapper(train):
+    expected = untimed(train(family_model("Llama")))
+
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model = family_model("Llama")
+    assert untimed(train(torch.compile(model, backend=refuse))) == expected
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=77, d_model=16, d_kv=8, d_ff=16, num_layers=1)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+REFUSED = {
+    "no head": (
+        lambda: AutoModel.from_config(family_model("Llama").config),
+        "LlamaModel has no language-model head: load it with AutoModelForCausalLM",
+    ),
+    "no model of Transformers": (
+        lambda: nn.Linear(2, 2),
+        "model is a Linear, not a causal language model of Transformers: load one with",
+    ),
+    "a wrapper": (
+        lambda: nn.DataParallel(family_model("Llama")),
+        "model is a DataParallel, .*: pass the LlamaForCausalLM inside it",
+    ),
+    "an encoder": (t5, "T5ForConditionalGeneration has an encoder and a decoder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_causal_language_model_is_refused(train, case: str):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as refusal:
+        train(make())
+    assert "\n" not in str(refusal.value)
+
+
+def test_parameters_made_in_inference_mode_are_refused(train):
+    with torch.inference_mode():
+        model = family_model("Llama")
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM were made inside torch\.inference_mode"
+    ):
+        train(model)
+
+
+def test_callbacks_that_cannot_be_called_are_refused_at_once(train):
+    class Mine(Callback):
+        pass
+
+    class Other:
+        on_train_begin = on_step_end = on_save = None
+
+    for callbacks, message in (
+        ([Mine], r"the class Mine: pass an instance, Mine\(\)"),
+        (Mine(), "callbacks must be a list"),
+        ([Other()], r"has no on_evaluate: derive its class from grao_fast\.callbacks\.Callback"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(None, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("ids", [(4, 2), torch.tensor([4, 2]), [4, 2], 4, None], ids=str)
+def test_end_of_sequence_tokens_may_be_listed_in_any_way(tiny_model: Path, ids: Any):
+    """The tokenizer's own, 1, ends a completion as well."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config.eos_token_id = ids
+    policy = load_policy(model, config=CONFIG, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
+    several = not isinstance(ids, int) and ids is not None
+    assert policy.eos_token_ids == ({1, 2, 4} if several else {1} if ids is None else {1, 4})
+
+
+class Stop(Callback):
+    def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:
+        raise KeyboardInterrupt
+
+
+def interrupting(completions, **columns) -> list[float]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["reward", "callback", "backward", "nowhere"])
+def test_a_users_model_is_given_back_as_it_was(train, where: str):
+    """Mode, recomputation, attention and gradients, after any end of a run."""
+    model = family_model("Llama").train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    def interrupt(gradient: torch.Tensor) -> None:
+        if model.training:
+            raise KeyboardInterrupt
+
+    hook = model.model.embed_tokens.weight.register_hook(interrupt) if where == "backward" else None
+    options = {"reward": interrupting} if where == "reward" else {}
+    with nullcontext() if where == "nowhere" else pytest.raises(KeyboardInterrupt):
+        train(model, callbacks=[Stop()] if where == "callback" else (), **options)
+    if hook:
+        hook.remove()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_that_were_there_do_not_reach_the_first_step(train):
+    expected = untimed(train(family_model("Llama")))
+    model = family_model("Llama")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert untimed(train(model)) == expected
