@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
     from grao_fast.data import Example, load_examples
     from grao_fast.evaluate import EvaluationResult, evaluate, evaluate_completions
+    from grao_fast.interruption import Preempted
     from grao_fast.plots import plot_run
     from grao_fast.trainer import TrainResult, train
 
@@ -25,6 +26,7 @@ __all__ = [
     "EvaluationResult",
     "Example",
     "GRAOConfig",
+    "Preempted",
     "TrainResult",
     "__version__",
     "evaluate",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "EvaluationResult": "evaluate",
     "Example": "data",
     "GRAOConfig": "config",
+    "Preempted": "interruption",
     "TrainResult": "trainer",
     "evaluate": "evaluate",
     "evaluate_completions": "evaluate",

@@ -33,6 +33,7 @@ from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
 from grao_fast.inputs import writable_folder
+from grao_fast.interruption import stoppable
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
 from grao_fast.model_checks import gives_models_back
 from grao_fast.rewards import Reward, resolve_reward
@@ -149,6 +150,7 @@ def evaluate_completions(
     )
 
 
+@stoppable
 @gives_models_back
 def evaluate(
     model: str | Path | nn.Module,
@@ -179,6 +181,7 @@ def evaluate(
         ValueError: as `grao_fast.train`; use_vllm is set; output_dir cannot be written, or is that
             of a training run, whose completions.jsonl would be overwritten.
         RewardError: the reward or the metric failed.
+        Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
     from grao_fast.loading import existing_path
     from grao_fast.policy import load_policy

@@ -7,17 +7,21 @@ a gradient), and otherwise (an optimiser's step, a save) as soon as that is done
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from grao_fast.visible import visible
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,6 @@ class Interruption:
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
         self._raises = True
-        self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
         global _active
@@ -96,12 +99,9 @@ class Interruption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global _active
         if _active is not self:
             return
-        _active = None
-        for signum, previous in self._previous.items():
-            signal.signal(signum, previous)
+        self._leave()
         if self.signum is None:
             return
         # Also where the run had ended by then: the signal is not lost on the caller. Another error
@@ -115,16 +115,18 @@ class Interruption:
             raise KeyboardInterrupt("stopped by Ctrl-C") from None
         raise Preempted(self.signum, self.checkpoint) from None
 
+    def _leave(self) -> None:
+        global _active
+        _active = None
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+
     def check(self) -> None:
         """Raise Stop where a signal has come."""
         if self.signum is not None:
             raise Stop(self.signum)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a child that inherited this handler by a fork
-            signal.signal(signum, self._previous[signum])
-            os.kill(os.getpid(), signum)
-            return
         if self.signum is not None:
             if signum == signal.SIGINT:
                 self.aborted = True
@@ -141,6 +143,7 @@ class Interruption:
             if raises:
                 self.check()
             yield
+            raises = self._raises
         finally:
             self._raises = before
         # Also where code inside has caught Stop and gone on.
@@ -151,28 +154,66 @@ class Interruption:
 _active: Interruption | None = None
 
 
+def stoppable(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: an Interruption is entered while the function runs."""
+
+    @functools.wraps(function)
+    def stopped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with Interruption():
+            return function(*args, **kwargs)
+
+    return stopped
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """Signals that come inside are noted, and raise on the way out."""
-    if _active is None or _away():
+    active = _here()
+    if active is None:
         yield
         return
-    with _active._mode(raises=False):
+    with active._mode(raises=False):
         yield
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
     """Inside `held`: what is done here can be done again, so that signals raise at once."""
-    if _active is None or _away():
+    active = _here()
+    if active is None:
         yield
         return
-    with _active._mode(raises=True):
+    with active._mode(raises=True):
         yield
 
 
-def _away() -> bool:
-    return threading.current_thread() is not threading.main_thread()
+def hold() -> None:
+    """What follows cannot be done again: the rest of an `at_once` is as `held`, to its end."""
+    active = _here()
+    if active is not None:
+        active._raises = False
+
+
+def check() -> None:
+    """Where a signal may raise: raise for one that has come, though code since has caught it."""
+    active = _here()
+    if active is not None and active._raises:
+        active.check()
+
+
+def is_aborted() -> bool:
+    """Whether nothing more is to be saved, as a Ctrl-C came after another signal."""
+    return _active is not None and _active.aborted
+
+
+def resumes_from(checkpoint: Path | None) -> None:
+    """Tell whoever is stopped which checkpoint to go on from."""
+    if _active is not None:
+        _active.checkpoint = checkpoint
+
+
+def _here() -> Interruption | None:
+    return _active if threading.current_thread() is threading.main_thread() else None
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -180,4 +221,29 @@ def is_interrupt(error: BaseException) -> bool:
     if isinstance(error, Stop):
         return True
     # Where no Interruption is entered, Python's own handler raises it in the main thread.
-    return isinstance(error, KeyboardInterrupt) and _active is None and not _away()
+    in_main = threading.current_thread() is threading.main_thread()
+    return isinstance(error, KeyboardInterrupt) and _active is None and in_main
+
+
+# A child that a reward or a sampler forks has the handlers of before, or `Pool.terminate`, which
+# sends SIGTERM, would wait for ever. Signals wait while it is forked, lest Python forget them.
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.mask = None if _active is None else signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _in_child() -> None:
+    if _active is not None:
+        _active._leave()
+    _in_parent()
+
+
+def _in_parent() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child, after_in_parent=_in_parent)

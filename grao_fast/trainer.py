@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
+from grao_fast import interruption
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkpoint import FINAL, checkpoint_path, choose_checkpoint, delete_old, read_state
 from grao_fast.config import GRAOConfig
@@ -60,6 +61,7 @@ from grao_fast.state import (
 )
 from grao_fast.step import Rollout, sample_and_score, update
 from grao_fast.tracking import Tracker, check_trackers
+from grao_fast.visible import visible
 from grao_fast.watch import Watch
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ logger = logging.getLogger(__name__)
 RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
 
+@interruption.stoppable
 @gives_models_back
 def train(
     model: str | Path | nn.Module,
@@ -114,6 +117,13 @@ def train(
         CheckpointError: nothing whole to resume from, or results that would be overwritten.
         OSError: something could not be written; what was saved before is whole.
         FloatingPointError: the gradient became NaN or infinite.
+        Preempted: SIGTERM or SIGHUP came. It is a SystemExit, of status 143 or 129.
+        KeyboardInterrupt: Ctrl-C.
+
+    A run that ends early, by a signal or an error, leaves a checkpoint of the steps that are done,
+    also with save_steps=0. A signal ends sampling, rewards, evaluations and gradients at once; an
+    optimiser's step and a save it waits for. A second Ctrl-C waits for nothing. Signals are looked
+    after in the main thread alone, and as long as `train` runs.
     """
     config = config or GRAOConfig()
     check_one_process()
@@ -189,6 +199,10 @@ class _Run:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=self.total_steps,
         )
+        self.optimizer.register_step_pre_hook(self._no_way_back)
+        self.whole: int | None = 0  # steps done; None within an update, which cannot be saved
+        self.saved = 0  # steps of the last checkpoint that was written or resumed from
+        self.checkpoint: Path | None = None  # the last that is whole
         self.before: EvaluationResult | None = None
         self.baseline_texts: list[str] | None = None
 
@@ -201,6 +215,11 @@ class _Run:
         # kept apart: what a user left open stays open in the files of the run
         tokens = token_budget(self.policy, self.optimizer, self.prompts, config)
         self.step_config = config.replace(max_tokens_per_microbatch=tokens, memory_budget_mib=None)
+        with interruption.held():
+            return self._loop(first_step, started)
+
+    def _loop(self, first_step: int, started: float) -> TrainResult:
+        config = self.config
         write_file(self.output / "config.json", json.dumps(config.to_dict(), indent=1))
         self.tracker = Tracker(
             self.output,
@@ -217,18 +236,22 @@ class _Run:
             self.before = self._recall_baseline() if first_step else self._evaluate(0)
             after, step = self.before, first_step
             if step >= self.total_steps:  # the checkpoint was the run's last
-                after = self._evaluate(step, log=False)
+                after = self._evaluate(step, log=self._lacks_evaluation(step))
+            elif self._lacks_evaluation(step):
+                after = self._evaluate(step)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
                 step += 1
                 last = step == self.total_steps
-                last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
-                if step % config.logging_steps == 0 or last:
-                    self.tracker.log(step, metrics)
-                for message in watch.messages(step, metrics):
-                    self.tracker.message(message)
-                if config.log_completions_steps and step % config.log_completions_steps == 0:
-                    self.tracker.log_completions(step, samples(rollout))
+                try:
+                    last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
+                finally:  # a callback that fails takes nothing from what was done
+                    if step % config.logging_steps == 0 or last:
+                        self.tracker.log(step, metrics)
+                    for message in watch.messages(step, metrics):
+                        self.tracker.message(message)
+                    if config.log_completions_steps and step % config.log_completions_steps == 0:
+                        self.tracker.log_completions(step, samples(rollout))
                 if last or (config.eval_steps and step % config.eval_steps == 0):
                     after = self._evaluate(step)
                 if config.save_steps and (last or step % config.save_steps == 0):
@@ -236,6 +259,9 @@ class _Run:
                 if last:
                     break
             write_folder(self.output / FINAL, lambda folder: save_model(self.policy, folder))
+        except BaseException:
+            self._rescue()
+            raise
         finally:
             self.tracker.close()
         result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
@@ -247,20 +273,54 @@ class _Run:
         seed = step_seed(self.config.seed, step)
         set_seed(seed)
         prompts = [self.prompts[i] for i in self.stream.batch(step)]
-        rollout = sample_and_score(self.policy, self.reward, prompts, self.step_config, seed=seed)
-        metrics = update(self.policy, self.optimizer, self.scheduler, rollout, self.step_config)
+        policy, config = self.policy, self.step_config
+        with interruption.at_once():
+            rollout = sample_and_score(policy, self.reward, prompts, config, seed=seed)
+            metrics = update(policy, self.optimizer, self.scheduler, rollout, config)
+        self.whole = step + 1
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
+
+    def _no_way_back(self, *_: Any) -> None:
+        """Before the optimiser changes weights: from here on the step can only be finished."""
+        self.whole = None
+        interruption.hold()
+
+    def _rescue(self) -> None:
+        """When the run ends early: save the steps that are done, and say where they are."""
+        if self.whole not in (None, self.saved) and not interruption.is_aborted():
+            try:
+                self._save(self.whole)
+            except (OSError, ValueError, RuntimeError) as error:
+                logger.error("step %d could not be saved: %s", self.whole, visible(str(error)))
+        if self.checkpoint is not None:
+            logger.warning(
+                "the run ended early; resume_from_checkpoint=True goes on from %s",
+                visible(str(self.checkpoint)),
+            )
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        """Whether a run that resumes after `step` was stopped before that step's evaluation."""
+        due = step == self.total_steps or (
+            self.config.eval_steps and not step % self.config.eval_steps
+        )
+        if not step or not due or self.eval_prompts is None:
+            return False
+        return not any(
+            row["step"] == step and any(name.startswith("eval/") for name in row)
+            for row in read_lines(self.output / METRICS_FILE)
+        )
 
     def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
         """Greedy completions of the held-out prompts, compared with those from before training."""
         if self.eval_prompts is None:
             return None
-        texts = self.policy.answer(
-            [prompt.prompt_ids for prompt in self.eval_prompts],
-            max_new_tokens=self.config.max_new_tokens,
-            seed=self.config.seed,
-        )
+        with interruption.at_once():
+            texts = self.policy.answer(
+                [prompt.prompt_ids for prompt in self.eval_prompts],
+                max_new_tokens=self.config.max_new_tokens,
+                seed=self.config.seed,
+            )
         if step == 0:
             self.baseline_texts = texts
             write_baseline(self.output, texts, data=self.eval_data)
@@ -275,19 +335,21 @@ class _Run:
 
     def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
         assert self.eval_prompts is not None
-        return evaluate_completions(
-            self.reward,
-            [prompt.example for prompt in self.eval_prompts],
-            texts,
-            baseline=baseline,
-            reward_type=self.config.reward_type,
-            metric=self.metric,
-            seed=self.config.seed,
-        )
+        with interruption.at_once():
+            return evaluate_completions(
+                self.reward,
+                [prompt.example for prompt in self.eval_prompts],
+                texts,
+                baseline=baseline,
+                reward_type=self.config.reward_type,
+                metric=self.metric,
+                seed=self.config.seed,
+            )
 
     def _save(self, step: int) -> None:
         self.tracker.flush()
         path = checkpoint_path(self.output, step)
+        self.saved = step  # or tried to be: it is not tried twice
         save_checkpoint(
             path,
             self.policy,
@@ -302,6 +364,8 @@ class _Run:
                 "prompts": len(self.prompts),
             },
         )
+        self.checkpoint = path
+        interruption.resumes_from(path)
         delete_old(path, self.config.save_total_limit)
         for callback in self.callbacks:
             callback.on_save(step, path)
@@ -317,7 +381,10 @@ class _Run:
                 len(self.prompts), state["prompts"],
             )  # fmt: skip
         load_optimizer(checkpoint, self.optimizer, self.scheduler)
-        logger.info("resuming from %s", checkpoint)
+        logger.info("resuming from %s", visible(str(checkpoint)))
+        self.whole = self.saved = state["step"]
+        self.checkpoint = checkpoint
+        interruption.resumes_from(checkpoint)
         return state["step"]
 
     def _recall_baseline(self) -> EvaluationResult | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from grao_fast.interruption import check
 from grao_fast.rewards.copies import own_copy
 from grao_fast.rewards.event_loop import AsyncCalls
 from grao_fast.rewards.finding import (
@@ -64,6 +65,7 @@ class Caller:
         for function in self.functions:
             select_arguments(function, offered)
         results = self._at_once(offered) if self._together else self._in_turn(offered)
+        check()  # a reward that caught a signal's exception has not scored
         return [check_values(name, results[i], labels) for i, name in enumerate(self.names)]
 
     def _in_turn(self, offered: Mapping[str, Any]) -> Results:

@@ -1,0 +1,392 @@
+"""Signals and errors within a run: what is done is saved, and goes on to the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
+
+import grao_fast.step
+import grao_fast.trainer
+from grao_fast import Preempted
+from grao_fast.callbacks import Callback
+from grao_fast.interruption import Interruption, Stop, at_once, held
+from grao_fast.rewards import RewardError
+
+OPTIONS = {
+    # live groups in every step, a micro-batch for each
+    "reward": rarely_equal,
+    "config": CONFIG.replace(
+        max_steps=4, save_steps=3, eval_steps=2, logging_steps=2, max_tokens_per_microbatch=60
+    ),
+    "eval_dataset": ROWS[:3],
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    run(tiny_model, output, **OPTIONS)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Whatever a test does, the handlers are those from before."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+def send(signum: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def at_call(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, act: Callable[[], Any]
+) -> None:
+    """Act at the beginning of the number-th call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+# Where a signal comes, and the steps that are whole then; every function is called once a step
+# unless another number is said.
+MOMENTS = {
+    "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
+    "gradient": (grao_fast.step, "micro_batch_loss", 6, 1),
+    "optimiser's step": (grao_fast.step.torch.optim.AdamW, "step", 2, 2),
+    "behind the optimiser": (grao_fast.step, "update_flops", 2, 2),
+    "evaluation": (grao_fast.trainer, "evaluate_completions", 2, 2),
+    "save": (grao_fast.trainer, "save_checkpoint", 1, 3),
+    "last evaluation": (grao_fast.trainer, "evaluate_completions", 3, 4),
+    "last save": (grao_fast.trainer, "save_model", 1, 4),
+}
+
+
+def check_same(output: Path, uninterrupted: Path) -> None:
+    assert same_bits(output / "final", uninterrupted / "final")
+    assert lines(output) == lines(uninterrupted)
+    evaluations = [path.name for path in sorted(uninterrupted.glob("eval-*.jsonl"))]
+    assert evaluations == ["eval-0.jsonl", "eval-2.jsonl", "eval-4.jsonl"]
+    for name in evaluations:
+        assert (output / name).read_text() == (uninterrupted / name).read_text()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_saves_whole_steps_and_the_run_goes_on_to_the_same_bits(
+    moment: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, name, number, whole = MOMENTS[moment]
+    with monkeypatch.context() as patch, pytest.raises(Preempted) as caught:
+        at_call(patch, owner, name, number, send)
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert caught.value.code == 143
+    assert caught.value.checkpoint == tmp_path / f"checkpoint-{whole}"
+    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_run_can_be_stopped_again_and_again(
+    tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once before it has done a step: what it resumed from is where the next one begins."""
+    for number, whole in ((2, 1), (1, 1), (2, 2), (3, 4)):
+        name = "sample_and_score" if whole < 4 else "save_model"
+        number = number if whole < 4 else 1
+        with monkeypatch.context() as patch, pytest.raises(Preempted) as caught:
+            at_call(patch, grao_fast.trainer, name, number, send)
+            run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=whole_dir(tmp_path))
+        assert caught.value.checkpoint == tmp_path / f"checkpoint-{whole}"
+    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
+    check_same(tmp_path, uninterrupted)
+
+
+def whole_dir(output: Path) -> bool | None:
+    return True if list(output.glob("checkpoint-*")) else None
+
+
+def test_without_checkpoints_a_signal_writes_one_and_says_where(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGHUP))
+    with pytest.raises(Preempted) as caught:
+        run(tiny_model, tmp_path, config=CONFIG.replace(save_steps=0))
+    assert caught.value.code == 129
+    assert f"resume_from_checkpoint=True goes on from {tmp_path}/checkpoint-1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["load_policy", "token_budget", "_evaluate"])
+def test_before_the_first_step_there_is_nothing_to_save(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = grao_fast.trainer._Run if name == "_evaluate" else grao_fast.trainer
+    at_call(monkeypatch, owner, name, 1, send)
+    with pytest.raises(Preempted) as caught:
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert caught.value.checkpoint is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of no subclass, for which Python would not end the process as one that was interrupted."""
+    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert type(caught.value) is KeyboardInterrupt
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_a_second_ctrl_c_waits_for_no_save(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sample_and_score", "save_checkpoint"):
+        number = 2 if name == "sample_and_score" else 1
+        at_call(monkeypatch, grao_fast.trainer, name, number, lambda: send(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_second_sigterm_does_not_disturb_the_save(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
+    at_call(monkeypatch, grao_fast.trainer, "save_checkpoint", 1, send)
+    with pytest.raises(Preempted):
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+# ---- rewards
+
+
+def hangs(completions: list[str], **columns: Any) -> list[float]:
+    time.sleep(60)
+    return []
+
+
+def hangs_and_catches(completions: list[str], **columns: Any) -> list[float]:
+    try:
+        time.sleep(60)
+    except BaseException:
+        return [0.0] * len(completions)
+    return []
+
+
+def hangs_and_says_otherwise(completions: list[str], **columns: Any) -> list[float]:
+    try:
+        time.sleep(60)
+    except BaseException as error:
+        raise ValueError("no answer") from error
+    return []
+
+
+async def hangs_async(completions: list[str], **columns: Any) -> list[float]:
+    await asyncio.to_thread(time.sleep, 60)
+    return []
+
+
+HANGING = [hangs, hangs_and_catches, hangs_and_says_otherwise, hangs_async]
+
+
+@pytest.mark.parametrize("hanging", HANGING, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("others", [[], [letters]], ids=["alone", "beside another"])
+def test_a_hanging_reward_is_not_waited_for(
+    hanging: Callable[..., Any], others: list[Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    def reward(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 1:
+            return letters(*args, **kwargs)
+        threading.Timer(0.05, send).start()
+        return hanging(*args, **kwargs)
+
+    def child() -> None:
+        run(tiny_model, tmp_path, reward=[*others, reward], config=CONFIG)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=30)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 143
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError(), ValueError("no")]
+)
+def test_a_failing_reward_costs_no_step(
+    error: BaseException, tiny_model: Path, tmp_path: Path, uninterrupted: Path, caplog: Any
+) -> None:
+    steps: list[int] = []
+
+    def reward(prompts: Any, completions: Any) -> list[float]:
+        steps.append(1)
+        if len(steps) == 4:  # the first evaluation, two steps, the second evaluation
+            raise error
+        return rarely_equal(prompts, completions)
+
+    reward.__name__ = "rarely_equal"
+    options = OPTIONS | {"reward": reward}
+    with pytest.raises(RewardError, match=f"rarely_equal raised {type(error).__name__}"):
+        run(tiny_model, tmp_path, **options)
+    assert f"resume_from_checkpoint=True goes on from {tmp_path}/checkpoint-2" in caplog.text
+    run(tiny_model, tmp_path, **options, resume_from_checkpoint=True)
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_failing_callback_costs_no_step_and_no_line(
+    tiny_model: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    class Fails(Callback):
+        def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
+            if step == 2:
+                raise LookupError("of the callback")
+
+    with pytest.raises(LookupError):
+        run(tiny_model, tmp_path, **OPTIONS, callbacks=[Fails()])
+    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_failing_save_does_not_hide_what_went_wrong_before(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(grao_fast.trainer, "save_checkpoint", full)
+    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
+    with pytest.raises(Preempted) as caught:
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert caught.value.checkpoint is None
+    assert "step 1 could not be saved: [Errno 28] No space left" in caplog.text
+
+
+def test_an_update_that_breaks_off_is_not_saved(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks() -> None:
+        raise RuntimeError("within the optimiser")
+
+    at_call(monkeypatch, grao_fast.step.torch.optim.AdamW, "step", 2, breaks)
+    with pytest.raises(RuntimeError, match="within the optimiser"):
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ---- handlers
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            send(signal.SIGHUP)
+        assert interruption.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_callers_own_handler_has_its_turn_when_all_is_saved() -> None:
+    turns: list[Any] = []
+    before = signal.signal(signal.SIGTERM, lambda *args: turns.append(args[0]))
+    try:
+        with pytest.raises(Preempted), Interruption(), held():
+            send()
+            assert turns == []
+        assert turns == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_is_held_is_finished_and_what_is_not_is_left() -> None:
+    done: list[str] = []
+    with pytest.raises(Preempted), Interruption(), held():
+        with pytest.raises(Stop), at_once():
+            send()
+            done.append("left")
+        done.append("finished")
+    assert done == ["finished"]
+
+
+def test_a_child_that_is_forked_meanwhile_has_the_handlers_of_before() -> None:
+    """Or `Pool.terminate`, which sends SIGTERM, would wait for ever."""
+    with Interruption(), held():
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(timeout=20)
+        ended = process.exitcode
+        process.kill()
+    assert ended == -signal.SIGTERM
+
+
+def test_another_thread_and_an_inner_run_leave_the_handlers_alone() -> None:
+    seen: list[Any] = []
+
+    def elsewhere() -> None:
+        with Interruption():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    with Interruption():
+        outer = signal.getsignal(signal.SIGTERM)
+        with Interruption():
+            assert signal.getsignal(signal.SIGTERM) == outer
+        assert signal.getsignal(signal.SIGTERM) == outer
+
+
+def test_metrics_hold_no_torn_line(tiny_model: Path, tmp_path: Path) -> None:
+    """A real signal from another process, at a moment that nobody chose."""
+
+    def child() -> None:
+        run(tiny_model, tmp_path, config=CONFIG.replace(max_steps=1000, save_steps=0))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    while not (tmp_path / "metrics.jsonl").exists() and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=30)
+    assert process.exitcode == 143
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (tmp_path / f"checkpoint-{len(rows)}").is_dir() or not rows
