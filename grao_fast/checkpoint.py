@@ -86,6 +86,12 @@ def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
         CheckpointError: the folder given is missing or torn, there is no whole checkpoint, or
             results would be lost: those of another run, or of later steps than it begins at.
     """
+    for name in ("model.safetensors", "model.safetensors.index.json", "adapter_config.json"):
+        if (output_dir / name).exists():
+            raise CheckpointError(
+                f"output_dir {str(output_dir)!r} holds a model ({name}), whose config.json would "
+                "be overwritten: choose another"
+            )
     if resume_from is None or resume_from is False:
         check_fresh(output_dir)
         return None

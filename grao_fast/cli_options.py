@@ -66,7 +66,7 @@ def train_command(run: Run) -> Command:
     command.add(
         "--resume_from_checkpoint",
         bool | str | None,
-        "a checkpoint's folder; true: the newest in output_dir",
+        "a checkpoint's folder; true: the newest in output_dir; auto: that one, or to begin",
         default=None,
     )
     for section, fields in field_help().items():

@@ -7,7 +7,9 @@ Names are TRL's and Transformers' where they have one. Defaults are those of the
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -172,6 +174,9 @@ class GRAOConfig:
                 raise ValueError(f"{name} takes a list, got the string {value!r}")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        for name in ("vllm_sync_dir", "vllm_server_model"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for field in _AT_LEAST:
             _check_at_least(field, getattr(self, field), _AT_LEAST[field])
         for field, choices in _CHOICES.items():
@@ -180,6 +185,7 @@ class GRAOConfig:
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
                 )
         _check_integers(self)
+        _check_plain(self)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
         for name in ("adam_beta1", "adam_beta2"):
@@ -216,8 +222,10 @@ class GRAOConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data for JSON."""
-        return dataclasses.asdict(self)
+        """The fields as plain data for JSON; a tracker given as an object, by its name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        trackers = (t if isinstance(t, str) else t.name for t in self.report_to)
+        return values | {"report_to": tuple(trackers)}
 
     @property
     def sampler_cap(self) -> float | None:
@@ -325,6 +333,21 @@ def _check_integers(config: GRAOConfig) -> None:
         value = getattr(config, field.name)
         if str(field.type).split(" |")[0] == "int" and not isinstance(value, (int, type(None))):
             raise ValueError(f"{field.name} must be an integer, got {value!r}")
+
+
+def _check_plain(config: GRAOConfig) -> None:
+    """Refuse what could not be written to config.json, and to every checkpoint."""
+    for tracker in config.report_to:
+        if not isinstance(getattr(tracker, "name", tracker), str):
+            raise ValueError(f"report_to takes names or trackers of accelerate, got {tracker!r}")
+    for name, value in config.to_dict().items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} must be plain data, as JSON holds it, got {value!r} "
+                f"({type(value).__name__})"
+            ) from error
 
 
 def _check_at_least(name: str, value: float | None, minimum: float) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-_NEW = ".grao-fast-new-"  # being written
+NEW = ".grao-fast-new-"  # being written
 _OLD = ".grao-fast-old-"  # whole; gives way to what replaces it
 _GONE = ".grao-fast-gone-"  # being deleted
 
@@ -28,7 +28,7 @@ _PROBE_BYTES = 1 << 16
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file, or leave the one that is there."""
-    beside = path.with_name(_NEW + path.name)
+    beside = path.with_name(NEW + path.name)
     with named_when_full(beside, path):
         # a lone surrogate becomes JSON's own escape for it
         with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
@@ -45,7 +45,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         OSError: there is no room for it, which names the file and the room there is.
     """
     clear_left_overs(path.parent)
-    new, old = path.with_name(_NEW + path.name), path.with_name(_OLD + path.name)
+    new, old = path.with_name(NEW + path.name), path.with_name(_OLD + path.name)
     with named_when_full(new, path):
         new.mkdir(parents=True)
         fill(new)
@@ -63,7 +63,7 @@ def clear_left_overs(folder: Path) -> None:
         path = old.with_name(old.name.removeprefix(_OLD))
         if not os.path.lexists(path):  # killed between the two renames
             os.rename(old, path)
-    for prefix in (_NEW, _OLD, _GONE):
+    for prefix in (NEW, _OLD, _GONE):
         for left_over in folder.glob(f"{prefix}*"):
             _remove(left_over)
 
@@ -135,7 +135,7 @@ def _why_full(error: BaseException, folder: Path) -> str | None:
         if isinstance(link, OSError) and link.errno in _FULL:
             return os.strerror(link.errno)
         link = link.__cause__ or link.__context__
-    probe = folder / f"{_NEW}probe"
+    probe = folder / f"{NEW}probe"
     try:
         with probe.open("wb", buffering=0) as file:
             file.write(bytes(_PROBE_BYTES))

@@ -31,7 +31,7 @@ from grao_fast.identity import (
     digest_weights,
 )
 from grao_fast.policy import Policy
-from grao_fast.rollout.weights import no_bar
+from grao_fast.saving import save_model
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -58,13 +58,6 @@ class DataStream:
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(step_seed(self.seed, -1 - epoch))
         return torch.randperm(self.size, generator=generator).tolist()
-
-
-def save_model(policy: Policy, folder: Path) -> None:
-    """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
-    with no_bar():
-        policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(

@@ -51,12 +51,12 @@ from grao_fast.results import (
     write_summary,
 )
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.saving import prove_saving, save_model
 from grao_fast.state import (
     DataStream,
     load_optimizer,
     resume_policy,
     save_checkpoint,
-    save_model,
     step_seed,
 )
 from grao_fast.step import Rollout, sample_and_score, update
@@ -151,6 +151,7 @@ def train(
             check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
         set_seed(config.seed)  # of an adapter's first weights
         policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
+        prove_saving(policy, output)
         run = _Run(
             config=config,
             identity=identity,

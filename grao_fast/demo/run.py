@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from grao_fast.checkpoint import check_fresh
 from grao_fast.config import GRAOConfig
 from grao_fast.demo.base_model import imitate, make_model, make_tokenizer
 from grao_fast.demo.task import LENGTH, better_sorted, in_place, make_rows, solution
 from grao_fast.evaluate import EvaluationResult, evaluate
+from grao_fast.inputs import writable_folder
 from grao_fast.plots import plot_run
 from grao_fast.trainer import train
 
@@ -109,10 +111,11 @@ def run_demo(
         max_steps: of GRAO, and of the imitation that it is compared with.
 
     Raises:
-        ValueError: max_steps is not positive.
+        ValueError: max_steps is not positive, or output_dir holds results of another run.
         OSError: output_dir cannot be written.
     """
     config = demo_config(max_steps=max_steps, seed=seed)
+    check_fresh(writable_folder(output_dir))
     # Progress goes to stderr, as that of any run does; what was found, to stdout.
     progress, console = Console(stderr=True), Console()
     console.print(_INTRODUCTION, highlight=False)

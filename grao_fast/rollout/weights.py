@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
+
+from grao_fast.saving import save_pretrained
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
@@ -47,8 +46,7 @@ class WeightFolder:
         """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
         folder = Path(self._root.name) / f"weights-{self._count}"
         model = _merged(policy)
-        with no_bar():
-            model.save_pretrained(folder, state_dict=_on_cpu(model, policy.autocast_dtype))
+        save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
         policy.tokenizer.save_pretrained(folder)
         if self._last is not None:
             shutil.rmtree(self._last)
@@ -76,15 +74,3 @@ def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tens
             copies[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
         state[name] = copies[key]
     return state
-
-
-@contextmanager
-def no_bar() -> Iterator[None]:
-    """Transformers without its progress bar inside: it would tear the run's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
