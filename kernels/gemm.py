@@ -8,6 +8,9 @@ result of a 16-bit product to 16 bits: logits are made of operands that are wide
 a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them and operands are
 bfloat16: each chunk's product is rounded to that, and sums over chunks are in float32.
 
+Operands come as rows (or columns) without gaps, or with zeros in the gaps: libraries may read on
+behind a row, see `one_pass._slab`.
+
 The target's element of dlogits is kept apart, see `row_statistics.TargetGradient`: its products are
 added in float32 afterwards.
 

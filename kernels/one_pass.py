@@ -105,16 +105,16 @@ def one_pass(
     width = stride if shard is None else padded(shard.width)
     itemsize = options.dtype.itemsize if second_slab else None
     chunks = plan_chunks(L, width, D, itemsize, options.workspace_bytes)
-    logits_RS = torch.empty((chunks.slab_rows, stride), dtype=torch.float32, device=device)
+    logits_RS = _slab(chunks.slab_rows, V, stride, torch.float32, device)
     dlogits_RS = logits_RS
     if second_slab:
-        dlogits_RS = torch.empty((chunks.rows, stride), dtype=options.dtype, device=device)
+        dlogits_RS = _slab(chunks.rows, V, stride, options.dtype, device)
     target_grad_L = torch.empty_like(logprob_L) if any_gradient else None
     weighted_ce_rows = _row_function(options)
 
     for start in range(0, L, chunks.rows):
         stop = min(start + chunks.rows, L)
-        hidden_RD = rows.take(hidden_TD, start, stop).to(options.dtype)
+        hidden_RD = rows.take(hidden_TD, start, stop).to(options.dtype).contiguous()
         dlogits_RV = dlogits_RS[: stop - start, :V]
         for first in range(start, stop, chunks.slab_rows):
             last = min(first + chunks.slab_rows, stop)
@@ -178,9 +178,23 @@ def _sums(rows: LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gemm_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`, copied only if it must be; GEMMs read both row and column order."""
+    """`tensor` in `dtype`, copied if it must be: rows or columns follow each other without gaps.
+
+    GEMMs read both orders, and may read on behind a row.
+    """
     tensor = tensor.to(dtype)
-    return tensor if 1 in tensor.stride() else tensor.contiguous()
+    return tensor if tensor.T.is_contiguous() else tensor.contiguous()
+
+
+def _slab(rows: int, V: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of V columns, and zeros behind them up to the stride, which row functions leave there.
+
+    oneDNN's bfloat16 GEMM for AMX reads rows up to the next multiple of 32 columns and multiplies
+    what it finds by 0: of NaN there, that is NaN in the result.
+    """
+    slab = torch.empty((rows, stride), dtype=dtype, device=device)
+    slab[:, V:] = 0
+    return slab
 
 
 def _allocate(

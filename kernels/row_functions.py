@@ -100,15 +100,16 @@ def _target_gradient(
 
 @triton.jit
 def _store_gradient(
-    dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap, slope, inner, cap,
+    dlogits_ptr, x, columns, zero, V, row_stride, peak, scale, pull, mean_gap, slope, inner, cap,
     HAS_CAP: tl.constexpr, HAS_PULL: tl.constexpr,
 ):  # fmt: skip
-    """A block of the gradient, in float32, rounded once as it leaves; 0 in column `zero`."""
+    """A block of the gradient, rounded once as it leaves; 0 in column `zero` and from V on."""
     z, dz = _transform(x, slope, inner, cap, HAS_CAP)
     dlogits = scale * tl.exp(z - peak) * dz
     if HAS_PULL:
         dlogits -= _pulled(z, dz, peak, pull, mean_gap)
-    dlogits = tl.where(columns == zero, 0.0, dlogits).to(dlogits_ptr.dtype.element_ty)
+    dlogits = tl.where((columns == zero) | (columns >= V), 0.0, dlogits)
+    dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + columns, dlogits, mask=columns < row_stride)
 
 

@@ -5,8 +5,8 @@
     _row_gradient_kernel        the gradient, once the sums over the whole are known
 
 A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
-from V to the stride belong to the slab, and the bias is as long: they are read and written without
-meaning, so that every access is 16 bytes wide whatever V is.
+from V to the stride belong to the slab, and the bias is as long, so that every access is 16 bytes
+wide whatever V is: they are read without meaning, and where a gradient is written they become 0.
 
 Shapes: R rows of a slab, V vocabulary.
 """
@@ -149,8 +149,8 @@ def _weighted_ce_rows_kernel(
             zero = tl.where(whole, target, -1)
             if ROW_FITS:
                 _store_gradient(
-                    dlogits_ptr, row_x, lanes, zero, row_stride, peak, scale, pull, mean_gap,
-                    slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                    dlogits_ptr, row_x, lanes, zero, V, row_stride, peak, scale, pull,
+                    mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
                 )  # fmt: skip
             else:
                 last = (V - 1) // BLOCK * BLOCK
@@ -159,8 +159,8 @@ def _weighted_ce_rows_kernel(
                     columns = last - start + lanes
                     x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                     _store_gradient(
-                        dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap,
-                        slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
+                        dlogits_ptr, x, columns, zero, V, row_stride, peak, scale, pull,
+                        mean_gap, slope, inner, cap, HAS_CAP, HAS_ENTROPY_WEIGHT,
                     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _row_gradient_kernel(
         columns = start + lanes
         x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
         _store_gradient(
-            dlogits_ptr, x, columns, zero, row_stride, peak, scale, pull, mean_gap, slope,
+            dlogits_ptr, x, columns, zero, V, row_stride, peak, scale, pull, mean_gap, slope,
             inner, cap, HAS_CAP, HAS_PULL,
         )  # fmt: skip
 

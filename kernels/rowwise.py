@@ -65,8 +65,8 @@ def weighted_ce_rows(
 ) -> None:
     """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
 
-    Rows of both slabs are the same multiple of 16 elements apart, and theirs up to there; the
-    bias is the head of a vector of so many elements.
+    Rows of both slabs are the same multiple of 16 elements apart, and theirs up to there: behind
+    column V the gradient is 0. The bias is the head of a vector of so many elements.
     """
     R, V = logits_RV.shape
     shape = launch_shape(V, _warp_size(logits_RV.device))

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from calls import OneProcess
 from tolerance import assert_accurate
 
 from grao_fast.kernels.checks import logit_transform
 from grao_fast.kernels.policy import Policy
-from grao_fast.kernels.vocab_parallel import Shard, sharded_ce_rows
+from grao_fast.kernels.vocab_parallel import sharded_ce_rows
 
 STRIDE = 320
 
@@ -127,17 +128,6 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
     truth, naive = plain(torch.float64), plain(torch.float32)
     assert_accurate("logprob", logprob_R, naive[0], truth[0], torch.float32)
     assert_accurate("dlogits", slab, naive[1], truth[1], torch.float32)
-
-
-class OneProcess(Shard):
-    """A group of one: its part of the vocabulary is all of it."""
-
-    start = 0
-
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    sum_ = max_
 
 
 @pytest.mark.parametrize("transform", [(1.0, 1.0, None), (0.7, 2.0, 5.0)], ids=["plain", "all"])
