@@ -1,0 +1,213 @@
+"""Whatever is trained: the KL is from the policy at the start, and a checkpoint holds all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_model
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from grao_fast.batch import Group
+from grao_fast.checkpoint import CheckpointError, read_state
+from grao_fast.config import GRAOConfig
+from grao_fast.identity import PolicyIdentity, digest_frozen
+from grao_fast.optim import adamw
+from grao_fast.policy import Policy, load_policy
+from grao_fast.state import resume_policy, save_checkpoint
+from grao_fast.step import micro_batch_loss, reference_logprobs
+
+CONFIG = GRAOConfig(kl_coef=0.1, device="cpu", gradient_checkpointing=False)
+# Of bias="all" the biases, of "modules_to_save" the copies, of DoRA the magnitudes are trained too;
+# PiSSA and OLoRA take what the adapter begins with out of the base model.
+LORA = {
+    "plain": {},
+    "named": {},
+    "two": {},
+    "both active": {},
+    "bias of the adapter": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "saved modules": {"modules_to_save": ["embed_tokens", "o_proj"]},
+    "tokens": {"trainable_token_indices": [9, 4]},
+    "DoRA": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True, "rank_pattern": {"q_proj": 1}},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "fast PiSSA": {"init_lora_weights": "pissa_niter_4"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "not 0 at first": {"init_lora_weights": False},
+    "of the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "resized": {},
+    "continued": {},
+}
+KINDS = [*LORA, "IA3", "LoHa", "VeRA", "all parameters", "layers frozen by hand"]
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with biases, which do not begin at 0, and an untied head."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "biased")
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    config.attention_bias = config.mlp_bias = True
+    config.tie_word_embeddings = False
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:
+    """The policy as a run would begin with it: drawn anew, the same each time."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(5)
+    if kind == "layers frozen by hand":
+        model.requires_grad_(False)
+        model.model.layers[1].requires_grad_(True)
+    if kind in ("all parameters", "layers frozen by hand"):
+        return load_policy(model, config=config, tokenizer=tokenizer)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    if kind == "resized":
+        torch.seed()  # new rows are drawn otherwise each time, as by who sets no seed
+        model.resize_token_embeddings(90, mean_resizing=False)
+        torch.manual_seed(5)
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    common = {"task_type": "CAUSAL_LM"} | targets
+    if kind == "IA3":
+        adapter = peft.IA3Config(**common, feedforward_modules=["down_proj"])
+    elif kind == "LoHa":
+        adapter = peft.LoHaConfig(**common, r=2)
+    elif kind == "VeRA":
+        adapter = peft.VeraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "o_proj"])
+    else:
+        adapter = peft.LoraConfig(**common | {"r": 2} | LORA[kind])
+    if kind in ("named", "two", "both active"):
+        model = peft.get_peft_model(model, adapter, adapter_name="policy")
+        if kind != "named":
+            torch.seed()  # of no account: a checkpoint holds every adapter
+            model.add_adapter("other", peft.LoraConfig(**common, r=3, init_lora_weights=False))
+            torch.manual_seed(5)
+        if kind == "both active":
+            model.base_model.set_adapter(["policy", "other"])
+            model.base_model.set_requires_grad("other", False)
+        return load_policy(model, config=config, tokenizer=tokenizer)
+    if kind == "continued":
+        base = peft.get_peft_model(model, adapter)
+        for name, parameter in base.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.2)
+        return load_policy(base, config=config, tokenizer=tokenizer)
+    return load_policy(model, config=config, tokenizer=tokenizer, peft_config=adapter)
+
+
+def move(policy: Policy) -> None:
+    """As training would, but further; what is frozen stays."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.05 * noise)
+
+
+def batch_of(policy: Policy):
+    live_K, rewards_K = torch.ones(2, dtype=torch.bool), torch.tensor([1.0, 0.0]).double()
+    return policy.lay_out([Group([9, 8, 7], [[4, 5, 6], [9, 4]], rewards_K, live_K)])
+
+
+def start_logprobs(policy: Policy) -> torch.Tensor:
+    with policy.updating():
+        return reference_logprobs(policy, batch_of(policy), CONFIG)
+
+
+def write(policy: Policy, path: Path, begun: PolicyIdentity, config: GRAOConfig = CONFIG) -> Path:
+    optimizer = adamw(policy.model, config)
+    belongs_to = {"policy": vars(begun), "frozen": digest_frozen(policy.model)}
+    save_checkpoint(path, policy, optimizer, LambdaLR(optimizer, lambda step: 1.0), step=1,
+                    config=config, belongs_to=belongs_to)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, tmp_path: Path):
+    policy = build(kind, biased)
+    with policy.updating():
+        batch = batch_of(policy)
+        ref_logprob_T = reference_logprobs(policy, batch, CONFIG)
+        loss = micro_batch_loss(policy, batch, CONFIG, num_prompts=1, ref_logprob_T=ref_logprob_T)
+        expected = loss.grao.logprob_T.detach()
+    assert float(loss.grao.kl) == 0.0
+    begun = PolicyIdentity.of(policy)
+    move(policy)
+    moved = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    assert torch.equal(start_logprobs(policy), expected)
+    assert all(torch.equal(value, moved[n]) for n, value in policy.model.state_dict().items())
+    with policy.updating():
+        loss = micro_batch_loss(policy, batch, CONFIG, num_prompts=1, ref_logprob_T=expected)
+    assert not torch.equal(loss.grao.logprob_T, expected)
+
+    path = write(policy, tmp_path / "checkpoint-1", begun)
+    again = build(kind, biased)
+    assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
+    resumed = again.model.state_dict()
+    assert resumed.keys() == moved.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in moved.items())
+    assert torch.equal(start_logprobs(again), expected)
+
+
+def test_a_failure_inside_leaves_the_policy_as_it_is(biased: Path):
+    policy = build("plain", biased)
+    move(policy)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), policy.as_it_began():
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, before[n]) for n, value in policy.model.state_dict().items())
+
+
+def test_what_would_be_trained_and_not_saved_is_refused(biased: Path):
+    """peft saves the adapter alone: a norm unfrozen by hand would be lost."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = AutoModelForCausalLM.from_pretrained(biased)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight would be .*modules_to_save"):
+        load_policy(model, config=CONFIG, tokenizer=AutoTokenizer.from_pretrained(biased))
+
+
+def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, tmp_path: Path):
+    """The checkpoint holds no copy; the first weights are drawn again, if from the same seed."""
+    policy = build("not 0 at first", biased, CONFIG.replace(kl_coef=0.0))
+    expected = start_logprobs(build("not 0 at first", biased))
+    begun = PolicyIdentity.of(policy)
+    move(policy)
+    path = write(policy, tmp_path / "checkpoint-1", begun, CONFIG.replace(kl_coef=0.0))
+    again = build("not 0 at first", biased)
+    assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
+    assert torch.equal(start_logprobs(again), expected)
+    other = build("not 0 at first", biased)
+    move(other)
+    with pytest.raises(CheckpointError, match=r"kl_coef=0 .*seed 42 there"):
+        resume_policy(other, PolicyIdentity.of(other), path, read_state(path))
+    without = build("not 0 at first", biased, CONFIG.replace(kl_coef=0.0))
+    move(without)
+    assert resume_policy(without, PolicyIdentity.of(without), path, read_state(path)) == begun
+
+
+def test_first_weights_that_alter_the_base_otherwise_are_refused(biased: Path, tmp_path: Path):
+    """Another seed's PiSSA leaves another base, to which the trained adapter does not belong."""
+    policy = build("fast PiSSA", biased)
+    path = write(policy, tmp_path / "checkpoint-1", PolicyIdentity.of(policy))
+    state = read_state(path)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(6)
+    adapter = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa_niter_1"
+    )
+    other = load_policy(biased, config=CONFIG, peft_config=adapter)
+    state["policy"]["adapters"]["default"]["init_lora_weights"] = "pissa_niter_1"
+    with pytest.raises(CheckpointError, match="or what the adapter's first weights made of it"):
+        resume_policy(other, PolicyIdentity.of(other), path, json.loads(json.dumps(state)))
