@@ -42,11 +42,13 @@ class AdapterFolder:
 
     path: a folder or a hub id.
     base: name or path of the model that it was trained on.
+    revision: of that model on the hub; None: its main one.
     name: of the adapter; one with a name of its own lies in a folder of that name below.
     """
 
     path: str
     base: str
+    revision: str | None = None
     name: str = _DEFAULT
 
     @property
@@ -80,15 +82,16 @@ def find_adapter(path: str) -> AdapterFolder | None:
             "use the model, or give a folder with the adapter alone"
         )
     try:
-        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+        options = json.loads(Path(config).read_text(encoding="utf-8"))
+        base, revision = options["base_model_name_or_path"], options.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        base = revision = None
     if not base or not isinstance(base, str):
         raise ValueError(
             f"adapter {path!r} does not say which base model it is of: name it as "
             f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
         )
-    return AdapterFolder(path, base, name)
+    return AdapterFolder(path, base, revision, name)
 
 
 def is_peft_model(model: Any) -> bool:
@@ -101,11 +104,19 @@ def is_peft_model(model: Any) -> bool:
 
 
 def check_adapter_config(peft_config: Any) -> None:
-    """Refuse adapters that packed prompts cannot hold."""
+    """Refuse adapters that packed prompts cannot hold, or that cannot be loaded again."""
     if peft_config.is_prompt_learning:
         raise ValueError(
             f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "
             "hold; use a LoRA-like adapter"
+        )
+    init = getattr(peft_config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        # peft puts a saved adapter on a base out of which it takes what it then draws anew
+        raise ValueError(
+            f"init_lora_weights={init!r} takes out of the base model what it draws at random, and "
+            "what is trained fits no other draw: use 'pissa', which takes the same each time (for "
+            "an adapter that is trained, save_pretrained(path_initial_model_for_weight_conversion))"
         )
 
 
@@ -166,28 +177,43 @@ def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
         raise ValueError(f"the adapter does not fit {name}: {error}") from error
 
 
-def open_adapter(model: nn.Module, adapter: AdapterFolder, *, trained: bool) -> nn.Module:
-    """The model with a saved adapter, trainable if `trained`.
+def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
+    """A saved adapter's peft config, checked; to train the adapter if `trained`.
 
     Raises:
-        ValueError: peft is not installed; the adapter does not fit the model, key by key.
+        ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
     """
     if not is_peft_available():
         raise ValueError(
             f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
         )
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
-    with _one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
+    with _one_line(f"cannot read the configuration of adapter {adapter.path!r}"):
         config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
         check_adapter_config(config)
-        config.inference_mode = not trained
+    config.inference_mode = not trained
+    return config
+
+
+def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> nn.Module:
+    """The model with a saved adapter of that config.
+
+    Raises:
+        ValueError: the adapter does not fit the model, key by key.
+    """
+    from peft import get_peft_model
+
+    with _one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
         with warnings.catch_warnings():
             # of a base model that lies elsewhere than where the adapter was trained
             warnings.filterwarnings("ignore", message=".*was renamed from.*")
-            peft_model = get_peft_model(model, config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
+            peft_model = get_peft_model(model, peft_config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
         loaded = peft_model.load_adapter(
-            adapter.path, adapter.name, is_trainable=trained, **adapter.subfolder
+            adapter.path,
+            adapter.name,
+            is_trainable=not peft_config.inference_mode,
+            **adapter.subfolder,
         )
     if loaded.missing_keys or loaded.unexpected_keys:
         raise ValueError(

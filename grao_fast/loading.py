@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationMethod
 
 from grao_fast.adapters import (
     AdapterFolder,
@@ -20,8 +21,10 @@ from grao_fast.adapters import (
     find_adapter,
     new_adapter,
     open_adapter,
+    read_config,
 )
 from grao_fast.liger import use_liger_layers
+from grao_fast.model_checks import plain_model
 
 _NONE_IF_ABSENT = {
     "_raise_exceptions_for_gated_repo": False,
@@ -61,6 +64,7 @@ def load_model(
         check_adapter_config(peft_config)
     if isinstance(model, nn.Module):
         check_module(model, peft_config=peft_config, trained=trained)
+        model = plain_model(model)
         tokenizer = _checked(tokenizer or _tokenizer_of_module(model))
         module, adapter = model, None
     else:
@@ -72,15 +76,21 @@ def load_model(
                 "lose it: leave peft_config out to continue the adapter, or merge it first "
                 "(merge_and_unload, save_pretrained) and give the merged model"
             )
+        if adapter is not None:
+            peft_config = read_config(adapter, trained=trained)
         base = path if adapter is None else _base_of(adapter)
         tokenizer = _checked(tokenizer or _load_tokenizer(path, base))
-        frozen = peft_config is not None or adapter is not None
-        module = _load(base, dtype=torch.bfloat16 if bf16 and frozen else torch.float32)
-    module = module.to(device)
+        module = _load(
+            base,
+            revision=None if adapter is None else adapter.revision,
+            dtype=torch.bfloat16 if bf16 and peft_config is not None else torch.float32,
+        )
+    if not _is_quantised(module):  # which lies where it was loaded, and stays as it is
+        module = module.to(device)
     if liger:
         use_liger_layers(module.get_base_model() if hasattr(module, "get_base_model") else module)
     if adapter is not None:
-        module = open_adapter(module, adapter, trained=trained)
+        module = open_adapter(module, adapter, peft_config)
     elif peft_config is not None:
         module = new_adapter(module, peft_config, name=model_name(model))
     return module, tokenizer
@@ -91,9 +101,17 @@ def model_name(model: str | Path | nn.Module) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
-def _load(name: str, *, dtype: torch.dtype) -> nn.Module:
+def _load(name: str, *, dtype: torch.dtype, revision: str | None) -> nn.Module:
+    at = {} if revision is None else {"revision": revision}
     with _loading(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, **at
+        )
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    """Whether bitsandbytes has quantised the model, or the base of an adapter: it cannot move."""
+    return getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
 
 
 def _base_of(adapter: AdapterFolder) -> str:

@@ -21,7 +21,7 @@ from grao_fast.config import GRAOConfig
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
 from grao_fast.loading import load_model
-from grao_fast.model_checks import check_weights, plain_model
+from grao_fast.model_checks import check_weights
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.cache import Kept, kept_by
@@ -185,8 +185,6 @@ def load_policy(
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if isinstance(model, nn.Module):
-        model = plain_model(model)
     model, tokenizer = load_model(
         model,
         device=device,

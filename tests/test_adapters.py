@@ -228,3 +228,38 @@ def test_code_that_a_model_brings_is_not_run(tiny_model: Path, tmp_path: Path):
     (folder / "own.py").write_text("raise SystemExit('run')")
     with pytest.raises(ValueError, match="pass both"):
         load_policy(folder, config=CONFIG)
+
+
+def test_a_base_taken_apart_at_random_is_refused(adapter: Path, copied: Path, tiny_model: Path):
+    """The saved adapter would be put on a base that is another one each time it is loaded."""
+    random = lora(init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match="use 'pissa', which takes the same each time"):
+        load_policy(tiny_model, config=CONFIG, peft_config=random)
+    rewrite_config(copied, init_lora_weights="pissa_niter_4", base_model_name_or_path="nowhere")
+    with pytest.raises(ValueError, match=r"adapter .*path_initial_model_for_weight_conversion"):
+        load_policy(copied, config=CONFIG, trained=False)  # before its base is looked for
+
+
+def test_an_adapter_that_prepends_tokens_is_refused_before_its_base_is_loaded(copied: Path):
+    peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, base_model_name_or_path="nowhere"
+    ).save_pretrained(copied)
+    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
+        load_policy(copied, config=CONFIG)
+
+
+def test_a_quantised_base_stays_where_it_is(tiny_model: Path, monkeypatch):
+    """Transformers raises where a model that bitsandbytes has quantised is moved."""
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    def refuse(*args, **options):
+        raise ValueError("`.to` is not supported for this model")
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    monkeypatch.setattr(model, "to", refuse)
+    with pytest.raises(ValueError, match="not supported"):
+        load_policy(model, config=CONFIG, trained=False)
+    monkeypatch.setattr(
+        model, "quantization_method", QuantizationMethod.BITS_AND_BYTES, raising=False
+    )
+    load_policy(model, config=CONFIG, trained=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ LORA = {
     "DoRA": {"use_dora": True},
     "rank-stabilised": {"use_rslora": True, "rank_pattern": {"q_proj": 1}},
     "PiSSA": {"init_lora_weights": "pissa"},
-    "fast PiSSA": {"init_lora_weights": "pissa_niter_4"},
     "OLoRA": {"init_lora_weights": "olora"},
     "not 0 at first": {"init_lora_weights": False},
     "of the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -198,16 +196,10 @@ def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, t
 
 
 def test_first_weights_that_alter_the_base_otherwise_are_refused(biased: Path, tmp_path: Path):
-    """Another seed's PiSSA leaves another base, to which the trained adapter does not belong."""
-    policy = build("fast PiSSA", biased)
+    """As on a machine with another way to a matrix's vectors: the base is another one by it."""
+    policy = build("PiSSA", biased)
     path = write(policy, tmp_path / "checkpoint-1", PolicyIdentity.of(policy))
-    state = read_state(path)
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    torch.manual_seed(6)
-    adapter = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa_niter_1"
-    )
-    other = load_policy(biased, config=CONFIG, peft_config=adapter)
-    state["policy"]["adapters"]["default"]["init_lora_weights"] = "pissa_niter_1"
+    other = build("PiSSA", biased)
+    other.causal_lm.model.layers[0].mlp.down_proj.base_layer.weight.data[0, 0] += 0.01
     with pytest.raises(CheckpointError, match="or what the adapter's first weights made of it"):
-        resume_policy(other, PolicyIdentity.of(other), path, json.loads(json.dumps(state)))
+        resume_policy(other, PolicyIdentity.of(other), path, read_state(path))
