@@ -146,7 +146,7 @@ def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Ro
     rewards_NK = _rewards(N, K, case.dead, generator)
     return Rollout(
         prompts=[
-            Encoded(Example("", "", {}), ids, group[-1])
+            Encoded(Example("", "", {}), ids, group[-1], "")
             for ids, group in zip(prompts, sequences, strict=True)
         ],
         completions=[

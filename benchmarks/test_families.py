@@ -116,7 +116,7 @@ def real_rollout(tokenizer: PreTrainedTokenizerBase) -> Rollout:
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
         *samples, reference = ([*tokenizer(a).input_ids, tokenizer.eos_token_id] for a in answers)
-        prompts.append(Encoded(Example("", "", {}), prompt_ids, reference))
+        prompts.append(Encoded(Example("", "", {}), prompt_ids, reference, ""))
         completions.append([Completion(ids, [math.nan] * len(ids), True) for ids in samples])
     rewards_NK = torch.tensor(
         [list(answers.values()) for answers in REAL_GROUPS.values()], dtype=torch.float64

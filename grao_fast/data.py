@@ -4,7 +4,8 @@ What counts as a prompt and as a reference:
 
     prompt                   text, or messages [{"role": ..., "content": ...}, ...]
     reference                the first of the columns `reference`, `completion`, `chosen`; text, or
-                             messages that end in the assistant's turn, which is taken
+                             messages that end in an assistant's turn: all turns that follow the
+                             prompt, with their tool calls and reasoning
     chosen without prompt    holds its prompt: messages before the last turn; an HH transcript
                              ("\\n\\nHuman: ...\\n\\nAssistant: ..."); or text, of which the prompt
                              is what `chosen` and `rejected` share
@@ -17,12 +18,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data_sources import Rows, read_rows
-from grao_fast.encoding import encode_prompts, encode_references, end_of_turn
+from grao_fast.encoding import Encoder, completion_texts, ending_ids
 from grao_fast.fields import (
     Messages,
     check_text,
@@ -49,17 +50,27 @@ class Example:
     """A prompt, its reference answer (None: absent) and the columns that rewards may ask for."""
 
     prompt: str | Messages
-    reference: str | None
+    reference: str | Messages | None
     columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as token ids; `reference_ids` is empty where the reference is absent."""
+    """An example as token ids.
+
+    reference_ids: empty where the reference is absent.
+    reference_text: what they say, read as a sample's tokens are; None where it is absent.
+    """
 
     example: Example
     prompt_ids: list[int]
     reference_ids: list[int]
+    reference_text: str | None
+
+    @property
+    def scored(self) -> Example:
+        """The example for rewards: its reference is the text that `reference_ids` say."""
+        return replace(self.example, reference=self.reference_text)
 
 
 def load_examples(
@@ -153,12 +164,14 @@ class _Columns:
         if self.prompt is not None:
             prompt = read_prompt(row.get(self.prompt), f"{where}, `{self.prompt}`")
             value = row.get(self.reference) if self.reference else None
-            reference = read_reference(value, f"{where}, `{self.reference}`")
+            reference = read_reference(value, f"{where}, `{self.reference}`", prompt)
         else:
             prompt, reference = self._implicit(row, f"{where}, `chosen`")
         return Example(prompt, reference, columns)
 
-    def _implicit(self, row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | None]:
+    def _implicit(
+        self, row: Mapping[str, Any], where: str
+    ) -> tuple[str | Messages, str | Messages | None]:
         chosen = row.get("chosen")
         if self.transcripts:
             if not isinstance(chosen, str):
@@ -179,7 +192,7 @@ class _Columns:
         messages = read_messages(chosen, where)
         if len(messages) == 1:
             raise ValueError(f"{where} holds an answer and no prompt before it")
-        return messages[:-1], read_reference(messages, where)
+        return messages[:-1], read_reference(messages[-1:], where)
 
 
 def encode_examples(
@@ -191,12 +204,13 @@ def encode_examples(
     max_prompt_length: int | None = None,
     max_reference_length: int | None = None,
     eos_token_ids: Collection[int] = (),
+    embedding_rows: int | None = None,
+    trained: bool = True,
 ) -> list[Encoded]:
     """Tokenise examples and check that they fit the model.
 
-    Messages go through the tokenizer's chat template, with the generation prompt; text is encoded
-    as it is. A reference is its text and an EOS, or, cut to `max_reference_length`, no EOS. To a
-    prompt of messages, the EOS is the one that the chat template ends an assistant's turn with.
+    Messages go through the tokenizer's chat template, with the generation prompt, or open where
+    they end in an assistant's turn; text is encoded as it is. See `Encoder` for references.
 
     Args:
         context_length: tokens the model can hold, a prompt and its continuation; None: no limit.
@@ -204,41 +218,54 @@ def encode_examples(
         max_prompt_length: longer prompts are dropped, with a warning that counts them.
         max_reference_length: longer references are cut.
         eos_token_ids: all tokens that end a completion of the model.
+        embedding_rows: of the model; no token may be beyond them. None: not checked.
+        trained: False where no model reads the references: they are neither cut nor checked.
 
     Raises:
-        ValueError: no EOS or chat template; a prompt or reference that does not fit the model
-            (the message says which example, counted from 0, by how much, and what
-            to set); nothing left.
+        ValueError: no EOS or chat template; a prompt or reference that the template refuses or that
+            does not fit the model (the message says which example, counted from 0, by how much, and
+            what to set); nothing left.
     """
     if not examples:
         raise ValueError("there are no examples to encode")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")
     if context_length is not None and max_new_tokens >= context_length:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's "
             f"{context_length} tokens: lower it"
         )
-    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
-    end = tokenizer.eos_token_id
-    end_of_chat = end
-    if any(not isinstance(example.prompt, str) for example in examples):
-        end_of_chat = end_of_turn(tokenizer, eos_token_ids)
-    references = encode_references(
-        [example.reference for example in examples],
-        tokenizer,
-        end_ids=[end if isinstance(e.prompt, str) else end_of_chat for e in examples],
-        max_length=max_reference_length,
+    encoder = Encoder(
+        tokenizer, eos_token_ids, max_reference_length=max_reference_length if trained else None
     )
+    ids = encoder.encode(
+        [example.prompt for example in examples], [example.reference for example in examples]
+    )
+    encoder.report()
+    if embedding_rows is not None:
+        read = [[*row.prompt, *row.reference] if trained else row.prompt for row in ids]
+        _check_tokens(read, tokenizer, embedding_rows)
+    ends = ending_ids(tokenizer, eos_token_ids)
+    texts = completion_texts(
+        tokenizer, [row.prompt for row in ids], [row.reference for row in ids], ends
+    )
+    of_turns = tokenizer.convert_ids_to_tokens(sorted(ends - encoder.end_ids))
+    if of_turns and not all(isinstance(example.prompt, str) for example in examples):
+        logger.warning(
+            "the chat template ends a turn with %s, at which samples of this model do not stop; "
+            "references have the EOS behind it. Where the model does end turns so, add it to "
+            "eos_token_id of its generation_config",
+            " ".join(of_turns),
+        )
     encoded, dropped = [], 0
-    for row, (example, prompt_ids, reference_ids) in enumerate(
-        zip(examples, prompts, references, strict=True)
+    for row, (example, (prompt_ids, reference_ids), text) in enumerate(
+        zip(examples, ids, texts, strict=True)
     ):
         if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
             dropped += 1
             continue
-        _check_fit(row, len(prompt_ids), len(reference_ids), context_length, max_new_tokens)
-        encoded.append(Encoded(example, prompt_ids, reference_ids))
+        reference = len(reference_ids) if trained else 0
+        _check_fit(row, len(prompt_ids), reference, context_length, max_new_tokens)
+        said = text if reference_ids else None
+        encoded.append(Encoded(example, prompt_ids, reference_ids, said))
     if dropped:
         logger.warning(
             "dropped %d of %d prompts of more than max_prompt_length=%d tokens",
@@ -247,9 +274,24 @@ def encode_examples(
     if not encoded:
         raise ValueError(
             f"none of {len(examples)} prompts has at most max_prompt_length={max_prompt_length} "
-            f"tokens; the shortest has {min(map(len, prompts))}"
+            f"tokens; the shortest has {min(len(row.prompt) for row in ids)}"
         )
     return encoded
+
+
+def _check_tokens(
+    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, embedding_rows: int
+) -> None:
+    beyond = [n for n, ids in enumerate(rows) if ids and max(ids) >= embedding_rows]
+    if beyond:
+        token = max(rows[beyond[0]])
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ValueError(
+            f"example {beyond[0]}{more} of {len(rows)}: token {token}, "
+            f"{tokenizer.convert_ids_to_tokens(token)!r}, is beyond the model's embedding of "
+            f"{embedding_rows} rows: call model.resize_token_embeddings({len(tokenizer)}) and save "
+            "the model, or use the tokenizer that belongs to it"
+        )
 
 
 def _check_fit(

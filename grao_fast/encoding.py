@@ -1,99 +1,274 @@
-"""From prompts and references to token ids."""
+"""From prompts and references to token ids, and from token ids to the text that is scored."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grao_fast.chat import Chat, TemplateRefusal
 from grao_fast.fields import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 _BATCH = 1024
+# Tokens of a prompt that a completion is decoded behind. One tells whether a word begins with a
+# space; a few more hold a character whose bytes are tokens.
+_CONTEXT = 4
+# Texts behind which a text keeps its own tokens, unlike at the beginning of a text, where a
+# SentencePiece tokenizer puts a space before it.
+_ANCHORS = ("\n", "a")
+
+_REASONS = {
+    "no prefix": "%d of %d prompts are not how the chat template begins prompt and reference "
+    "together (example %d is the first): there the reference's own text follows the prompt",
+    "in part": "the chat template leaves out a part of %d of %d references (example %d is the "
+    "first): one turn of text follows the prompt as it is, more than that as the template has it",
+    "merged": "the last tokens of %d of %d prompts would be others with the reference behind them "
+    "(example %d is the first): there the reference is encoded by itself",
+}
 
 
-def encode_prompts(
-    prompts: Sequence[str | Messages], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Text as it is, messages through the chat template with the generation prompt."""
-    ids: list[list[int]] = [[] for _ in prompts]
-    texts = {n: prompt for n, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    chats = {
-        n: _render(n, prompt, tokenizer)
-        for n, prompt in enumerate(prompts)
-        if not isinstance(prompt, str)
-    }
-    encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=True)
-    for (n, text), prompt_ids in zip(texts.items(), encoded, strict=True):
-        # Some tokenizers close every text with an EOS; nothing could follow such a prompt.
-        closed = prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id
-        if closed and not text.endswith(str(tokenizer.eos_token)):
-            prompt_ids = prompt_ids[:-1]
-        ids[n] = prompt_ids
-    # The template writes BOS itself.
-    encoded = _encode(tokenizer, list(chats.values()), add_special_tokens=False)
-    for n, prompt_ids in zip(chats, encoded, strict=True):
-        ids[n] = prompt_ids
-    return ids
+class TokenIds(NamedTuple):
+    """Of a prompt and its reference; the latter's are empty where it is absent."""
+
+    prompt: list[int]
+    reference: list[int]
 
 
-def encode_references(
-    references: Sequence[str | None],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    end_ids: Sequence[int],
-    max_length: int | None,
-) -> list[list[int]]:
-    """Text and its end_ids, cut to max_length; empty where the reference is absent."""
-    ids: list[list[int]] = [[] for _ in references]
-    texts = {n: text for n, text in enumerate(references) if text is not None}
-    encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=False)
-    for n, reference_ids in zip(texts, encoded, strict=True):
-        ids[n] = [*reference_ids, end_ids[n]][:max_length]
-    return ids
+class Encoder:
+    """Encodes prompts and references of a dataset, in as many calls as it takes.
 
+    A reference's tokens are those of the prompt and the reference together, less the prompt's: what
+    a sample would have to be to say the same. Where the prompt's tokens change when the reference
+    follows, the reference is encoded by itself, as it stands inside a text. It ends in one
+    end-of-sequence token: the one that it or the chat template writes, or else the tokenizer's.
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]) -> int:
-    """The end-of-sequence token that the chat template writes behind an assistant's turn.
-
-    Gemma and Phi-3 end a turn with another token than the tokenizer's eos_token; a model samples
-    the former. The tokenizer's own where the template writes none.
+    Args:
+        eos_token_ids: all tokens that end a completion of the model.
+        max_reference_length: references are cut to so many tokens; None: never.
+        continues: whether a prompt that ends in an assistant's turn is continued.
+        template_options: for the tokenizer's `apply_chat_template`.
     """
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    (ids,) = _encode(tokenizer, [text], add_special_tokens=False)
-    written = [token for token in ids if token in eos_token_ids]
-    return written[-1] if written else tokenizer.eos_token_id
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Collection[int] = (),
+        *,
+        max_reference_length: int | None = None,
+        continues: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")
+        self.tokenizer = tokenizer
+        self.end_ids = {*eos_token_ids, tokenizer.eos_token_id}
+        self.max_reference_length = max_reference_length
+        ends = tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
+        self.end_texts = tuple(end for end in ends if end)
+        self.chat = Chat(tokenizer, self.end_texts, continues=continues, options=template_options)
+        self._rows = 0
+        self._refusals: list[tuple[int, str]] = []
+        # Rows whose reference is not what the template or the tokenizer makes of both, by reason.
+        self._apart: dict[str, list[int]] = {reason: [] for reason in _REASONS}
+        self._said: set[str] = set()
 
-def _render(n: int, prompt: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2.exceptions import TemplateError
+    def encode(
+        self,
+        prompts: Sequence[str | Messages],
+        references: Sequence[str | Messages | None],
+    ) -> list[TokenIds]:
+        """Token ids of every row. Raises ValueError of messages without a chat template."""
+        encoded: list[TokenIds] = []
+        for start in range(0, len(prompts), _BATCH):
+            encoded += self._encode_batch(
+                prompts[start : start + _BATCH], references[start : start + _BATCH]
+            )
+        return encoded
 
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"example {n}: the prompt is a list of messages, and the tokenizer has no chat "
-            "template: set tokenizer.chat_template, or give the prompts as text"
+    def report(self) -> None:
+        """Refuse what the chat template refused, and say once what is not as it is rendered."""
+        if self._refusals:
+            row, words = self._refusals[0]
+            more = f" (and {len(self._refusals) - 1} more of {self._rows})"
+            raise ValueError(
+                f"example {row}{more if len(self._refusals) > 1 else ''}: the chat template "
+                f"refuses the prompt or its answer: {words}; give it the turns that it asks for, "
+                "or another chat template"
+            )
+        for reason, rows in self._apart.items():
+            if rows and reason not in self._said:
+                self._said.add(reason)
+                logger.warning(_REASONS[reason], len(rows), self._rows, rows[0])
+
+    def _encode_batch(
+        self,
+        prompts: Sequence[str | Messages],
+        references: Sequence[str | Messages | None],
+    ) -> list[TokenIds]:
+        first = self._rows
+        self._rows += len(prompts)
+        texts, answers = [], []
+        for row, (prompt, reference) in enumerate(zip(prompts, references, strict=True), first):
+            text, answer = self._texts(row, prompt, reference)
+            texts.append(text)
+            answers.append(answer)
+        plain = [isinstance(prompt, str) for prompt in prompts]
+        prompt_ids = self._tokenize(texts, plain)
+        for ids, text, is_plain in zip(prompt_ids, texts, plain, strict=True):
+            # Some tokenizers close every text with an EOS; nothing could follow such a prompt.
+            closed = is_plain and ids[-1:] == [self.tokenizer.eos_token_id]
+            if closed and not text.endswith(str(self.tokenizer.eos_token)):
+                ids.pop()
+        present = [n for n, answer in enumerate(answers) if answer is not None]
+        whole_ids = self._tokenize(
+            [texts[n] + str(answers[n]) for n in present], [plain[n] for n in present]
         )
-    try:
-        return str(
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        )
-    except TemplateError as error:
-        raise ValueError(f"example {n}: the chat template refuses the prompt: {error}") from error
+        reference_ids: list[list[int]] = [[] for _ in prompts]
+        merged = []
+        for n, whole in zip(present, whole_ids, strict=True):
+            length = len(prompt_ids[n])
+            if whole[:length] == prompt_ids[n]:
+                reference_ids[n] = whole[length:]
+            else:
+                merged.append(n)
+        apart = self._encode_inside([str(answers[n]) for n in merged])
+        for n, ids in zip(merged, apart, strict=True):
+            reference_ids[n] = ids
+        self._apart["merged"] += [first + n for n in merged]
+        for n in present:
+            reference_ids[n] = self._ended(reference_ids[n])[: self.max_reference_length]
+        return list(map(TokenIds, prompt_ids, reference_ids))
 
+    def _texts(
+        self, row: int, prompt: str | Messages, reference: str | Messages | None
+    ) -> tuple[str, str | None]:
+        """The prompt as text, and what the reference adds to it; None where it is absent."""
+        if isinstance(prompt, str):
+            assert reference is None or isinstance(reference, str)
+            if reference is not None and reference.rstrip().endswith(self.end_texts):
+                reference = reference.rstrip()
+            return prompt, reference
+        if self.tokenizer.chat_template is None and self.chat.options.get("chat_template") is None:
+            raise ValueError(
+                f"example {row}: the prompt is a list of messages, and the tokenizer has no chat "
+                "template: set tokenizer.chat_template, or give the prompts as text"
+            )
+        try:
+            text = self.chat.prompt(prompt)
+            if reference is None:
+                return text, None
+            answer, written = self.chat.answer(prompt, text, reference)
+        except TemplateRefusal as error:
+            self._refusals.append((row, str(error)))
+            return "", None
+        if written != "rendered":
+            self._apart[written].append(row)
+        return text, answer
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool
-) -> list[list[int]]:
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _BATCH):
+    def _tokenize(self, texts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
+        """Ids of texts; those that no template wrote get the tokenizer's own BOS, once."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for special in (True, False):
+            chosen = [n for n, is_plain in enumerate(plain) if is_plain == special]
+            encoded = self._call([texts[n] for n in chosen], add_special_tokens=special)
+            for n, row in zip(chosen, encoded, strict=True):
+                if special and row[:2] == [self.tokenizer.bos_token_id] * 2:
+                    row = row[1:]
+                ids[n] = row
+        return ids
+
+    def _encode_inside(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are inside a text, not at its beginning."""
+        ids: list[list[int] | None] = [None] * len(texts)
+        for anchor in (*_ANCHORS, ""):
+            left = [n for n, row in enumerate(ids) if row is None]
+            (before,) = self._call([anchor], add_special_tokens=False)
+            whole_ids = self._call([anchor + texts[n] for n in left], add_special_tokens=False)
+            for n, whole in zip(left, whole_ids, strict=True):
+                if whole[: len(before)] == before:
+                    ids[n] = whole[len(before) :]
+        return [row or [] for row in ids]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With one end-of-sequence token at the end."""
+        if not ids or ids[-1] not in self.end_ids:
+            return [*ids, self.tokenizer.eos_token_id]
+        while len(ids) > 1 and ids[-2] in self.end_ids:
+            ids = [*ids[:-2], ids[-1]]
+        return ids
+
+    def _call(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
         # verbose=False: the tokenizer's own warning about length names no row; ours is an error.
-        batch = tokenizer(
-            texts[start : start + _BATCH],
+        return self.tokenizer(
+            list(texts),
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             verbose=False,
-        )
-        ids += batch["input_ids"]
-    return ids
+        )["input_ids"]
+
+
+def ending_ids(
+    tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
+) -> frozenset[int]:
+    """Tokens that end a completion, or, by the chat template, an assistant's turn.
+
+    A base model's template may end turns with a token that is no end-of-sequence token of the
+    model: a completion then goes on behind it, mostly to that token.
+    """
+    ends = {*eos_token_ids, tokenizer.eos_token_id}
+    if tokenizer.chat_template is None:
+        return frozenset(ends)
+    chat, turn = Chat(tokenizer, ()), {"role": "user", "content": "a"}
+    for messages in ([turn], [{"role": "system", "content": "a"}, turn]):
+        try:
+            closing = chat.closing(messages)
+        except TemplateRefusal:
+            continue
+        ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+        return frozenset(ends.union(ids) & {*ends, *tokenizer.added_tokens_decoder})
+    return frozenset(ends)
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    end_ids: Collection[int],
+) -> list[str]:
+    """What completions say behind their prompts, without the tokens of `ending_ids` at their end.
+
+    Samples and references are scored as this text. Other special tokens stay in it, `<think>` and
+    the tags of tool calls among them. It is what a completion adds to its prompt's text, so that a
+    first word keeps the space that SentencePiece drops at the beginning of a text.
+    """
+    contexts = [list(prompt[-_CONTEXT:]) for prompt in prompts]
+    bodies = []
+    for ids in completions:
+        length = len(ids)
+        while length and ids[length - 1] in end_ids:
+            length -= 1
+        bodies.append(list(ids[:length]))
+    distinct = list(dict.fromkeys(map(tuple, contexts)))
+    before = dict(zip(distinct, _decode(tokenizer, distinct), strict=True))
+    whole = _decode(tokenizer, [[*c, *b] for c, b in zip(contexts, bodies, strict=True)])
+    texts = []
+    for context, body, text in zip(contexts, bodies, whole, strict=True):
+        prefix = before[tuple(context)]
+        if text.startswith(prefix):
+            texts.append(text[len(prefix) :])
+        else:  # a decoder that rewrites what comes before, as WordPiece's "do not" to "don't"
+            texts += _decode(tokenizer, [body])
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+    return tokenizer.batch_decode(
+        [list(row) for row in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )

@@ -22,7 +22,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
+from grao_fast.fields import answer_text
 from grao_fast.inputs import writable_folder
 from grao_fast.interruption import stoppable
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
@@ -123,6 +124,7 @@ def evaluate_completions(
             raise ValueError(f"{name} must hold {len(examples)} texts, got {len(texts)}")
     if not examples:
         raise ValueError("there is nothing to evaluate: no examples")
+    examples = [replace(each, reference=answer_text(each.reference)) for each in examples]
     scores = _score(resolve_reward(reward), examples, completions, baseline, reward_type)
     if metric is not None:
         scores["metric"] = _tensor(resolve_reward(metric).score(examples, completions))
@@ -243,15 +245,16 @@ def _answer(
         context_length=policy.context_length,
         max_new_tokens=config.max_new_tokens,
         max_prompt_length=config.max_prompt_length,
-        max_reference_length=config.max_new_tokens,  # references are not read by the model
         eos_token_ids=policy.eos_token_ids,
+        embedding_rows=policy.embedding_rows,
+        trained=False,
     )
     texts = policy.answer(
         [item.prompt_ids for item in encoded],
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
-    return [item.example for item in encoded], texts
+    return [item.scored for item in encoded], texts
 
 
 def _result_folder(folder: Path) -> Path:

@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # a message's, under any of these keys
+
+_ASKING = ("user", "system", "developer")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -44,18 +47,64 @@ def read_prompt(value: Any, where: str) -> str | Messages:
     return read_messages(value, where)
 
 
-def read_reference(value: Any, where: str) -> str | None:
-    """A reference: text, or the assistant's turn that ends the messages; None where blank."""
+def read_reference(
+    value: Any, where: str, prompt: str | Messages | None = None
+) -> str | Messages | None:
+    """A reference: text, or messages that are more than one answer's text; None where it is blank.
+
+    Of messages, those that repeat the prompt are left out. The others are the turns that follow it,
+    with tool calls and reasoning, and end in an assistant's turn.
+    """
     if value is None or isinstance(value, str):
         return value if value and value.strip() else None
-    last = read_messages(value, where)[-1]
-    if last["role"] != "assistant":
-        raise ValueError(f"{where} must end in an assistant turn, got role {last['role']!r}")
-    return last["content"] if last["content"].strip() else None
+    turns = _without_prompt(read_messages(value, where), prompt)
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(f"{where} must end in an assistant turn, got role {turns[-1]['role']!r}")
+    more = (
+        "several turns" if len(turns) > 1 else next(map("`{}`".format, beside_text(turns[0])), "")
+    )
+    if more and isinstance(prompt, str):
+        raise ValueError(
+            f"{where} has {more}, which only a chat template can write: give the prompt as "
+            "messages too"
+        )
+    if more or (turns[0].keys() - {"role", "content"} and not isinstance(prompt, str)):
+        return turns if more or turns[0]["content"].strip() else None
+    return read_reference(turns[0]["content"], where)
+
+
+def beside_text(message: Mapping[str, Any]) -> list[str]:
+    """The keys of a message, other than its content, under which it holds what a model has said."""
+    return [key for key in (*REASONING, "tool_calls") if message.get(key)]
+
+
+def _without_prompt(messages: Messages, prompt: str | Messages | None) -> Messages:
+    """The turns that follow the prompt, where messages begin with it."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    start, skipped = (_after_system(m) for m in (messages, asked))
+    shared = len(asked) - skipped
+    same = [
+        (one["role"], one.get("content")) == (other["role"], other.get("content"))
+        for one, other in zip(messages[start:], asked[skipped:], strict=False)
+    ]
+    if shared and len(messages) - start > shared and all(same):
+        return messages[start + shared :]
+    # A prompt in other words: the answer is what follows the last question.
+    last = max((n for n, m in enumerate(messages[:-1]) if m["role"] in _ASKING), default=-1)
+    return messages[last + 1 :] if messages[0]["role"] in _ASKING else messages
+
+
+def _after_system(messages: Messages) -> int:
+    """How many turns of the system's a conversation begins with."""
+    roles = [message["role"] for message in messages]
+    return next((n for n, role in enumerate(roles) if role not in _ASKING[1:]), len(roles))
 
 
 def read_messages(value: Any, where: str) -> Messages:
-    """A conversation: one or more dicts with `role` and `content` as text."""
+    """A conversation: one or more dicts with `role` and `content` as text.
+
+    An assistant's turn with tool calls or reasoning needs no content.
+    """
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise ValueError(f"{where} must be text or messages, got {type(value).__name__}")
     if not value:
@@ -67,15 +116,26 @@ def read_messages(value: Any, where: str) -> Messages:
                 f"{where}, message {position} must be a dict with `role` and `content`, "
                 f"got {type(message).__name__}"
             )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+        # Arrow gives every message the keys of all messages, with None where there was none.
+        present = {key: item for key, item in message.items() if item is not None}
+        needed = ["role", "content"]
+        if present.get("role") == "assistant" and beside_text(present):
+            needed = ["content"] if "content" in present else []
+        for key in needed:
+            if not isinstance(present.get(key), str):
                 raise ValueError(
                     f"{where}, message {position}: `{key}` must be text, "
                     f"got {type(message.get(key)).__name__}"
                 )
-        # Arrow gives every message the keys of all messages, with None where there was none.
-        messages.append({key: item for key, item in message.items() if item is not None})
+        messages.append(present)
     return messages
+
+
+def answer_text(reference: str | Messages | None) -> str | None:
+    """The text of a reference that no tokenizer has seen: of messages, the last turn's."""
+    if reference is None or isinstance(reference, str):
+        return reference
+    return reference[-1].get("content", "")
 
 
 def is_hh_transcript(text: str) -> bool:

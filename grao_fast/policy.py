@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grao_fast.attention import attending, choose_attention, keep_score_cap
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.beginning import Beginning
 from grao_fast.config import GRAOConfig
+from grao_fast.encoding import completion_texts, ending_ids
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
 from grao_fast.loading import load_model
@@ -92,18 +94,29 @@ class Policy:
             self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
 
-    def decode(self, completions: Sequence[Completion]) -> list[str]:
-        """Texts of completions, without special tokens."""
-        return self.tokenizer.batch_decode(
-            [completion.token_ids for completion in completions], skip_special_tokens=True
-        )
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens that the model can read and write; its tokenizer may know more."""
+        embeddings = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()
+        return min(embedding.weight.shape[0] for embedding in embeddings)
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
+    ) -> list[str]:
+        """Texts of completions, each behind its own prompt; see `completion_texts`."""
+        ids = [completion.token_ids for completion in completions]
+        return completion_texts(self.tokenizer, prompts, ids, self._ending_ids)
+
+    @cached_property
+    def _ending_ids(self) -> frozenset[int]:
+        return ending_ids(self.tokenizer, self.eos_token_ids)
 
     def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
         """The greedy completion of every prompt, as text."""
         groups = self.sampler.sample(
             prompts, num_generations=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed
         )
-        return self.decode([group[0] for group in groups])
+        return self.decode(prompts, [group[0] for group in groups])
 
     def lay_out(self, groups: list[Group]) -> MicroBatch:
         """The groups as this policy computes them: packed behind shared prompts, or padded."""
@@ -211,7 +224,7 @@ def load_policy(
     if config.share_prefix:
         check_sharing(causal_lm, kept)
     eos = _eos_token_ids(causal_lm, tokenizer)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = _pad_token_id(causal_lm, tokenizer)
     policy = Policy(
         model=model,
         causal_lm=causal_lm,
@@ -278,6 +291,13 @@ def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
     renamed = hasattr(causal_lm, "activation_checkpointing_enable")
     name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
     getattr(causal_lm, name)({"use_reentrant": False})
+
+
+def _pad_token_id(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's, or one that the model has: nothing attends to it."""
+    rows = causal_lm.get_input_embeddings().weight.shape[0]
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None and token < rows), 0)
 
 
 def _eos_token_ids(

@@ -47,7 +47,7 @@ def samples(rollout: Rollout) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt.example.prompt,
-            "reference": prompt.example.reference,
+            "reference": prompt.reference_text,
             "completions": rollout.texts[n],
             "rewards": rollout.rewards_NK[n, :-1].tolist(),
             "advantages": rollout.advantages_NK[n, :-1].tolist(),

@@ -64,10 +64,13 @@ def sample_and_score(
         temperature=config.temperature,
         seed=seed,
     )
-    texts = [policy.decode(group) for group in completions]
+    texts = [
+        policy.decode([prompt.prompt_ids] * len(group), group)
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]
     sampled = time.perf_counter()
     scores = reward.score_groups(
-        [prompt.example for prompt in prompts], texts, reward_type=config.reward_type
+        [prompt.scored for prompt in prompts], texts, reward_type=config.reward_type
     )
     advantages_NK = group_advantages(
         scores.rewards_NK,

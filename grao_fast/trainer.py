@@ -159,7 +159,7 @@ def train(
             reward=reward_function,
             metric=metric_function,
             prompts=_encode(policy, examples, config),
-            eval_prompts=None if eval_examples is None else _encode(policy, eval_examples, config),
+            eval_prompts=eval_examples and _encode(policy, eval_examples, config, trained=False),
             output=output,
             callbacks=callbacks,
         )
@@ -339,7 +339,7 @@ class _Run:
         with interruption.at_once():
             return evaluate_completions(
                 self.reward,
-                [prompt.example for prompt in self.eval_prompts],
+                [prompt.scored for prompt in self.eval_prompts],
                 texts,
                 baseline=baseline,
                 reward_type=self.config.reward_type,
@@ -409,7 +409,9 @@ class _Run:
         return watch, metrics
 
 
-def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list[Encoded]:
+def _encode(
+    policy: Policy, examples: list[Example], config: GRAOConfig, *, trained: bool = True
+) -> list[Encoded]:
     return encode_examples(
         examples,
         policy.tokenizer,
@@ -418,4 +420,6 @@ def _encode(policy: Policy, examples: list[Example], config: GRAOConfig) -> list
         max_prompt_length=config.max_prompt_length,
         max_reference_length=config.max_reference_length,
         eos_token_ids=policy.eos_token_ids,
+        embedding_rows=policy.embedding_rows,
+        trained=trained,
     )

@@ -77,7 +77,7 @@ def backward(loaded: Policy, config: GRAOConfig) -> None:
 
 
 def prompts() -> list[Encoded]:
-    return [Encoded(Example("", "", {}), g.prompt_ids, g.sequence_ids[-1]) for g in GROUPS]
+    return [Encoded(Example("", "", {}), g.prompt_ids, g.sequence_ids[-1], "") for g in GROUPS]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +15,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """A two-layer Llama of 64 dimensions with random weights, and a tokenizer of characters."""
+def character_tokenizer(*special: str, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A tokenizer of characters: <pad> 0, <eos> 1, <unk> 2; the special tokens come last."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *ALPHABET])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -28,13 +29,22 @@ def save_tiny_model(folder: Path) -> Path:
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A two-layer Llama of 64 dimensions with random weights, and a tokenizer of characters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = character_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from grao_fast.data import REFERENCE_COLUMNS
-from grao_fast.encoding import encode_references, end_of_turn
-from grao_fast.fields import read_reference
+from grao_fast.encoding import Encoder
+from grao_fast.fields import read_prompt, read_reference
 
 
 class References(NamedTuple):
@@ -42,25 +41,24 @@ def reference_column(columns: Iterable[str]) -> str:
     )
 
 
-def read_references(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: Sequence[int],
-) -> References:
-    """References of rows with `prompt`, each with an end-of-sequence token, none cut."""
+def read_references(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> References:
+    """References of rows with `prompt`, each with an end-of-sequence token.
+
+    Their texts are read from their tokens as TRL reads samples: without special tokens.
+    """
     column = reference_column(rows[0])
-    texts = [read_reference(row[column], f"column `{column}`") for row in rows]
-    is_text = [isinstance(row["prompt"], str) for row in rows]
-    end_of_chat = end_of_turn(tokenizer, eos_token_ids) if not all(is_text) else None
-    token_ids = encode_references(
-        texts,
-        tokenizer,
-        end_ids=[tokenizer.eos_token_id if plain else end_of_chat for plain in is_text],
-        max_length=None,
-    )
+    prompts = [read_prompt(row["prompt"], "column `prompt`") for row in rows]
+    given = [
+        read_reference(row[column], f"column `{column}`", prompt)
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    token_ids = [row.reference for row in encoder.encode(prompts, given)]
+    encoder.report()
+    said = encoder.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    texts = [text if ids else None for text, ids in zip(said, token_ids, strict=True)]
     completions = [
-        text or "" if plain else [{"role": "assistant", "content": text or ""}]
-        for text, plain in zip(texts, is_text, strict=True)
+        text or "" if isinstance(prompt, str) else [{"role": "assistant", "content": text or ""}]
+        for text, prompt in zip(texts, prompts, strict=True)
     ]
     return References(texts, completions, token_ids)
 

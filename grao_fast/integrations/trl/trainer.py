@@ -18,6 +18,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
+from grao_fast.encoding import Encoder
 from grao_fast.integrations.trl.head import (
     answer_objectives,
     logit_transform_of,
@@ -116,6 +117,12 @@ class GRAOTrainer(GRPOTrainer):
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
             )
         self._sample_rewards_SF: Tensor | None = None
+        self._encoder = Encoder(
+            self._tokenizer,
+            self.eos_token_ids,
+            continues=False,  # TRL opens another turn
+            template_options={"chat_template": self.chat_template, **self.chat_template_kwargs},
+        )
         transform = logit_transform_of(
             self.model,
             self._tokenizer,
@@ -179,7 +186,7 @@ class GRAOTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], Tensor]:
         """Token ids of the rows that this process scores, and rewards_N of all processes'."""
         rows = [inputs[b] for b in scored_rows(self.accelerator.process_index, len(inputs), G)]
-        references = read_references(rows, self._tokenizer, self.eos_token_ids)
+        references = read_references(rows, self._encoder)
         rewards_SF = super()._calculate_rewards(
             rows, [row["prompt"] for row in rows], references.completions, references.token_ids
         )

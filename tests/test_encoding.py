@@ -1,0 +1,307 @@
+"""References as token ids: what the model would have to write behind the prompt, and no more."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from grao_fast.data import Encoded, encode_examples, load_examples
+from grao_fast.encoding import completion_texts
+from tests.tiny import character_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Reasoning in its own field, or taken out of the content; the last turn always has a block of it.
+QWEN3 = (
+    "{% for m in messages %}{% set text = m.content or '' %}{% set why = m.reasoning_content %}"
+    "{% if m.role == 'assistant' and '</think>' in text %}"
+    "{% set why = text.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set text = text.split('</think>')[-1].lstrip() %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and (loop.last or why) %}<think>\n{{ why or '' }}\n</think>\n\n"
+    "{% endif %}{{ text }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The header opens <think>; turns are written without what came before </think>.
+OPENS_THINK = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
+STRIPS_THINK = OPENS_THINK.replace("<think>\n", "")
+TRIMS = CHATML.replace("m.content", "m.content.strip()")
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no\nsystem turn') }}{% endif %}"
+) + CHATML
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def encode(rows: list[dict], tokenizer: Any, *, ends: tuple[str, ...] = (), **options: Any) -> Any:
+    return encode_examples(
+        load_examples(rows),
+        tokenizer,
+        context_length=None,
+        max_new_tokens=4,
+        eos_token_ids=tokenizer.convert_tokens_to_ids(list(ends)),
+        **options,
+    )
+
+
+def written(encoded: Encoded, tokenizer: Any) -> str:
+    return tokenizer.decode(encoded.reference_ids)
+
+
+def chat(reference: Any, template: str, **options: Any) -> tuple[str, str | None]:
+    """What is trained on, and what is scored, behind one user turn."""
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=template)
+    rows = [{"prompt": [user("hi")], "completion": reference}]
+    (encoded,) = encode(rows, tokenizer, ends=("<|im_end|>",), **options)
+    return written(encoded, tokenizer), encoded.reference_text
+
+
+def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes spaces as "\u2581", and one before a text."""
+    pieces = [
+        "<unk>",
+        "</s>",
+        "<s>",
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz?<>\n",
+        "ye",
+        "yes",
+        "\u2581yes",
+    ]
+    raw = Tokenizer(
+        models.BPE(
+            {piece: n for n, piece in enumerate(pieces)},
+            [("y", "e"), ("ye", "s"), ("\u2581", "yes")],
+            unk_token="<unk>",
+        )
+    )
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    raw.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}",
+    )
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        ([user("ok?")], ["yes", "</s>"]),
+        ("ok?", ["yes", "</s>"]),
+        ("ok? ", ["yes", "</s>"]),  # the prompt's own tokens end in the space
+        ("ok?\n", ["yes", "</s>"]),
+    ],
+)
+def test_a_reference_gets_no_space_that_its_context_would_not_have(prepend, prompt, tokens):
+    tokenizer = sentencepiece(prepend)
+    (encoded,) = encode([{"prompt": prompt, "reference": "yes"}], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(encoded.reference_ids) == tokens
+    assert encoded.reference_text == "yes"
+
+
+def test_a_space_before_the_reference_is_kept_and_scored():
+    tokenizer = sentencepiece("first")
+    (encoded,) = encode([{"prompt": "ok?", "reference": " yes"}], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(encoded.reference_ids) == ["\u2581yes", "</s>"]
+    assert encoded.reference_text == " yes"
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN3, TRIMS, OPENS_THINK])
+def test_prompt_and_reference_are_what_the_template_writes(template: str) -> None:
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=template)
+    turns = [user("a"), assistant("b"), user("c"), assistant("d\n\ne")]
+    (encoded,) = encode(
+        [{"prompt": turns[:-1], "reference": "d\n\ne"}], tokenizer, ends=("<|im_end|>",)
+    )
+    whole = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+    if template is OPENS_THINK:
+        header, answer = whole.rsplit("assistant: ", 1)
+        whole = f"{header}assistant: <think>\n{answer}"
+    assert tokenizer.decode(encoded.prompt_ids + encoded.reference_ids) == whole
+
+
+@pytest.mark.parametrize(
+    ("template", "reference", "expected", "scored"),
+    [
+        (CHATML, "ok", "ok<|im_end|>", "ok"),
+        (CHATML, "ok<|im_end|>", "ok<|im_end|>", "ok"),  # one end, not two
+        (CHATML, "ok<eos>\n", "ok<|im_end|>", "ok"),
+        (CHATML, " ok \n", " ok \n<|im_end|>", " ok \n"),
+        (TRIMS, " ok \n", "ok<|im_end|>", "ok"),
+        # a block of reasoning, as the template writes it, once
+        (QWEN3, "ok", "<think>\n\n</think>\n\nok<|im_end|>", "<think>\n\n</think>\n\nok"),
+        (QWEN3, "<think>a</think>b", "<think>\na\n</think>\n\nb<|im_end|>", None),
+        (QWEN3, [assistant("b", reasoning_content="a")],
+         "<think>\na\n</think>\n\nb<|im_end|>", None),
+        (OPENS_THINK, "<think>\na\n</think>b", "a\n</think>b<|im_end|>", "a\n</think>b"),
+        (OPENS_THINK, "<think>a</think>b", "a</think>b<|im_end|>", "a</think>b"),
+        (OPENS_THINK, "b", "b<|im_end|>", "b"),
+        (STRIPS_THINK, "<think>a</think>b", "<think>a</think>b<|im_end|>", "<think>a</think>b"),
+        # all turns of a completion
+        (CHATML, [assistant("a"), user("b"), assistant("c")],
+         "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>", None),
+        (CHATML, [user("hi"), assistant("a")], "a<|im_end|>", "a"),  # with its prompt
+        (CHATML, [{"role": "system", "content": "s"}, user("hi"), assistant("a")],
+         "a<|im_end|>", "a"),
+        (QWEN3,
+         [assistant(None, tool_calls=[{"function": {"name": "f"}}]),
+          {"role": "tool", "content": "1"}, assistant("c")],
+         "<tool_call>f</tool_call><|im_end|>\n<|im_start|>tool\n1<|im_end|>\n"
+         "<|im_start|>assistant\n<think>\n\n</think>\n\nc<|im_end|>", None),
+        # no end of a turn but a line break
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant: {% endif %}", "ok\n", "ok\n<eos>", "ok\n"),
+    ],
+)  # fmt: skip
+def test_references_to_chats(template, reference, expected, scored) -> None:
+    text = expected.removesuffix("<|im_end|>") if scored is None else scored
+    assert chat(reference, template) == (expected, text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [(" 4", " 4<|im_end|>"), ([assistant(" 4")], " 4<|im_end|>"),
+     ([assistant(" 4"), user("b"), assistant("c")],
+      " 4<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>")],
+)  # fmt: skip
+def test_a_prompt_that_ends_in_an_assistant_turn_is_continued(reference, expected) -> None:
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=CHATML)
+    rows = [{"prompt": [user("2+2"), assistant("It is")], "reference": reference}]
+    (encoded,) = encode(rows, tokenizer, ends=("<|im_end|>",))
+    assert tokenizer.decode(encoded.prompt_ids).endswith("<|im_start|>assistant\nIt is")
+    assert written(encoded, tokenizer) == expected
+
+
+def test_an_end_of_turn_that_is_no_end_for_the_model(caplog) -> None:
+    """A base model's: a sample goes on behind it, to the EOS; neither is part of what it says."""
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=CHATML)
+    (encoded,) = encode([{"prompt": [user("hi")], "reference": "ok"}], tokenizer)
+    assert (written(encoded, tokenizer), encoded.reference_text) == ("ok<|im_end|><eos>", "ok")
+    assert "ends a turn with <|im_end|>, at which samples of this model do not stop" in caplog.text
+
+
+@pytest.mark.parametrize("reference", ["ok", "ok<eos>", "ok<eos>\n", "ok<eos><eos>"])
+def test_a_reference_to_a_text_ends_once(reference: str) -> None:
+    tokenizer = character_tokenizer()
+    (encoded,) = encode([{"prompt": "hi ", "reference": reference}], tokenizer)
+    assert (written(encoded, tokenizer), encoded.reference_text) == ("ok<eos>", "ok")
+
+
+def test_a_prompt_that_holds_its_bos_gets_no_other() -> None:
+    tokenizer = sentencepiece("first")
+    plain, with_bos = encode(
+        [{"prompt": prompt, "reference": "no"} for prompt in ("ok?", "<s>ok?")], tokenizer
+    )
+    assert plain.prompt_ids.count(2) == with_bos.prompt_ids.count(2) == 1
+    assert plain.reference_ids == with_bos.reference_ids
+
+
+def test_what_is_not_as_rendered_is_said_once_with_row_and_number(caplog) -> None:
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=OPENS_THINK)
+    rows = [{"prompt": [user("a")], "reference": "b"}] * 3
+    with caplog.at_level(logging.WARNING):
+        encode([{"prompt": "text", "reference": "b"}, *rows], tokenizer, ends=("<|im_end|>",))
+    assert [r.message.split(")")[0] for r in caplog.records] == [
+        "3 of 4 prompts are not how the chat template begins prompt and reference together "
+        "(example 1 is the first"
+    ]
+    caplog.clear()
+    encode(
+        [{"prompt": f"ok?{' ' * n}", "reference": "yes"} for n in (0, 1)], sentencepiece("first")
+    )
+    assert "the last tokens of 1 of 2 prompts" in caplog.text
+    assert "example 1 is the first" in caplog.text
+
+
+def test_a_template_that_refuses_is_quoted_on_one_line() -> None:
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=NEEDS_SYSTEM)
+    good = {"prompt": [{"role": "system", "content": "s"}, user("a")], "reference": "b"}
+    assert encode([good], tokenizer)
+    bad = {"prompt": [user("a")], "reference": "b"}
+    with pytest.raises(
+        ValueError, match=r"example 1 \(and 1 more of 4\): the chat .*: no system t"
+    ):
+        encode([good, bad, good, bad], tokenizer)
+    with pytest.raises(ValueError, match=r"example 0: the chat template refuses .*TypeError"):
+        encode([bad], character_tokenizer(chat_template="{{ messages[0].content + 1 }}"))
+
+
+def test_reasoning_needs_a_template() -> None:
+    rows = [{"prompt": "a", "completion": [assistant("b", reasoning_content="c")]}]
+    with pytest.raises(
+        ValueError, match="row 0, `completion` has `reasoning_content`, which only a"
+    ):
+        load_examples(rows)
+    rows = [{"prompt": "a", "completion": [assistant("b"), user("c"), assistant("d")]}]
+    with pytest.raises(
+        ValueError, match="row 0, `completion` has several turns, which only a chat"
+    ):
+        load_examples(rows)
+
+
+def test_tokens_beyond_the_embedding_are_named() -> None:
+    tokenizer = character_tokenizer("<new>")
+    rows = [{"prompt": "a", "reference": "b"}, {"prompt": "a", "reference": "<new>b"}]
+    size = len(tokenizer) - 1
+    with pytest.raises(ValueError, match=rf"example 1 of 2: token {size}, '<new>', .*{size} rows"):
+        encode(rows, tokenizer, embedding_rows=size)
+    assert encode(rows, tokenizer, embedding_rows=size + 1)
+    assert encode(rows, tokenizer, embedding_rows=size, trained=False)
+    rows[0]["prompt"] = "<new>"
+    with pytest.raises(ValueError, match="example 0 of 2: token"):
+        encode(rows, tokenizer, embedding_rows=size, trained=False)
+
+
+# ---- what is scored
+
+
+def test_a_cut_reference_is_scored_as_it_was_cut() -> None:
+    tokenizer = character_tokenizer()
+    rows = [{"prompt": "hi ", "reference": "a good one"}]
+    (cut,) = encode(rows, tokenizer, max_reference_length=3)
+    assert (written(cut, tokenizer), cut.scored.reference) == ("a g", "a g")
+    (whole,) = encode(rows, tokenizer, max_reference_length=3, trained=False)
+    assert whole.scored.reference == "a good one"
+    assert whole.example.reference == "a good one" and whole.scored.prompt == "hi "
+
+
+def test_completions_keep_special_tokens_but_those_at_their_end() -> None:
+    tokenizer = character_tokenizer("<think>")
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    a, blank = tokenizer.convert_tokens_to_ids(["a", " "])
+    tokenizer.clean_up_tokenization_spaces = True
+    dot = tokenizer.convert_tokens_to_ids(".")
+    completions = [[think, a, blank, dot, 1], [a, think], [1], [], [a, 1, a]]
+    texts = completion_texts(tokenizer, [[a]] * 5, completions, {1})
+    assert texts == ["<think>a .", "a<think>", "", "", "a<eos>a"]
+
+
+def test_a_completion_keeps_the_space_that_sentencepiece_drops() -> None:
+    tokenizer = sentencepiece("first")
+    prompt = tokenizer("ok?", add_special_tokens=False)["input_ids"]
+    spaced, bare = tokenizer.convert_tokens_to_ids(["\u2581yes", "yes"])
+    assert completion_texts(tokenizer, [prompt] * 2, [[spaced], [bare, 1]], {1}) == [" yes", "yes"]

@@ -1,0 +1,89 @@
+"""Samples and references reach rewards, tables and evaluations as the same kind of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grao_fast import GRAOConfig, evaluate, train
+from grao_fast.lines import read_lines
+from tests.tiny import save_tiny_model
+
+ROWS = [{"prompt": "2+2=", "reference": "<think>easy</think>4 . <eos>"}]
+
+
+@pytest.fixture
+def thinking(tmp_path: Path):
+    """A model that writes <think>, a blank, a dot and EOS, and its tokenizer."""
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.clean_up_tokenization_spaces = True
+    # a padding token of which the model has no embedding
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "<pad of the tokenizer>"})
+    head = torch.nn.Linear(64, len(tokenizer) - 1, bias=True)
+    torch.nn.init.normal_(head.weight, std=1e-3)
+    with torch.no_grad():
+        head.bias.fill_(-20.0)
+        head.bias[tokenizer.convert_tokens_to_ids(["<think>", " ", ".", "<eos>"])] = 3.0
+    model.lm_head = head
+    return model, tokenizer
+
+
+def config(**options) -> GRAOConfig:
+    return GRAOConfig(
+        num_generations=4,
+        max_new_tokens=6,
+        prompts_per_step=1,
+        max_steps=1,
+        save_steps=0,
+        log_completions_steps=1,
+        disable_tqdm=True,
+        device="cpu",
+        **options,
+    )
+
+
+def test_rewards_and_tables_have_samples_and_references_alike(thinking, tmp_path: Path) -> None:
+    model, tokenizer = thinking
+    called = []
+
+    def reward(completions, references):
+        called.append((completions, references))
+        return [float("<think>" in text) for text in completions]
+
+    def run(name: str, **options) -> dict:
+        train(model, ROWS * 2, reward, config=config(**options), tokenizer=tokenizer,
+              output_dir=tmp_path / name)  # fmt: skip
+        (row,) = read_lines(tmp_path / name / "completions.jsonl")
+        completions, references = called.pop()
+        assert completions == [*row["completions"], row["reference"]]
+        assert references == [row["reference"]] * 5
+        return row
+
+    row = run("whole")
+    assert row["reference"] == "<think>easy</think>4 . "
+    assert row["reference_reward"] == 1.0
+    assert any("<think>" in text for text in row["completions"])
+    assert not any("<eos>" in text for text in row["completions"])
+    assert any(" ." in text for text in row["completions"])  # no cleaning up of blanks
+    cut = run("cut", max_reference_length=2)
+    assert cut["reference"] == "<think>e"
+
+
+def test_evaluation_scores_whole_references_as_it_does_completions(thinking) -> None:
+    model, tokenizer = thinking
+    result = evaluate(
+        model,
+        [*ROWS, {**ROWS[0], "prompt": "longer: 2+2="}],  # so that the first one is padded
+        lambda completions: [float(text.endswith("<eos>")) for text in completions],
+        config=GRAOConfig(max_new_tokens=3, device="cpu"),
+        tokenizer=tokenizer,
+    )
+    row, _ = result.rows
+    assert row["reference"] == "<think>easy</think>4 . " and row["reference_reward"] == 0.0
