@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from grao_fast.attention.frequencies import hold_frequencies, longest_context
 from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, encode_examples, load_examples
@@ -249,6 +250,7 @@ def _answer(
         embedding_rows=policy.embedding_rows,
         trained=False,
     )
+    hold_frequencies(policy.causal_lm, longest_context((), encoded, config.max_new_tokens))
     texts = policy.answer(
         [item.prompt_ids for item in encoded],
         max_new_tokens=config.max_new_tokens,

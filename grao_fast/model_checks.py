@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from grao_fast.attention.frequencies import release_frequencies
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -80,7 +82,7 @@ def check_weights(model: nn.Module) -> None:
 
 @contextmanager
 def as_it_was(model: Any) -> Iterator[None]:
-    """A user's module, when the block ends in whatever way: mode, recomputation, gradients.
+    """A user's module, when the block ends in whatever way: mode, recomputation, gradients, ropes.
 
     What else the block gets, as a path, is loaded for the run and needs no care.
     """
@@ -99,6 +101,8 @@ def as_it_was(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        for module in model.modules():
+            release_frequencies(module)
         for module, training in modes:
             module.training = training
         for module, recomputes in recomputing:

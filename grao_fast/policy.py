@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grao_fast.adapters import check_all_saved, is_peft_model
 from grao_fast.attention import attending, choose_attention, keep_score_cap
+from grao_fast.attention.frequencies import hold_frequencies
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.beginning import Beginning
 from grao_fast.config import GRAOConfig
@@ -211,6 +212,8 @@ def load_policy(
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     keep_score_cap(causal_lm)
+    # until the lengths of a run are known, as long as can be
+    hold_frequencies(causal_lm, getattr(causal_lm.config, "max_position_embeddings", None))
     if trained and is_peft_model(model):
         check_all_saved(model)
     if config.gradient_checkpointing and not causal_lm.supports_gradient_checkpointing:

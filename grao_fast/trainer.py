@@ -16,6 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from grao_fast import interruption
+from grao_fast.attention.frequencies import (
+    hold_frequencies,
+    longest_context,
+    release_frequencies,
+)
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkpoint import FINAL, checkpoint_path, choose_checkpoint, delete_old, read_state
 from grao_fast.config import GRAOConfig
@@ -204,6 +209,8 @@ class _Run:
         self.whole: int | None = 0  # steps done; None within an update, which cannot be saved
         self.saved = 0  # steps of the last checkpoint that was written or resumed from
         self.checkpoint: Path | None = None  # the last that is whole
+        longest = longest_context(prompts, eval_prompts or (), config.max_new_tokens)
+        hold_frequencies(policy.causal_lm, longest)
         self.before: EvaluationResult | None = None
         self.baseline_texts: list[str] | None = None
 
@@ -265,6 +272,7 @@ class _Run:
             raise
         finally:
             self.tracker.close()
+            release_frequencies(self.policy.causal_lm)
         result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
         write_summary(result, config, seconds=time.perf_counter() - started)
         return result

@@ -96,7 +96,7 @@ GROUPS = [
 def family_model(name: str, **sizes: Any) -> transformers.PreTrainedModel:
     """Two layers with random weights, norms included: fresh ones would hide a misplaced scale."""
     torch.manual_seed(0)
-    options = SIZES | (FAMILIES | HYBRIDS)[name] | sizes
+    options = SIZES | (FAMILIES | HYBRIDS).get(name, {}) | sizes
     given = {option: value for option, value in options.items() if value is not None}
     config = getattr(transformers, f"{name}Config")(**given)
     model = AutoModelForCausalLM.from_config(config)

@@ -20,6 +20,7 @@ import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.callbacks import Callback
 from grao_fast.policy import load_policy
+from grao_fast.rewards import RewardError
 
 CONFIG = GRAOConfig(
     num_generations=3,
@@ -175,8 +176,8 @@ class Stop(Callback):
         raise KeyboardInterrupt
 
 
-def interrupting(completions, **columns) -> list[float]:
-    raise KeyboardInterrupt
+def failing(completions, **columns) -> list[float]:
+    raise RuntimeError
 
 
 @pytest.mark.parametrize("where", ["reward", "callback", "backward", "nowhere"])
@@ -191,8 +192,9 @@ def test_a_users_model_is_given_back_as_it_was(train, where: str):
             raise KeyboardInterrupt
 
     hook = model.model.embed_tokens.weight.register_hook(interrupt) if where == "backward" else None
-    options = {"reward": interrupting} if where == "reward" else {}
-    with nullcontext() if where == "nowhere" else pytest.raises(KeyboardInterrupt):
+    options = {"reward": failing} if where == "reward" else {}
+    ends = RewardError if where == "reward" else KeyboardInterrupt
+    with nullcontext() if where == "nowhere" else pytest.raises(ends):
         train(model, callbacks=[Stop()] if where == "callback" else (), **options)
     if hook:
         hook.remove()

@@ -1,0 +1,93 @@
+"""Rotary frequencies that follow the longest position of a batch, held for a whole run.
+
+LongRoPE turns positions by other factors, and dynamic NTK by another base, once a batch is longer
+than the model was first trained for. So the same sequence would get one gradient beside a short one
+and another beside a long one, and the sampler's log-probs would not be the policy's.
+
+Here every call of such a layer sees one position more, the last of the longest context of the run,
+and drops what it makes of it: its own code decides, for all batches alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from grao_fast.data import Encoded
+
+logger = logging.getLogger(__name__)
+
+_FOLLOWING = ("longrope", "dynamic")  # in the names of rope types
+
+
+def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
+    """Turn positions as in a context of so many tokens, in every batch, until they are released.
+
+    Nothing changes in a model whose frequencies are fixed. Called again, the last call counts.
+    """
+    release_frequencies(model)
+    layers = [module for module in model.modules() if _rope_types(module)]
+    if not layers or tokens is None:
+        return
+    _held[model] = [handle for layer in layers for handle in _hold(layer, tokens - 1)]
+    logger.info(
+        "%s turns positions (%s) as in a context of %d tokens, in every batch",
+        type(model).__name__,
+        ", ".join(sorted({kind for layer in layers for kind in _rope_types(layer)})),
+        tokens,
+    )
+
+
+def longest_context(
+    prompts: Iterable[Encoded], held_out: Iterable[Encoded], max_new_tokens: int
+) -> int:
+    """Tokens of the longest prompt with its completion or reference; held-out ones only answer."""
+    trained = (len(p.prompt_ids) + max(max_new_tokens, len(p.reference_ids)) for p in prompts)
+    return max(chain(trained, (len(p.prompt_ids) + max_new_tokens for p in held_out)))
+
+
+def release_frequencies(model: nn.Module) -> None:
+    """Let them follow each batch again."""
+    for handle in _held.pop(model, ()):
+        handle.remove()
+
+
+_held: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    """The rope types of a rotary layer that follow the batch; one for each type of layer."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return [k for k in kinds if isinstance(k, str) and any(name in k for name in _FOLLOWING)]
+
+
+def _hold(layer: nn.Module, last: int) -> list[RemovableHandle]:
+    def with_the_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": _append(kwargs["position_ids"], last)}
+        x, position_ids, *rest = args
+        return (x, _append(position_ids, last), *rest), kwargs
+
+    def without_the_last(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output[..., :-1, :]
+        return tuple(part[..., :-1, :] for part in output)
+
+    return [
+        layer.register_forward_pre_hook(with_the_last, with_kwargs=True),
+        layer.register_forward_hook(without_the_last, with_kwargs=True),
+    ]
+
+
+def _append(position_ids: Tensor, last: int) -> Tensor:
+    """(..., L + 1), the last one behind the others."""
+    return torch.cat([position_ids, torch.full_like(position_ids[..., :1], last)], dim=-1)
