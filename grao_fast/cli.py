@@ -1,7 +1,8 @@
 """The `grao-fast` command: train, eval, plot, demo.
 
-Whatever a user can get wrong is one line on stderr and exit code 2; anything else keeps its
-traceback. Nothing here imports torch or transformers until the options have been read and checked.
+Whatever a user can get wrong is one line on stderr and exit code 2; a run that a signal stopped
+ends with 128 + the signal's number; anything else keeps its traceback. Nothing here imports torch
+or transformers until the options have been read and checked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,40 @@ from grao_fast import __version__
 from grao_fast.checkpoint import list_checkpoints
 from grao_fast.cli_messages import explain, is_users_fault, one_line
 from grao_fast.cli_options import PROGRAM, Command, eval_command, parser_of, train_command
+from grao_fast.cli_yaml import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
+from grao_fast.interruption import Preempted
+from grao_fast.streams import lenient_streams
+from grao_fast.visible import VisibleFormatter, visible
 
 Options = dict[str, Any]
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+_GOODBYE = 10.0  # seconds for threads of rewards that hang, when the command has failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with lenient_streams(to_the_end=True):
+        code = _main(arguments)
+    if code and argv is None:
+        # Python waits for every thread of a pool as it exits, and one of a reward's may hang.
+        timer = threading.Timer(_GOODBYE, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     parser, commands = build_parser()
     command = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        for file in config_files(arguments):
+            check_no_key_twice(file)
+    except ValueError as error:
+        return _fail(str(error))
     try:
         parsed = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
@@ -42,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(explain(error.message, command if hints else "", hints, list(commands)))
     options = parsed[parsed.command].as_dict()
     options.pop("config", None)
-    logging.basicConfig(format=f"{PROGRAM}: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(VisibleFormatter(f"{PROGRAM}: %(message)s"))
+    logging.basicConfig(handlers=[log])
     logging.getLogger("grao_fast").setLevel(logging.INFO)
     # Rewards named as module:function lie where the user stands. Last, not first: a checkout's own
     # folders must not hide installed packages.
@@ -50,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     try:
         commands[parsed.command].run(options)
+    except Preempted as stop:
+        _say(_how_to_resume(str(stop), arguments, options))
+        return 128 + stop.signum
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: {_how_to_resume(arguments, options)}", file=sys.stderr)
+        _say(_how_to_resume("interrupted", arguments, options))
         return EXIT_INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if not is_users_fault(error):
@@ -61,19 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return EXIT_USAGE
 
 
-def _how_to_resume(arguments: list[str], options: Options) -> str:
+def _say(message: str) -> None:
+    print(f"{PROGRAM}: {visible(message)}", file=sys.stderr)
+
+
+def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
     if arguments[0] != "train":
-        return "interrupted"
-    checkpoints = list_checkpoints(Path(options["output_dir"]))
+        return what
+    checkpoints = list_checkpoints(Path(options["output_dir"]).expanduser())
     if not checkpoints:
-        return "interrupted before the first checkpoint (see --save_steps); nothing to resume"
+        return f"{what} before the first step was done; nothing to resume"
     # The last --resume_from_checkpoint counts, so adding one also serves a run already resumed.
     again = shlex.join([PROGRAM, *arguments, "--resume_from_checkpoint", "true"])
-    return f"interrupted; to go on from {checkpoints[0].name}: {again}"
+    return f"{what}; to go on from {checkpoints[0].name}: {again}"
 
 
 # Commands --------------------------------------------------------------------------------------
@@ -86,7 +118,8 @@ def _train(options: Options) -> None:
     from grao_fast.trainer import train
 
     result = train(**options, config=config, peft_config=peft_config)
-    print(f"{result.steps} steps; model, metrics and checkpoints are in {result.output_dir}")
+    where = visible(str(result.output_dir))
+    print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
 
 
 def _eval(options: Options) -> None:
@@ -103,7 +136,7 @@ def _plot(options: Options) -> None:
     from grao_fast.plots import plot_run
 
     for path in plot_run(options["output_dir"]):
-        print(path)
+        print(visible(str(path)))
 
 
 def _demo(options: Options) -> None:

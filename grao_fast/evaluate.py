@@ -39,6 +39,7 @@ from grao_fast.interruption import stoppable
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
 from grao_fast.model_checks import gives_models_back
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.streams import lenient_streams
 from grao_fast.tables import results_table
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def evaluate_completions(
 
 
 @stoppable
+@lenient_streams()
 @gives_models_back
 def evaluate(
     model: str | Path | nn.Module,

@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from grao_fast.visible import squeezed
+
 _PROMPTS = 3  # in a table of samples
 _CHARACTERS = 240  # of a text in it
 
@@ -71,13 +73,13 @@ def as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
 
 def head(text: str, characters: int = _CHARACTERS) -> str:
     """The beginning of a text on one line, "..." where there is more."""
-    line = " ".join(text.split())
+    line = squeezed(text)
     return line if len(line) <= characters else line[: characters - 3].rstrip() + "..."
 
 
 def tail(text: str, characters: int = _CHARACTERS) -> str:
     """The end of a text on one line: of a prompt, the part that asks."""
-    line = " ".join(text.split())
+    line = squeezed(text)
     return line if len(line) <= characters else "..." + line[len(line) - characters + 3 :].lstrip()
 
 

@@ -1,29 +1,21 @@
-"""What a run reports: metrics.jsonl, completions.jsonl, a progress bar, experiment trackers."""
+"""What a run reports: metrics.jsonl, completions.jsonl, the console, experiment trackers."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
+from grao_fast.console import Display
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
-from grao_fast.tables import completions_table
+from grao_fast.visible import visible
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
+    from rich.console import Console
 
 logger = logging.getLogger(__name__)
 
@@ -69,39 +61,17 @@ class Tracker:
         for tracker in self._trackers:
             tracker.start()
             tracker.store_init_configuration(_hyperparameters(config))
-        self._console = console or Console(stderr=True)
-        self._total_steps = total_steps
-        self._show = show_progress
-        self._progress = Progress(
-            TextColumn("GRAO"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("reward [bold]{task.fields[reward]}[/]  loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (show_progress and self._console.is_terminal),
-            speed_estimate_period=24 * 3600,  # steps may take minutes: rate all that is kept
+        self._failed: set[int] = set()
+        self._display = Display(
+            total_steps=total_steps, start_step=start_step, shown=show_progress, console=console
         )
-        self._task = self._progress.add_task(
-            "", total=total_steps, completed=start_step, reward="-", loss="-"
-        )
-        self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a line of metrics; NaN and infinity become null."""
         self._metrics.write({"step": step, **metrics})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(finite, step=step)
-        live: dict[str, Any] = {
-            name: f"{metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics
-        }
-        self._progress.update(self._task, completed=step, **live)
-        if self._show and not self._console.is_terminal and live:
-            shown = "  ".join(f"{name} {value}" for name, value in live.items())
-            self._print(f"step {step}/{self._total_steps}  {shown}")
+        self._tell(lambda tracker: tracker.log(finite, step=step))
+        self._display.step(step, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write samples, a line for each prompt, and show a few in a table.
@@ -111,15 +81,11 @@ class Tracker:
         """
         for row in rows:
             self._completions.write({"step": step, **row})
-        if self._show and rows:
-            self._console.print(completions_table(step, rows))
+        self._display.completions(step, rows)
 
     def message(self, text: str) -> None:
-        """A line for whoever watches: above the bar, or through `logging` where none is shown."""
-        if self._show:
-            self._print(text)
-        else:
-            logger.warning("%s", text)
+        """A line for whoever watches."""
+        self._display.message(text)
 
     def flush(self) -> None:
         """Return when all that was logged is on the disk, as checkpoints of these steps are."""
@@ -128,10 +94,8 @@ class Tracker:
 
     def close(self) -> None:
         """Stop the bar, finish the trackers, close the files; once more does nothing."""
-        if self._progress.live.is_started:  # else rich before 14.3 prints an empty line
-            self._progress.stop()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._display.close()
+        self._tell(lambda tracker: tracker.finish())
         self._trackers = []
         self._metrics.close()
         self._completions.close()
@@ -147,8 +111,19 @@ class Tracker:
     ) -> None:
         self.close()
 
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def _tell(self, tell: Callable[[GeneralTracker], Any]) -> None:
+        """Tell the experiment trackers; the run goes on where one fails, said once."""
+        for number, tracker in enumerate(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of any kind: it is another's code, and has only to show
+                if number not in self._failed:
+                    self._failed.add(number)
+                    logger.warning(
+                        "the tracker %s fails (%s: %s); %s has what it was told",
+                        type(tracker).__name__, type(error).__name__, visible(str(error)),
+                        METRICS_FILE,
+                    )  # fmt: skip
 
 
 def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:

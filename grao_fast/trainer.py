@@ -65,6 +65,7 @@ from grao_fast.state import (
     step_seed,
 )
 from grao_fast.step import Rollout, sample_and_score, update
+from grao_fast.streams import lenient_streams
 from grao_fast.tracking import Tracker, check_trackers
 from grao_fast.visible import visible
 from grao_fast.watch import Watch
@@ -78,6 +79,7 @@ RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
 
 @interruption.stoppable
+@lenient_streams()
 @gives_models_back
 def train(
     model: str | Path | nn.Module,

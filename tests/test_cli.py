@@ -47,6 +47,7 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 600, "reference": "b"}])
     (tmp_path / "typo.yaml").write_text("lerning_rate: 1e-5\n")
     (tmp_path / "torn.yaml").write_text("learning_rate: [\n")
+    (tmp_path / "twice.yaml").write_text("lam: 1\npeft:\n  r: 4\nbeta: 1\npeft.r: 8\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -72,6 +73,8 @@ WRONG_OPTIONS = {
     TRAIN + "--temperature 0": "temperature must be above 0",
     TRAIN + "--config typo.yaml": r"unknown key 'lerning_rate' .* \(did you mean learning_rate\?\)",
     TRAIN + "--config torn.yaml": "parsing config: .* line 2",
+    TRAIN + "--config twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
+    TRAIN + "--config=twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
     TRAIN + "--config absent.yaml": "--config: File does not exist: .*absent.yaml",
     TRAIN + "--peft.lora_alpha 8": "need --peft.r",
     "eval --learning_rate 1": "unknown option --learning_rate",
@@ -86,6 +89,7 @@ WRONG_INPUTS = {
     TRAIN + "--reward rewards.py": "'rewards.py' names no function",
     TRAIN + "--reward absent.py:score": "no such file 'absent.py'",
     TRAIN + "--reward rewards.py:wrong": "rewards.py has no 'wrong'",
+    TRAIN + "--dataset \x1b]0;title\x07\u202e.jsonl": r"\\x1b\]0;title\\x07\\u202e.jsonl'.*no such",
     TRAIN + "--reward rewards.py:not_a_function": "is not callable",
     TRAIN + "--reward rewards.py:wants_topic": "needs `topic`, which the dataset does not have",
     TRAIN + "--reward_weights [1,2]": "reward_weights must hold 1 finite number",
@@ -264,7 +268,7 @@ def test_yaml_and_overrides(passed: Callable[[str], dict[str, Any]], folder: Pat
 @pytest.mark.parametrize(
     ("checkpoints", "said"),
     [
-        ([], "before the first checkpoint"),
+        ([], "before the first step was done"),
         ([2, 10], f"checkpoint-10: grao-fast {TRAIN}--resume_from_checkpoint true"),
     ],
     ids=["none yet", "two written"],

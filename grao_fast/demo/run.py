@@ -24,7 +24,9 @@ from grao_fast.demo.task import LENGTH, better_sorted, in_place, make_rows, solu
 from grao_fast.evaluate import EvaluationResult, evaluate
 from grao_fast.inputs import writable_folder
 from grao_fast.plots import plot_run
+from grao_fast.streams import lenient_streams
 from grao_fast.trainer import train
+from grao_fast.visible import visible
 
 _TRAIN_PROMPTS = 4000
 _HELD_OUT_PROMPTS = 200
@@ -100,6 +102,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
+@lenient_streams()
 def run_demo(
     *, output_dir: str | Path = "grao-demo", seed: int = 0, max_steps: int = _ALIGNMENT_STEPS
 ) -> DemoResult:
@@ -165,7 +168,7 @@ def run_demo(
     )
     console.print(demo.table())
     for path in demo.plots:
-        console.print(str(path), soft_wrap=True)
+        console.print(visible(str(path)), markup=False, highlight=False, soft_wrap=True)
     return demo
 
 

@@ -1,0 +1,47 @@
+"""The file behind --config: what YAML itself lets pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The files that --config names on a command line."""
+    following = pairwise(arguments)
+    files = [value for flag, value in following if flag == "--config"]
+    prefix = "--config="
+    return files + [word.removeprefix(prefix) for word in arguments if word.startswith(prefix)]
+
+
+def check_no_key_twice(file: str) -> None:
+    """Raise ValueError, naming both lines, where a key stands twice: YAML takes the last.
+
+    What cannot be read, or is no YAML, is left to the parser of the options to report.
+    """
+    try:
+        root = yaml.compose(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    lines: dict[str, int] = {}
+    for key, line in _keys(root, ""):
+        if key in lines:
+            raise ValueError(
+                f"--config {file}: the key {key!r} stands twice, in lines {lines[key]} and {line}: "
+                "keep one"
+            )
+        lines[key] = line
+
+
+def _keys(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    """Keys, nested ones as `outer.inner`, which is how they may be written too; and their lines."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = prefix + str(key.value)
+        yield name, key.start_mark.line + 1
+        yield from _keys(value, f"{name}.")
