@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from grao_fast.config_types import check_types
+
 Statistics = Literal["group", "samples"]
 ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
@@ -21,6 +23,8 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
 AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
 VLLMMode = Literal["server", "colocate"]
+
+_LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 @dataclass(frozen=True)
@@ -168,15 +172,10 @@ class GRAOConfig:
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("reward_weights", "report_to"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"{name} takes a list, got the string {value!r}")
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
         for name in ("vllm_sync_dir", "vllm_server_model"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        check_types(self)
         for field in _AT_LEAST:
             _check_at_least(field, getattr(self, field), _AT_LEAST[field])
         for field, choices in _CHOICES.items():
@@ -184,7 +183,6 @@ class GRAOConfig:
                 raise ValueError(
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
                 )
-        _check_integers(self)
         _check_plain(self)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
@@ -212,6 +210,8 @@ class GRAOConfig:
                 f"temperature must be above 0, got {self.temperature}: greedy samples of one "
                 "prompt are all the same, so their group teaches nothing"
             )
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps must be positive, or -1 for num_train_epochs; got {self.max_steps}"
@@ -328,13 +328,6 @@ def _check_effect(config: GRAOConfig) -> None:
         )
 
 
-def _check_integers(config: GRAOConfig) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if str(field.type).split(" |")[0] == "int" and not isinstance(value, (int, type(None))):
-            raise ValueError(f"{field.name} must be an integer, got {value!r}")
-
-
 def _check_plain(config: GRAOConfig) -> None:
     """Refuse what could not be written to config.json, and to every checkpoint."""
     for tracker in config.report_to:
@@ -353,7 +346,5 @@ def _check_plain(config: GRAOConfig) -> None:
 def _check_at_least(name: str, value: float | None, minimum: float) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")

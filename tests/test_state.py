@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 
 from grao_fast.config import GRAOConfig
@@ -87,6 +90,29 @@ def test_the_importance_weights_are_on_for_vllm_alone():
     assert off.sampler_cap is None
     assert GRAOConfig(num_iterations=2, epsilon=0.1).clip == (0.1, 0.1)
     assert GRAOConfig(num_iterations=2, epsilon_high=0.28).clip == (0.2, 0.28)
+
+
+def test_config_refuses_values_of_another_type():
+    for field in dataclasses.fields(GRAOConfig):
+        if "None" not in str(field.type):
+            with pytest.raises(ValueError, match=rf"{field.name} must be .*, got None: leave it"):
+                GRAOConfig(**{field.name: None})
+    for options, message in [
+        ({"share_prefix": "False"}, "share_prefix must be true or false, got 'False'"),
+        ({"bf16": "no"}, "bf16 must be true or false, got 'no'"),
+        ({"gradient_checkpointing": 0}, "gradient_checkpointing must be true or false, got 0"),
+        ({"max_steps": True}, "max_steps must be an integer, got True"),
+        ({"learning_rate": "1e-6"}, "learning_rate must be a number, got '1e-6'"),
+        ({"reward_weights": [1.0, "2"]}, "reward_weights must be a number, got '2'"),
+        ({"vllm_server_base_url": 8000}, "vllm_server_base_url must be text, got 8000"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            GRAOConfig(**options)
+    numpy = GRAOConfig(max_steps=np.int64(2), learning_rate=np.float64(0.5), bf16=np.bool_(True))
+    assert numpy == GRAOConfig(max_steps=2, learning_rate=0.5, bf16=True)
+    assert json.dumps(numpy.to_dict())
+    assert GRAOConfig(beta=1, reward_weights=[1, 2.5]).reward_weights == (1, 2.5)
 
 
 def test_config_rejects_what_cannot_be_right():

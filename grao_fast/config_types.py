@@ -1,0 +1,57 @@
+"""Whether the values of a dataclass of options are of their fields' types."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+def check_types(options: Any) -> None:
+    """Refuse values that are not of their field's type, such as the text "false" for a bool.
+
+    An int serves as a float, a bool as neither. Numbers of NumPy and the like become Python's, and
+    lists become tuples. Of a field that takes one of several words, only None is checked.
+    """
+    hints = get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value, hint = getattr(options, field.name), hints[field.name]
+        accepted = _typed(field.name, value, hint, default=field.default)
+        if accepted is not value:
+            object.__setattr__(options, field.name, accepted)
+
+
+def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
+    hints = [each for each in get_args(hint) if each is not type(None)]
+    if get_origin(hint) in (Literal, tuple) or not hints:
+        hints = [hint]
+        if value is None:
+            raise ValueError(
+                f"{name} must be {_kind(hint)}, got None: leave it out for its default, {default!r}"
+            )
+    if value is None:
+        return None
+    hint = hints[0]
+    if get_origin(hint) is Literal:
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise ValueError(f"{name} takes a list, got {value!r}")
+        element = get_args(hint)[0]
+        return tuple(
+            each if element is str else _typed(name, each, element, default=default)
+            for each in value
+        )
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    of_type = isinstance(value, (int, float) if hint is float else hint)
+    if not of_type or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{name} must be {_kind(hint)}, got {value!r}")
+    return value
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return _KINDS.get(hint, "a list")
