@@ -65,6 +65,8 @@ class GRAOConfig:
         vllm_mode: "server", a `vllm serve` that runs; "colocate", an engine on this machine.
         vllm_server_base_url: where the server answers.
         vllm_server_model: the name under which it serves the policy; None: the model's own.
+        vllm_server_api_key_env: the environment variable that holds the server's API key (never the
+            key itself, which configurations and checkpoints would keep); None: it asks for none.
         vllm_sync_dir: folder in which weights are handed over, seen by the server under the same
             path; None: one for temporary files. In memory (/dev/shm) it is the fastest.
         vllm_gpu_memory_utilization: share of the device's memory that a colocated engine takes.
@@ -133,6 +135,7 @@ class GRAOConfig:
     vllm_mode: VLLMMode = "colocate"
     vllm_server_base_url: str = "http://localhost:8000"
     vllm_server_model: str | None = None
+    vllm_server_api_key_env: str | None = None
     vllm_sync_dir: str | None = None
     vllm_gpu_memory_utilization: float = 0.3
     vllm_max_model_length: int | None = None
@@ -310,6 +313,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "vllm_importance_sampling_clip_max": _WITH_VLLM,
     "vllm_server_base_url": _WITH_SERVER,
     "vllm_server_model": _WITH_SERVER,
+    "vllm_server_api_key_env": _WITH_SERVER,
     "vllm_gpu_memory_utilization": _WITH_ENGINE,
     "vllm_max_model_length": _WITH_ENGINE,
 }

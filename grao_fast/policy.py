@@ -273,6 +273,7 @@ def _sampler(
             static_cache=config.cache_implementation == "static",
         )
     from grao_fast.rollout.vllm import VLLMColocatedSampler, VLLMServerSampler
+    from grao_fast.rollout.vllm.client import api_key
 
     if config.vllm_mode == "server":
         return VLLMServerSampler(
@@ -280,6 +281,7 @@ def _sampler(
             model=config.vllm_server_model or causal_lm.name_or_path,
             eos_token_ids=eos_token_ids,
             sync_dir=config.vllm_sync_dir,
+            api_key=api_key(config.vllm_server_api_key_env),
         )
     return VLLMColocatedSampler(
         eos_token_ids=eos_token_ids,

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 _COLLAPSE_NATS = 1.0
 _SMOOTHING = 0.8
 # Rounding alone parts a sampler from the policy by less than this many nats a token: by 0.03 on
-# SmolLM2-135M in bfloat16, by 5e-6 in float32.
+# SmolLM2-135M in bfloat16, by 5e-6 in float32. What the first step shows narrows it down.
 _MISMATCH_NATS = 0.1
+_MISMATCH_TIMES = 10.0
+_LEAST_MISMATCH_NATS = 1e-3
 _REPEAT_EVERY = 10
 
 
@@ -23,6 +25,7 @@ class Watch:
         self._mean_logprob = 0.0
         self._collapsed = False
         self._mismatched = False
+        self._mismatch_nats: float | None = None  # unknown before the first step
 
     def messages(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
         """What there is to say of this step."""
@@ -60,11 +63,16 @@ class Watch:
 
     def _mismatch(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
         gap = metrics.get("sampling/logp_diff", math.nan)
-        if self._mismatched or not gap > _MISMATCH_NATS:
+        if self._mismatched or math.isnan(gap):
+            return
+        if self._mismatch_nats is None:
+            of_first = max(_MISMATCH_TIMES * gap, _LEAST_MISMATCH_NATS)
+            self._mismatch_nats = min(of_first, _MISMATCH_NATS)
+        if gap <= self._mismatch_nats:
             return
         self._mismatched = True
         yield (
-            f"step {step}: the sampler's log-probs differ from the policy's by {gap:.2f} nats a "
-            "token on average, more than rounding explains: it samples from other weights, from "
-            "another model, or at another temperature"
+            f"step {step}: the sampler's log-probs differ from the policy's by {gap:.2g} nats a "
+            f"token on average, more than the {self._mismatch_nats:.2g} that rounding explains: it "
+            "samples from other weights, from another model, or at another temperature"
         )

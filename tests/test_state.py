@@ -75,8 +75,16 @@ def test_a_sampler_that_parts_from_the_policy_is_reported_once():
     near = metrics() | {"sampling/logp_diff": 0.02}
     far = metrics() | {"sampling/logp_diff": 0.3}
     (message,) = said([near, far, far])
-    assert "step 2: the sampler's log-probs differ from the policy's by 0.30" in message
+    assert "step 2: the sampler's log-probs differ from the policy's by 0.3 nats" in message
     assert said([near, metrics() | {"sampling/logp_diff": math.nan}]) == []
+
+
+def test_a_sampler_that_was_exact_may_part_by_less():
+    """In float32 a head of old weights does 2e-3; what rounding does, the first step shows."""
+    rows = [metrics() | {"sampling/logp_diff": gap} for gap in (1e-5, 2e-5, 8e-4, 2e-3)]
+    (message,) = said(rows)
+    assert "step 4: the sampler's log-probs differ from the policy's by 0.002 nats" in message
+    assert "more than the 0.001 that rounding explains" in message
 
 
 def test_a_step_with_a_kl_term_is_not_said_to_have_no_loss():

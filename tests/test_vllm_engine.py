@@ -1,11 +1,12 @@
 """A colocated vLLM engine, against an object with the methods of `vllm.LLM` that are used.
 
-No real vLLM has been met: it needs a GPU. What is tested is what is asked of it, and what is made
-of its answers.
+What is tested is what is asked of it, and what is made of its answers; test_vllm_real.py has vLLM's
+own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from test_trainer import CONFIG, lines, rarely_equal, run
 from transformers import AutoModelForCausalLM
 
+from grao_fast.policy import load_policy
 from grao_fast.rollout.transformers import TransformersSampler
-from grao_fast.rollout.vllm import VLLMColocatedSampler, prompt_seeds
+from grao_fast.rollout.vllm import VLLMColocatedSampler
+from grao_fast.rollout.vllm.requests import prompt_seeds
 
 
 @dataclass
@@ -36,8 +39,9 @@ class SamplingParams:
     logprobs: int
     stop_token_ids: list[int]
     ignore_eos: bool
-    seed: int
     detokenize: bool
+    seed: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass
@@ -51,11 +55,17 @@ class LLM:
     resets: int = 0
 
     def __post_init__(self) -> None:
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        torch.set_num_threads = None  # as vLLM does on CPUs
         engines.append(self)
+        if failures:
+            raise failures.pop()
         self.weights = AutoModelForCausalLM.from_pretrained(self.model)
 
     def collective_rpc(self, method: str, *, kwargs: dict[str, str]) -> list[None]:
         assert method == "reload_weights"
+        if failures:
+            raise failures.pop()
         self.reloads.append(kwargs["weights_path"])
         self.weights = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"])
         return [None]
@@ -66,8 +76,22 @@ class LLM:
 
     def generate(self, prompts, sampling_params, use_tqdm: bool):
         assert not use_tqdm
+        if failures:
+            raise failures.pop()
         pairs = zip(prompts, sampling_params, strict=True)
-        return [SimpleNamespace(outputs=self._draw(p, options)) for p, options in pairs]
+        return [
+            self._scored(p) if o.prompt_logprobs is not None else self._draw(p, o) for p, o in pairs
+        ]
+
+    @torch.no_grad()
+    def _scored(self, prompt):
+        ids = prompt["prompt_token_ids"]
+        logprobs = self.weights(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
+        behind_first = [
+            {token: SimpleNamespace(logprob=row[token])}
+            for row, token in zip(logprobs, ids[1:], strict=False)
+        ]
+        return SimpleNamespace(prompt_logprobs=[None, *behind_first])
 
     def _draw(self, prompt, options: SamplingParams):
         (group,) = own(self.weights).sample(
@@ -77,7 +101,7 @@ class LLM:
             temperature=options.temperature,
             seed=options.seed,
         )
-        return [
+        outputs = [
             SimpleNamespace(
                 token_ids=tuple(sample.token_ids),
                 logprobs=[
@@ -87,9 +111,11 @@ class LLM:
             )
             for sample in group
         ]
+        return SimpleNamespace(outputs=outputs)
 
 
 engines: list[LLM] = []
+failures: list[Exception] = []  # raised by the next calls
 
 
 def own(model) -> TransformersSampler:
@@ -102,6 +128,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     vars(module).update(LLM=LLM, SamplingParams=SamplingParams)
     monkeypatch.setitem(sys.modules, "vllm", module)
     engines.clear()
+    failures.clear()
 
 
 def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
@@ -115,8 +142,10 @@ def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
     (engine,) = engines
     assert (engine.gpu_memory_utilization, engine.max_model_len) == (0.4, 64)
     assert (engine.logprobs_mode, engine.dtype) == ("processed_logprobs", torch.float32)
-    assert len(set(engine.reloads) | {engine.model}) == 4
-    assert engine.resets == 3
+    assert len(set(engine.reloads) | {engine.model}) == 5  # twice before the first step
+    assert engine.resets == 4
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+    torch.set_num_threads(torch.get_num_threads())
     for row in lines(tmp_path):
         assert 0 < row["sampling/logp_diff"] < 1e-4
     theirs = engine.weights.state_dict()
@@ -124,8 +153,6 @@ def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
 
 
 def test_it_returns_what_the_engine_drew(vllm, tiny_model):
-    from grao_fast.policy import load_policy
-
     policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True, bf16=True))
     policy.sampler.sync(policy)
     assert engines[0].dtype == torch.bfloat16
@@ -134,6 +161,31 @@ def test_it_returns_what_the_engine_drew(vllm, tiny_model):
     groups = policy.sampler.sample(prompts, **options, seed=4)
     for prompt, seed, group in zip(prompts, prompt_seeds(4, 3), groups, strict=True):
         assert [group] == own(engines[0].weights).sample([prompt], **options, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "method, what",
+    [("sync", "did not start"), ("sync", "did not take over the weights"), ("sample", "failed")],
+)
+def test_a_failing_engine_is_one_line(vllm, tiny_model, method: str, what: str):
+    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
+    if what != "did not start":
+        policy.sampler.sync(policy)
+    failures.append(RuntimeError("no memory for the cache\n\n  raise it to 3.5 GiB"))
+    sample = {"num_generations": 1, "max_new_tokens": 2, "temperature": 1.0, "seed": 0}
+    arguments = ([policy], {}) if method == "sync" else ([[[5]]], sample)
+    with pytest.raises(
+        ValueError, match=rf"vLLM's engine {what}.*: RuntimeError: no memory for"
+    ) as e:
+        getattr(policy.sampler, method)(*arguments[0], **arguments[1])
+    assert "\n" not in str(e.value)
+
+
+def test_an_engine_that_keeps_old_weights_is_refused(vllm, tiny_model, monkeypatch):
+    monkeypatch.setattr(LLM, "collective_rpc", lambda *args, **kwargs: [None])
+    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
+    with pytest.raises(ValueError, match="vLLM's engine does not hold the policy's weights"):
+        policy.sampler.sync(policy)
 
 
 def test_a_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):

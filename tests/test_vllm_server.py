@@ -16,7 +16,8 @@ from vllm_server import FakeVLLM, serving
 import grao_fast
 from grao_fast.policy import Policy, load_policy
 from grao_fast.rollout.transformers import TransformersSampler
-from grao_fast.rollout.vllm import VLLMServerSampler, prompt_seeds
+from grao_fast.rollout.vllm import VLLMServerSampler
+from grao_fast.rollout.vllm.requests import prompt_seeds
 
 pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
 
@@ -67,8 +68,8 @@ def test_training_keeps_the_server_at_the_policys_weights(
 ):
     options = {"config": config(url), "reward": rarely_equal, "eval_dataset": ROWS[:3]}
     result = run(tiny_model, tmp_path, **options)
-    assert len(fake.paths("/collective_rpc")) == 4  # before the first step, and after each
-    assert len(fake.paths("/reset_prefix_cache")) == 4
+    assert len(fake.paths("/collective_rpc")) == 5  # twice before the first step, once after each
+    assert len(fake.paths("/reset_prefix_cache")) == 5
     for row in lines(tmp_path):
         if "loss" in row:
             assert 0 < row["sampling/logp_diff"] <= row["sampling/logp_diff_max"] < 1e-4
@@ -77,15 +78,120 @@ def test_training_keeps_the_server_at_the_policys_weights(
     assert result.metrics["grad_norm"] > 0
 
 
-def test_stale_weights_show(fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, caplog):
-    """A server that only says that it loaded them."""
-    fake.loads_weights = False
-    with caplog.at_level("INFO"):
-        run(tiny_model, tmp_path, config=config(url, learning_rate=0.05), reward=rarely_equal)
-    diffs = [row["sampling/logp_diff"] for row in lines(tmp_path)]
-    assert diffs[0] < 1e-4
-    assert diffs[-1] > 0.1
-    assert "sampler's log-probs differ from the policy's by" in caplog.text
+STALE = {
+    "everything": lambda name: True,
+    "the head": lambda name: name == "lm_head.weight",
+    "a layer": lambda name: name.startswith("model.layers.1."),
+    "one matrix": lambda name: name == "model.layers.0.self_attn.k_proj.weight",
+    "a norm": lambda name: name == "model.norm.weight",
+}
+NAMED = {"the head": "head, which is tied", "a layer": "layer 1;"}
+STALE_CASES = [(part, False) for part in STALE] + [
+    # rounding to 16 bits hides what one matrix of the tiny model does
+    (part, True)
+    for part in ("everything", "the head", "a layer")
+]
+
+
+@pytest.mark.parametrize("part, bf16", STALE_CASES)
+def test_a_server_that_keeps_old_weights_ends_the_run_before_the_first_step(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, part: str, bf16: bool
+):
+    """Whatever the learning rate, and though the two agree at the start."""
+    fake.keeps = STALE[part]
+    with pytest.raises(
+        ValueError, match=r"does not hold the policy's weights.* differ by"
+    ) as error:
+        run(tiny_model, tmp_path, config=config(url, learning_rate=0.0, bf16=bf16))
+    assert NAMED.get(part, "") in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists() or not lines(tmp_path)
+
+
+def test_a_server_that_keeps_old_weights_later_ends_the_run(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
+):
+    class KeepFrom(StopAt):
+        def on_step_end(self, step: int, metrics: dict[str, float]) -> bool:
+            fake.keeps = STALE["the head"]
+            return False
+
+    with pytest.raises(ValueError, match=r"does not hold.* nats a token where rounding explains"):
+        run(tiny_model, tmp_path, config=config(url, learning_rate=1e-3), callbacks=[KeepFrom(9)])
+    assert [row["step"] for row in lines(tmp_path)] == [1]
+
+
+def test_the_policy_is_what_it_was_after_the_proof(url: str, tiny_model):
+    policy = load_policy(tiny_model, config=config(url))
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    training = policy.model.train().training
+    policy.sampler.sync(policy)
+    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
+    assert policy.model.training is training
+
+
+def test_a_restarted_server_gets_the_weights_again(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, caplog
+):
+    class Restart(StopAt):
+        def on_step_end(self, step: int, metrics: dict[str, float]) -> bool:
+            fake.start()
+            return False
+
+    options = {"config": config(url, learning_rate=0.01, max_steps=2), "reward": rarely_equal}
+    run(tiny_model, tmp_path / "calm", **options)
+    with caplog.at_level("WARNING"):
+        run(tiny_model, tmp_path / "restarted", **options, callbacks=[Restart(9)])
+    assert "was restarted or given other weights" in caplog.text
+    assert same_bits(tmp_path / "calm" / "final", tmp_path / "restarted" / "final")
+
+
+def test_a_server_without_versions_of_weights_is_known_by_its_process(
+    fake: FakeVLLM, url: str, tiny_model
+):
+    fake.without("/weight_info", "/update_weight_version", "/is_paused", "/pause", "/resume")
+    policy = policy_of(url, tiny_model)
+    policy.sampler.sync(policy)
+    fake.start()
+    policy.sampler.sample(PROMPTS, **SAMPLE)
+    assert len(fake.paths("/collective_rpc")) == 3
+    assert not fake.paths("/pause")
+
+
+def test_weights_lost_while_it_samples_end_the_run(fake: FakeVLLM, url: str, tiny_model):
+    def another_run_writes(choices: list[dict]) -> list[dict]:
+        fake.version = "of another run"
+        return choices
+
+    policy = policy_of(url, tiny_model)
+    policy.sampler.sync(policy)
+    fake.change_choices = another_run_writes
+    with pytest.raises(ConnectionError, match="given other weights while it sampled"):
+        policy.sampler.sample(PROMPTS, **SAMPLE)
+
+
+def test_a_hand_over_that_fails_leaves_the_server_going(fake: FakeVLLM, url: str, tiny_model):
+    policy = policy_of(url, tiny_model)
+    fake.answers = {"/reset_prefix_cache": 500}
+    with pytest.raises(ConnectionError, match="reset_prefix_cache"):
+        policy.sampler.sync(policy)
+    assert not fake.paused
+
+
+def test_an_api_key_comes_from_the_environment_and_is_kept_nowhere(
+    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, monkeypatch, caplog
+):
+    fake.api_key = "sk-very-secret"
+    with pytest.raises(ValueError, match="asks for another API key: set vllm_server_api_key_env"):
+        run(tiny_model, tmp_path / "without", config=config(url))
+    options = config(url, vllm_server_api_key_env="TINY_KEY", save_steps=1)
+    with pytest.raises(ValueError, match="environment variable 'TINY_KEY', which is not set"):
+        run(tiny_model, tmp_path / "unset", config=options)
+    monkeypatch.setenv("TINY_KEY", fake.api_key)
+    with caplog.at_level("DEBUG"):
+        run(tiny_model, tmp_path / "with", config=options)
+    written = [file for file in (tmp_path / "with").rglob("*") if file.is_file()]
+    assert all(fake.api_key.encode() not in file.read_bytes() for file in written)
+    assert fake.api_key not in caplog.text
 
 
 def test_a_run_with_a_server_resumes_bit_for_bit(url: str, tiny_model, tmp_path: Path):
@@ -254,7 +360,7 @@ def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_p
     for _ in range(3):
         policy.sampler.sync(policy)
     (root,) = tmp_path.iterdir()
-    assert [folder.name for folder in root.iterdir()] == ["weights-2"]
+    assert [folder.name for folder in root.iterdir()] == ["weights-3"]
     del policy
     assert list(tmp_path.iterdir()) == []
 

@@ -1,18 +1,21 @@
 """A local server that speaks the part of vLLM's API that is used here, and answers from a model.
 
-Paths, fields and defaults are those of `vllm serve` 0.22: sampled tokens are drawn by our own
-Transformers sampler, from weights that `/collective_rpc` loads from a folder.
+Paths, fields and statuses are those of `vllm serve` 0.32, to which tests/test_vllm_real.py holds
+them: sampled tokens are drawn by our own Transformers sampler, from weights that `/collective_rpc`
+loads from a folder.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from grao_fast.rollout.transformers import TransformersSampler
@@ -28,6 +31,7 @@ REQUIRED = {
     "ignore_eos": True,
     "return_token_ids": True,
 }
+NEW_ROUTES = ("/is_paused", "/pause", "/resume", "/weight_info", "/update_weight_version")
 
 
 class FakeVLLM:
@@ -36,29 +40,45 @@ class FakeVLLM:
     change_choices: applied to the choices of every completion before they are sent.
     answers: path -> status, sent in place of an answer.
     failures: statuses that the next requests for completions get, one each.
+    keeps: whether a tensor of this name is left out when weights are loaded.
+    api_key: asked for under /v1, as by --api-key.
     """
 
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path)
         self.served, self.max_model_len = str(model_path), 512
         self.logprobs_mode = "processed_logprobs"
-        self.loads_weights = True
+        self.keeps: Callable[[str], bool] = lambda name: False
         self.resets_cache = True
+        self.api_key: str | None = None
+        self.paused = False
+        self.path = model_path
+        self.start()
         self.change_choices: Callable[[list[dict]], list[dict]] = lambda choices: choices
         self.answers: dict[str, int] = {}
         self.failures: list[int] = []
         self.requests: list[tuple[str, dict]] = []
         self.lock = threading.Lock()
 
+    def start(self) -> None:
+        """As a new process, with the weights that it is served from."""
+        self.model = AutoModelForCausalLM.from_pretrained(self.path)
+        self.instance, self.version = str(random.getrandbits(63)), "default"
+
+    def without(self, *routes: str) -> None:
+        """As a version that does not have these routes."""
+        self.answers |= dict.fromkeys(routes, 404)
+
     def paths(self, path: str) -> list[dict]:
         """Bodies of the requests for a path."""
         return [body for requested, body in self.requests if requested == path]
 
-    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def answer(self, path: str, body: dict[str, Any], key: str | None) -> tuple[int, Any]:
         with self.lock:
             self.requests.append((path, body))
             if path in self.answers:
                 return self.answers[path], {"error": {"message": "as the test wants"}}
+            if self.api_key and path.startswith("/v1") and key != f"Bearer {self.api_key}":
+                return 401, {"error": "Unauthorized"}
             return getattr(self, "_" + path.strip("/").replace("/", "_"))(body)
 
     def _v1_models(self, body: dict) -> tuple[int, dict]:
@@ -66,12 +86,38 @@ class FakeVLLM:
         return 200, {"object": "list", "data": [card | {"max_model_len": self.max_model_len}]}
 
     def _server_info(self, body: dict) -> tuple[int, dict]:
-        return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}}
+        model = {"logprobs_mode": self.logprobs_mode, "dtype": "torch.float32"}
+        return 200, {"vllm_config": {"model_config": model, "instance_id": self.instance}}
+
+    def _is_paused(self, body: dict) -> tuple[int, dict]:
+        return 200, {"is_paused": self.paused}
+
+    def _pause(self, body: dict) -> tuple[int, dict]:
+        self.paused = True
+        return 200, {"status": "paused"}
+
+    def _resume(self, body: dict) -> tuple[int, dict]:
+        self.paused = False
+        return 200, {"status": "resumed"}
+
+    def _weight_info(self, body: dict) -> tuple[int, dict]:
+        return 200, {"weight_version": self.version}
+
+    def _update_weight_version(self, body: dict) -> tuple[int, dict]:
+        self.version = body["new_version"]
+        return 200, {"success": True, "new_version": self.version}
 
     def _collective_rpc(self, body: dict) -> tuple[int, dict]:
         assert body["method"] == "reload_weights"
-        if self.loads_weights:
-            self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"])
+        assert self.paused or "/pause" in self.answers
+        new = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"])
+        with torch.no_grad():
+            for name, parameter in new.named_parameters():
+                if self.keeps(name):
+                    parameter.copy_(self.model.get_parameter(name))
+        if self.keeps("lm_head.weight"):  # tied or not, as a copy of its own
+            new.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+        self.model = new
         return 200, {"results": [None]}
 
     def _reset_prefix_cache(self, body: dict) -> tuple[int, dict]:
@@ -82,6 +128,9 @@ class FakeVLLM:
             return self.failures.pop(0), {"error": {"message": "engine is busy"}}
         assert {name: body[name] for name in REQUIRED} == REQUIRED
         assert body["model"] == "policy"
+        assert not self.paused
+        if "prompt_logprobs" in body:
+            return 200, {"object": "text_completion", "choices": [self._scored(body["prompt"])]}
         sampler = TransformersSampler(
             self.model, eos_token_ids=body["stop_token_ids"], pad_token_id=0, batch_size=64
         )
@@ -105,6 +154,15 @@ class FakeVLLM:
         # vLLM does not promise an order
         return 200, {"object": "text_completion", "choices": self.change_choices(choices[::-1])}
 
+    @torch.no_grad()
+    def _scored(self, ids: list[int]) -> dict[str, Any]:
+        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
+        of_prompt = [
+            {str(token): {"logprob": row[token], "rank": 1, "decoded_token": ""}}
+            for row, token in zip(logprobs, ids[1:], strict=False)
+        ]
+        return {"index": 0, "text": "", "prompt_logprobs": [None, *of_prompt]}
+
 
 @contextmanager
 def serving(fake: FakeVLLM) -> Iterator[str]:
@@ -119,7 +177,9 @@ def serving(fake: FakeVLLM) -> Iterator[str]:
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length) or "{}")
-            status, answer = fake.answer(self.path.split("?")[0], body)
+            status, answer = fake.answer(
+                self.path.split("?")[0], body, self.headers.get("Authorization")
+            )
             data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -65,12 +65,17 @@ def _merged(policy: Policy) -> PreTrainedModel:
 
 
 def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state as vLLM computes, so that no more is written than read; what is tied stays so."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    state = {}
+    """The state as vLLM computes, so that no more is written than read; each name on its own.
+
+    Tensors that share memory are written once under one name. vLLM would load that into the
+    embeddings, and a head that is tied to them keep the copy that it packed at the start (so do its
+    CPU layers).
+    """
+    state, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in copies:
-            copies[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
-        state[name] = copies[key]
+        sent = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        if sent.data_ptr() in seen:
+            sent = sent.clone()
+        seen.add(sent.data_ptr())
+        state[name] = sent
     return state
