@@ -138,25 +138,6 @@ def check_constant(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but is a constant of the loss: detach() it")
 
 
-def check_head_grad(head_grad_VD: Tensor, head_VD: Tensor) -> Tensor:
-    """The buffer, or of a DTensor the local part; ValueError where it is not one for this head."""
-    if hasattr(head_grad_VD, "to_local"):
-        head_grad_VD = head_grad_VD.to_local()
-    if head_grad_VD.shape != head_VD.shape or head_grad_VD.device != head_VD.device:
-        raise ValueError(
-            f"head_grad_VD must be {tuple(head_VD.shape)} on {head_VD.device}, as head_VD is; got "
-            f"{tuple(head_grad_VD.shape)} on {head_grad_VD.device}"
-        )
-    if head_grad_VD.dtype not in (torch.float32, head_VD.dtype):
-        raise ValueError(
-            f"head_grad_VD must be float32 or {head_VD.dtype}, got {head_grad_VD.dtype}"
-        )
-    if not head_grad_VD.is_contiguous():
-        raise ValueError("head_grad_VD must be contiguous: adding to it would copy it every time")
-    check_constant("head_grad_VD", head_grad_VD)
-    return head_grad_VD
-
-
 def check_range(name: str, index_T: Tensor, low: int, high: int) -> None:
     """low <= index < high, for an index tensor on the CPU."""
     wrong_T = (index_T < low) | (index_T >= high)

@@ -17,7 +17,6 @@ from . import ops
 from .checks import (
     LogitTransform,
     check_constant,
-    check_head_grad,
     check_home,
     check_operands,
     choose_backend,
@@ -25,6 +24,7 @@ from .checks import (
     logit_transform,
     workspace_bytes,
 )
+from .head_grad import add_head_grad, check_head_grad, is_recomputed
 from .scale import scaled_gradient
 from .vocab_parallel import Parts, VocabParallel, local_parts
 
@@ -74,8 +74,9 @@ def linear_weighted_cross_entropy(
         backend: "triton", "torch", or None for Triton on CUDA tensors and PyTorch on others.
         head_grad_VD: (V, D) float32 or of head_VD's dtype, for instance `head.weight.grad` or
             Megatron's `main_grad`: this call adds d loss / d head_VD to it, and `backward` then
-            gives head_VD nothing. So micro-batches need no second buffer of the head's size. The
-            loss must be the last word: backward must start from it with a gradient of 1, which it
+            gives head_VD nothing. So micro-batches need no second buffer of the head's size. It
+            is added once, also where a checkpoint runs the forward pass again. The loss must be
+            the last word: backward must start from it with a gradient of 1, which it
             cannot apply afterwards (the weights can hold a factor). It raises on the CPU, and
             gives NaN gradients elsewhere, if it gets another.
         vocab_parallel: head_VD and bias_V are this process's part of the vocabulary, and all else
@@ -160,7 +161,10 @@ def weighted_terms(
         head_grad_VD is not None,  # a sum goes on in float32
     )
     if not torch.compiler.is_compiling():
-        wants[1] &= head_grad_VD is None
+        if head_grad_VD is not None:
+            wants[1] = False
+            # A checkpoint holds its arguments to their version; this sum belongs to no graph.
+            head_grad_VD = head_grad_VD.data
         return WeightedTerms(*_WeightedTerms.apply(head_grad_VD, *operands, *arguments, wants))
     # A compiler may see nothing change in place, and reuses the buffers by itself.
     if head_grad_VD is None:
@@ -179,7 +183,7 @@ def _accumulated_by_compiler(
     wants = [wants[0], True, wants[2]]
     results = ops.weighted_terms(hidden_TD, head_VD.detach(), bias_V, *arguments, wants)
     loss, *constants, _dhidden_TD, dhead_VD, _dbias_V, unscale = results
-    head_grad_VD.add_(dhead_VD.detach().float() * unscale.detach())
+    add_head_grad(head_grad_VD, dhead_VD.detach(), unscale.detach())
     return WeightedTerms(_LastWord.apply(loss, head_VD), *constants)
 
 
@@ -214,7 +218,10 @@ class _WeightedTerms(torch.autograd.Function):
         if head_grad_VD is None:
             results = ops.weighted_terms(*arguments)
         else:
-            results = ops.run_weighted_terms(*arguments, head_grad_VD=head_grad_VD)
+            adds = not is_recomputed()
+            results = ops.run_weighted_terms(
+                *arguments, head_grad_VD=head_grad_VD if adds else None
+            )
         *outputs, dhidden_TD, dhead_VD, dbias_V, unscale = results
         # Kept here and not by save_for_backward, as backward gives these very buffers away.
         ctx.gradients = (dhidden_TD, dhead_VD, dbias_V)

@@ -10,6 +10,7 @@ from allocations import Allocations
 from problem import make_problem
 from tolerance import assert_accurate
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy, reference
 
@@ -212,3 +213,105 @@ def test_compiled_gives_the_same_sums(
         assert results[0][0] is None and results[1][0] is None
     else:
         assert torch.equal(results[0][0], results[1][0])
+
+
+def loss_in_a_region(hidden_TD: Tensor, buffer: Tensor, args: tuple, backend: str) -> Tensor:
+    """A loss with work around it whose saved tensors a checkpoint has to make again."""
+    result = linear_weighted_cross_entropy(
+        hidden_TD.tanh(), *args, head_grad_VD=buffer, backend=backend
+    )
+    return result.loss + 0 * hidden_TD.sin().sum()
+
+
+def inside(*arguments):
+    return checkpoint(loss_in_a_region, *arguments, use_reentrant=False)
+
+
+def reentrant(*arguments):
+    return checkpoint(loss_in_a_region, *arguments, use_reentrant=True)
+
+
+def twice_inside(*arguments):
+    return checkpoint(inside, *arguments, use_reentrant=False)
+
+
+def inside_reentrant(*arguments):
+    return checkpoint(inside, *arguments, use_reentrant=True)
+
+
+def reentrant_inside(*arguments):
+    return checkpoint(reentrant, *arguments, use_reentrant=False)
+
+
+def saved_on_cpu(*arguments):
+    def region(*arguments):
+        with torch.autograd.graph.save_on_cpu():
+            loss = loss_in_a_region(*arguments)
+        return loss + 0 * arguments[0].cos().sum()
+
+    return checkpoint(region, *arguments, use_reentrant=False)
+
+
+def compiled_inside(hidden_TD, buffer, args, backend):
+    def region(hidden_TD):
+        return loss_in_a_region(hidden_TD, buffer, args, backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(region, fullgraph=True, backend="aot_eager")
+    return checkpoint(compiled, hidden_TD, use_reentrant=False)
+
+
+def inside_compiled(*arguments):
+    torch._dynamo.reset()
+    return torch.compile(inside, fullgraph=True, backend="aot_eager")(*arguments)
+
+
+CHECKPOINTS = [
+    inside,
+    reentrant,
+    twice_inside,
+    inside_reentrant,
+    reentrant_inside,
+    saved_on_cpu,
+    compiled_inside,
+    inside_compiled,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad.*:UserWarning")
+@pytest.mark.parametrize("whole", [False, True], ids=["what_is_saved", "whole"])
+@pytest.mark.parametrize("function", CHECKPOINTS, ids=lambda function: function.__name__)
+def test_a_forward_pass_that_is_run_again_adds_nothing(function, whole: bool) -> None:
+    """Both gradients are as without a checkpoint; a compiler makes the sum in another order."""
+    hidden_TD, *args = inputs(torch.float32, "cpu")
+    results = []
+    for each in (loss_in_a_region, function):
+        buffer = torch.ones_like(args[0]).detach()
+        hidden_TD.grad = None
+        with set_checkpoint_early_stop(not whole):
+            each(hidden_TD, buffer, tuple(args), "torch").backward()
+        results.append((buffer, hidden_TD.grad))
+    assert (results[0][0] != 1).any() and results[0][1].any()
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[1][1], results[0][1])
+
+
+def test_two_backward_passes_through_a_region_add_nothing_more() -> None:
+    hidden_TD, *args = inputs(torch.float32, "cpu")
+    buffers = [torch.zeros_like(args[0]).detach() for _ in range(2)]
+    loss_in_a_region(hidden_TD, buffers[0], tuple(args), "torch")
+
+    def region(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_in_a_region(hidden_TD, buffers[1], tuple(args), "torch")
+        return loss, hidden_TD.exp().sum()
+
+    with set_checkpoint_early_stop(False):
+        loss, other = checkpoint(region, hidden_TD, use_reentrant=False)
+    other.backward(retain_graph=True)
+    loss.backward()
+    assert buffers[0].any() and torch.equal(*buffers)
+
+
+def test_opcheck_of_the_sum() -> None:
+    arguments = (torch.ones(5, 3), torch.randn(5, 3), torch.tensor(2.0))
+    torch.library.opcheck(torch.ops.grao_fast.add_head_grad.default, arguments)
