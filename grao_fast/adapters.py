@@ -1,23 +1,17 @@
-"""Adapters of peft: found in folders, put on models, and loaded with every key accounted for."""
+"""Adapters of peft on models: checked, described, and loaded with every key accounted for."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_peft_available
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.import_utils import is_peft_available
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
+DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
 # Options of an adapter that change nothing of what it computes once its weights are drawn.
 _NOT_COMPUTED = (
     "auto_mapping",
@@ -34,64 +28,6 @@ _MERGE_OR_CONTINUE = (
     "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
     "and pass what that returns"
 )
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """An adapter as peft saves it.
-
-    path: a folder or a hub id.
-    base: name or path of the model that it was trained on.
-    revision: of that model on the hub; None: its main one.
-    name: of the adapter; one with a name of its own lies in a folder of that name below.
-    """
-
-    path: str
-    base: str
-    revision: str | None = None
-    name: str = _DEFAULT
-
-    @property
-    def subfolder(self) -> dict[str, str]:
-        """Options for peft's loaders."""
-        return {} if self.name == _DEFAULT else {"subfolder": self.name}
-
-
-def find_adapter(path: str) -> AdapterFolder | None:
-    """The adapter in a folder or under a hub id; None where it is a model, or nothing.
-
-    Raises:
-        ValueError: the folder holds several, or a model's weights too; or no base is named.
-    """
-    name = _DEFAULT
-    config = find_adapter_config_file(path)
-    if config is None and not (Path(path) / "config.json").is_file():
-        below = sorted(Path(path).glob(f"*/{_CONFIG}"))
-        if len(below) > 1:
-            raise ValueError(
-                f"model {path!r} holds several adapters ({', '.join(p.parent.name for p in below)}"
-                "), in folders of their own: give the folder of one"
-            )
-        if below:
-            config, name = str(below[0]), below[0].parent.name
-    if config is None:
-        return None
-    if any(weights for pattern in _WEIGHTS for weights in Path(path).glob(pattern)):
-        raise ValueError(
-            f"model {path!r} holds the weights of a model and {_CONFIG}: move {_CONFIG} away to "
-            "use the model, or give a folder with the adapter alone"
-        )
-    try:
-        options = json.loads(Path(config).read_text(encoding="utf-8"))
-        base, revision = options["base_model_name_or_path"], options.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        base = revision = None
-    if not base or not isinstance(base, str):
-        raise ValueError(
-            f"adapter {path!r} does not say which base model it is of: name it as "
-            f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
-        )
-    return AdapterFolder(path, base, revision, name)
 
 
 def is_peft_model(model: Any) -> bool:
@@ -177,54 +113,18 @@ def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
         raise ValueError(f"the adapter does not fit {name}: {error}") from error
 
 
-def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
-    """A saved adapter's peft config, checked; to train the adapter if `trained`.
-
-    Raises:
-        ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
-    """
-    if not is_peft_available():
-        raise ValueError(
-            f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
-        )
-    from peft import PeftConfig
-
-    with _one_line(f"cannot read the configuration of adapter {adapter.path!r}"):
-        config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
-        check_adapter_config(config)
-    config.inference_mode = not trained
-    return config
-
-
-def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> nn.Module:
-    """The model with a saved adapter of that config.
-
-    Raises:
-        ValueError: the adapter does not fit the model, key by key.
-    """
-    from peft import get_peft_model
-
-    with _one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
-        with warnings.catch_warnings():
-            # of a base model that lies elsewhere than where the adapter was trained
-            warnings.filterwarnings("ignore", message=".*was renamed from.*")
-            peft_model = get_peft_model(model, peft_config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
-        loaded = peft_model.load_adapter(
-            adapter.path,
-            adapter.name,
-            is_trainable=not peft_config.inference_mode,
-            **adapter.subfolder,
-        )
-    if loaded.missing_keys or loaded.unexpected_keys:
-        raise ValueError(
-            f"adapter {adapter.path!r} does not fit base model {adapter.base!r}: "
-            f"{differing_keys(loaded.missing_keys, loaded.unexpected_keys)}"
-        )
-    return peft_model
+def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
+    """Keys of saved modules that peft, where tokens were added, writes by their plain name too."""
+    plain = {key: key.replace(".modules_to_save.", ".") for key in weights}
+    return {
+        key
+        for key, other in plain.items()
+        if other != key and other in weights and torch.equal(weights[key], weights[other])
+    }
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """peft's and torch's reasons, of several lines, as one."""
     try:
         yield
@@ -282,18 +182,21 @@ def load_adapters(model: Any, folder: Path) -> None:
     whole = model.state_dict()  # where peft has saved embeddings beside the adapter
     pairs = []
     for name in model.peft_config:
-        path = folder if name == _DEFAULT else folder / name
-        with _one_line(f"cannot load adapter {name!r} of {str(folder)!r}"):
+        path = folder if name == DEFAULT else folder / name
+        with one_line(f"cannot load adapter {name!r} of {str(folder)!r}"):
             saved = load_peft_weights(str(path), device="cpu")
         own = adapter_state(model, name)
         places = whole | own
-        missing, unexpected = own.keys() - saved.keys(), saved.keys() - places.keys()
+        missing = own.keys() - saved.keys()
+        unexpected = saved.keys() - places.keys() - said_twice(saved)
         if missing or unexpected:
             raise ValueError(
                 f"adapter {name!r} of {str(folder)!r} is not this run's: it "
                 f"{differing_keys(missing, unexpected)}"
             )
         for key, value in saved.items():
+            if key not in places:
+                continue
             if value.shape != places[key].shape:
                 raise ValueError(
                     f"adapter {name!r} of {str(folder)!r} is not this run's: {key} has shape "

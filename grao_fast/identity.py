@@ -26,6 +26,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Options of a model that change nothing of what it computes of given tokens.
+_NOT_COMPUTED = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 FORMAT = 2  # of state.json and what lies beside it
 
 
@@ -58,6 +77,7 @@ class PolicyIdentity:
     """What does not change of a policy while it is trained.
 
     model: its class and name, which are only said.
+    config: the options of its class that decide what it computes.
     adapters: by name, the options that decide what an adapter computes.
     trained: dtype and shape of every trained parameter.
     tokenizer: digest of vocabulary, chat template and special tokens.
@@ -66,6 +86,7 @@ class PolicyIdentity:
     """
 
     model: str
+    config: dict[str, Any]
     adapters: dict[str, dict[str, Any]]
     trained: dict[str, str]
     tokenizer: str
@@ -76,6 +97,7 @@ class PolicyIdentity:
         """Of a policy before its first step, or before it takes a checkpoint's weights."""
         return cls(
             model=_described(policy),
+            config=_computed(policy.causal_lm.config.to_dict()),
             adapters=adapter_configs(policy.model),
             trained={
                 name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
@@ -109,9 +131,18 @@ def digest_frozen(model: nn.Module) -> str | None:
     return digest_tensors({k: t for k, t in state.items() if t.data_ptr() not in held})
 
 
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what decides what the model computes."""
+    return {
+        key: _computed(value) if isinstance(value, dict) else value
+        for key, value in json.loads(json.dumps(config, default=str)).items()
+        if not (key.startswith("_") or key in _NOT_COMPUTED)
+    }
+
+
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return digest_rows([tokenizer.get_vocab(), tokenizer.chat_template, special])
+    return digest_rows([tokenizer.get_vocab(), getattr(tokenizer, "chat_template", None), special])
 
 
 def check_same_run(
@@ -165,6 +196,7 @@ def check_same_policy(
     now, before = json.loads(json.dumps(asdict(policy))), state["policy"]
     _check_adapters(path, before["adapters"], now["adapters"])
     _check_trained(path, before["trained"], now["trained"])
+    _check_options(path, "the model's configuration", before["config"], now["config"])
     if before["tokenizer"] != now["tokenizer"]:
         sides = (f"of digest {side['tokenizer']}" for side in (before, now))
         raise _other(path, "the tokenizer, or its chat template,", *sides)
@@ -192,11 +224,15 @@ def _check_adapters(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         sides = (", ".join(map(repr, sorted(side))) or "none" for side in (before, now))
         raise _other(path, "the adapter", *sides)
     for name, options in before.items():
-        # options that one version of peft knows and the other does not say nothing
-        changed = [k for k in options if k in now[name] and options[k] != now[name][k]]
-        if changed:
-            sides = (", ".join(f"{k}={side[k]}" for k in changed) for side in (options, now[name]))
-            raise _other(path, f"adapter {name!r}", *sides)
+        _check_options(path, f"adapter {name!r}", options, now[name])
+
+
+def _check_options(path: Path, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    # those that one version of a library knows and another does not say nothing
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    if changed:
+        sides = (", ".join(f"{key}={side[key]}" for key in changed) for side in (before, now))
+        raise _other(path, what, *sides)
 
 
 def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> None:

@@ -11,18 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
-from grao_fast.adapters import (
-    AdapterFolder,
-    check_adapter_config,
-    check_module,
-    find_adapter,
-    new_adapter,
-    open_adapter,
-    read_config,
-)
+from grao_fast.adapter_folders import AdapterFolder, find_adapter, open_adapter, read_config
+from grao_fast.adapters import check_adapter_config, check_module, new_adapter
 from grao_fast.liger import use_liger_layers
 from grao_fast.model_checks import plain_model
 

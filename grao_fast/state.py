@@ -135,13 +135,14 @@ def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
-    saved, info = type(causal_lm).from_pretrained(
+    loaded: Any = type(causal_lm).from_pretrained(
         path,
         dtype=causal_lm.dtype,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, in one line
     )
+    saved, info = loaded
     missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
     shapes = [f"{key} of shape {tuple(was)}" for key, was, _ in info["mismatched_keys"]]
     if missing or unexpected or shapes:

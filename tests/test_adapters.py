@@ -263,3 +263,31 @@ def test_a_quantised_base_stays_where_it_is(tiny_model: Path, monkeypatch):
         model, "quantization_method", QuantizationMethod.BITS_AND_BYTES, raising=False
     )
     load_policy(model, config=CONFIG, trained=False)
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens"]])
+def test_a_base_to_which_tokens_were_added_is_as_large_again(
+    modules_to_save, tiny_model: Path, tmp_path: Path
+):
+    """peft saves the embeddings with the adapter, and could not load them into fewer rows."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(90)
+    model = peft.get_peft_model(base, lora(modules_to_save=modules_to_save))
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, config=CONFIG)
+    assert torch.equal(logits(policy.causal_lm), logits(model))
+
+
+def test_added_tokens_without_their_head_are_refused(tiny_model: Path, tmp_path: Path):
+    save_tiny_model(tmp_path / "base")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "base").config
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(90)
+    adapter = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
+    with pytest.warns(UserWarning, match="embedding layers found in `target_modules`"):
+        peft.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="90 rows, and it holds no head of as many"):
+        load_policy(tmp_path / "adapter", config=CONFIG)

@@ -38,6 +38,7 @@ LORA = {
     "not 0 at first": {"init_lora_weights": False},
     "of the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "resized": {},
+    "resized and saved": {"modules_to_save": ["embed_tokens"]},
     "continued": {},
 }
 KINDS = [*LORA, "IA3", "LoHa", "VeRA", "all parameters", "layers frozen by hand"]
@@ -70,7 +71,7 @@ def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:
     if kind in ("all parameters", "layers frozen by hand"):
         return load_policy(model, config=config, tokenizer=tokenizer)
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    if kind == "resized":
+    if kind.startswith("resized"):
         torch.seed()  # new rows are drawn otherwise each time, as by who sets no seed
         model.resize_token_embeddings(90, mean_resizing=False)
         torch.manual_seed(5)

@@ -94,7 +94,8 @@ def test_another_size_or_vocabulary(tiny_model: Path, whole: Path, adapted: Path
 
     wide = r"embed_tokens.weight, was float32 \(77, 64\), and is float32 \(99, 64\)"
     refused(wide, whole, larger())
-    refused("the base model, or what", adapted, larger(), peft_config=lora(lora_alpha=4))
+    wide = "configuration was vocab_size=77, and is vocab_size=99"
+    refused(wide, adapted, larger(), peft_config=lora(lora_alpha=4))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,14 @@ def test_other_frozen_layers(tiny_model: Path, whole: Path):
     model = loaded(tiny_model)
     model["model"].model.layers[0].requires_grad_(False)
     refused(r"layers\.0\..* and 8 more, was float32 .*, and is frozen", whole, model)
+
+
+def test_the_same_weights_computed_otherwise(tiny_model: Path, whole: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    refused("configuration was rms_norm_eps=1e-06, and is rms_norm_eps=0.5", whole, folder)
 
 
 def test_another_chat_template(tiny_model: Path, whole: Path):
