@@ -7,7 +7,6 @@ Names are TRL's and Transformers' where they have one. Defaults are those of the
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -186,7 +185,9 @@ class GRAOConfig:
                 raise ValueError(
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
                 )
-        _check_plain(self)
+        for tracker in self.report_to:
+            if not isinstance(getattr(tracker, "name", tracker), str):
+                raise ValueError(f"report_to takes trackers of accelerate, got {tracker!r}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
         for name in ("adam_beta1", "adam_beta2"):
@@ -330,21 +331,6 @@ def _check_effect(config: GRAOConfig) -> None:
         raise ValueError(
             "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
         )
-
-
-def _check_plain(config: GRAOConfig) -> None:
-    """Refuse what could not be written to config.json, and to every checkpoint."""
-    for tracker in config.report_to:
-        if not isinstance(getattr(tracker, "name", tracker), str):
-            raise ValueError(f"report_to takes names or trackers of accelerate, got {tracker!r}")
-    for name, value in config.to_dict().items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} must be plain data, as JSON holds it, got {value!r} "
-                f"({type(value).__name__})"
-            ) from error
 
 
 def _check_at_least(name: str, value: float | None, minimum: float) -> None:

@@ -110,31 +110,33 @@ def named_when_full(beside: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reason, file = _why_full(error, beside.parent), _last_written(beside)
+        reason, name = _why_full(error), path.name
+        if reason is None and isinstance(error, Exception):
+            reason = _refusal_of_more(beside.parent)
+            name += _last_written(beside)
         _remove(beside)
         if reason is None:
             raise
-        name = path.name if file in (None, beside) else f"{path.name}/{file.relative_to(beside)}"
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"{reason} while {name} was written in {str(path.parent)!r} ({free / 2**20:.1f} MiB "
-            "are free without it): what was saved before is whole; make room",
+            "are free without it): what was saved before is whole; make room"
         ) from error
 
 
-def _why_full(error: BaseException, folder: Path) -> str | None:
-    """The system's words for want of room, where an error came of it.
-
-    PyTorch and safetensors raise errors of their own kinds, PyTorch's without the reason: whether
-    the disk takes a little more tells.
-    """
-    if not isinstance(error, Exception):
-        return None
+def _why_full(error: BaseException) -> str | None:
+    """The system's words for want of room, where an error or what it came of has them."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OSError) and link.errno in _FULL:
-            return os.strerror(link.errno)
+        for code in _FULL:
+            if getattr(link, "errno", None) == code or os.strerror(code) in str(link):
+                return os.strerror(code)
         link = link.__cause__ or link.__context__
+    return None
+
+
+def _refusal_of_more(folder: Path) -> str | None:
+    """The same for errors that do not say, as PyTorch's: whether the disk takes a little more."""
     probe = folder / f"{NEW}probe"
     try:
         with probe.open("wb", buffering=0) as file:
@@ -147,10 +149,10 @@ def _why_full(error: BaseException, folder: Path) -> str | None:
     return None
 
 
-def _last_written(beside: Path) -> Path | None:
-    """The file that was being written, in a folder or by itself."""
-    written = [beside] if beside.is_file() else _files(beside)
-    return max(written, key=lambda file: file.stat().st_mtime_ns, default=None)
+def _last_written(folder: Path) -> str:
+    """The file that was being written, as what follows a folder's name."""
+    last = max(_files(folder), key=lambda file: file.stat().st_mtime_ns, default=None)
+    return "" if last is None else f"/{last.relative_to(folder).as_posix()}"
 
 
 def _seal(folder: Path) -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from grao_fast.adapters import differing_keys, is_peft_model, load_adapters
+from grao_fast.beginning import trainable
 from grao_fast.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.config import GRAOConfig
 from grao_fast.files import write_folder
@@ -32,6 +34,8 @@ from grao_fast.identity import (
 )
 from grao_fast.policy import Policy
 from grao_fast.saving import save_model
+
+_BARE_WEIGHTS = "weights.pt"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -69,14 +73,19 @@ def save_checkpoint(
     step: int,
     config: GRAOConfig,
     belongs_to: Mapping[str, Any],
+    bare: bool = False,
 ) -> None:
     """Write a whole checkpoint, or none.
 
     belongs_to: what is compared when a run resumes from it, see `grao_fast.identity`.
+    bare: weights alone, as PyTorch writes them, where `save_pretrained` fails.
     """
 
     def fill(folder: Path) -> None:
-        save_model(policy, folder)
+        if bare:
+            torch.save(_trained(policy.model), folder / _BARE_WEIGHTS)
+        else:
+            save_model(policy, folder)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, folder / OPTIMIZER)
         if policy.beginning is not None and is_peft_model(policy.model):
@@ -123,7 +132,10 @@ def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: a weight is missing, is not the model's, or is not what was saved.
     """
-    if is_peft_model(policy.model):
+    if (path / _BARE_WEIGHTS).exists():
+        saved = torch.load(path / _BARE_WEIGHTS, map_location="cpu", weights_only=True)
+        policy.model.load_state_dict(saved, strict=not is_peft_model(policy.model))
+    elif is_peft_model(policy.model):
         load_adapters(policy.model, path)
     else:
         _load_model(policy.causal_lm, path)
@@ -132,6 +144,13 @@ def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
             f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
             "differ from those that it was written of; resume from an earlier one"
         )
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: all of a model, or an adapter and what is trained with it."""
+    if not is_peft_model(model):
+        return model.state_dict()
+    return {name: parameter.detach() for name, parameter in trainable(model).items()}
 
 
 def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from grao_fast.attention.frequencies import (
     release_frequencies,
 )
 from grao_fast.callbacks import Callback, check_callbacks
-from grao_fast.checkpoint import FINAL, checkpoint_path, choose_checkpoint, delete_old, read_state
+from grao_fast.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
@@ -56,6 +57,7 @@ from grao_fast.results import (
     write_summary,
 )
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.saver import SaveError, Saver, one_line
 from grao_fast.saving import prove_saving, save_model
 from grao_fast.state import (
     DataStream,
@@ -209,8 +211,8 @@ class _Run:
         )
         self.optimizer.register_step_pre_hook(self._no_way_back)
         self.whole: int | None = 0  # steps done; None within an update, which cannot be saved
-        self.saved = 0  # steps of the last checkpoint that was written or resumed from
-        self.checkpoint: Path | None = None  # the last that is whole
+        self.rescued = False
+        self.saver = Saver(output, self._write_checkpoint, keep=config.save_total_limit)
         longest = longest_context(prompts, eval_prompts or (), config.max_new_tokens)
         hold_frequencies(policy.causal_lm, longest)
         self.before: EvaluationResult | None = None
@@ -268,7 +270,8 @@ class _Run:
                     self._save(step)
                 if last:
                     break
-            write_folder(self.output / FINAL, lambda folder: save_model(self.policy, folder))
+            with self._saving(f"{FINAL}/"):
+                write_folder(self.output / FINAL, lambda folder: save_model(self.policy, folder))
         except BaseException:
             self._rescue()
             raise
@@ -297,18 +300,31 @@ class _Run:
         self.whole = None
         interruption.hold()
 
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[None]:
+        """An error of what is done inside says where the weights are."""
+        try:
+            yield
+        except Exception as error:  # of any kind: of a disk, of a library, of a model's own
+            self._rescue()
+            where = self.saver.checkpoint
+            kept = f"the weights of step {self.saver.step} are in {str(where)!r}"
+            raise SaveError(
+                f"{name} could not be saved ({one_line(error)}); {kept if where else 'nothing was'}"
+            ) from error
+
     def _rescue(self) -> None:
         """When the run ends early: save the steps that are done, and say where they are."""
-        if self.whole not in (None, self.saved) and not interruption.is_aborted():
-            try:
-                self._save(self.whole)
-            except (OSError, ValueError, RuntimeError) as error:
-                logger.error("step %d could not be saved: %s", self.whole, visible(str(error)))
-        if self.checkpoint is not None:
-            logger.warning(
-                "the run ended early; resume_from_checkpoint=True goes on from %s",
-                visible(str(self.checkpoint)),
-            )
+        if self.rescued:
+            return
+        self.rescued = True
+        if self.whole not in (None, self.saver.step) and not interruption.is_aborted():
+            with suppress(OSError):  # a full disk; the weights may find room elsewhere
+                self.tracker.flush()
+            self.saver.rescue(self.whole)
+        interruption.resumes_from(self.saver.checkpoint)
+        if where := self.saver.where():
+            logger.warning("the run ended early; %s", visible(where))
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether a run that resumes after `step` was stopped before that step's evaluation."""
@@ -358,9 +374,14 @@ class _Run:
             )
 
     def _save(self, step: int) -> None:
-        self.tracker.flush()
-        path = checkpoint_path(self.output, step)
-        self.saved = step  # or tried to be: it is not tried twice
+        with self._saving(f"checkpoint-{step}"):
+            self.tracker.flush()
+            path = self.saver.save(step)
+        interruption.resumes_from(path)
+        for callback in self.callbacks:
+            callback.on_save(step, path)
+
+    def _write_checkpoint(self, path: Path, step: int, bare: bool) -> None:
         save_checkpoint(
             path,
             self.policy,
@@ -374,12 +395,8 @@ class _Run:
                 "frozen": self.frozen,
                 "prompts": len(self.prompts),
             },
+            bare=bare,
         )
-        self.checkpoint = path
-        interruption.resumes_from(path)
-        delete_old(path, self.config.save_total_limit)
-        for callback in self.callbacks:
-            callback.on_save(step, path)
 
     def _resume(self, checkpoint: Path) -> int:
         """Load a checkpoint; returns the number of steps it has done."""
@@ -393,8 +410,8 @@ class _Run:
             )  # fmt: skip
         load_optimizer(checkpoint, self.optimizer, self.scheduler)
         logger.info("resuming from %s", visible(str(checkpoint)))
-        self.whole = self.saved = state["step"]
-        self.checkpoint = checkpoint
+        self.whole = state["step"]
+        self.saver.resumed(checkpoint, self.whole)
         interruption.resumes_from(checkpoint)
         return state["step"]
 

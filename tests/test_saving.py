@@ -137,13 +137,10 @@ def test_a_tracker_given_as_an_object_is_saved_by_name(tiny_model: Path, tmp_pat
 
 def test_options_are_plain_data():
     assert GRAOConfig(use_vllm=True, vllm_sync_dir=Path("/dev/shm")).vllm_sync_dir == "/dev/shm"
-    for options, message in [
-        ({"bf16": np.bool_(True)}, r"bf16 must be plain data, as JSON holds it, got .*True"),
-        ({"reward_weights": [np.float32(1)]}, "reward_weights must be plain data"),
-        ({"report_to": [5]}, "report_to takes names or trackers of accelerate, got 5"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            GRAOConfig(**options)
+    numbers = GRAOConfig(bf16=np.bool_(True), reward_weights=[np.float32(1)])
+    assert json.loads(json.dumps(numbers.to_dict()))["reward_weights"] == [1.0]
+    with pytest.raises(ValueError, match="report_to takes trackers of accelerate, got 5"):
+        GRAOConfig(report_to=[5])
 
 
 def test_a_folder_of_a_model_is_no_output_dir(tiny_model: Path):

@@ -291,7 +291,7 @@ def test_a_failing_save_does_not_hide_what_went_wrong_before(
     with pytest.raises(Preempted) as caught:
         run(tiny_model, tmp_path, **OPTIONS)
     assert caught.value.checkpoint is None
-    assert "step 1 could not be saved: [Errno 28] No space left" in caplog.text
+    assert f"step 1 could not be saved in {tmp_path}: [Errno 28] No space left" in caplog.text
 
 
 def test_an_update_that_breaks_off_is_not_saved(
