@@ -12,17 +12,19 @@ the answer does not open again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from grao_fast.fields import REASONING, Messages, beside_text
+from grao_fast.fields import REASONING, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "@@answer@@"
+_OPEN_TAG = re.compile(r"([<\[◁](?:think|thinking|thought|reasoning)[>\]▷])\s*\Z", re.IGNORECASE)
 _LONGEST_REFUSAL = 300  # characters; Transformers quotes the whole conversation
 # What code of a template, or of Transformers around it, raises of messages that it cannot render.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -76,25 +78,40 @@ class Chat:
             turns = list(reference)
         turns[-1] = {**turns[-1], **self._without_end(turns[-1])}
         whole = self._render(self._joined(messages, turns))
+        text: str | None = None
         written: Written = "no prefix"
         if whole.startswith(prompt_text):
-            text = self._closed(messages, whole[len(prompt_text) :])
-            if all(_squeezed(said) in _squeezed(text) for said in _said(turns)):
-                return text, "rendered"
-            if not _is_plain(turns):
-                return text, "in part"
-            written = "in part"
-        header, closing = self._around_answer(messages)
-        shared = _shared_length(prompt_text, header)
-        if _is_plain(turns):
-            own = _not_opened_twice(prompt_text[shared:], turns[0]["content"])
-            return own + self._kept(closing), written
-        return self._closed(messages, whole[shared:]), written
+            text, written = self._closed(messages, whole[len(prompt_text) :]), "in part"
+        elif whole.startswith(prompt_text.rstrip()):  # but for blanks, it is
+            text = self._closed(messages, whole[len(prompt_text.rstrip()) :].lstrip())
+
+        tag = _open_tag(prompt_text)
+        contents = _contents(turns)
+        contents[0], opens_again = _without_tag(contents[0], tag)
+        kept = text is not None and _holds(text, contents)
+        if kept and opens_again:
+            kept = _squeezed(text or "").startswith(_squeezed(contents[0]))
+        if text is not None and kept and _holds(text, _beside(turns)):
+            return text, "rendered" if written == "in part" else written
+        one_turn = len(turns) == 1 and not turns[0].get("tool_calls")
+        reasoning = next((turns[0][key] for key in REASONING if turns[0].get(key)), "")
+        if one_turn and tag and reasoning:
+            own = f"{reasoning}\n{tag[0]}/{tag[1:]}\n\n{contents[0]}"
+            return own + self.closing(messages), written
+        if one_turn and not kept:
+            return contents[0] + self.closing(messages), written
+        if text is None:
+            text = self._closed(messages, whole[_shared_length(prompt_text, whole) :])
+        return text, written
 
     def closing(self, messages: Messages) -> str:
         """What the template keeps behind the last turn's text: the end of the turn."""
         if self._closing is None:
-            self._closing = self._around_answer(messages)[1]
+            whole = self._render(self._joined(messages, [{"role": "assistant", "content": _MARK}]))
+            _, mark, closing = whole.rpartition(_MARK)
+            if not mark:
+                raise TemplateRefusal("it leaves out what an assistant says as text")
+            self._closing = closing
         return self._kept(self._closing)
 
     def _continued(self, messages: Messages) -> bool:
@@ -105,12 +122,6 @@ class Chat:
             return [*messages, *turns]
         content = messages[-1].get("content", "") + turns[0].get("content", "")
         return [*messages[:-1], {**messages[-1], **turns[0], "content": content}, *turns[1:]]
-
-    def _around_answer(self, messages: Messages) -> tuple[str, str]:
-        """What the template writes up to an answer's text, and behind it."""
-        whole = self._render(self._joined(messages, [{"role": "assistant", "content": _MARK}]))
-        header, _, closing = whole.rpartition(_MARK)
-        return header, closing
 
     def _closed(self, messages: Messages, text: str) -> str:
         """A rendered answer without what the template writes behind the end of its last turn."""
@@ -146,38 +157,48 @@ class Chat:
         return str(text)
 
 
-def _shared_length(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    differ = (place for place, (a, b) in pairs if a != b)
-    return next(differ, min(len(one), len(other)))
+def _contents(turns: Messages) -> list[str]:
+    """The texts of the assistant's turns, and at least one."""
+    return [t.get("content", "") for t in turns if t["role"] == "assistant"] or [""]
 
 
-def _is_plain(turns: Messages) -> bool:
-    return len(turns) == 1 and not beside_text(turns[0])
-
-
-def _said(turns: Messages) -> list[str]:
-    """What the assistant's turns hold: texts, reasoning, and the names of the tools they call."""
-    said = []
+def _beside(turns: Messages) -> list[str]:
+    """What the assistant's turns hold beside texts: reasoning, and the names of tools they call."""
+    beside = []
     for turn in turns:
-        if turn["role"] == "assistant":
-            said += [turn[key] for key in ("content", *REASONING) if key in turn]
-            calls = turn.get("tool_calls") or []
-            said += [call.get("function", call).get("name", "") for call in calls]
-    return [text for text in said if isinstance(text, str)]
+        beside += [turn[key] for key in REASONING if key in turn]
+        calls = turn.get("tool_calls") or []
+        beside += [call.get("function", call).get("name", "") for call in calls]
+    return [text for text in beside if isinstance(text, str)]
+
+
+def _holds(text: str, parts: list[str]) -> bool:
+    """Whether a text holds others, blanks aside, which templates trim and add."""
+    squeezed = _squeezed(text)
+    return all(_squeezed(part) in squeezed for part in parts)
 
 
 def _squeezed(text: str) -> str:
-    """Without blanks, which templates trim and add."""
     return "".join(text.split())
 
 
-def _not_opened_twice(opened: str, text: str) -> str:
-    """The text without what its prompt has opened already, as `<think>` and a line break."""
-    tag = opened.strip()
+def _open_tag(prompt_text: str) -> str:
+    """The tag of reasoning that ends a prompt, as `<think>`; empty where none does."""
+    found = _OPEN_TAG.search(prompt_text)
+    return found[1] if found else ""
+
+
+def _without_tag(text: str, tag: str) -> tuple[str, bool]:
+    """A text without the tag that it opens again, and whether it does."""
     if not tag or not text.lstrip().startswith(tag):
-        return text
-    text = text.lstrip().removeprefix(tag)
-    blank = opened[len(opened.rstrip()) :]
-    return text.removeprefix(blank)
+        return text, False
+    return text.lstrip().removeprefix(tag).removeprefix("\n"), True
+
+
+def _shared_length(prompt_text: str, whole: str) -> int:
+    """How much two texts share, up to a blank or the end of a tag: `<th` is not a share."""
+    pairs = enumerate(zip(prompt_text, whole, strict=False))
+    length = next((place for place, (a, b) in pairs if a != b), min(len(prompt_text), len(whole)))
+    while length and not (prompt_text[length - 1].isspace() or prompt_text[length - 1] in ">]"):
+        length -= 1
+    return length

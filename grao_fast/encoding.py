@@ -24,9 +24,10 @@ _ANCHORS = ("\n", "a")
 
 _REASONS = {
     "no prefix": "%d of %d prompts are not how the chat template begins prompt and reference "
-    "together (example %d is the first): there the reference's own text follows the prompt",
-    "in part": "the chat template leaves out a part of %d of %d references (example %d is the "
-    "first): one turn of text follows the prompt as it is, more than that as the template has it",
+    "together (example %d is the first): there the reference follows the prompt as it is",
+    "in part": "the chat template leaves out a part of %d of %d references, or opens again what "
+    "the prompt has opened (example %d is the first): one turn of text follows the prompt as it "
+    "is, more than that as the template has it",
     "merged": "the last tokens of %d of %d prompts would be others with the reference behind them "
     "(example %d is the first): there the reference is encoded by itself",
 }

@@ -35,6 +35,14 @@ OPENS_THINK = (
     "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
 )
+# The header opens <think>; a turn has a block of its reasoning field, and its content as it is.
+FIELD_ONLY = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
+SHORT_BLOCK = FIELD_ONLY.replace("<think>\n{{ m.reasoning_content or '' }}\n", "<think>")
 STRIPS_THINK = OPENS_THINK.replace("<think>\n", "")
 TRIMS = CHATML.replace("m.content", "m.content.strip()")
 NEEDS_SYSTEM = (
@@ -160,6 +168,14 @@ def test_prompt_and_reference_are_what_the_template_writes(template: str) -> Non
         (OPENS_THINK, "<think>\na\n</think>b", "a\n</think>b<|im_end|>", "a\n</think>b"),
         (OPENS_THINK, "<think>a</think>b", "a</think>b<|im_end|>", "a</think>b"),
         (OPENS_THINK, "b", "b<|im_end|>", "b"),
+        (OPENS_THINK, [assistant("b", reasoning_content="a")],
+         "a\n</think>\n\nb<|im_end|>", "a\n</think>\n\nb"),
+        (OPENS_THINK, [assistant("<tool_call>"), user("b"), assistant("c")],
+         "<tool_call><|im_end|>\nuser: b<|im_end|>\nassistant: c<|im_end|>", None),
+        (SHORT_BLOCK, "b", "</think>\n\nb<|im_end|>", None),
+        (FIELD_ONLY, "b", "\n</think>\n\nb<|im_end|>", None),
+        (FIELD_ONLY, "<think>a</think>b", "a</think>b<|im_end|>", None),
+        (FIELD_ONLY, [assistant("b", reasoning_content="a")], "a\n</think>\n\nb<|im_end|>", None),
         (STRIPS_THINK, "<think>a</think>b", "<think>a</think>b<|im_end|>", "<think>a</think>b"),
         # all turns of a completion
         (CHATML, [assistant("a"), user("b"), assistant("c")],
@@ -248,6 +264,12 @@ def test_a_template_that_refuses_is_quoted_on_one_line() -> None:
         encode([good, bad, good, bad], tokenizer)
     with pytest.raises(ValueError, match=r"example 0: the chat template refuses .*TypeError"):
         encode([bad], character_tokenizer(chat_template="{{ messages[0].content + 1 }}"))
+
+
+def test_a_template_that_wants_content_in_parts_is_refused() -> None:
+    parts = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out what an assistant says as text"):
+        chat("b", parts)
 
 
 def test_reasoning_needs_a_template() -> None:
