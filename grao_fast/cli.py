@@ -34,7 +34,7 @@ Options = dict[str, Any]
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-_GOODBYE = 10.0  # seconds for threads of rewards that hang, when the command has failed
+_GOODBYE = 5.0  # seconds for threads of rewards that hang, when the command has failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+
+
+_PATIENCE = 2.0  # seconds that code may take to let go
 
 
 class Preempted(SystemExit):
@@ -79,6 +83,7 @@ class Interruption:
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
         self._raises = True
+        self._insists = False
 
     def __enter__(self) -> Interruption:
         global _active
@@ -127,14 +132,31 @@ class Interruption:
             raise Stop(self.signum)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            if signum == signal.SIGINT:
-                self.aborted = True
-                raise Stop(signum)
-            return
-        self.signum = signum
-        if self._raises:
+        if self.signum is None:
+            self.signum = signum
+            if hasattr(signal, "pthread_kill"):  # Windows has none
+                threading.Thread(target=self._insist, daemon=True).start()
+        elif self._insists:
+            self._insists = False
+        elif signum == signal.SIGINT:
+            self.aborted = True
             raise Stop(signum)
+        else:
+            return
+        if self._raises:
+            raise Stop(self.signum)
+
+    def _insist(self) -> None:
+        """Send the signal again while code hangs: behind a `with` that joins a thread, say."""
+        main = threading.main_thread().ident
+        assert main is not None and self.signum is not None
+        while True:
+            time.sleep(_PATIENCE)
+            if _active is not self:
+                return
+            if self._raises:
+                self._insists = True
+                signal.pthread_kill(main, self.signum)
 
     @contextmanager
     def _mode(self, *, raises: bool) -> Iterator[None]:

@@ -10,12 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
 
+import grao_fast.interruption
 import grao_fast.step
 import grao_fast.trainer
 from grao_fast import Preempted
@@ -329,6 +331,22 @@ def test_a_callers_own_handler_has_its_turn_when_all_is_saved() -> None:
         assert turns == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_code_that_waits_for_a_thread_while_it_is_left_is_told_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grao_fast.interruption, "_PATIENCE", 0.05)
+    began, release = time.monotonic(), threading.Event()
+    with pytest.raises(Preempted), Interruption():
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(release.wait, 30)
+                threading.Timer(0.05, send).start()
+                waiting.result()
+        finally:
+            release.set()
+    assert time.monotonic() - began < 20
 
 
 def test_what_is_held_is_finished_and_what_is_not_is_left() -> None:
