@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from grao_fast.rollout.vllm.requests import (
     scoring_options,
 )
 from grao_fast.rollout.weights import WeightFolder
+from grao_fast.threads import DaemonExecutor
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
@@ -179,7 +179,7 @@ class VLLMServerSampler:
 
         seeds = prompt_seeds(seed, len(prompts))
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        with DaemonExecutor(_REQUESTS_AT_ONCE) as pool:
             asked = [prompts[i] for i in longest_first], [seeds[i] for i in longest_first]
             groups = dict(zip(longest_first, pool.map(ask, *asked), strict=True))
         return [groups[i] for i in range(len(prompts))]
