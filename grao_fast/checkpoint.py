@@ -7,14 +7,14 @@ from its manifest is torn: it is never loaded, and never stands in the way of th
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from grao_fast.files import delete, sealed_files, verify_folder
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"

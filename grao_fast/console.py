@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, cast
 
@@ -18,9 +17,9 @@ from rich.progress import (
 
 from grao_fast.streams import lenient
 from grao_fast.tables import completions_table
-from grao_fast.visible import visible, visible_lines
+from grao_fast.visible import get_logger, visible_lines
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Display:
@@ -76,7 +75,7 @@ class Display:
         if self._shown:
             self._print(visible_lines(text))
         else:
-            logger.warning("%s", visible_lines(text))
+            logger.warning("%s", text)
 
     def close(self) -> None:
         """Stop the bar; once more does nothing."""
@@ -92,4 +91,4 @@ class Display:
         except Exception as error:  # of any kind: a console can be of anyone's making
             if not self._failed:
                 self._failed = True
-                logger.warning("the console fails, and is left out: %s", visible(str(error)))
+                logger.warning("the console fails, and is left out: %s", error)

@@ -16,7 +16,6 @@ A blank reference is an absent one; an HH transcript that ends in a blank answer
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,12 +33,13 @@ from grao_fast.fields import (
     read_reference,
     shared_prefix,
 )
+from grao_fast.visible import get_logger, visible_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 REFERENCE_COLUMNS = ("reference", "completion", "chosen")
 RESERVED_COLUMNS = ("prompts", "completions", "references")  # names the reward is called with
@@ -73,6 +73,7 @@ class Encoded:
         return replace(self.example, reference=self.reference_text)
 
 
+@visible_errors()
 def load_examples(
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
     *,

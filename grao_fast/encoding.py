@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grao_fast.chat import Chat, TemplateRefusal
 from grao_fast.fields import Messages
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _BATCH = 1024
 # Tokens of a prompt that a completion is decoded behind. One tells whether a word begins with a

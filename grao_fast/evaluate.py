@@ -19,7 +19,6 @@ Intervals are 95% percentile bootstrap intervals over prompts, of 10,000 resampl
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from grao_fast.model_checks import gives_models_back
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.streams import lenient_streams
 from grao_fast.tables import results_table
+from grao_fast.visible import get_logger, visible_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     RewardSpec = str | RewardFunction | Reward | Sequence[str | RewardFunction]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESULT_FILE = "eval.json"
 
@@ -156,6 +156,7 @@ def evaluate_completions(
 
 @stoppable
 @lenient_streams()
+@visible_errors()
 @gives_models_back
 def evaluate(
     model: str | Path | nn.Module,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from grao_fast.data import Example
 from grao_fast.digests import digest_rows, digest_tensors
 from grao_fast.rewards import Reward
 from grao_fast.rewards.calling import function_name
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Options of a model that change nothing of what it computes of given tokens.
 _NOT_COMPUTED = (

@@ -8,7 +8,6 @@ a gradient), and otherwise (an optimiser's step, a save) as soon as that is done
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import signal
 import threading
@@ -19,12 +18,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from grao_fast.visible import visible
+from grao_fast.visible import get_logger
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Windows has no SIGHUP.
 _SIGNALS = [
@@ -112,7 +111,7 @@ class Interruption:
         # Also where the run had ended by then: the signal is not lost on the caller. Another error
         # came of it, as when a judge's or a sampler's own process got it too.
         if error is not None and not isinstance(error, Stop):
-            logger.warning("%s after the signal: %s", type(error).__name__, visible(str(error)))
+            logger.warning("%s after the signal: %s", type(error).__name__, error)
         own_handler = self._previous[self.signum]
         if callable(own_handler) and own_handler is not signal.default_int_handler:
             own_handler(self.signum, None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 
 def use_liger_layers(causal_lm: PreTrainedModel) -> None:

@@ -7,7 +7,6 @@ damaged disk, leaves a line that cannot be read. Such lines are left out, and co
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from grao_fast.files import write_file
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"

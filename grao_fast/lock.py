@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import socket
 import time
@@ -24,7 +23,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-logger = logging.getLogger(__name__)
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 LOCK_FILE = ".grao-fast-lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}

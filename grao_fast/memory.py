@@ -16,7 +16,6 @@ moments. Nothing that training reads is left changed.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +34,9 @@ from grao_fast.data import Encoded
 from grao_fast.kernels.checks import workspace_bytes
 from grao_fast.policy import Policy
 from grao_fast.step import micro_batch_loss
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MIB = 2**20
 _CPU_BUDGET_MIB = 8192  # fixed, so that a run is split alike, to the bit, wherever it goes on

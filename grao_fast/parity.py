@@ -5,7 +5,6 @@ Suffixes: T rows of the head, V vocabulary, B rows of L tokens, D width.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from grao_fast.attention import attending
 from grao_fast.batch import Group
 from grao_fast.kernels.checks import resolve_backend
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SHORT = (4, 4, 8)  # tokens of a prompt and of two suffixes
 # With FlexAttention more than one block of 128, as in training: blocks are seen whole, in part and

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grao_fast.lines import METRICS_FILE, read_lines
+from grao_fast.visible import visible_errors
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -37,6 +38,7 @@ _RATES = {
 Series = tuple[list[int], list[float]]  # steps and values
 
 
+@visible_errors()
 def plot_run(output_dir: str | Path) -> list[Path]:
     """Draw the plots of a run into its folder.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ from grao_fast.rollout.cache import Kept, kept_by
 from grao_fast.rollout.choose import check_sharing, choose_sampler
 from grao_fast.rollout.proof import check_sampler
 from grao_fast.router import Router
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

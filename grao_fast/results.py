@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from grao_fast.evaluate import EvaluationResult
 from grao_fast.files import write_file
 from grao_fast.state import versions
 from grao_fast.step import Rollout
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _BASELINE = "baseline.json"
 

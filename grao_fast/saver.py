@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from grao_fast.checkpoint import checkpoint_path, delete_old
-from grao_fast.visible import visible
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class SaveError(OSError):
@@ -78,7 +77,7 @@ class Saver:
             except Exception as error:  # of any kind: of a disk, of a library, of a model's own
                 logger.error(
                     "step %d could not be saved in %s: %s",
-                    step, visible(str(folder)), visible(one_line(error)),
+                    step, folder, one_line(error),
                 )  # fmt: skip
                 if isinstance(error, OSError):  # of the disk: it takes bare weights no better
                     return False

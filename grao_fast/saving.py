@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from grao_fast.files import NEW, named_when_full
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _REASON_LENGTH = 400
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 
 class LenientStream:

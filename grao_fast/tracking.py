@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from grao_fast.console import Display
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
-from grao_fast.visible import visible
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
     from rich.console import Console
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _PROJECT = "grao-fast"
 _PIP_NAME = {"comet_ml": "comet-ml"}  # where pip's name differs from accelerate's
@@ -121,7 +120,7 @@ class Tracker:
                     self._failed.add(number)
                     logger.warning(
                         "the tracker %s fails (%s: %s); %s has what it was told",
-                        type(tracker).__name__, type(error).__name__, visible(str(error)),
+                        type(tracker).__name__, type(error).__name__, error,
                         METRICS_FILE,
                     )  # fmt: skip
 

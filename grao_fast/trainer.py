@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,19 +68,20 @@ from grao_fast.state import (
 from grao_fast.step import Rollout, sample_and_score, update
 from grao_fast.streams import lenient_streams
 from grao_fast.tracking import Tracker, check_trackers
-from grao_fast.visible import visible
+from grao_fast.visible import get_logger, visible_errors
 from grao_fast.watch import Watch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
 
 @interruption.stoppable
 @lenient_streams()
+@visible_errors()
 @gives_models_back
 def train(
     model: str | Path | nn.Module,
@@ -324,7 +324,7 @@ class _Run:
             self.saver.rescue(self.whole)
         interruption.resumes_from(self.saver.checkpoint)
         if where := self.saver.where():
-            logger.warning("the run ended early; %s", visible(where))
+            logger.warning("the run ended early; %s", where)
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether a run that resumes after `step` was stopped before that step's evaluation."""
@@ -409,7 +409,7 @@ class _Run:
                 len(self.prompts), state["prompts"],
             )  # fmt: skip
         load_optimizer(checkpoint, self.optimizer, self.scheduler)
-        logger.info("resuming from %s", visible(str(checkpoint)))
+        logger.info("resuming from %s", checkpoint)
         self.whole = state["step"]
         self.saver.resumed(checkpoint, self.whole)
         interruption.resumes_from(checkpoint)

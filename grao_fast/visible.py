@@ -7,11 +7,13 @@ they recolour it, retitle it, write its clipboard, overwrite lines, or turn thei
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _CONTROL = (*range(0x20), 0x7F, *range(0x80, 0xA0))
 _BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x2070))
 _SEPARATORS = (0x2028, 0x2029)
+_LONGEST_CHAIN = 100  # of causes, which could go round in a circle
 _SURROGATES = range(0xD800, 0xE000)
 
 
@@ -42,9 +44,40 @@ def squeezed(text: str) -> str:
     return visible(" ".join(text.split()))
 
 
+@contextmanager
+def visible_errors() -> Iterator[None]:
+    """Errors that leave have messages that are `visible_lines`, and so have their causes.
+
+    They quote names, values and what libraries say of them, and end up on a terminal.
+    """
+    try:
+        yield
+    except Exception as error:  # of any kind: it is raised again
+        link: BaseException | None = error
+        for _ in range(_LONGEST_CHAIN):
+            if link is None:
+                break
+            if len(link.args) == 1 and isinstance(link.args[0], str):
+                link.args = (visible_lines(link.args[0]),)
+            link = link.__cause__ or link.__context__
+        raise
+
+
 class VisibleFormatter(logging.Formatter):
-    """Log records whose text is `visible_lines`: it names files, columns and models of others."""
+    """Formats log records, of whatever library, as `visible_lines`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
         return visible_lines(super().format(record))
+
+
+def get_logger(name: str) -> logging.Logger:
+    """`logging.getLogger`, whose records are `visible_lines`, as they name what others named."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_be_visible)
+    return logger
+
+
+def _be_visible(record: logging.LogRecord) -> bool:
+    record.msg, record.args = visible_lines(record.getMessage()), ()
+    return True

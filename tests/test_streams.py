@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 from test_tracking import ROW, Recorder, tracker
 
+from grao_fast.data import load_examples
 from grao_fast.lines import read_lines
 from grao_fast.streams import lenient_streams
-from grao_fast.visible import VisibleFormatter, squeezed, visible, visible_lines
+from grao_fast.visible import VisibleFormatter, get_logger, squeezed, visible, visible_lines
 
 # ---- streams that fail
 
@@ -194,6 +195,24 @@ def test_tables_and_messages_show_what_is_hostile(terminal: bool, tmp_path: Path
     assert "\\x1b[31mred" in shown
     assert is_harmless(shown)
     assert read_lines(tmp_path / "completions.jsonl")[0]["reference"] == HOSTILE  # as it is
+
+
+def test_our_log_lines_and_errors_show_what_is_hostile(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    get_logger("grao_fast.test").warning("a column %s, 100%%", HOSTILE)
+    assert is_harmless(caplog.records[0].getMessage())
+    assert "100%" in caplog.records[0].getMessage()
+    file = tmp_path / f"{HOSTILE[:30]}.jsonl"
+    for text in ("{", f'{{"{HOSTILE[:5]}": 1}}'):
+        file.write_text(text)
+        for dataset in (str(file), [{HOSTILE: 1}]):
+            with pytest.raises(ValueError, match=r"\\x1b") as caught:
+                load_examples(dataset)
+            error: BaseException | None = caught.value
+            while error is not None:
+                assert is_harmless(str(error))
+                error = error.__cause__ or error.__context__
 
 
 def test_log_records_are_formatted_visibly() -> None:

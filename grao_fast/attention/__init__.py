@@ -11,7 +11,6 @@ two backends, `sdpa.attend` and `flex.attend`, have one signature and compute th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from grao_fast.attention import flex, sdpa
 from grao_fast.batch import Segment
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NOT_PASSED: Any = object()
 _WINDOWS = ("sliding_window", "attention_chunk_size")

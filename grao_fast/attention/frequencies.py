@@ -10,7 +10,6 @@ and drops what it makes of it: its own code decides, for all batches alike.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,9 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from grao_fast.data import Encoded
 
-logger = logging.getLogger(__name__)
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 _FOLLOWING = ("longrope", "dynamic")  # in the names of rope types
 

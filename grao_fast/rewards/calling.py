@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -27,8 +26,9 @@ from grao_fast.rewards.finding import (
 from grao_fast.rewards.generators import GlobalGenerators
 from grao_fast.rewards.values import check_values
 from grao_fast.threads import in_thread
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Results = dict[int, Any]
 

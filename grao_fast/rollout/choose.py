@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,8 +10,9 @@ from grao_fast.rollout.cache import Kept
 from grao_fast.rollout.generate import GenerateSampler
 from grao_fast.rollout.model_sampler import ModelSampler
 from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def choose_sampler(

@@ -12,7 +12,6 @@ Suffixes: n tokens of the text, B parts of the model.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 Scorer = Callable[[list[int]], list[float]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from grao_fast.rollout.vllm.requests import (
     scoring_options,
 )
 from grao_fast.rollout.weights import WeightFolder
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # What vLLM raises for a device, model or option that it cannot serve.

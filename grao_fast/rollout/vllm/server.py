@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,12 @@ from grao_fast.rollout.vllm.requests import (
 )
 from grao_fast.rollout.weights import WeightFolder
 from grao_fast.threads import DaemonExecutor
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _REQUESTS_AT_ONCE = 64
 
