@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,18 +18,29 @@ R = TypeVar("R")
 
 
 def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of a model, its first argument: run with gradients, and `as_it_was` around it.
-
-    A caller's `torch.no_grad` or `torch.inference_mode` does not reach inside.
-    """
+    """A function of a model, its first argument: `as_it_was` around it, and `plain_torch`."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model")
-        with as_it_was(model), torch.inference_mode(False), torch.enable_grad():
+        with as_it_was(model), plain_torch():
             return function(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Gradients on, no autocast and tensors made on the CPU, whatever a caller has around it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -57,6 +68,12 @@ def plain_model(model: nn.Module) -> nn.Module:
         )
     if inner.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+    compiled = [path for path, layer in model.named_modules() if hasattr(layer, "_orig_mod")]
+    if compiled:
+        raise ValueError(
+            f"{compiled[0]} of {name} is compiled, and weights saved from within torch.compile's "
+            "wrapper have other names: pass the model before its layers are compiled"
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             f"the parameters of {name} were made inside torch.inference_mode, and cannot be "
@@ -82,8 +99,10 @@ def check_weights(model: nn.Module) -> None:
 
 @contextmanager
 def as_it_was(model: Any) -> Iterator[None]:
-    """A user's module, when the block ends in whatever way: mode, recomputation, gradients, ropes.
+    """A user's module, when the block ends in whatever way.
 
+    That is its mode, recomputation, attention, rotary frequencies and gradients. Inside, what
+    `module.compile()` has compiled runs as it was written: it would be compiled for every length.
     What else the block gets, as a path, is loaded for the run and needs no care.
     """
     if not isinstance(model, nn.Module):
@@ -95,9 +114,17 @@ def as_it_was(model: Any) -> Iterator[None]:
         for module in model.modules()
         if hasattr(module, "gradient_checkpointing")
     ]
+    compiled = [
+        (module, module._compiled_call_impl)
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     hooked = hasattr(inner, "_require_grads_hook")
+    attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    for module, _ in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
@@ -105,6 +132,10 @@ def as_it_was(model: Any) -> Iterator[None]:
             release_frequencies(module)
         for module, training in modes:
             module.training = training
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        if attention is not None and inner.config._attn_implementation != attention:
+            inner.set_attn_implementation(attention)
         for module, recomputes in recomputing:
             module.gradient_checkpointing = recomputes
         for parameter, gradient in gradients:

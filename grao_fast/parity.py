@@ -28,6 +28,8 @@ _LONG = (140, 50, 90)
 # Of our logits against the model's, and of gradients, relative to the largest of them.
 _TOLERANCE = 1e-3
 _TOLERANCE_16_BITS = 0.05
+# Of a sequence's logits with other tokens beside it; only a mixture of experts moves them at all.
+_LEAK = 1e-5
 
 
 def check_parity(policy: Policy, *, gradient: bool = True) -> None:
@@ -53,6 +55,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     try:
         with attending(model, policy.attention):
             ours = _measure(policy, lambda: _logits(policy, prompt, suffixes), ids_T, gradient)
+            leak = _leak(policy, prompt, suffixes) if policy.share_prefix else 0.0
         its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -62,7 +65,12 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     # 16-bit forward passes of different shapes differ by their rounding
     sixteen_bits = policy.autocast_dtype is not None or model.dtype != torch.float32
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
-    off = 0.0
+    off, largest = 0.0, float(its_own[0].abs().max())
+    if leak > (tolerance if sixteen_bits else _LEAK) * largest:
+        raise ValueError(
+            f"{name}: in one row with others, a sequence sees their tokens: its logits move by "
+            f"{leak:.3g} with them, where the largest is {largest:.3g}; {remedy}"
+        )
     for what, actual, expected in zip(("logits", "gradients"), ours, its_own, strict=False):
         error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
         if not error <= tolerance * largest:
@@ -101,6 +109,15 @@ def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Ten
     logits_TV = logits_TV * policy.transform.logit_scale
     softcap = policy.transform.softcap
     return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+
+@torch.no_grad()
+def _leak(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> float:
+    """By how much the logits of the last suffix move when the tokens of the others change."""
+    last = len(suffixes[-1])
+    others = [[prompt[0]] * len(suffix) for suffix in suffixes[:-1]]
+    before = _logits(policy, prompt, suffixes)[-last:]
+    return float((_logits(policy, prompt, [*others, suffixes[-1]])[-last:] - before).abs().max())
 
 
 def _own_logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:

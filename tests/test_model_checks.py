@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,31 @@ def test_a_head_of_zeros_learns(train):
     assert bool(model.lm_head.weight.detach().abs().max() > 0)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, "bfloat16", "float64"])
-def test_the_state_of_torch_around_a_run_does_not_reach_it(train, around: Any):
-    expected = untimed(train(family_model("Llama")))
-    model = family_model("Llama")
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
     try:
-        if isinstance(around, str):
-            torch.set_default_dtype(getattr(torch, around))
-        with nullcontext() if isinstance(around, str) else around():
-            metrics = untimed(train(model))
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_the_state_of_torch_around_a_run_does_not_reach_it(train, around: str):
+    expected = untimed(train(family_model("Llama")))
+    model = family_model("Llama")
+    with AROUND[around]():
+        metrics = untimed(train(model))
     assert metrics == expected
 
 
@@ -104,11 +118,22 @@ def test_a_compiled_model_is_taken_out_of_its_wrapper(train):
 
     model = family_model("Llama")
     assert untimed(train(torch.compile(model, backend=refuse))) == expected
+    model = family_model("Llama")
+    model.compile(backend=refuse)
+    assert untimed(train(model)) == expected
+    assert model._compiled_call_impl is not None
 
 
 def t5() -> nn.Module:
     config = transformers.T5Config(vocab_size=77, d_model=16, d_kv=8, d_ff=16, num_layers=1)
     return transformers.T5ForConditionalGeneration(config)
+
+
+def with_a_compiled_layer() -> nn.Module:
+    """Its state_dict would hold `model.layers.1._orig_mod.` names, which load nowhere."""
+    model = family_model("Llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
 
 
 REFUSED = {
@@ -123,6 +148,10 @@ REFUSED = {
     "a wrapper": (
         lambda: nn.DataParallel(family_model("Llama")),
         "model is a DataParallel, .*: pass the LlamaForCausalLM inside it",
+    ),
+    "a compiled layer": (
+        with_a_compiled_layer,
+        r"model\.layers\.1 of LlamaForCausalLM is compiled",
     ),
     "an encoder": (t5, "T5ForConditionalGeneration has an encoder and a decoder"),
 }

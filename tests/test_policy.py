@@ -114,6 +114,22 @@ def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
     load_policy(family_model("Llama"), config=GRAOConfig(), tokenizer=tokenizer, trained=False)
 
 
+def test_a_sequence_that_sees_the_one_beside_it_is_refused(tiny_model):
+    """By little, in every layer's input: a short convolution that no cache tells of."""
+    model = family_model("Llama")
+
+    def convolve(module, args, kwargs):
+        x = args[0]
+        return (x + 1e-5 * torch.cat([x[:, :1], x[:, :-1]], dim=1), *args[1:]), kwargs
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(convolve, with_kwargs=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ValueError, match=r"a sequence sees their tokens: .*set share_prefix=False"):
+        load_policy(model, config=GRAOConfig(), tokenizer=tokenizer)
+    load_policy(model, config=GRAOConfig(share_prefix=False), tokenizer=tokenizer)
+
+
 def test_a_sampler_that_says_other_log_probs_is_refused(tiny_model, monkeypatch):
     """It would be off-policy without a word: here by a temperature that it does not tell of."""
 
