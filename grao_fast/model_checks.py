@@ -13,8 +13,26 @@ from transformers import PreTrainedModel
 
 from grao_fast.attention.frequencies import release_frequencies
 
+# What the code of a model raises where it cannot do what it is asked, or is not whole.
+CANNOT = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def in_a_line(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:

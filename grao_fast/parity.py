@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grao_fast.attention import attending
 from grao_fast.batch import Group
 from grao_fast.kernels.checks import resolve_backend
+from grao_fast.model_checks import CANNOT, in_a_line
 from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
             ours = _measure(policy, lambda: _logits(policy, prompt, suffixes), ids_T, gradient)
             leak = _leak(policy, prompt, suffixes) if policy.share_prefix else 0.0
         its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(f"{name} cannot run as a policy: {reason}; {remedy}") from error
+    except CANNOT as error:
+        raise ValueError(f"{name} cannot run as a policy: {in_a_line(error)}; {remedy}") from error
     finally:
         policy.model.train(training)
     # 16-bit forward passes of different shapes differ by their rounding

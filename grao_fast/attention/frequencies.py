@@ -11,13 +11,13 @@ and drops what it makes of it: its own code decides, for all batches alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from grao_fast.data import Encoded
@@ -38,7 +38,9 @@ def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
     layers = [module for module in model.modules() if _rope_types(module)]
     if not layers or tokens is None:
         return
-    _held[model] = [handle for layer in layers for handle in _hold(layer, tokens - 1)]
+    _held[model] = ExitStack()
+    for layer in layers:
+        _hold(layer, tokens - 1, _held[model])
     logger.info(
         "%s turns positions (%s) as in a context of %d tokens, in every batch",
         type(model).__name__,
@@ -56,12 +58,12 @@ def longest_context(
 
 
 def release_frequencies(model: nn.Module) -> None:
-    """Let them follow each batch again."""
-    for handle in _held.pop(model, ()):
-        handle.remove()
+    """Let them follow each batch again, from where they were."""
+    if model in _held:
+        _held.pop(model).close()
 
 
-_held: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+_held: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 def _rope_types(module: nn.Module) -> list[str]:
@@ -71,7 +73,9 @@ def _rope_types(module: nn.Module) -> list[str]:
     return [k for k in kinds if isinstance(k, str) and any(name in k for name in _FOLLOWING)]
 
 
-def _hold(layer: nn.Module, last: int) -> list[RemovableHandle]:
+def _hold(layer: nn.Module, last: int, until: ExitStack) -> None:
+    """See `last` in every call of a layer; `until` undoes it."""
+
     def with_the_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "position_ids" in kwargs:
             return args, kwargs | {"position_ids": _append(kwargs["position_ids"], last)}
@@ -83,10 +87,18 @@ def _hold(layer: nn.Module, last: int) -> list[RemovableHandle]:
             return output[..., :-1, :]
         return tuple(part[..., :-1, :] for part in output)
 
-    return [
-        layer.register_forward_pre_hook(with_the_last, with_kwargs=True),
-        layer.register_forward_hook(without_the_last, with_kwargs=True),
-    ]
+    # Transformers 5.0 leaves the frequencies of the longest batch behind for those that follow
+    buffers = [(name, buffer.clone()) for name, buffer in layer.named_buffers(recurse=False)]
+    until.callback(_put_back, layer, buffers, getattr(layer, "max_seq_len_cached", None))
+    until.callback(layer.register_forward_pre_hook(with_the_last, with_kwargs=True).remove)
+    until.callback(layer.register_forward_hook(without_the_last, with_kwargs=True).remove)
+
+
+def _put_back(layer: Any, buffers: list[tuple[str, Tensor]], longest: Any) -> None:
+    for name, buffer in buffers:
+        setattr(layer, name, buffer.to(getattr(layer, name).device))
+    if longest is not None:
+        layer.max_seq_len_cached = longest
 
 
 def _append(position_ids: Tensor, last: int) -> Tensor:

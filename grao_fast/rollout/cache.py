@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from grao_fast.model_checks import CANNOT, in_a_line
+
 # Tokens that a layer makes room for when it has none left.
 _ROOM = 32
 # Layers of a cache that hold keys and values and nothing else, or those of another layer.
@@ -127,8 +129,8 @@ def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
         ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
             output = model(input_ids=ids, use_cache=True)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{type(model).__name__} cannot run over two tokens: {error}") from error
+    except CANNOT as error:
+        raise ValueError(f"{type(model).__name__} cannot run: {in_a_line(error)}") from error
     finally:
         model.train(training)
     held = dict(output.items())

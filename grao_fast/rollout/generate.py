@@ -48,7 +48,8 @@ class GenerateSampler(ModelSampler):
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            use_cache=True,
+            # to some layers one token is a step of decoding, whatever is before it
+            use_cache=ids.shape[1] > 1,
             disable_compile=True,
             eos_token_id=self.eos_ids.tolist() or None,
             pad_token_id=self.pad_token_id,

@@ -9,6 +9,7 @@ import torch
 from grao_fast.batch import Group, pad
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.live_rows import to_device
+from grao_fast.model_checks import CANNOT, in_a_line
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
@@ -36,9 +37,9 @@ def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
     name = type(policy.causal_lm).__name__
     try:
         difference = measure_sampler(policy, temperature=temperature)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except CANNOT as error:
         raise ValueError(
-            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {error}"
+            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {in_a_line(error)}"
         ) from error
     sixteen_bits = policy.autocast_dtype is not None or policy.causal_lm.dtype != torch.float32
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
