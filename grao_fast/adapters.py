@@ -12,16 +12,23 @@ from torch import Tensor, nn
 from transformers.utils.import_utils import is_peft_available
 
 DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
-# Options of an adapter that change nothing of what it computes once its weights are drawn.
+# Options of an adapter that change nothing of what it computes once its weights are drawn, or that
+# the names of what is trained say better.
 _NOT_COMPUTED = (
     "auto_mapping",
     "base_model_name_or_path",
+    "bias",
     "corda_config",
     "eva_config",
+    "exclude_modules",
     "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
     "peft_version",
     "revision",
     "runtime_config",
+    "target_modules",
     "task_type",
 )
 _MERGE_OR_CONTINUE = (

@@ -221,10 +221,14 @@ def check_frozen(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
 
 def _check_adapters(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if before.keys() != now.keys():
-        sides = (", ".join(map(repr, sorted(side))) or "none" for side in (before, now))
-        raise _other(path, "the adapter", *sides)
+        raise _other(path, "the adapter", _named(before), _named(now))
     for name, options in before.items():
         _check_options(path, f"adapter {name!r}", options, now[name])
+
+
+def _named(adapters: dict[str, Any]) -> str:
+    kinds = (f"{name!r} ({options['peft_type']})" for name, options in sorted(adapters.items()))
+    return ", ".join(kinds) or "none"
 
 
 def _check_options(path: Path, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -236,11 +240,21 @@ def _check_options(path: Path, what: str, before: dict[str, Any], now: dict[str,
 
 
 def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    alone = (
+        [name for name in before if name not in now],
+        [name for name in now if name not in before],
+    )
+    if any(alone):
+        raise _other(path, "what is trained", *map(_first, alone))
+    differ = [name for name in before if before[name] != now[name]]
     if differ:
-        more = f" and {len(differ) - 1} more" if differ[1:] else ""
-        sides = (side.get(differ[0], "frozen or absent") for side in (before, now))
-        raise _other(path, f"what is trained, {differ[0]}{more},", *sides)
+        sides = (side[differ[0]] for side in (before, now))
+        raise _other(path, f"what is trained, {differ[0]},", *sides)
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"also {names[0]}{more}" if names else "the rest alone"
 
 
 def _other(path: Path, what: str, before: str, now: str) -> CheckpointError:

@@ -131,8 +131,20 @@ def write(policy: Policy, path: Path, begun: PolicyIdentity, config: GRAOConfig 
     return path
 
 
+def saves_lora_only_biases() -> bool:
+    """Whether this peft does what `bias="lora_only"` says; 0.18 trains them and drops them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], bias="lora_only"))
+    return any("bias" in key for key in peft.get_peft_model_state_dict(model))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, tmp_path: Path):
+    if kind == "bias of the adapter" and not saves_lora_only_biases():
+        with pytest.raises(ValueError, match=r"bias and 3 more would be trained, and is not saved"):
+            build(kind, biased)
+        return
     policy = build(kind, biased)
     with policy.updating():
         batch = batch_of(policy)
