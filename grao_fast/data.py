@@ -196,6 +196,13 @@ class _Columns:
         return messages[:-1], read_reference(messages[-1:], where)
 
 
+def check_templates(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse examples that the tokenizer's chat template cannot write, before a model is loaded."""
+    Encoder(tokenizer).check(
+        [example.prompt for example in examples], [example.reference for example in examples]
+    )
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

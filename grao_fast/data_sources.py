@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data_files import COMPRESSIONS, read_csv, read_json
+from grao_fast.visible import get_logger
 
 if TYPE_CHECKING:
     from datasets import BuilderConfig, Dataset, DatasetBuilder
+
+logger = get_logger(__name__)
 
 _READERS = {
     ".json": "json",
@@ -118,6 +121,11 @@ def _load(name: str, split: str) -> Any:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(path))  # written by save_to_disk
         builder = datasets.load_dataset_builder(str(path) if exists else name)
+        if builder.name == "cache":
+            logger.warning(
+                "%s is read as `datasets` has kept it, for want of a connection: of JSON and CSV, "
+                "text that looks like a date or a number may have become one", name,
+            )  # fmt: skip
         if builder.name not in _TEXT_READERS:
             builder.download_and_prepare()
             return builder.as_dataset(split=split)

@@ -91,8 +91,24 @@ class Encoder:
             )
         return encoded
 
+    def check(
+        self, prompts: Sequence[str | Messages], references: Sequence[str | Messages | None]
+    ) -> None:
+        """Raise ValueError where a template is missing, or refuses rows; nothing is encoded."""
+        for row, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+            self._texts(row, prompt, reference)
+        self._rows = len(prompts)
+        self._raise_refusals()
+
     def report(self) -> None:
         """Refuse what the chat template refused, and say once what is not as it is rendered."""
+        self._raise_refusals()
+        for reason, rows in self._apart.items():
+            if rows and reason not in self._said:
+                self._said.add(reason)
+                logger.warning(_REASONS[reason], len(rows), self._rows, rows[0])
+
+    def _raise_refusals(self) -> None:
         if self._refusals:
             row, words = self._refusals[0]
             more = f" (and {len(self._refusals) - 1} more of {self._rows})"
@@ -101,10 +117,6 @@ class Encoder:
                 f"refuses the prompt or its answer: {words}; give it the turns that it asks for, "
                 "or another chat template"
             )
-        for reason, rows in self._apart.items():
-            if rows and reason not in self._said:
-                self._said.add(reason)
-                logger.warning(_REASONS[reason], len(rows), self._rows, rows[0])
 
     def _encode_batch(
         self,

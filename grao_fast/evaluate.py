@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from grao_fast.attention.frequencies import hold_frequencies, longest_context
 from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
-from grao_fast.data import Example, encode_examples, load_examples
+from grao_fast.data import Example, check_templates, encode_examples, load_examples
 from grao_fast.fields import answer_text
 from grao_fast.inputs import writable_folder
 from grao_fast.interruption import stoppable
@@ -189,7 +189,7 @@ def evaluate(
         RewardError: the reward or the metric failed.
         Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
-    from grao_fast.loading import existing_path
+    from grao_fast.loading import existing_path, load_tokenizer
     from grao_fast.policy import load_policy
 
     # Neither gradients nor packing: what cannot be trained can still be evaluated.
@@ -214,6 +214,8 @@ def evaluate(
         if isinstance(named, (str, Path)):
             existing_path(named)
 
+    if not isinstance(model, nn.Module):
+        check_templates(examples, tokenizer or load_tokenizer(model))
     policy = load_policy(model, config=config, tokenizer=tokenizer, trained=False)
     examples, completions = _answer(policy, examples, config)
     baseline = None
@@ -223,7 +225,8 @@ def evaluate(
         del policy  # frees the model before the next is loaded
         base = load_policy(base_model, config=config, tokenizer=tokenizer, trained=False)
         # Both answer the same prompts: what was too long for the first has been dropped.
-        _, baseline = _answer(base, examples, config.replace(max_prompt_length=None))
+        asked = [replace(each, reference=None) for each in examples]
+        _, baseline = _answer(base, asked, config.replace(max_prompt_length=None))
     result = evaluate_completions(
         scorer,
         examples,

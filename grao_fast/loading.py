@@ -35,6 +35,15 @@ def existing_path(name: str | Path) -> str:
     return text
 
 
+def load_tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or that of the base of an adapter; the model is not loaded."""
+    if isinstance(model, nn.Module):
+        return _checked(_tokenizer_of_module(plain_model(model)))
+    path = existing_path(model)
+    adapter = find_adapter(path)
+    return _checked(_load_tokenizer(path, path if adapter is None else _base_of(adapter)))
+
+
 def load_model(
     model: str | Path | nn.Module,
     *,

@@ -24,7 +24,7 @@ from grao_fast.attention.frequencies import (
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.config import GRAOConfig
-from grao_fast.data import Encoded, Example, encode_examples, load_examples
+from grao_fast.data import Encoded, Example, check_templates, encode_examples, load_examples
 from grao_fast.evaluate import EvaluationResult, evaluate_completions
 from grao_fast.files import clear_left_overs, write_file, write_folder
 from grao_fast.identity import (
@@ -42,6 +42,7 @@ from grao_fast.inputs import (
     writable_folder,
 )
 from grao_fast.lines import METRICS_FILE, read_lines, write_lines
+from grao_fast.loading import load_tokenizer
 from grao_fast.lock import only_run_in
 from grao_fast.memory import token_budget
 from grao_fast.metrics import rollout_metrics
@@ -158,6 +159,10 @@ def train(
         identity = RunIdentity.of(examples, reward_function)
         if checkpoint is not None:
             check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
+        if not isinstance(model, nn.Module):
+            tokenizer = tokenizer or load_tokenizer(model)
+            for rows in filter(None, (examples, eval_examples)):
+                check_templates(rows, tokenizer)
         set_seed(config.seed)  # of an adapter's first weights
         policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
         prove_saving(policy, output)

@@ -87,3 +87,22 @@ def test_evaluation_scores_whole_references_as_it_does_completions(thinking) -> 
     )
     row, _ = result.rows
     assert row["reference"] == "<think>easy</think>4 . " and row["reference_reward"] == 0.0
+
+
+@pytest.mark.parametrize("run", [train, evaluate])
+def test_a_template_refuses_before_the_model_is_loaded(run, tiny_model, monkeypatch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ raise_exception('only the system may speak') }}"
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded the model")
+    )
+    rows = [{"prompt": [{"role": "user", "content": "hi"}], "reference": "ho"}]
+    with pytest.raises(ValueError, match=r"example 0: the chat .* only the system may speak"):
+        run(
+            str(tiny_model),
+            rows,
+            lambda completions: [0.0] * len(completions),
+            config=config() if run is train else None,
+            tokenizer=tokenizer,
+            output_dir=tmp_path,
+        )
