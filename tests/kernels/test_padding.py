@@ -19,7 +19,7 @@ from calls import OneProcess, backward
 from reading_on import ReadingOn
 from torch import Tensor
 
-from grao_fast.kernels import VocabParallel, one_pass
+from grao_fast.kernels import VocabParallel, gemm, one_pass
 from grao_fast.kernels.checks import logit_transform
 from grao_fast.kernels.chunks import padded
 from grao_fast.kernels.vocab_parallel import Shard, sharded_ce_rows
@@ -141,9 +141,10 @@ def assert_nothing_else_is_read(
 
 @pytest.fixture(params=["as_they_are", "reading_on"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The processor's matrix products, or ones that read on."""
+    """The processor's matrix products, or ones that read on, of bfloat16 too."""
     if request.param == "reading_on":
         ReadingOn(monkeypatch)
+        monkeypatch.setattr(gemm, "cpu_has_bfloat16", lambda: True)
     return request.param
 
 
