@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +37,7 @@ from trl_runs import (
 )
 
 from grao_fast.integrations.trl import GRAOTrainer
+from grao_fast.integrations.trl.references import carriers, in_order, most_carriers
 from grao_fast.kernels import reference
 
 WORKER = Path(__file__).with_name("trl_worker.py")
@@ -189,18 +190,71 @@ def test_options_of_the_objective_arrive(tiny_model: Path, tmp_path: Path):
 
 
 def test_a_blank_reference_is_absent(tiny_model: Path, tmp_path: Path):
+    """It is not scored either: a reward may not take an empty text."""
+    scored = []
+
+    def counted(completions: list, **columns: Any) -> list[float | None]:
+        scored.append(len(completions))
+        return reward(completions, **columns)
+
     rows = prompts(["live"] * 6).to_list()
     for row in rows[::2]:
         row["reference"][0]["content"] = " "
     trainer = run(
-        tiny_model, config(tmp_path, per_device_train_batch_size=6), Dataset.from_list(rows)
+        tiny_model,
+        config(tmp_path, per_device_train_batch_size=6),
+        Dataset.from_list(rows),
+        reward_funcs=counted,
     )
     double = double_of(tiny_model)
     losses = [truth(double, *batch) for batch in kept(trainer)]
     absent = torch.cat([each.advantages_NK[:, -1].isnan() for each in losses])
     assert absent.any() and not absent.all()
+    samples = sum(len(rows) for rows, _ in trainer.rollouts)
+    assert sum(scored) == samples + int((~absent).sum())
     (sum(each.loss for each in losses) / len(losses)).backward()
     assert_same(trainer.gradients[0], double)
+
+
+def test_a_batch_without_references_learns_from_samples(tiny_model: Path, tmp_path: Path):
+    scored = []
+
+    def counted(completions: list, **columns: Any) -> list[float | None]:
+        scored.append(len(completions))
+        return reward(completions, **columns)
+
+    rows = prompts(["live"] * 6).to_list()
+    for row in rows[1:]:
+        row["reference"][0]["content"] = " "
+    args = config(tmp_path, max_steps=2)
+    trainer = run(tiny_model, args, Dataset.from_list(rows), reward_funcs=counted)
+    assert sorted(scored) == [1, 6, 6]
+    for gradients, batch in zip(trainer.gradients, kept(trainer), strict=True):
+        double = double_of(tiny_model)
+        truth(double, *batch).loss.backward()
+        assert_same(gradients, double)
+
+
+@pytest.mark.parametrize(("processes", "B", "G"), [(1, 6, 2), (2, 3, 2), (3, 4, 3), (2, 2, 4)])
+def test_rewards_of_references_come_in_the_order_of_groups(processes: int, B: int, G: int):
+    """Of groups that begin in any process, as many or as few of which have a reference."""
+    N, most = processes * B // G, most_carriers(B, G)
+    for seed in range(20):
+        present_N = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < 0.5
+        present_PC = torch.zeros(processes, most, dtype=torch.bool)
+        scored = [[] for _ in range(processes)]
+        n = 0
+        for process in range(processes):
+            for place, _ in enumerate(carriers(process, B, G)):
+                present_PC[process, place] = present_N[n]
+                scored[process] += [float(n)] if present_N[n] else []
+                n += 1
+        longest = max(map(len, scored))
+        rewards_PR = torch.tensor([(each + [-1.0] * most)[:longest] for each in scored])
+        rewards_N = in_order(present_PC, rewards_PR, B, G)
+        expected_N = torch.arange(N).where(present_N, torch.nan)
+        assert n == N
+        torch.testing.assert_close(rewards_N, expected_N, equal_nan=True)
 
 
 def test_text_is_taken_as_it_is(tiny_model: Path, tmp_path: Path):
@@ -326,12 +380,74 @@ def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
         run(tiny_model, config(tmp_path, beta=0.1), prompts(KINDS))
     with pytest.raises(ValueError, match="no tools: leave it out"):
         run(tiny_model, config(tmp_path), prompts(KINDS), tools=[max])
-    with pytest.raises(ValueError, match="its columns are prompt, kind; add reference, completion"):
-        run(tiny_model, config(tmp_path), prompts(KINDS).remove_columns("reference"))
     with pytest.raises(ValueError, match="statistics must be one of group, samples; got 'batch'"):
         run(tiny_model, config(tmp_path), prompts(KINDS), statistics="batch")
     with pytest.raises(ValueError, match="grao_beta must be a number"):
         run(tiny_model, config(tmp_path), prompts(KINDS), grao_beta="0.5")
+
+
+def test_data_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path: Path):
+    def refused(rows: Dataset | IterableDataset) -> str:
+        with pytest.raises(ValueError) as error:
+            GRAOTrainer("no such model", reward, config(tmp_path), rows)
+        return str(error.value)
+
+    without = prompts(KINDS).remove_columns("reference")
+    for rows in (without, without.to_iterable_dataset(), nameless(without)):
+        assert refused(rows) == (
+            "train_dataset has no reference answers: its columns are prompt, kind; add reference, "
+            "completion or chosen"
+        )
+    chosen = prompts(KINDS).rename_column("reference", "chosen").remove_columns("prompt")
+    for rows in (chosen, nameless(chosen)):
+        message = refused(rows)
+        assert "train_dataset has no column `prompt`: its columns are chosen, kind" in message
+        assert "map trl.extract_prompt over it" in message
+    blank = Dataset.from_list([{"prompt": "a", "reference": each} for each in (" ", None)])
+    assert refused(blank) == "every row of train_dataset has a blank reference in `reference`"
+    wrong = Dataset.from_list([{"prompt": "a", "reference": "b"}, {"prompt": " ", "reference": ""}])
+    assert refused(wrong) == "train_dataset, row 1, `prompt` is empty"
+
+
+def nameless(rows: Dataset) -> IterableDataset:
+    """A stream whose columns are known by its rows alone."""
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_rows_without_a_reference_are_counted(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = prompts(["live"] * 6).to_list()
+    rows[2]["reference"] = None
+    run(tiny_model, config(tmp_path), Dataset.from_list(rows))
+    assert "1 of 6 rows of train_dataset have a blank reference in `reference`" in caplog.text
+
+
+def test_evaluation_may_do_without_references(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data = prompts(["live"] * 4).remove_columns("reference")
+    args = config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    trainer = run(tiny_model, args, prompts(KINDS), eval_dataset={"held": data})
+    assert "eval_dataset['held'] has no reference answers: it evaluates samples" in caplog.text
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_reward"] > 0 and "eval_reference/reward" not in metrics
+
+
+def test_rewards_that_are_never_numbers_end_the_run(tiny_model: Path, tmp_path: Path):
+    def lost(completions: list, **_: Any) -> list[float]:
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(ValueError, match="lost gave None or NaN for every sample and every refer"):
+        run(tiny_model, config(tmp_path), prompts(KINDS), reward_funcs=lost)
+
+
+def test_a_kl_needs_a_model_that_can_be_loaded_again(tiny_model: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config._name_or_path = ""
+    args = config(tmp_path, beta=0.1, use_bias_correction_kl=False)
+    with pytest.raises(ValueError, match=r"beta=0.1 holds.*pass its folder, or set beta=0.0"):
+        GRAOTrainer(model, reward, args, prompts(KINDS))
 
 
 def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,7 +43,10 @@ def sharded_and_whole(trainer: Keeper) -> list[tuple[Tensor, Tensor]]:
 def main() -> None:
     model_folder, folder = map(Path, sys.argv[1:])
     args = config(folder, steps_per_generation=1, ddp_backend="gloo")
-    trainer = run(model_folder, args, prompts(["live", "dead", "dead", "dead"] * 2))
+    rows = prompts(["live", "dead", "dead", "dead"] * 2).to_list()
+    for row in rows[1::2]:  # so that now and then one process has no reference, and the other does
+        row["reference"][0]["content"] = " "
+    trainer = run(model_folder, args, Dataset.from_list(rows))
     rollouts = [(rows, token_ids(batch)) for rows, batch in trainer.rollouts]
     saved = {
         "rollouts": rollouts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from trl.trainer.grpo_config import GRPOConfig
 
 # Fields of GRPOConfig that GRAO's objective leaves no room for, or whose other values are not
@@ -52,4 +53,16 @@ def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(peft_config).__name__} prepends virtual tokens, for which GRAOTrainer's rows "
             "leave no room: use a LoRA-like adapter"
+        )
+
+
+def check_kl_policy(model: str | nn.Module, args: GRPOConfig, options: dict[str, Any]) -> None:
+    """ValueError where TRL could not load the policy that its KL term holds to."""
+    if args.beta == 0.0 or isinstance(model, str) or options.get("peft_config") is not None:
+        return
+    if not hasattr(model, "peft_config") and not getattr(model.config, "_name_or_path", ""):
+        raise ValueError(
+            f"beta={args.beta} holds the policy to the model that it began as, which TRL loads "
+            "again by model.config._name_or_path, and that is empty: save the model and pass its "
+            "folder, or set beta=0.0"
         )

@@ -5,12 +5,14 @@ that a group may begin in one process and end in the next. Its reference rides o
 begins it, its carrier, and is scored by the process that holds that row.
 
 Suffixes: N prompts of all processes, K = G + 1 sequences of each, 3 terms of the objective, 2 for
-a row's sample and the reference that rides on it.
+a row's sample and the reference that rides on it; P processes, C carriers of one at most, R of
+these that have a reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,27 +20,33 @@ from torch import Tensor
 
 from grao_fast.data import REFERENCE_COLUMNS
 from grao_fast.encoding import Encoder
-from grao_fast.fields import read_prompt, read_reference
+from grao_fast.fields import Messages, read_prompt, read_reference
 
 
 class References(NamedTuple):
-    """Of some rows. texts: None where absent; completions: as TRL's rewards are called with."""
+    """Of some rows. Where absent, `present` is False and there are no token ids.
 
-    texts: list[str | None]
+    completions: as TRL's rewards are called with.
+    """
+
+    present: list[bool]
     completions: list[Any]
     token_ids: list[list[int]]
 
 
-def reference_column(columns: Iterable[str]) -> str:
+def reference_column(columns: Iterable[str]) -> str | None:
     """The first of `reference`, `completion` and `chosen` among a dataset's columns."""
-    columns = list(columns)
-    for name in REFERENCE_COLUMNS:
-        if name in columns:
-            return name
-    raise ValueError(
-        f"the dataset has no reference answers: its columns are {', '.join(columns)}; add "
-        f"{', '.join(REFERENCE_COLUMNS[:-1])} or {REFERENCE_COLUMNS[-1]}"
-    )
+    columns = set(columns)
+    return next((name for name in REFERENCE_COLUMNS if name in columns), None)
+
+
+def read_row(
+    row: Mapping[str, Any], column: str | None, where: str
+) -> tuple[str | Messages, str | Messages | None]:
+    """Prompt and reference; None where it is absent. ValueError on what cannot be read."""
+    prompt = read_prompt(row["prompt"], f"{where}, `prompt`")
+    value = None if column is None else row[column]
+    return prompt, read_reference(value, f"{where}, `{column}`", prompt)
 
 
 def read_references(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> References:
@@ -46,21 +54,17 @@ def read_references(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Refe
 
     Their texts are read from their tokens as TRL reads samples: without special tokens.
     """
-    column = reference_column(rows[0])
-    prompts = [read_prompt(row["prompt"], "column `prompt`") for row in rows]
-    given = [
-        read_reference(row[column], f"column `{column}`", prompt)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
+    column = reference_column(rows[0]) if rows else None
+    read = [read_row(row, column, "a row") for row in rows]
+    prompts, given = [prompt for prompt, _ in read], [reference for _, reference in read]
     token_ids = [row.reference for row in encoder.encode(prompts, given)]
     encoder.report()
     said = encoder.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    texts = [text if ids else None for text, ids in zip(said, token_ids, strict=True)]
     completions = [
-        text or "" if isinstance(prompt, str) else [{"role": "assistant", "content": text or ""}]
-        for text, prompt in zip(texts, prompts, strict=True)
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for text, prompt in zip(said, prompts, strict=True)
     ]
-    return References(texts, completions, token_ids)
+    return References([bool(ids) for ids in token_ids], completions, token_ids)
 
 
 def carriers(process: int, B: int, G: int) -> range:
@@ -68,20 +72,39 @@ def carriers(process: int, B: int, G: int) -> range:
     return range(-process * B % G, B, G)
 
 
-def scored_rows(process: int, B: int, G: int) -> list[int]:
-    """The carriers of a process, filled up with row 0: as many in every process, to gather."""
-    most = -(-B // G)
-    return [*carriers(process, B, G), *[0] * most][:most]
+def most_carriers(B: int, G: int) -> int:
+    """How many rows of a process may begin a group."""
+    return -(-B // G)
 
 
-def places_of_groups(processes: int, B: int, G: int) -> list[int]:
-    """Where, in what all processes gathered of their scored rows, each group's reference is."""
-    most = -(-B // G)
-    return [
-        process * most + place
-        for process in range(processes)
-        for place in range(len(carriers(process, B, G)))
-    ]
+def to_score(
+    rows: list[Mapping[str, Any]], references: References, samples: Sequence[list], most: int
+) -> list[list]:
+    """Rows, prompts, completions and token ids of the references that are there, for rewards.
+
+    They are filled up to `most`, as many in every process, to gather: with the first of them, or
+    where there is none with a sample, which is something that rewards can take.
+    """
+    given = [rows, [row["prompt"] for row in rows], references.completions, references.token_ids]
+    present = [list(compress(column, references.present)) for column in given]
+    fill = present if any(references.present) else samples
+    return [[*one, *other[:1] * most][:most] for one, other in zip(present, fill, strict=True)]
+
+
+def in_order(present_PC: Tensor, rewards_PR: Tensor, B: int, G: int) -> Tensor:
+    """rewards_N of all groups' references, NaN where absent.
+
+    Args:
+        present_PC: which carriers of each process have a reference, False behind the last one.
+        rewards_PR: of these, in that order, and of whatever else a process scored behind them.
+    """
+    rewards_PC = rewards_PR.new_full(present_PC.shape, torch.nan)
+    place_PC = (present_PC.cumsum(1) - 1).clamp(min=0)
+    if rewards_PR.shape[1]:
+        rewards_PC = rewards_PR.gather(1, place_PC).where(present_PC, torch.nan)
+    return torch.cat(
+        [row[: len(carriers(process, B, G))] for process, row in enumerate(rewards_PC)]
+    )
 
 
 def ride(

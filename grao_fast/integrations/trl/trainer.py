@@ -19,19 +19,21 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from grao_fast.encoding import Encoder
+from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
     answer_objectives,
     logit_transform_of,
     loss_of,
     scores_of,
 )
-from grao_fast.integrations.trl.options import check_options
+from grao_fast.integrations.trl.options import check_kl_policy, check_options
 from grao_fast.integrations.trl.references import (
-    places_of_groups,
+    carriers,
+    in_order,
+    most_carriers,
     read_references,
-    reference_column,
     ride,
-    scored_rows,
+    to_score,
 )
 from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
 from grao_fast.kernels.advantage import (
@@ -52,8 +54,9 @@ class GRAOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, with the objective of arXiv 2508.07750.
 
     The reference is the dataset's column `reference`, `completion` or `chosen`: text, or messages
-    that end in the assistant's turn; blank counts as absent. It gets an end-of-sequence token and
-    is never cut. A pairwise reward compares it with itself, and should find a tie.
+    that end in the assistant's turn; blank counts as absent, and is not scored. It gets an
+    end-of-sequence token and is never cut. A pairwise reward compares it with itself, and should
+    find a tie. Data for evaluation may have no references.
 
     Where a step holds whole generation batches (`steps_per_generation` divides
     `gradient_accumulation_steps`), its gradient is GRAO's to rounding; where a generation batch is
@@ -99,9 +102,8 @@ class GRAOTrainer(GRPOTrainer):
         check_choice("statistics", statistics, STATISTICS)
         check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
         check_options(args, options)
-        columns = getattr(train_dataset, "column_names", None)
-        if columns is not None:
-            reference_column(columns)
+        check_kl_policy(model, args, options)
+        check_datasets(train_dataset, options.get("eval_dataset"))
         self._objective = {
             "statistics": statistics,
             "reference_advantage": reference_advantage,
@@ -116,7 +118,9 @@ class GRAOTrainer(GRPOTrainer):
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, and GRAOTrainer has no "
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
             )
+        self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
+        self._has_scored = False
         self._encoder = Encoder(
             self._tokenizer,
             self.eos_token_ids,
@@ -146,6 +150,7 @@ class GRAOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *arguments: Any) -> Tensor:
         """TRL's rewards of the samples of all processes, (N * G, F), which it does not hand on."""
+        self._samples = arguments
         self._sample_rewards_SF = super()._calculate_rewards(*arguments)
         return self._sample_rewards_SF
 
@@ -159,6 +164,12 @@ class GRAOTrainer(GRPOTrainer):
         samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
         rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
         check_finite_rewards("rewards", rewards_NK)
+        self._has_scored |= not bool(rewards_NK.isnan().all())
+        if not self._has_scored:
+            raise ValueError(
+                f"{', '.join(self.reward_func_names)} gave None or NaN for every sample and every "
+                "reference of the first batch: return numbers, and None where there is none to give"
+            )
         advantages_NK, terms_3NK = advantages_and_terms(
             rewards_NK, backend="torch", **self._objective
         )
@@ -184,20 +195,23 @@ class GRAOTrainer(GRPOTrainer):
     def _score_references(
         self, inputs: list[dict[str, Any]], G: int
     ) -> tuple[list[list[int]], Tensor]:
-        """Token ids of the rows that this process scores, and rewards_N of all processes'."""
-        rows = [inputs[b] for b in scored_rows(self.accelerator.process_index, len(inputs), G)]
+        """Token ids of the references that this process has, and rewards_N of all processes'."""
+        B, processes = len(inputs), self.accelerator.num_processes
+        rows = [inputs[b] for b in carriers(self.accelerator.process_index, B, G)]
         references = read_references(rows, self._encoder)
-        rewards_SF = super()._calculate_rewards(
-            rows, [row["prompt"] for row in rows], references.completions, references.token_ids
-        )
-        # What a reward has to say to the table of completions and to the metrics is of samples.
-        self._pending_extra_logs.clear()
-        self._pending_metrics.clear()
-        absent = [text is None for text in references.texts]
-        absent_S = self.accelerator.gather(torch.tensor(absent, device=self.accelerator.device))
-        rewards_S = self._total(rewards_SF).where(~absent_S.cpu(), torch.nan)
-        places = places_of_groups(self.accelerator.num_processes, len(inputs), G)
-        return references.token_ids, rewards_S[places]
+        present_C = torch.zeros(most_carriers(B, G), dtype=torch.bool)
+        present_C[: len(rows)] = torch.tensor(references.present, dtype=torch.bool)
+        present_PC = self.accelerator.gather(present_C.to(self.accelerator.device)).cpu()
+        present_PC = present_PC.view(processes, -1)
+        most = int(present_PC.sum(1).max())
+        rewards_PR = torch.zeros(processes, 0, dtype=torch.float64)
+        if most:
+            scored = to_score(rows, references, self._samples, most)
+            rewards_PR = self._total(super()._calculate_rewards(*scored)).view(processes, most)
+            # What a reward has to say to the table of completions and to the metrics is of samples.
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+        return references.token_ids, in_order(present_PC, rewards_PR, B, G)
 
     def _total(self, rewards_SF: Tensor) -> Tensor:
         """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""

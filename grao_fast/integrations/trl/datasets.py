@@ -1,0 +1,73 @@
+"""What GRAOTrainer asks of datasets, before TRL loads a model for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from grao_fast.data import REFERENCE_COLUMNS
+from grao_fast.integrations.trl.references import read_row, reference_column
+
+logger = logging.getLogger(__name__)
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse, by name, data without prompts or references, and rows that cannot be read.
+
+    Data for evaluation may do without references: it is then of samples alone. Rows without one
+    are counted, but not those of a stream, of which the first is looked at.
+    """
+    _check("train_dataset", train_dataset, needs_references=True)
+    if not isinstance(eval_dataset, Mapping):
+        _check("eval_dataset", eval_dataset, needs_references=False)
+        return
+    for name, dataset in eval_dataset.items():
+        _check(f"eval_dataset[{name!r}]", dataset, needs_references=False)
+
+
+def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
+    columns = _columns_of(dataset)
+    if columns is None:
+        return
+    listed = ", ".join(columns)
+    if "prompt" not in columns:
+        raise ValueError(
+            f"{name} has no column `prompt`: its columns are {listed}; "
+            + (
+                "map trl.extract_prompt over it, which takes the prompt out of `chosen`"
+                if "chosen" in columns
+                else "add the prompts, as text or messages"
+            )
+        )
+    column = reference_column(columns)
+    if column is None and needs_references:
+        raise ValueError(
+            f"{name} has no reference answers: its columns are {listed}; add "
+            f"{', '.join(REFERENCE_COLUMNS[:-1])} or {REFERENCE_COLUMNS[-1]}"
+        )
+    if column is None:
+        logger.warning("%s has no reference answers: it evaluates samples alone", name)
+        return
+    if not isinstance(dataset, Dataset):
+        return
+    rows = enumerate(dataset.select_columns(["prompt", column]))
+    absent = sum(read_row(row, column, f"{name}, row {n}")[1] is None for n, row in rows)
+    if absent == len(dataset) and needs_references:
+        raise ValueError(f"every row of {name} has a blank reference in `{column}`")
+    if absent:
+        logger.warning(
+            "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
+            absent, len(dataset), name, column,
+        )  # fmt: skip
+
+
+def _columns_of(dataset: Any) -> list[str] | None:
+    """None where there is no dataset, or one that has no columns to ask for."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, IterableDataset):
+        first = next(iter(dataset), None)
+        columns = list(first) if isinstance(first, Mapping) else None
+    return columns
