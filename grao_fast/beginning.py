@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from grao_fast.interruption import as_outside, held
+
 _FILE = "beginning.safetensors"
 
 
@@ -26,11 +28,13 @@ class Beginning:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """The values of then inside, those of now after it; nothing is copied."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        with held():  # or a checkpoint could be written of weights that are half exchanged
+            try:
+                self._exchange()
+                with as_outside():
+                    yield
+            finally:
+                self._exchange()
 
     def save(self, folder: Path) -> None:
         """Write the values into a checkpoint."""

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -82,6 +82,7 @@ class Interruption:
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
         self._raises = True
+        self._outside: list[bool] = []  # what _raises was, outside of each mode that is entered
         self._insists = False
 
     def __enter__(self) -> Interruption:
@@ -158,15 +159,19 @@ class Interruption:
                 signal.pthread_kill(main, self.signum)
 
     @contextmanager
-    def _mode(self, *, raises: bool) -> Iterator[None]:
-        before, self._raises = self._raises, raises
+    def mode(self, raises: bool) -> Iterator[None]:
+        """Inside, signals raise at once, or are noted."""
+        before = self._raises
+        self._outside.append(before)
         try:
+            self._raises = raises
             if raises:
                 self.check()
             yield
-            raises = self._raises
+            raises = self._raises  # see hold
         finally:
             self._raises = before
+            self._outside.pop()
         # Also where code inside has caught Stop and gone on.
         if raises or before:
             self.check()
@@ -186,26 +191,25 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
     return stopped
 
 
-@contextmanager
-def held() -> Iterator[None]:
+def held() -> AbstractContextManager[None]:
     """Signals that come inside are noted, and raise on the way out."""
     active = _here()
-    if active is None:
-        yield
-        return
-    with active._mode(raises=False):
-        yield
+    return nullcontext() if active is None else active.mode(raises=False)
 
 
-@contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> AbstractContextManager[None]:
     """Inside `held`: what is done here can be done again, so that signals raise at once."""
     active = _here()
-    if active is None:
-        yield
-        return
-    with active._mode(raises=True):
-        yield
+    return nullcontext() if active is None else active.mode(raises=True)
+
+
+def as_outside() -> AbstractContextManager[None]:
+    """Inside `held`: signals raise at once where they do so outside of it.
+
+    For what must be put back, whatever comes: it is changed and put back in `held`, and used here.
+    """
+    active = _here()
+    return nullcontext() if active is None else active.mode(raises=active._outside[-1])
 
 
 def hold() -> None:

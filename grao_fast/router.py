@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grao_fast.batch import MicroBatch
+from grao_fast.interruption import as_outside, held
 from grao_fast.kernels.live_rows import to_device
 
 
@@ -28,12 +29,15 @@ from grao_fast.kernels.live_rows import to_device
 def no_router_loss(causal_lm: PreTrainedModel) -> Iterator[None]:
     """Inside, the model does not compute it: with a cache, Transformers' code for it would fail."""
     asked = getattr(causal_lm.config, "output_router_logits", None)
-    if asked:
-        causal_lm.config.output_router_logits = False
-    try:
+    if not asked:
         yield
-    finally:
-        if asked:
+        return
+    with held():  # the configuration is saved
+        try:
+            causal_lm.config.output_router_logits = False
+            with as_outside():
+                yield
+        finally:
             causal_lm.config.output_router_logits = True
 
 

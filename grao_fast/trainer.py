@@ -248,8 +248,9 @@ class _Run:
         )
         watch, metrics = self._recall_metrics()
         try:
-            for callback in self.callbacks:
-                callback.on_train_begin(self.policy, config)
+            with interruption.at_once():
+                for callback in self.callbacks:
+                    callback.on_train_begin(self.policy, config)
             self.before = self._recall_baseline() if first_step else self._evaluate(0)
             after, step = self.before, first_step
             if step >= self.total_steps:  # the checkpoint was the run's last
@@ -261,8 +262,9 @@ class _Run:
                 step += 1
                 last = step == self.total_steps
                 try:
-                    last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
-                finally:  # a callback that fails takes nothing from what was done
+                    with interruption.at_once():
+                        last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
+                finally:  # a callback that fails, or hangs, takes nothing from what was done
                     if step % config.logging_steps == 0 or last:
                         self.tracker.log(step, metrics)
                     for message in watch.messages(step, metrics):
@@ -361,8 +363,9 @@ class _Run:
             return result
         write_lines(self.output / f"eval-{step}.jsonl", result.rows)
         self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
-        for callback in self.callbacks:
-            callback.on_evaluate(step, result)
+        with interruption.at_once():
+            for callback in self.callbacks:
+                callback.on_evaluate(step, result)
         return result
 
     def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
@@ -383,8 +386,9 @@ class _Run:
             self.tracker.flush()
             path = self.saver.save(step)
         interruption.resumes_from(path)
-        for callback in self.callbacks:
-            callback.on_save(step, path)
+        with interruption.at_once():
+            for callback in self.callbacks:
+                callback.on_save(step, path)
 
     def _write_checkpoint(self, path: Path, step: int, bare: bool) -> None:
         save_checkpoint(

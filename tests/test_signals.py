@@ -7,20 +7,24 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
 
 import grao_fast.interruption
 import grao_fast.step
 import grao_fast.trainer
 from grao_fast import Preempted
+from grao_fast.beginning import Beginning
 from grao_fast.callbacks import Callback
 from grao_fast.interruption import Interruption, Stop, at_once, held
 from grao_fast.rewards import RewardError
@@ -80,6 +84,7 @@ MOMENTS = {
     "gradient": (grao_fast.step, "micro_batch_loss", 6, 1),
     "optimiser's step": (grao_fast.step.torch.optim.AdamW, "step", 2, 2),
     "behind the optimiser": (grao_fast.step, "update_flops", 2, 2),
+    "callback": (Callback, "on_step_end", 2, 2),
     "evaluation": (grao_fast.trainer, "evaluate_completions", 2, 2),
     "save": (grao_fast.trainer, "save_checkpoint", 1, 3),
     "last evaluation": (grao_fast.trainer, "evaluate_completions", 3, 4),
@@ -107,7 +112,7 @@ def test_a_signal_at_any_moment_saves_whole_steps_and_the_run_goes_on_to_the_sam
     owner, name, number, whole = MOMENTS[moment]
     with monkeypatch.context() as patch, pytest.raises(Preempted) as caught:
         at_call(patch, owner, name, number, send)
-        run(tiny_model, tmp_path, **OPTIONS)
+        run(tiny_model, tmp_path, **OPTIONS, callbacks=[Callback()])
     assert caught.value.code == 143
     assert caught.value.checkpoint == tmp_path / f"checkpoint-{whole}"
     run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
@@ -369,6 +374,44 @@ def test_a_child_that_is_forked_meanwhile_has_the_handlers_of_before() -> None:
         ended = process.exitcode
         process.kill()
     assert ended == -signal.SIGTERM
+
+
+def test_weights_are_put_back_at_whatever_instruction_a_signal_comes() -> None:
+    """A signal at every single one of Python's instructions on the way in and out."""
+    model = torch.nn.Linear(2, 2)
+    beginning = Beginning(model)
+    now = torch.arange(4.0).view(2, 2)
+    model.weight.data.copy_(now)
+    model.bias.data.zero_()
+    files = {grao_fast.interruption.__file__, grao_fast.beginning.__file__}
+    stopped = 0
+    for at in range(10_000):
+        seen = [0]
+
+        def trace(frame: Any, event: str, argument: Any, at: int = at, seen: Any = seen) -> Any:
+            if frame.f_code.co_filename not in files:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                seen[0] += 1
+                if seen[0] == at:
+                    send()
+            return trace
+
+        with suppress(Preempted), Interruption():
+            before = sys.gettrace()
+            with held(), suppress(Stop), at_once():
+                sys.settrace(trace)
+                try:
+                    with beginning.restored():
+                        assert not torch.equal(model.weight, now)
+                finally:
+                    sys.settrace(before)
+                    stopped += seen[0] >= at
+            assert torch.equal(model.weight, now), at
+        if seen[0] < at:
+            break
+    assert stopped > 100
 
 
 def test_another_thread_and_an_inner_run_leave_the_handlers_alone() -> None:
