@@ -13,6 +13,13 @@ from grao_fast.config import GRAOConfig
 PROGRAM = "grao-fast"
 Run = Callable[[dict[str, Any]], None]
 
+EXIT_STATUS = (
+    "Exit status: 0, done; 2, there is something to change, which one line says; 1, a failure with "
+    "its traceback; 143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP. A training run that is "
+    "stopped, or fails, leaves a checkpoint of the steps that are done, and with "
+    "--resume_from_checkpoint auto the same command begins or goes on."
+)
+
 # What GRAOConfig means to an evaluation; the other fields would be accepted and ignored.
 EVALUATION_FIELDS = (
     "reward_type",
@@ -52,6 +59,7 @@ def parser_of(usage: str, description: str) -> ArgumentParser:
         prog=PROGRAM,
         usage=usage,
         description=description,
+        epilog=EXIT_STATUS,
         exit_on_error=False,
         allow_abbrev=False,
     )

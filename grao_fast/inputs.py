@@ -22,7 +22,10 @@ def check_one_process() -> None:
 
 
 def writable_folder(output_dir: str | Path) -> Path:
-    """Make `output_dir` and prove that it can be written to, before any work is lost."""
+    """Make `output_dir` and prove that it can be written to, before any work is lost.
+
+    Returns its absolute path: a reward that runs code may go to another folder.
+    """
     output = Path(output_dir).expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -32,7 +35,7 @@ def writable_folder(output_dir: str | Path) -> Path:
         raise ValueError(
             f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
         ) from error
-    return output
+    return output.absolute()
 
 
 def check_references(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,6 +199,7 @@ def test_help_lists_every_field_with_its_documentation(capsys: pytest.CaptureFix
         main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert "143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP" in text
     documented = {name: words for fields in field_help().values() for name, words in fields.items()}
     assert sorted(documented) == sorted(FIELDS)
     for name, words in documented.items():
@@ -292,6 +295,27 @@ def test_interrupt_says_how_to_resume(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("command", [TRAIN, TRAIN.replace("train", "eval")], ids=["train", "eval"])
+def test_signals_end_in_a_status_of_their_own(
+    signum: signal.Signals,
+    status: int,
+    command: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import transformers
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    assert main(command.split()) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if "grao-fast:" in line]
+    assert f"stopped by {signum.name}" in lines[-1]
 
 
 def test_train_eval_and_plot_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,22 @@ def test_an_error_that_quotes_control_characters_shows_them() -> None:
     assert "\\x1b]0;title\\x07 \\u202ereversed\nsecond line" in text
 
 
+def test_errors_are_short_whatever_they_quote() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+        __repr__ = __str__
+
+    with pytest.raises(RewardError, match="leaves raised Mute, whose message cannot be had"):
+        score(raising(Mute()))
+    with pytest.raises(RewardError, match="returned what cannot be printed for completion 0"):
+        score(lambda completions: [Mute()] * len(completions))
+    with pytest.raises(RewardError, match=r"returned 'xx+\.\.\. for completion 0") as caught:
+        score(lambda completions: ["x" * 10_000] * len(completions))
+    assert len(str(caught.value)) < 300
+
+
 # ---- time limits
 
 
@@ -317,6 +333,13 @@ def test_gradients_are_as_off_as_where_the_reward_is_called() -> None:
         score([mode, mode])
     score([mode, mode])
     assert modes == [False, False, True, True]
+
+    def off(completions: list[str]) -> list[float]:
+        torch.set_grad_enabled(False)
+        return [0.0] * len(completions)
+
+    score(off)
+    assert torch.is_grad_enabled()
 
 
 # ---- values

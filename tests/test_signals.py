@@ -273,6 +273,24 @@ def test_a_failing_reward_costs_no_step(
     check_same(tmp_path, uninterrupted)
 
 
+def test_a_reward_that_goes_to_another_folder_takes_nothing_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def runs_code(completions: list[str], **columns: Any) -> list[float]:
+        os.chdir(tmp_path / "there")
+        return letters(completions=completions, **columns)
+
+    config = CONFIG.replace(max_steps=2, save_steps=1)
+    run(tiny_model, Path("run"), reward=runs_code, config=config)
+    assert not list((tmp_path / "there").iterdir())
+    written = {path.name for path in (tmp_path / "here/run").iterdir()}
+    assert {"checkpoint-2", "final", "summary.json", "metrics.jsonl"} <= written
+
+
 def test_a_failing_callback_costs_no_step_and_no_line(
     tiny_model: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

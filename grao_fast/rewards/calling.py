@@ -64,7 +64,8 @@ class Caller:
         """
         for function in self.functions:
             select_arguments(function, offered)
-        results = self._at_once(offered) if self._together else self._in_turn(offered)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # whatever a reward sets it to
+            results = self._at_once(offered) if self._together else self._in_turn(offered)
         check()  # a reward that caught a signal's exception has not scored
         return [check_values(name, results[i], labels) for i, name in enumerate(self.names)]
 

@@ -40,8 +40,16 @@ def running(what: str) -> Iterator[None]:
     except BaseException as error:  # any kind: it is the user's code
         if is_interrupt(error):
             raise
-        said = f": {error}" if str(error) else ""
-        raise RewardError(f"{what} raised {type(error).__name__}{said}") from error
+        raise RewardError(f"{what} raised {_in_words(error)}") from error
+
+
+def _in_words(error: BaseException) -> str:
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of any kind: an exception of the user's own, too
+        return f"{kind}, whose message cannot be had"
+    return f"{kind}: {text}" if text else kind
 
 
 def find_function(spec: str | RewardFunction) -> RewardFunction:

@@ -12,6 +12,8 @@ from grao_fast.rewards.finding import RewardError
 # Squares of a group's deviations and sums of them stay far from float64's largest number.
 LARGEST = 1e100
 
+_LONGEST = 120  # characters of a value in an error
+
 
 def check_values(name: str, values: Any, labels: Sequence[str]) -> list[float]:
     """A function's rewards as floats, NaN for None; a RewardError names what can be none.
@@ -39,12 +41,12 @@ def _check_value(name: str, value: Any, label: str) -> float:
     number = value.item() if getattr(value, "ndim", None) == 0 else value
     if not isinstance(number, Real):
         raise RewardError(
-            f"reward {name} returned {value!r} for {label}, a "
+            f"reward {name} returned {_short(value)} for {label}, a "
             f"{type(value).__name__}: it must be a number, or None for no reward"
         )
     if number != number or abs(number) == math.inf:
         raise RewardError(
-            f"reward {name} returned {value!r} for {label}: it must be finite, or "
+            f"reward {name} returned {_short(value)} for {label}: it must be finite, or "
             f"None for no reward"
         )
     if abs(number) > LARGEST:
@@ -55,7 +57,11 @@ def _check_value(name: str, value: Any, label: str) -> float:
     return float(number)
 
 
-def _short(number: Any) -> str:
-    if isinstance(number, int):  # Python refuses to print integers of more than 4300 digits
-        return f"an integer of {number.bit_length()} bits"
-    return repr(number)
+def _short(value: Any) -> str:
+    if isinstance(value, int):  # Python refuses to print integers of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # of any kind: a class of the user's own
+        return "what cannot be printed"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
