@@ -46,19 +46,18 @@ def find_adapter(path: str) -> AdapterFolder | None:
     Raises:
         ValueError: the folder holds several, or a model's weights too; or no base is named.
     """
-    name = DEFAULT
     config = find_adapter_config_file(path)
-    if config is None and not (Path(path) / "config.json").is_file():
-        below = sorted(Path(path).glob(f"*/{_CONFIG}"))
-        if len(below) > 1:
-            raise ValueError(
-                f"model {path!r} holds several adapters ({', '.join(p.parent.name for p in below)}"
-                "), in folders of their own: give the folder of one"
-            )
-        if below:
-            config, name = str(below[0]), below[0].parent.name
-    if config is None:
+    names = [DEFAULT] if config is not None else []
+    if Path(path).is_dir():
+        names += _named_below(Path(path))
+    if not names:
         return None
+    if len(names) > 1:
+        raise ValueError(
+            f"model {path!r} holds several adapters ({', '.join(names)}): give the folder of one, "
+            "or load them with peft and pass the PeftModel"
+        )
+    config = config or str(Path(path) / names[0] / _CONFIG)
     if any(weights for pattern in _WEIGHTS for weights in Path(path).glob(pattern)):
         raise ValueError(
             f"model {path!r} holds the weights of a model and {_CONFIG}: move {_CONFIG} away to "
@@ -74,7 +73,19 @@ def find_adapter(path: str) -> AdapterFolder | None:
             f"adapter {path!r} does not say which base model it is of: name it as "
             f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
         )
-    return AdapterFolder(path, base, revision, name)
+    return AdapterFolder(path, base, revision, names[0])
+
+
+def _named_below(folder: Path) -> list[str]:
+    """Adapters that peft has saved beside each other, in folders with nothing else in them.
+
+    A trainer's checkpoints below a folder hold more.
+    """
+    return sorted(
+        config.parent.name
+        for config in folder.glob(f"*/{_CONFIG}")
+        if all(file.name.startswith("adapter_") for file in config.parent.iterdir())
+    )
 
 
 def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:

@@ -116,7 +116,7 @@ def _add_run_options(command: Command) -> None:
         action="config",
         help="YAML with any of the options below; of an option given twice, the later one counts",
     )
-    command.add("--model", str, "hub id or folder", required=True)
+    command.add("--model", str, "hub id or folder, of a model or an adapter", required=True)
     command.add("--dataset", str, "hub id, file (jsonl, parquet...) or folder", required=True)
     command.add(
         "--reward",

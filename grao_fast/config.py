@@ -44,9 +44,8 @@ class GRAOConfig:
         reward_weights: one weight for each reward function; all 1 by default.
         reward_timeout: seconds that one call of a reward function, or of a metric, may take before
             the run ends with an error; None: as many as it likes.
-        kl_coef: weight of the KL divergence from the policy that training began with; 0: none. That
-            policy is kept as a copy of the model or, where an adapter is trained, is the model
-            without it.
+        kl_coef: weight of the KL divergence from the policy that training began with; 0: none. What
+            is trained of it is kept as a copy, in memory and, of an adapter, in checkpoints.
 
     Generation:
         temperature: of sampling, and of log pi in the objective.

@@ -172,7 +172,8 @@ def evaluate(
     """Answer a dataset's prompts greedily and measure RAS, NAG and the mean reward.
 
     Args:
-        model: a folder, a hub id, or a Transformers causal language model.
+        model: a folder or hub id of a model, or of an adapter, which is put on the base that it
+            names; or a Transformers causal language model, or a PeftModel.
         dataset: as `grao_fast.train` takes it; of several splits, "test".
         reward: as `grao_fast.train` takes it.
         base_model: the model before alignment, for NAG; loaded when `model` has answered, so that

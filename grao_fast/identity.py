@@ -115,20 +115,24 @@ def _described(policy: Policy) -> str:
 
 def digest_weights(model: nn.Module) -> str:
     """Of all of a model, or of what is trained where an adapter is: what training changes."""
-    return digest_tensors(trainable(model) if is_peft_model(model) else model.state_dict())
+    return digest_tensors(trainable(model) if is_peft_model(model) else _tensors(model))
 
 
 def digest_frozen(model: nn.Module) -> str | None:
     """Of all that an adapter's checkpoint does not hold; None where it holds a whole model."""
     if not is_peft_model(model):
         return None
-    state: dict[str, Tensor] = model.state_dict()
     held = {
         tensor.data_ptr()
         for name in adapter_configs(model)
         for tensor in adapter_state(model, name).values()
     }
-    return digest_tensors({k: t for k, t in state.items() if t.data_ptr() not in held})
+    return digest_tensors({k: t for k, t in _tensors(model).items() if t.data_ptr() not in held})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, less what modules keep in it that is no tensor."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,28 @@ def test_an_adapter_with_a_name_of_its_own_is_found_below(tiny_model: Path, tmp_
     assert torch.equal(logits(policy.causal_lm), logits(model))
     model.add_adapter("other", lora())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"several adapters \(other, policy\).*folder of one"):
+    with pytest.raises(ValueError, match=r"several adapters \(other, policy\): give the folder"):
         load_policy(tmp_path, config=CONFIG)
+    assert list(load_policy(tmp_path / "other", config=CONFIG).model.peft_config) == ["default"]
+
+
+def test_an_adapter_with_others_below_is_refused(tiny_model: Path, tmp_path: Path):
+    """The one in the folder itself would be taken for all of it."""
+    model = adapted(tiny_model)
+    model.add_adapter("other", lora())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"several adapters \(default, other\).*PeftModel"):
+        load_policy(tmp_path, config=CONFIG)
+
+
+def test_checkpoints_below_an_adapter_are_not_taken_for_it(adapter: Path, tmp_path: Path):
+    """TRL writes the adapter into the folder of its checkpoints, and we beside them."""
+    below = Path(shutil.copytree(adapter, tmp_path / "run" / "checkpoint-1"))
+    (below / "optimizer.pt").write_text("")
+    with pytest.raises(ValueError, match=r"cannot load model .*run"):
+        load_policy(tmp_path / "run", config=CONFIG)
+    shutil.copytree(adapter, tmp_path / "run", dirs_exist_ok=True)
+    assert list(load_policy(tmp_path / "run", config=CONFIG).model.peft_config) == ["default"]
 
 
 def test_the_tokenizer_beside_an_adapter_goes_before_the_bases(copied: Path, tiny_model: Path):
