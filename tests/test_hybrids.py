@@ -108,37 +108,60 @@ def test_padding_on_the_right_changes_no_gradient(policy: Policy):
     assert_same((hidden, together), (torch.cat(parts).detach(), apart))
 
 
+CONFIG = GRAOConfig(
+    num_generations=3,
+    max_new_tokens=6,
+    prompts_per_step=2,
+    max_steps=2,
+    save_steps=0,
+    learning_rate=1e-3,
+    disable_tqdm=True,
+    share_prefix=False,
+    memory_budget_mib=4000,
+    device="cpu",
+)
+
+
+def distinct(completions, **columns) -> list[float]:
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tiny_model: Path, tmp_path: Path):
+    options = {
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_model),
+        "config": CONFIG.replace(
+            save_steps=1, max_tokens_per_microbatch=100, memory_budget_mib=None
+        ),
+    }
+    whole, resumed = family_model("Lfm2"), family_model("Lfm2")
+    grao_fast.train(whole, sums(4), distinct, output_dir=tmp_path / "whole", **options)
+    grao_fast.train(
+        resumed,
+        sums(4),
+        distinct,
+        output_dir=tmp_path / "resumed",
+        resume_from_checkpoint=tmp_path / "whole" / "checkpoint-1",
+        **options,
+    )
+    theirs = resumed.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in whole.state_dict().items())
+
+
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_two_steps_and_an_evaluation(family: str, tiny_model: Path, tmp_path: Path):
     """In float32 the sampler and the policy agree to rounding; layers are recomputed."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    config = GRAOConfig(
-        num_generations=3,
-        max_new_tokens=6,
-        prompts_per_step=2,
-        max_steps=2,
-        save_steps=0,
-        learning_rate=1e-3,
-        disable_tqdm=True,
-        share_prefix=False,
-        memory_budget_mib=4000,
-        device="cpu",
-    )
-
-    def reward(completions, **columns) -> list[float]:
-        return [float(len(set(completion[0]["content"]))) for completion in completions]
-
     model = family_model(family)
     with pytest.raises(ValueError, match=r"carries a state .*: set share_prefix=False"):
         options = {"tokenizer": tokenizer, "output_dir": tmp_path / "shared"}
-        shared = config.replace(share_prefix=True)
-        grao_fast.train(model, sums(4), reward, config=shared, **options)
+        shared = CONFIG.replace(share_prefix=True)
+        grao_fast.train(model, sums(4), distinct, config=shared, **options)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     result = grao_fast.train(
         model,
         sums(4),
-        reward,
-        config=config,
+        distinct,
+        config=CONFIG,
         tokenizer=tokenizer,
         eval_dataset=sums(2),
         output_dir=tmp_path / "run",
@@ -148,7 +171,7 @@ def test_two_steps_and_an_evaluation(family: str, tiny_model: Path, tmp_path: Pa
     changed = [not torch.equal(before[name], w) for name, w in model.state_dict().items()]
     assert all(changed)
     assert result.after is not None and result.after.nag is not None
-    answered = grao_fast.evaluate(tmp_path / "run" / "final", sums(2), reward, config=config)
+    answered = grao_fast.evaluate(tmp_path / "run" / "final", sums(2), distinct, config=CONFIG)
     assert answered.reward == result.after.reward
 
 
