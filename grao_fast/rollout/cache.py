@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from grao_fast.model_checks import CANNOT, in_a_line
+from grao_fast.router import no_router_loss
 
 # Tokens that a layer makes room for when it has none left.
 _ROOM = 32
@@ -127,7 +128,8 @@ def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
     model.eval()
     try:
         ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
+        with autocast, no_router_loss(model):
             output = model(input_ids=ids, use_cache=True)
     except CANNOT as error:
         raise ValueError(f"{type(model).__name__} cannot run: {in_a_line(error)}") from error

@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 # Two lengths, so that padding would be seen; tokens of a prompt and to be sampled.
 _LENGTHS = (5, 3)
 _NEW_TOKENS = 4
-# Nats, for each nat of the largest log-prob, and at least for one.
+# Nats of any token, for each of the largest log-prob and at least for one. In 16 bits a step of
+# decoding rounds otherwise than a whole row, and one token says little: nats in the mean.
 _TOLERANCE = 1e-3
-_TOLERANCE_16_BITS = 0.05
+_MEAN_16_BITS = 0.1
 
 
 class Difference(NamedTuple):
-    """Of log-probs in nats: the largest between sampler and policy, and the largest of all."""
+    """Of log-probs in nats, between sampler and policy: at most, and in the mean.
+
+    allowed: at most, in float32.
+    """
 
     off: float
-    largest: float
+    mean: float
+    allowed: float
 
 
 def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
@@ -42,12 +47,13 @@ def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
             f"{name} cannot be sampled by {type(policy.sampler).__name__}: {in_a_line(error)}"
         ) from error
     sixteen_bits = policy.autocast_dtype is not None or policy.causal_lm.dtype != torch.float32
-    tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
-    if not difference.off <= tolerance * max(1.0, difference.largest):
+    off, allowed = difference.off, difference.allowed
+    if sixteen_bits:
+        off, allowed = difference.mean, _MEAN_16_BITS
+    if not off <= allowed:
         raise ValueError(
             f"{name}: log-probs of {type(policy.sampler).__name__} differ from the policy's own by "
-            f"{difference.off:.3g} nats where the largest is {difference.largest:.3g}; this model "
-            "is not supported"
+            f"{off:.3g} nats, where rounding explains {allowed:.3g}; this model is not supported"
         )
     return difference
 
@@ -91,4 +97,5 @@ def measure_sampler(policy: Policy, *, temperature: float = 1.0, seed: int = 0) 
         ).logprob_T
     policy.model.train(training)
     off_T = (logprob_T.float().cpu() - batch.sampler_logprob_T).abs()
-    return Difference(float(off_T.max()), float(batch.sampler_logprob_T.abs().max()))
+    largest = float(batch.sampler_logprob_T.abs().max())
+    return Difference(float(off_T.max()), float(off_T.mean()), _TOLERANCE * max(1.0, largest))
