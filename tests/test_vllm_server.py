@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,6 +222,81 @@ def test_an_adapter_is_merged_on_the_way_and_left_as_it_was(fake: FakeVLLM, url:
     assert not torch.allclose(ours, base, atol=1e-2)
 
 
+def adapted(url: str, tiny_model, **options) -> Policy:
+    """A policy whose adapter does something."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | options
+    adapter = peft.LoraConfig(**options)
+    policy = load_policy(tiny_model, config=config(url), peft_config=adapter)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return policy
+
+
+def test_an_adapter_is_sent_alone_where_the_server_takes_it(fake: FakeVLLM, url: str, tiny_model):
+    fake.max_lora_rank = 8
+    policy = adapted(url, tiny_model)
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    for _ in range(3):
+        policy.sampler.sync(policy)
+    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
+    assert len(fake.paths("/v1/load_lora_adapter")) == 4
+    assert not fake.paths("/collective_rpc")
+    (adapter,) = fake.adapters.values()  # those before are gone
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(adapter(ids).logits, policy.model.eval()(ids).logits, atol=1e-6)
+    fake.start()  # without adapters
+    policy.sampler.sample(PROMPTS, **SAMPLE)
+    assert len(fake.adapters) == 1
+
+
+MERGED = {
+    "no --enable-lora": ({"max_lora_rank": None}, {}, "without --enable-lora"),
+    "a larger rank": ({}, {"r": 16}, "its rank is 16, and the server's --max-lora-rank 8"),
+    "another base": ({}, {"init_lora_weights": "pissa"}, "'pissa' changes the model under it"),
+    "DoRA": ({}, {"use_dora": True}, "DoRA is trained too"),
+    "a bias": ({}, {"modules_to_save": ["norm"]}, "norm.* is trained too"),
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_what_cannot_be_sent_alone_is_merged_and_said(
+    fake: FakeVLLM, url: str, tiny_model, case: str, caplog
+):
+    server, options, reason = MERGED[case]
+    vars(fake).update({"max_lora_rank": 8} | server)
+    policy = adapted(url, tiny_model, **options)
+    with caplog.at_level("INFO"):
+        policy.sampler.sync(policy)
+    assert re.search(f"gets the adapter merged into its model: .*{reason}", caplog.text)
+    assert len(fake.paths("/collective_rpc")) == 2
+
+
+@pytest.mark.parametrize("kept", ["everything", "layer 1"])
+def test_a_server_that_keeps_an_old_adapter_is_refused(
+    fake: FakeVLLM, url: str, tiny_model, kept: str, monkeypatch
+):
+    fake.max_lora_rank = 8
+    policy = adapted(url, tiny_model)
+    first: dict[str, Path] = {}
+
+    def load(body: dict) -> tuple[int, str]:
+        """The adapter that was sent first, all of it or one layer."""
+        answer = FakeVLLM._v1_load_lora_adapter(fake, body)
+        new = fake.adapters[body["lora_name"]]
+        if not first:
+            first.update(new.state_dict())
+        old = {k: v for k, v in first.items() if kept == "everything" or ".layers.1." in k}
+        new.load_state_dict(old, strict=False)
+        return answer
+
+    monkeypatch.setattr(fake, "_v1_load_lora_adapter", load, raising=False)
+    with pytest.raises(ValueError, match=r"does not hold the.*; it kept its own .*layer 1"):
+        policy.sampler.sync(policy)
+
+
 def test_weights_are_sent_in_the_dtype_of_the_passes(fake: FakeVLLM, url: str, tiny_model):
     policy = load_policy(tiny_model, config=config(url, bf16=True))
     policy.sampler.sync(policy)
@@ -360,7 +436,7 @@ def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_p
     for _ in range(3):
         policy.sampler.sync(policy)
     (root,) = tmp_path.iterdir()
-    assert [folder.name for folder in root.iterdir()] == ["weights-3"]
+    assert [folder.name for folder in root.iterdir()] == ["weights-4"]
     del policy
     assert list(tmp_path.iterdir()) == []
 

@@ -7,12 +7,14 @@ loads from a folder.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ REQUIRED = {
     "ignore_eos": True,
     "return_token_ids": True,
 }
-NEW_ROUTES = ("/is_paused", "/pause", "/resume", "/weight_info", "/update_weight_version")
+NOT_FOUND = {"detail": "Not Found"}
+WANTED = {"error": {"message": "as the test wants"}}
 
 
 class FakeVLLM:
@@ -50,6 +53,7 @@ class FakeVLLM:
         self.keeps: Callable[[str], bool] = lambda name: False
         self.resets_cache = True
         self.api_key: str | None = None
+        self.max_lora_rank: int | None = None  # as by --enable-lora
         self.paused = False
         self.path = model_path
         self.start()
@@ -63,6 +67,7 @@ class FakeVLLM:
         """As a new process, with the weights that it is served from."""
         self.model = AutoModelForCausalLM.from_pretrained(self.path)
         self.instance, self.version = str(random.getrandbits(63)), "default"
+        self.adapters: dict[str, Any] = {}
 
     def without(self, *routes: str) -> None:
         """As a version that does not have these routes."""
@@ -76,10 +81,11 @@ class FakeVLLM:
         with self.lock:
             self.requests.append((path, body))
             if path in self.answers:
-                return self.answers[path], {"error": {"message": "as the test wants"}}
+                return self.answers[path], NOT_FOUND if self.answers[path] == 404 else WANTED
             if self.api_key and path.startswith("/v1") and key != f"Bearer {self.api_key}":
                 return 401, {"error": "Unauthorized"}
-            return getattr(self, "_" + path.strip("/").replace("/", "_"))(body)
+            route = getattr(self, "_" + path.strip("/").replace("/", "_"), None)
+            return (404, NOT_FOUND) if route is None else route(body)
 
     def _v1_models(self, body: dict) -> tuple[int, dict]:
         card = {"id": "policy", "object": "model", "root": self.served}
@@ -87,7 +93,26 @@ class FakeVLLM:
 
     def _server_info(self, body: dict) -> tuple[int, dict]:
         model = {"logprobs_mode": self.logprobs_mode, "dtype": "torch.float32"}
-        return 200, {"vllm_config": {"model_config": model, "instance_id": self.instance}}
+        config = {"model_config": model, "instance_id": self.instance, "lora_config": None}
+        if self.max_lora_rank:
+            config["lora_config"] = {"max_lora_rank": self.max_lora_rank}
+        env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": bool(self.max_lora_rank)}
+        return 200, {"vllm_config": config, "vllm_env": env}
+
+    def _v1_load_lora_adapter(self, body: dict) -> tuple[int, str]:
+        from peft import PeftModel
+
+        name, path = body["lora_name"], body["lora_path"]
+        if not Path(path, "adapter_config.json").exists():
+            return 404, {"error": {"message": f"No adapter found for {path}"}}
+        base = copy.deepcopy(self.model)
+        self.adapters[name] = PeftModel.from_pretrained(base, path).eval()
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def _v1_unload_lora_adapter(self, body: dict) -> tuple[int, str]:
+        name = body["lora_name"]
+        del self.adapters[name]
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     def _is_paused(self, body: dict) -> tuple[int, dict]:
         return 200, {"is_paused": self.paused}
@@ -127,12 +152,16 @@ class FakeVLLM:
         if self.failures:
             return self.failures.pop(0), {"error": {"message": "engine is busy"}}
         assert {name: body[name] for name in REQUIRED} == REQUIRED
-        assert body["model"] == "policy"
         assert not self.paused
+        model = self.model if body["model"] == "policy" else self.adapters[body["model"]]
         if "prompt_logprobs" in body:
-            return 200, {"object": "text_completion", "choices": [self._scored(body["prompt"])]}
+            choice = self._scored(model, body["prompt"])
+            return 200, {"object": "text_completion", "choices": [choice]}
         sampler = TransformersSampler(
-            self.model, eos_token_ids=body["stop_token_ids"], pad_token_id=0, batch_size=64
+            model if model is self.model else model.get_base_model(),
+            eos_token_ids=body["stop_token_ids"],
+            pad_token_id=0,
+            batch_size=64,
         )
         (group,) = sampler.sample(
             [body["prompt"]],
@@ -155,8 +184,8 @@ class FakeVLLM:
         return 200, {"object": "text_completion", "choices": self.change_choices(choices[::-1])}
 
     @torch.no_grad()
-    def _scored(self, ids: list[int]) -> dict[str, Any]:
-        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
+    def _scored(self, model: torch.nn.Module, ids: list[int]) -> dict[str, Any]:
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
         of_prompt = [
             {str(token): {"logprob": row[token], "rank": 1, "decoded_token": ""}}
             for row, token in zip(logprobs, ids[1:], strict=False)
@@ -180,9 +209,10 @@ def serving(fake: FakeVLLM) -> Iterator[str]:
             status, answer = fake.answer(
                 self.path.split("?")[0], body, self.headers.get("Authorization")
             )
-            data = json.dumps(answer).encode()
+            text = isinstance(answer, str)
+            data = (answer if text else json.dumps(answer)).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/plain" if text else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("retry-after-ms", "1")  # tests do not wait as users would
             self.end_headers()

@@ -2,10 +2,10 @@
 
 A text is scored by both, token by token, at temperature 1. Small learning rates change weights by
 less than anyone could see in that, so the first two weights that a sampler is given differ much: it
-gets the policy with some elements of every tensor negated, and then the policy. A tensor that it
-did not take over shows in one of the two, whatever the learning rate will be; so does the head that
-is tied to embeddings and kept as a copy of its own. Every later hand-over is held to what the first
-two have shown that rounding does.
+gets the policy with a change in every tensor, and then the policy. A tensor that it did not take
+over shows in one of the two, whatever the learning rate will be; so does a head that is tied to the
+embeddings and kept as a copy of its own. Every later hand-over is held to what the first two have
+shown that rounding does.
 
 Suffixes: n tokens of the text, B parts of the model.
 """
@@ -13,17 +13,19 @@ Suffixes: n tokens of the text, B parts of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from grao_fast.rollout.changes import HEAD, Change, Negated, is_tied, parts
+from grao_fast.visible import get_logger
+
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
-
-from grao_fast.visible import get_logger
 
 logger = get_logger(__name__)
 
@@ -39,15 +41,15 @@ Im Jahr 2019 schrieb die Zeitung, daß der Fluß gestiegen sei; personne ne l'a 
 The quick brown fox jumps over the lazy dog, and $x^2 + y^2 = r^2$ is a circle of radius r."""
 _TOKENS = 256
 
-_STRIDE = 1021  # a prime: no row or column of a matrix is met more often than others
-_AT_LEAST = 4  # elements negated in a small tensor
-
-# Nats a token, root mean square. In float32, rounding parts vLLM and the policy by 5e-6 on
-# SmolLM2-135M and by 5e-7 on a tiny model; in 16 bits by what the policy's own rounding shows.
+# Nats a token, root mean square. In float32, rounding parts vLLM and the policy by 8e-6 on
+# SmolLM2-135M and by 2e-7 on a tiny model; in 16 bits by what the policy's own rounding shows.
 _FLOAT32_NATS = 5e-3
 _FLOOR_NATS = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
 _TIMES = 10.0  # what one measurement of rounding may be above another
+_TIMES_LATER = 30.0  # the same, of a policy that has been trained meanwhile
 _SHARE = 0.5  # of what a part would do if it had been left out
+_LOUD = 6.0  # deviations above what remains unexplained
+_ULP = 2.0**-23
 
 
 class HeldWeights:
@@ -62,61 +64,79 @@ class HeldWeights:
     def __init__(self, *, dtype: torch.dtype, name: str, context_length: int | None) -> None:
         self._dtype, self._name = dtype, name
         self._tokens = max(2, min(_TOKENS, context_length - 1)) if context_length else _TOKENS
-        self._allowed = math.nan
+        self._shown = math.nan
 
-    def first(self, policy: Policy, hand_over: Callable[[Policy], None], score: Scorer) -> None:
+    def first(
+        self,
+        policy: Policy,
+        hand_over: Callable[[Policy], None],
+        score: Scorer,
+        *,
+        change: Change | None = None,
+    ) -> None:
         """Hand over changed weights and then the policy's, and prove that each arrived whole.
 
         score: the sampler's log-probs of a text's tokens behind the first, at temperature 1.
+        change: of the tensors that are handed over; None: all of the model's.
 
         Raises ValueError that names the parts which did not, where any can be named.
         """
-        lm = policy.causal_lm
-        with _evaluating(lm):
-            with _negated(lm.parameters()):
+        change = change or Negated(policy.causal_lm.parameters())
+        with _evaluating(policy.causal_lm):
+            with change.of(change.tensors):
                 hand_over(policy)
-                changed = self._compare(policy, score)
+                changed = self._compare(policy, score, change)
             hand_over(policy)
-            true = self._compare(policy, score)
-            # Where both arrived, both differences are what rounding does, and much the same.
-            rounding = min(changed.nats, true.nats)
-            bound = min(changed.bound, true.bound, _TIMES * rounding + self._floor(lm))
-            if changed.stale or changed.nats > bound:
-                with _negated(lm.parameters()):
-                    raise self._refusal(policy, changed, bound)
-            if true.stale or true.nats > bound:
-                raise self._refusal(policy, true, bound)
-        self._allowed = max(_TIMES * max(changed.nats, true.nats), 5 * self._floor(lm))
+            true = self._compare(policy, score, change)
+            # Where both arrived, both differ by what rounding does, as the model magnifies it.
+            rounding = min(changed.nats / changed.magnified, true.nats / true.magnified)
+            for seen in (changed, true):
+                bound = _TIMES * rounding * seen.magnified + self._floor(policy)
+                bound = min(seen.bound, bound)
+                if seen.stale or not seen.nats <= bound:
+                    here = change.of(change.tensors) if seen is changed else nullcontext()
+                    with here:
+                        raise self._refusal(policy, seen, bound, change)
+        self._shown = max(true.nats, self._floor(policy) / 2)
         logger.info(
-            "%s holds the policy's weights: their log-probs differ by %.1e nats a token",
+            "%s holds the policy's weights: their log-probs differ by %.1e nats a token, and by "
+            "%.1e with a change in every tensor",
             self._name,
             true.nats,
+            changed.nats,
         )
 
     def again(self, policy: Policy, score: Scorer) -> None:
         """Prove it of the weights that were handed over just now; see `first`."""
         with _evaluating(policy.causal_lm):
-            now = self._compare(policy, score, look_at_parts=False)
-            if not now.nats <= self._allowed:
-                raise self._refusal(policy, now, self._allowed)
+            seen = self._compare(policy, score, None)
+            bound = min(seen.bound, _TIMES_LATER * self._shown)
+            if not seen.nats <= bound:
+                raise self._refusal(policy, seen, bound, None)
 
-    def _compare(self, policy: Policy, score: Scorer, *, look_at_parts: bool = True) -> _Comparison:
+    def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
         """The policy as it is now beside the sampler."""
         ids = self._ids(policy)
         ours_n = _logprobs(policy, ids)
-        theirs_n = torch.tensor(score(ids), dtype=torch.float32)
-        off_n = theirs_n - ours_n
-        if not self._sixteen_bits(policy.causal_lm, policy.autocast_dtype):
-            return _Comparison(off_n, _FLOAT32_NATS, [])
+        off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
+        # what a relative change of the embeddings by one rounding does
+        magnified = max(_rms(_logprobs(policy, ids, noise=_ULP) - ours_n), _ULP)
+        if {self._dtype, policy.autocast_dtype or policy.causal_lm.dtype} == {torch.float32}:
+            return _Comparison(off_n, magnified, bound=_FLOAT32_NATS, stale=[])
         # Here rounding hides what one layer does to a token, but not what it does to all of them.
         rounding = _rms(ours_n - _logprobs(policy, ids, autocast=False))
-        bound = _TIMES * (rounding + self._floor(policy.causal_lm))
-        return _Comparison(off_n, bound, _stale_parts(policy, ids, off_n) if look_at_parts else [])
+        bound = _TIMES * (rounding + self._floor(policy))
+        stale = [] if change is None else _stale_parts(policy, ids, off_n, change)
+        return _Comparison(off_n, magnified, bound, stale)
 
-    def _refusal(self, policy: Policy, seen: _Comparison, bound: float) -> ValueError:
-        stale = seen.stale or _stale_parts(policy, self._ids(policy), seen.off_n)
+    def _refusal(
+        self, policy: Policy, seen: _Comparison, bound: float, change: Change | None
+    ) -> ValueError:
+        stale = seen.stale
+        if change is not None and not stale:
+            stale = _stale_parts(policy, self._ids(policy), seen.off_n, change)
         which = ", ".join(stale[:4]) + (f" and {len(stale) - 4} more" if len(stale) > 4 else "")
-        tied = _is_tied(policy.causal_lm) and _HEAD in stale
+        tied = is_tied(policy.causal_lm) and HEAD in stale
         return ValueError(
             f"{self._name} does not hold the policy's weights: their log-probs differ by "
             f"{seen.nats:.2g} nats a token where rounding explains {bound:.2g}"
@@ -129,121 +149,80 @@ class HeldWeights:
             )
         )
 
-    def _sixteen_bits(self, lm: nn.Module, autocast: torch.dtype | None) -> bool:
-        return {self._dtype, autocast or lm.dtype} != {torch.float32}
-
-    def _floor(self, lm: nn.Module) -> float:
-        return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in (self._dtype, lm.dtype))
+    def _floor(self, policy: Policy) -> float:
+        """What rounding may do at the least, in either's dtype."""
+        ours = policy.autocast_dtype or policy.causal_lm.dtype
+        return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in (self._dtype, ours))
 
     def _ids(self, policy: Policy) -> list[int]:
         return policy.tokenizer(_TEXT, add_special_tokens=False)["input_ids"][: self._tokens]
 
 
+@dataclass
 class _Comparison:
-    """off_n: sampler less policy; bound: what rounding may do; stale: parts that did not arrive."""
+    """A sampler beside the policy.
 
-    def __init__(self, off_n: Tensor, bound: float, stale: list[str]) -> None:
-        self.off_n, self.bound, self.stale = off_n, bound, stale
-        self.nats = _rms(off_n)
+    off_n: log-probs, the sampler's less the policy's.
+    magnified: what the policy makes of one rounding of its embeddings.
+    bound: what rounding may do at the most, root mean square.
+    stale: parts that did not arrive, where they were looked at.
+    """
+
+    off_n: Tensor
+    magnified: float
+    bound: float
+    stale: list[str]
+
+    @property
+    def nats(self) -> float:
+        return _rms(self.off_n)
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+def _rms(values_n: Tensor) -> float:
+    return float(values_n.square().mean().sqrt())
 
 
 @torch.no_grad()
-def _logprobs(policy: Policy, ids: list[int], *, autocast: bool = True) -> Tensor:
+def _logprobs(
+    policy: Policy, ids: list[int], *, autocast: bool = True, noise: float = 0.0
+) -> Tensor:
     """(n,) log-probs at temperature 1 of the tokens behind the first, by the model's own pass."""
-    row_BL = torch.tensor([ids], device=policy.device)
-    if autocast:
-        with policy.autocast():
-            logits_nV = policy.causal_lm(input_ids=row_BL, use_cache=False).logits[0, :-1]
-    else:
-        logits_nV = policy.causal_lm(input_ids=row_BL, use_cache=False).logits[0, :-1]
+    lm, row_BL = policy.causal_lm, torch.tensor([ids], device=policy.device)
+
+    def disturb(module: nn.Module, args: tuple, out_BLD: Tensor) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        drawn_BLD = torch.randn(out_BLD.shape, generator=draw).to(out_BLD)
+        return out_BLD * (1 + noise * drawn_BLD)
+
+    hook = lm.get_input_embeddings().register_forward_hook(disturb) if noise else None
+    try:
+        with policy.autocast() if autocast else nullcontext():
+            logits_nV = lm(input_ids=row_BL, use_cache=False).logits[0, :-1]
+    finally:
+        if hook is not None:
+            hook.remove()
     return logits_nV.float().log_softmax(-1).gather(1, row_BL[0, 1:, None])[:, 0].cpu()
 
 
-def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor) -> list[str]:
+def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) -> list[str]:
     """The parts whose absence explains `off_n`.
 
     What each would do if it had been left out is a vector over tokens; `off_n` is fitted by them.
     """
-    lm = policy.causal_lm
     ours_n = _logprobs(policy, ids, autocast=False)
     names, effects = [], []
-    for name, negated in _parts(lm, at_most=len(ids) // 4):
-        with negated:
+    for name, changed in parts(policy.causal_lm, change, at_most=len(ids) // 4):
+        with changed:
             effects.append(_logprobs(policy, ids, autocast=False) - ours_n)
         names.append(name)
-    effect_nB = torch.stack(effects, 1).double()
-    share_B = torch.linalg.lstsq(effect_nB, off_n[:, None].double(), driver="gelsd").solution[:, 0]
-    left_n = off_n.double() - effect_nB @ share_B
+    effect_nB, off_n = torch.stack(effects, 1).double(), off_n.double()
+    if not bool(effect_nB.isfinite().all() and off_n.isfinite().all()):
+        return []
+    share_B = torch.linalg.lstsq(effect_nB, off_n[:, None], driver="gelsd").solution[:, 0]
+    left_n = off_n - effect_nB @ share_B
     # a part that does less than what remains unexplained cannot be told from it
-    loud_B = effect_nB.square().sum(0).sqrt() > 6 * left_n.square().mean().sqrt()
+    loud_B = effect_nB.square().sum(0).sqrt() > _LOUD * left_n.square().mean().sqrt()
     return [names[i] for i in torch.nonzero((share_B > _SHARE) & loud_B).flatten().tolist()]
-
-
-_HEAD = "head"
-
-
-def _parts(lm: nn.Module, *, at_most: int) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Names of the model's parts, with a context in which each is negated: head, layers, the rest.
-
-    Where there are more layers than can be told apart, neighbours go together.
-    """
-    yield _HEAD, _head_negated(lm)
-    seen = {id(lm.get_output_embeddings().weight)}
-    stacks = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
-    layers = list(max(stacks, key=len, default=nn.ModuleList()))
-    together = -(-len(layers) // max(at_most - 2, 1))
-    for start in range(0, len(layers), max(together, 1)):
-        chosen = layers[start : start + together]
-        parameters = [p for layer in chosen for p in layer.parameters()]
-        seen.update(map(id, parameters))
-        last = start + len(chosen) - 1
-        yield (
-            f"layer {start}" if together == 1 else f"layers {start} to {last}",
-            _negated(parameters),
-        )
-    rest = [p for p in lm.parameters() if id(p) not in seen]
-    if rest:
-        yield "embeddings or norms outside the layers", _negated(rest)
-
-
-def _is_tied(lm: nn.Module) -> bool:
-    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-
-
-@contextmanager
-def _negated(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Some elements of every tensor with the other sign: exactly undone on the way out."""
-    chosen = [_some(parameter) for parameter in parameters]
-    for elements in chosen:
-        elements.neg_()
-    try:
-        yield
-    finally:
-        for elements in chosen:
-            elements.neg_()
-
-
-def _some(parameter: Tensor) -> Tensor:
-    """A view of elements spread over a dense tensor."""
-    stride = max(1, min(_STRIDE, parameter.numel() // _AT_LEAST))
-    return parameter.data.as_strided((-(-parameter.numel() // stride),), (stride,))
-
-
-@contextmanager
-def _head_negated(lm: nn.Module) -> Iterator[None]:
-    """The head alone, though it may be tied to the embeddings."""
-    head = lm.get_output_embeddings()
-    own = head.weight
-    head.weight = nn.Parameter(own.detach().clone(), requires_grad=False)
-    try:
-        with _negated([head.weight]):
-            yield
-    finally:
-        head.weight = own
 
 
 @contextmanager

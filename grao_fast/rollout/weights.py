@@ -44,13 +44,28 @@ class WeightFolder:
 
     def write(self, policy: Policy) -> Path:
         """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
-        folder = Path(self._root.name) / f"weights-{self._count}"
+        folder = self._next()
         model = _merged(policy)
         save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
         policy.tokenizer.save_pretrained(folder)
+        return self._only(folder)
+
+    def write_adapter(self, policy: Policy) -> Path:
+        """The policy's only adapter, as peft saves it, in a new folder; see `write`."""
+        folder = self._next()
+        (name,) = policy.model.peft_config  # pyright: ignore[reportGeneralTypeIssues]
+        policy.model.save_pretrained(folder, save_embedding_layers=False)  # pyright: ignore[reportCallIssue]
+        self._only(folder)
+        return folder if name == "default" else folder / name
+
+    def _next(self) -> Path:
+        self._count += 1
+        return Path(self._root.name) / f"weights-{self._count}"
+
+    def _only(self, folder: Path) -> Path:
         if self._last is not None:
             shutil.rmtree(self._last)
-        self._last, self._count = folder, self._count + 1
+        self._last = folder
         return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from grao_fast.rollout import Completion
 from grao_fast.rollout.held_weights import HeldWeights
 from grao_fast.rollout.vllm.client import HeldVersion, VLLMClient, paused
+from grao_fast.rollout.vllm.handover import HandOver, choose_hand_over
 from grao_fast.rollout.vllm.requests import (
     LOGPROBS_MODE,
     checked,
@@ -66,7 +66,7 @@ class VLLMServerSampler:
         self._can_pause = self.client.has("/is_paused")
         self._version = HeldVersion(self.client)
         self._folder = WeightFolder(sync_dir)
-        self._loaded: Path | None = None
+        self._hand_over: HandOver | None = None  # chosen at the first `sync`
         self._held = HeldWeights(
             dtype=getattr(torch, str(config["dtype"]).removeprefix("torch.")),
             name=f"the vLLM server at {self.base_url}",
@@ -96,26 +96,23 @@ class VLLMServerSampler:
 
         Raises ValueError where it has others, ConnectionError where they do not reach it.
         """
-        if self._loaded is None:
-            self._held.first(policy, self._hand_over, self._score)
+        if self._hand_over is None:
+            way = choose_hand_over(policy, self.client, self._folder, model=self.model)
+            self._hand_over = way
+            self._held.first(policy, self._give, self._score, change=way.change(policy))
             return
-        self._hand_over(policy)
+        self._give(policy)
         self._held.again(policy, self._score)
 
-    def _hand_over(self, policy: Policy) -> None:
-        self._load(self._folder.write(policy))
-
-    def _load(self, folder: Path) -> None:
-        """Have the server read a folder, with no request under way."""
-        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    def _give(self, policy: Policy | None) -> None:
+        """Hand over the policy's weights, or what was given last, with no request under way."""
+        way = self._hand_over
+        assert way is not None, "sync before the first sample"
         with paused(self.client, can_pause=self._can_pause):
-            try:
-                self.client.call("post", "/collective_rpc", arguments)
-            except ConnectionError as error:
-                raise ConnectionError(
-                    f"the vLLM server did not load the weights in {str(folder)!r}; vllm_sync_dir "
-                    f"must be a folder that it sees under that path, and may read: {error}"
-                ) from error
+            if policy is None:
+                way.give_again()
+            else:
+                way.give(policy)
             # What it remembers of prompts was computed with the old weights.
             answer = self.client.call("post", "/reset_prefix_cache")
         if isinstance(answer, dict) and answer.get("success") is False:
@@ -124,7 +121,6 @@ class VLLMServerSampler:
                 "it serves others at the same time: give it to this run alone"
             )
         self._version.mark()
-        self._loaded = folder
 
     def sample(
         self,
@@ -140,13 +136,13 @@ class VLLMServerSampler:
         A server that was restarted since the last hand-over gets the weights once more; one that
         loses them while it samples is a ConnectionError.
         """
-        if self._loaded is not None and self._version.is_lost():
+        if self._version.is_lost():
             logger.warning(
                 "the vLLM server at %s was restarted or given other weights: it gets the policy's "
                 "once more",
                 self.base_url,
             )
-            self._load(self._loaded)
+            self._give(None)
         groups = self._ask_for_all(
             prompts, num_generations, max_new_tokens, temperature=temperature, seed=seed
         )
@@ -185,7 +181,8 @@ class VLLMServerSampler:
         return [groups[i] for i in range(len(prompts))]
 
     def _complete(self, prompt: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
-        body = {"model": self.model, "prompt": prompt, "return_token_ids": True}
+        model = self.model if self._hand_over is None else self._hand_over.model
+        body = {"model": model, "prompt": prompt, "return_token_ids": True}
         return self.client.call("post", "/v1/completions", body | options)["choices"]
 
     def _score(self, ids: list[int]) -> list[float]:
