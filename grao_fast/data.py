@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data_sources import Rows, read_rows
-from grao_fast.encoding import Encoder, completion_texts, ending_ids
+from grao_fast.encoding import Encoder, TokenIds
 from grao_fast.fields import (
     Messages,
     check_text,
@@ -249,31 +249,17 @@ def encode_examples(
     )
     encoder.report()
     if embedding_rows is not None:
-        read = [[*row.prompt, *row.reference] if trained else row.prompt for row in ids]
-        _check_tokens(read, tokenizer, embedding_rows)
-    ends = ending_ids(tokenizer, eos_token_ids)
-    texts = completion_texts(
-        tokenizer, [row.prompt for row in ids], [row.reference for row in ids], ends
-    )
-    of_turns = tokenizer.convert_ids_to_tokens(sorted(ends - encoder.end_ids))
-    if of_turns and not all(isinstance(example.prompt, str) for example in examples):
-        logger.warning(
-            "the chat template ends a turn with %s, at which samples of this model do not stop; "
-            "references have the EOS behind it. Where the model does end turns so, add it to "
-            "eos_token_id of its generation_config",
-            " ".join(of_turns),
-        )
+        _check_tokens(ids, tokenizer, embedding_rows, references=trained)
     encoded, dropped = [], 0
-    for row, (example, (prompt_ids, reference_ids), text) in enumerate(
-        zip(examples, ids, texts, strict=True)
+    for row, (example, (prompt_ids, reference_ids, text)) in enumerate(
+        zip(examples, ids, strict=True)
     ):
         if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
             dropped += 1
             continue
         reference = len(reference_ids) if trained else 0
         _check_fit(row, len(prompt_ids), reference, context_length, max_new_tokens)
-        said = text if reference_ids else None
-        encoded.append(Encoded(example, prompt_ids, reference_ids, said))
+        encoded.append(Encoded(example, prompt_ids, reference_ids, text if reference_ids else None))
     if dropped:
         logger.warning(
             "dropped %d of %d prompts of more than max_prompt_length=%d tokens",
@@ -288,11 +274,17 @@ def encode_examples(
 
 
 def _check_tokens(
-    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, embedding_rows: int
+    rows: Sequence[TokenIds],
+    tokenizer: PreTrainedTokenizerBase,
+    embedding_rows: int,
+    *,
+    references: bool,
 ) -> None:
-    beyond = [n for n, ids in enumerate(rows) if ids and max(ids) >= embedding_rows]
+    """Refuse tokens that the model has no embedding of, as a tokenizer that has grown gives."""
+    last = [max([*row.prompt, *(row.reference if references else ())], default=0) for row in rows]
+    beyond = [n for n, token in enumerate(last) if token >= embedding_rows]
     if beyond:
-        token = max(rows[beyond[0]])
+        token = last[beyond[0]]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise ValueError(
             f"example {beyond[0]}{more} of {len(rows)}: token {token}, "

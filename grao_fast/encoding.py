@@ -1,4 +1,4 @@
-"""From prompts and references to token ids, and from token ids to the text that is scored."""
+"""From prompts and references to token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grao_fast.chat import Chat, TemplateRefusal
+from grao_fast.decoding import completion_texts, ending_ids
 from grao_fast.fields import Messages
 from grao_fast.visible import get_logger
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _BATCH = 1024
-# Tokens of a prompt that a completion is decoded behind. One tells whether a word begins with a
-# space; a few more hold a character whose bytes are tokens.
-_CONTEXT = 4
 # Texts behind which a text keeps its own tokens, unlike at the beginning of a text, where a
 # SentencePiece tokenizer puts a space before it.
 _ANCHORS = ("\n", "a")
@@ -28,16 +26,19 @@ _REASONS = {
     "in part": "the chat template leaves out a part of %d of %d references, or opens again what "
     "the prompt has opened (example %d is the first): one turn of text follows the prompt as it "
     "is, more than that as the template has it",
+    "altered": "the tokenizer cannot write %d of %d references as they are (example %d is the "
+    "first): they are scored as their tokens read",
     "merged": "the last tokens of %d of %d prompts would be others with the reference behind them "
     "(example %d is the first): there the reference is encoded by itself",
 }
 
 
 class TokenIds(NamedTuple):
-    """Of a prompt and its reference; the latter's are empty where it is absent."""
+    """Of a prompt and its reference, and what the latter's say; empty where it is absent."""
 
     prompt: list[int]
     reference: list[int]
+    text: str
 
 
 class Encoder:
@@ -71,12 +72,14 @@ class Encoder:
         self.max_reference_length = max_reference_length
         ends = tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
         self.end_texts = tuple(end for end in ends if end)
+        self.ending_ids = ending_ids(tokenizer, eos_token_ids)
         self.chat = Chat(tokenizer, self.end_texts, continues=continues, options=template_options)
         self._rows = 0
         self._refusals: list[tuple[int, str]] = []
         # Rows whose reference is not what the template or the tokenizer makes of both, by reason.
         self._apart: dict[str, list[int]] = {reason: [] for reason in _REASONS}
         self._said: set[str] = set()
+        self._ends_of_turns: list[int] = []  # that end no completion; where there are chats
 
     def encode(
         self,
@@ -103,6 +106,14 @@ class Encoder:
     def report(self) -> None:
         """Refuse what the chat template refused, and say once what is not as it is rendered."""
         self._raise_refusals()
+        if self._ends_of_turns and "turns" not in self._said:
+            self._said.add("turns")
+            logger.warning(
+                "the chat template ends a turn with %s, at which samples of this model do not "
+                "stop; references have the EOS behind it. Where the model does end turns so, add "
+                "it to eos_token_id of its generation_config",
+                " ".join(self.tokenizer.convert_ids_to_tokens(self._ends_of_turns)),
+            )
         for reason, rows in self._apart.items():
             if rows and reason not in self._said:
                 self._said.add(reason)
@@ -155,7 +166,14 @@ class Encoder:
         self._apart["merged"] += [first + n for n in merged]
         for n in present:
             reference_ids[n] = self._ended(reference_ids[n])[: self.max_reference_length]
-        return list(map(TokenIds, prompt_ids, reference_ids))
+        said = completion_texts(self.tokenizer, prompt_ids, reference_ids, self.ending_ids)
+        for n in present:
+            # a reference that was cut may end within a character
+            if not "".join(str(answers[n]).split()).startswith(
+                "".join(said[n].split()).rstrip("\ufffd")
+            ):
+                self._apart["altered"].append(first + n)
+        return list(map(TokenIds, prompt_ids, reference_ids, said))
 
     def _texts(
         self, row: int, prompt: str | Messages, reference: str | Messages | None
@@ -171,6 +189,7 @@ class Encoder:
                 f"example {row}: the prompt is a list of messages, and the tokenizer has no chat "
                 "template: set tokenizer.chat_template, or give the prompts as text"
             )
+        self._ends_of_turns = sorted(self.ending_ids - self.end_ids)
         try:
             text = self.chat.prompt(prompt)
             if reference is None:
@@ -225,63 +244,3 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-
-
-def ending_ids(
-    tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
-) -> frozenset[int]:
-    """Tokens that end a completion, or, by the chat template, an assistant's turn.
-
-    A base model's template may end turns with a token that is no end-of-sequence token of the
-    model: a completion then goes on behind it, mostly to that token.
-    """
-    ends = {*eos_token_ids, tokenizer.eos_token_id}
-    if tokenizer.chat_template is None:
-        return frozenset(ends)
-    chat, turn = Chat(tokenizer, ()), {"role": "user", "content": "a"}
-    for messages in ([turn], [{"role": "system", "content": "a"}, turn]):
-        try:
-            closing = chat.closing(messages)
-        except TemplateRefusal:
-            continue
-        ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-        return frozenset(ends.union(ids) & {*ends, *tokenizer.added_tokens_decoder})
-    return frozenset(ends)
-
-
-def completion_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    end_ids: Collection[int],
-) -> list[str]:
-    """What completions say behind their prompts, without the tokens of `ending_ids` at their end.
-
-    Samples and references are scored as this text. Other special tokens stay in it, `<think>` and
-    the tags of tool calls among them. It is what a completion adds to its prompt's text, so that a
-    first word keeps the space that SentencePiece drops at the beginning of a text.
-    """
-    contexts = [list(prompt[-_CONTEXT:]) for prompt in prompts]
-    bodies = []
-    for ids in completions:
-        length = len(ids)
-        while length and ids[length - 1] in end_ids:
-            length -= 1
-        bodies.append(list(ids[:length]))
-    distinct = list(dict.fromkeys(map(tuple, contexts)))
-    before = dict(zip(distinct, _decode(tokenizer, distinct), strict=True))
-    whole = _decode(tokenizer, [[*c, *b] for c, b in zip(contexts, bodies, strict=True)])
-    texts = []
-    for context, body, text in zip(contexts, bodies, whole, strict=True):
-        prefix = before[tuple(context)]
-        if text.startswith(prefix):
-            texts.append(text[len(prefix) :])
-        else:  # a decoder that rewrites what comes before, as WordPiece's "do not" to "don't"
-            texts += _decode(tokenizer, [body])
-    return texts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
-    return tokenizer.batch_decode(
-        [list(row) for row in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )

@@ -19,7 +19,7 @@ from grao_fast.attention.frequencies import hold_frequencies
 from grao_fast.batch import Group, MicroBatch, pack, pad
 from grao_fast.beginning import Beginning
 from grao_fast.config import GRAOConfig
-from grao_fast.encoding import completion_texts, ending_ids
+from grao_fast.decoding import completion_texts, ending_ids
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
 from grao_fast.loading import load_model

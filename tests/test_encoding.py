@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grao_fast.data import Encoded, encode_examples, load_examples
-from grao_fast.encoding import completion_texts
+from grao_fast.decoding import completion_texts
 from tests.tiny import character_tokenizer
 
 CHATML = (
@@ -251,6 +251,14 @@ def test_what_is_not_as_rendered_is_said_once_with_row_and_number(caplog) -> Non
     )
     assert "the last tokens of 1 of 2 prompts" in caplog.text
     assert "example 1 is the first" in caplog.text
+
+
+def test_references_that_the_tokenizer_alters_are_counted(caplog) -> None:
+    tokenizer = character_tokenizer()
+    references = ["a b", "\u00fc", "a\u00fc", " b "]
+    encoded = encode([{"prompt": "hi ", "reference": r} for r in references], tokenizer)
+    assert [item.reference_text for item in encoded] == ["a b", "<unk>", "a<unk>", " b "]
+    assert "cannot write 2 of 4 references as they are (example 1 is the first)" in caplog.text
 
 
 def test_a_template_that_refuses_is_quoted_on_one_line() -> None:
