@@ -135,7 +135,7 @@ def check_rewards(name: str, rewards_NK: Tensor) -> None:
             f"got {tuple(rewards_NK.shape)}"
         )
     if not rewards_NK.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {rewards_NK.dtype}")
+        raise ValueError(f"{name} must be floating point, got {rewards_NK.dtype}: call float()")
     check_constant(name, rewards_NK)
 
 

@@ -46,7 +46,9 @@ def logit_transform(
 
 def check_number(name: str, value: object, *, above: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        converts = hasattr(value, "__float__") and not isinstance(value, bool)
+        remedy = f": pass float({name})" if converts else ""
+        raise ValueError(f"{name} must be a number, got {value!r}{remedy}")
     # Not math.isfinite: a compiler cannot trace that for a number that it keeps symbolic.
     if not -math.inf < value < math.inf or (above is not None and value <= above):
         bound = "finite" if above is None else f"finite and above {above}"
@@ -138,12 +140,23 @@ def check_constant(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but is a constant of the loss: detach() it")
 
 
-def check_range(name: str, index_T: Tensor, low: int, high: int) -> None:
-    """low <= index < high, for an index tensor on the CPU."""
+def check_range(
+    name: str,
+    index_T: Tensor,
+    low: int,
+    high: int,
+    *,
+    row_T: Tensor | None = None,
+    remedy: str = "",
+) -> None:
+    """low <= index < high, for an index tensor on the CPU; row_T: which rows these are."""
     wrong_T = (index_T < low) | (index_T >= high)
     if wrong_T.any():
-        row = int(wrong_T.nonzero()[0])
-        raise ValueError(f"{name} must be in [{low}, {high}), got {int(index_T[row])} in row {row}")
+        place = int(wrong_T.nonzero()[0])
+        row = place if row_T is None else int(row_T[place])
+        raise ValueError(
+            f"{name} must be in [{low}, {high}), got {int(index_T[place])} in row {row}{remedy}"
+        )
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .checks import (
@@ -24,6 +23,7 @@ from .checks import (
     logit_transform,
     workspace_bytes,
 )
+from .derivatives import check_transforms, once_differentiable
 from .head_grad import add_head_grad, check_head_grad, is_recomputed
 from .scale import scaled_gradient
 from .vocab_parallel import Parts, VocabParallel, local_parts
@@ -90,7 +90,7 @@ def linear_weighted_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit, by name.
-        RuntimeError: a second backward pass through one loss.
+        RuntimeError: a second backward pass through one loss, or one with create_graph=True.
     """
     parts = local_parts(hidden_TD, head_VD, bias_V, vocab_parallel)
     hidden_TD = parts.hidden_TD
@@ -99,7 +99,7 @@ def linear_weighted_cross_entropy(
     if tuple(weight_T.shape) != (T,):
         raise ValueError(f"weight_T must be ({T},), got {tuple(weight_T.shape)}")
     if not weight_T.is_floating_point():
-        raise ValueError(f"weight_T must be floating point, got {weight_T.dtype}")
+        raise ValueError(f"weight_T must be floating point, got {weight_T.dtype}: call float()")
     check_constant("weight_T", weight_T)
     check_home("weight_T", weight_T, hidden_TD)
     transform = logit_transform(temperature, logit_scale, softcap)
@@ -139,6 +139,7 @@ def weighted_terms(
     """loss = -sum of parts, parts = terms_CT . logprob_T: `ops.weighted_terms`, differentiable."""
     tracked = torch.is_grad_enabled()
     hidden_TD, head_VD, bias_V, group_name, vocab_size = parts
+    check_transforms(hidden_TD, head_VD, bias_V, vmap=False)
     if head_grad_VD is not None:
         head_grad_VD = check_head_grad(head_grad_VD, head_VD)
         head_grad_VD = head_grad_VD if tracked else None

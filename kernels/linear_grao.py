@@ -123,7 +123,7 @@ def linear_grao_loss(
 
     Raises:
         ValueError: a shape, dtype, device, option or (on the CPU) index that does not fit.
-        RuntimeError: a second backward pass through one loss.
+        RuntimeError: a second backward pass through one loss, or one with create_graph=True.
 
     Source: arXiv 2508.07750, equations 2-4.
     """

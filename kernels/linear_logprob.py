@@ -14,6 +14,7 @@ from .checks import (
     logit_transform,
     workspace_bytes,
 )
+from .derivatives import check_transforms
 from .vocab_parallel import VocabParallel, local_parts
 
 
@@ -61,11 +62,13 @@ def linear_logprobs(
 
     Raises:
         ValueError: a shape, dtype, device, option or (on the CPU) target that does not fit.
+        RuntimeError: a backward pass with create_graph=True.
     """
     hidden_TD, head_VD, bias_V, group_name, vocab_size = local_parts(
         hidden_TD, head_VD, bias_V, vocab_parallel
     )
     check_operands(hidden_TD, head_VD, target_T, bias_V)
+    check_transforms(hidden_TD, head_VD, bias_V, vmap=True)
     transform = logit_transform(temperature, logit_scale, softcap)
     logprob_T, entropy_T = logprob_ops.token_logprobs(
         hidden_TD,

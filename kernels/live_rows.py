@@ -64,9 +64,11 @@ def find_live_rows(
     if policy is not None:
         live_T |= policy.kl_coef_R != 0
     index_L = live_L = None
+    row_T = None
     if weight_T.device.type == "cpu":
         live = live_T.nonzero().squeeze(1)
         if live.numel() < weight_T.numel():
+            row_T = live
             weight_T, terms_CT = weight_T[live], terms_CT[:, live]
             if entropy_weight_T is not None:
                 entropy_weight_T = entropy_weight_T[live]
@@ -77,7 +79,10 @@ def find_live_rows(
                 )
             target_T = target_T[live if target_T.device.type == "cpu" else index_L]
         if target_T.device.type == "cpu":
-            check_range("target_T of the rows that count", target_T, 0, V)
+            remedy = ": rows without a target must have no weight"
+            check_range(
+                "target_T of the rows that count", target_T, 0, V, row_T=row_T, remedy=remedy
+            )
     elif device.type != "cpu":
         live_L = live_T
     weight_L = to_device(weight_T, device)

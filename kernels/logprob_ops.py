@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import LogitTransform, check_backend, without_autocast
+from .derivatives import once_differentiable
 from .one_pass import Options, one_pass
 from .ops import LIBRARY, operator, rounded_gradients
 from .scale import scaled_gradient

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .advantage import (
     advantages_and_terms,
@@ -27,6 +26,7 @@ from .advantage import (
     sample_shares,
 )
 from .checks import LogitTransform, check_backend, check_range, without_autocast
+from .derivatives import once_differentiable
 from .live_rows import to_device
 from .one_pass import Gradients, Options, one_pass
 from .policy import Policy

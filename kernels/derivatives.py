@@ -1,0 +1,52 @@
+"""What the functions of this package answer of autograd's questions: one gradient, in reverse.
+
+A second derivative, a derivative in forward mode or a transform of torch.func would find constants,
+and go on with derivatives of 0. They are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+_INSTEAD = "grao_fast.kernels.reference, in plain PyTorch, can do it"
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that refuses create_graph=True.
+
+    PyTorch's decorator of this name lets the gradients raise where they are differentiated, but
+    only if an incoming gradient requires one. That of a loss mostly does not, and what a penalty
+    on the gradient adds would be nothing.
+    """
+
+    @functools.wraps(backward)
+    def constants(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "this loss has no second derivative: call backward without create_graph=True; "
+                + _INSTEAD
+            )
+        with torch.no_grad():
+            return backward(ctx, *gradients)
+
+    return constants
+
+
+def check_transforms(*operands: Tensor | None, vmap: bool) -> None:
+    """ValueError in forward mode and under torch.func's transforms, `vmap` if it is not allowed."""
+    if torch.compiler.is_compiling():
+        return
+    layers = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {layer.key().name for layer in layers} - ({"Vmap"} if vmap else set())
+    dual = any(each is not None and unpack_dual(each).tangent is not None for each in operands)
+    if kinds or dual:
+        raise ValueError(
+            f"torch.func's {', '.join(sorted(kinds)).lower() or 'jvp'} and derivatives in forward "
+            f"mode end at this function: call backward or torch.autograd.grad; {_INSTEAD}"
+        )
