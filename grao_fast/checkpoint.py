@@ -105,6 +105,11 @@ def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
                 "take it, delete it, or choose another output_dir"
             )
         return checkpoint
+    if not isinstance(resume_from, (str, Path)) or not str(resume_from):
+        raise ValueError(
+            'resume_from_checkpoint takes a checkpoint\'s folder, True, "auto" or None, got '
+            f"{resume_from!r}"
+        )
     path = Path(resume_from).expanduser()
     verify(path)
     if path.resolve().parent != output_dir.resolve():

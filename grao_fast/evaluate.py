@@ -33,6 +33,7 @@ from grao_fast.bootstrap import bootstrap_intervals
 from grao_fast.config import GRAOConfig, RewardType
 from grao_fast.data import Example, check_templates, encode_examples, load_examples
 from grao_fast.fields import answer_text
+from grao_fast.files import write_file
 from grao_fast.inputs import writable_folder
 from grao_fast.interruption import stoppable
 from grao_fast.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
@@ -238,7 +239,7 @@ def evaluate(
         seed=config.seed,
     )
     if folder is not None:
-        (folder / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        write_file(folder / RESULT_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
         write_lines(folder / COMPLETIONS_FILE, result.rows)
     return result
 

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from grao_fast.files import named_when_full
 from grao_fast.lines import METRICS_FILE, read_lines
 from grao_fast.visible import visible_errors
 
@@ -64,7 +65,8 @@ def plot_run(output_dir: str | Path) -> list[Path]:
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            FigureCanvasAgg(figure).print_png(folder / name)
+            with named_when_full(folder / name, folder / name):
+                FigureCanvasAgg(figure).print_png(folder / name)
             written.append(folder / name)
     if not written:
         raise ValueError(f"{path} holds nothing to plot yet")

@@ -64,10 +64,10 @@ def prove_saving(policy: Policy, output_dir: Path) -> None:
     _check_generation(policy.causal_lm.generation_config)
     options = {} if hasattr(model, "peft_config") else {"state_dict": _stand_ins(model)}
     with tempfile.TemporaryDirectory(prefix=NEW, dir=output_dir) as name:
-        folder = Path(name)
-        with _refused(type(model).__name__), named_when_full(folder, folder):
+        folder, trial = Path(name), output_dir / "a trial of a checkpoint"
+        with _refused(type(model).__name__), named_when_full(folder, trial):
             save_pretrained(model, folder, **options)
-        with _refused(type(tokenizer).__name__), named_when_full(folder, folder):
+        with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
             tokenizer.save_pretrained(folder)
 
 

@@ -314,11 +314,10 @@ class _Run:
             yield
         except Exception as error:  # of any kind: of a disk, of a library, of a model's own
             self._rescue()
-            where = self.saver.checkpoint
-            kept = f"the weights of step {self.saver.step} are in {str(where)!r}"
-            raise SaveError(
-                f"{name} could not be saved ({one_line(error)}); {kept if where else 'nothing was'}"
-            ) from error
+            kept = "no step has been saved"
+            if self.saver.checkpoint is not None:
+                kept = f"step {self.saver.step} is in {str(self.saver.checkpoint)!r}"
+            raise SaveError(f"{name} could not be saved ({one_line(error)}); {kept}") from error
 
     def _rescue(self) -> None:
         """When the run ends early: save the steps that are done, and say where they are."""

@@ -266,3 +266,11 @@ def test_the_folder_of_a_living_run_is_refused(tiny_model, tmp_path: Path):
     with only_run_in(tmp_path), pytest.raises(ValueError, match="in use by another run of this"):
         run(tiny_model, tmp_path)
     run(tiny_model, tmp_path, config=CONFIG.replace(max_steps=1))
+
+
+@pytest.mark.parametrize("resume", ["", 1, 0.5])
+def test_a_checkpoint_is_named_in_words_that_are_known(tmp_path: Path, resume):
+    with pytest.raises(
+        ValueError, match=r"takes a checkpoint's folder, True, \"auto\" or None, got"
+    ):
+        choose_checkpoint(tmp_path, resume)

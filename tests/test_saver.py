@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_final_model_that_cannot_be_saved_is_left_as_a_checkpoint(
         run(tiny_model, tmp_path, config=config, callbacks=[broken])
     left = tmp_path / "checkpoint-2"
     assert str(failure.value) == (
-        f"final/ could not be saved (a library's reason); the weights of step 2 are in '{left}'"
+        f"final/ could not be saved (a library's reason); step 2 is in '{left}'"
     )
     said = [r.message for r in caplog.records if "ended early" in r.message]
     assert said == [f"the run ended early; resume_from_checkpoint=True goes on from {left}"]
@@ -101,7 +102,7 @@ def test_where_the_folder_takes_nothing_the_weights_are_left_elsewhere(
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     broken = BreakSaving(monkeypatch, OSError("no more room"), where=str(output))
-    with pytest.raises(SaveError, match=r"no more room.*step 2 are in '.*rescued.*checkpoint-2'"):
+    with pytest.raises(SaveError, match=r"no more room.*step 2 is in '.*rescued.*checkpoint-2'"):
         run(tiny_model, output, config=NO_CHECKPOINTS, callbacks=[broken])
     (left,) = temporary.glob("grao-fast-rescued-*/checkpoint-2")
     assert f"move {left} to {output} to go on from it" in caplog.text
@@ -116,7 +117,7 @@ def test_where_nothing_can_be_written_that_is_said(tiny_model, tmp_path: Path, m
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr("grao_fast.state.torch.save", lambda *_: [][0])
     broken = BreakSaving(monkeypatch, RuntimeError("broken"))
-    with pytest.raises(SaveError, match=r"final/ could not be saved \(broken\); nothing was$"):
+    with pytest.raises(SaveError, match=r"final/ could not .* \(broken\); no step has been saved$"):
         run(tiny_model, tmp_path / "run", config=NO_CHECKPOINTS, callbacks=[broken])
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -193,3 +194,24 @@ def test_a_limit_of_file_size_is_named_as_such(tiny_model, tmp_path: Path):
 
     assert exit_status(fork(limited)) == 0
     assert list_checkpoints(tmp_path) == []
+
+
+def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path: Path):
+    from grao_fast.rollout.weights import WeightFolder
+
+    def killed() -> None:
+        held = WeightFolder(str(tmp_path))  # noqa: F841
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_status(fork(killed)) == -signal.SIGKILL
+    (left_over,) = tmp_path.iterdir()
+    (left_over / "weights-0").mkdir()
+    theirs = tmp_path / "grao-fast-weights-notes"
+    theirs.mkdir()
+    living = WeightFolder(str(tmp_path))
+    own = Path(living._root.name)
+    assert set(tmp_path.iterdir()) == {theirs, own}
+    another = WeightFolder(str(tmp_path))
+    assert own.exists()
+    del living, another
+    assert set(tmp_path.iterdir()) == {theirs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grao_fast.files import named_when_full
+from grao_fast.lock import LOCK_FILE, only_run_in
 from grao_fast.saving import save_pretrained
 
 if TYPE_CHECKING:
     from grao_fast.policy import Policy
+
+_PREFIX = "grao-fast-weights-"
 
 
 class WeightFolder:
@@ -33,12 +38,15 @@ class WeightFolder:
 
     def __init__(self, parent: str | None) -> None:
         try:
-            self._root = tempfile.TemporaryDirectory(prefix="grao-fast-weights-", dir=parent)
+            self._root = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
         except OSError as error:
             raise ValueError(
                 f"cannot write to vllm_sync_dir {parent!r}: {error.strerror}; name a folder that "
                 "this process and vLLM's see under the same path"
             ) from error
+        self._lock = only_run_in(Path(self._root.name))  # as long as this object lives
+        self._lock.__enter__()
+        _clear_left_overs(Path(self._root.name).parent)
         self._last: Path | None = None
         self._count = 0
 
@@ -46,15 +54,17 @@ class WeightFolder:
         """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
         folder = self._next()
         model = _merged(policy)
-        save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
-        policy.tokenizer.save_pretrained(folder)
+        with named_when_full(folder, folder):
+            save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
+            policy.tokenizer.save_pretrained(folder)
         return self._only(folder)
 
     def write_adapter(self, policy: Policy) -> Path:
         """The policy's only adapter, as peft saves it, in a new folder; see `write`."""
         folder = self._next()
         (name,) = policy.model.peft_config  # pyright: ignore[reportGeneralTypeIssues]
-        policy.model.save_pretrained(folder, save_embedding_layers=False)  # pyright: ignore[reportCallIssue]
+        with named_when_full(folder, folder):
+            policy.model.save_pretrained(folder, save_embedding_layers=False)  # pyright: ignore[reportCallIssue]
         self._only(folder)
         return folder if name == "default" else folder / name
 
@@ -67,6 +77,15 @@ class WeightFolder:
             shutil.rmtree(self._last)
         self._last = folder
         return folder
+
+
+def _clear_left_overs(parent: Path) -> None:
+    """Delete the weights of runs that were killed: in memory, they would fill it."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # without its lock it is this moment made
+        if (folder / LOCK_FILE).exists():
+            with suppress(ValueError, FileNotFoundError), only_run_in(folder):  # else it is in use
+                shutil.rmtree(folder)
 
 
 def _merged(policy: Policy) -> PreTrainedModel:
