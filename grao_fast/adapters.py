@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ _NOT_COMPUTED = (
     "target_modules",
     "task_type",
 )
+# First weights of LoRA that peft takes out of the base model, so that both together are the model.
+_TAKEN_OUT = ("corda", "lora_ga", "olora", "pissa")
 _MERGE_OR_CONTINUE = (
     "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
     "and pass what that returns"
@@ -101,7 +103,7 @@ def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
         )
 
 
-def _tuner_layers(model: nn.Module) -> list[nn.Module]:
+def _tuner_layers(model: nn.Module) -> list[Any]:
     """Layers that an adapter has put in place of a model's own, itself included."""
     if not is_peft_available():
         return []
@@ -212,6 +214,30 @@ def load_adapters(model: Any, folder: Path) -> None:
             pairs.append((places[key], value))
     for place, value in pairs:
         place.copy_(value)
+
+
+def alters_base(peft_config: Any) -> bool:
+    """Whether a new adapter's first weights are taken out of the base model's."""
+    return getattr(peft_config, "init_lora_weights", None) in _TAKEN_OUT
+
+
+@torch.no_grad()
+def take_out_alike(model: Any, as_it_began: Callable[[], AbstractContextManager[None]]) -> None:
+    """Take out of the base model what a run took out of it, in place of what was taken here.
+
+    Both come of the same base by the same matrix decomposition, whose rounding is another one with
+    other processors or numbers of threads.
+
+    as_it_began: gives the adapter the first weights of that run, for as long as it is entered.
+    """
+    altering = [name for name, config in model.peft_config.items() if alters_base(config)]
+    for layer in _tuner_layers(model):
+        for name in (name for name in altering if name in getattr(layer, "lora_A", {})):
+            here = layer.get_delta_weight(name)
+            with as_it_began():
+                there = layer.get_delta_weight(name)
+            if not torch.equal(here, there):
+                layer.get_base_layer().weight.add_(here - there)
 
 
 def adapter_configs(model: Any) -> dict[str, dict[str, Any]]:

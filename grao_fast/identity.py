@@ -83,6 +83,7 @@ class PolicyIdentity:
     tokenizer: digest of vocabulary, chat template and special tokens.
     start: digest of what checkpoints hold, as training began with it: all weights of a model, or
         the trained ones where an adapter is.
+    base: of a base model before the adapter's first weights altered it; None: see `Policy`.
     """
 
     model: str
@@ -91,6 +92,7 @@ class PolicyIdentity:
     trained: dict[str, str]
     tokenizer: str
     start: str
+    base: str | None
 
     @classmethod
     def of(cls, policy: Policy) -> PolicyIdentity:
@@ -105,6 +107,7 @@ class PolicyIdentity:
             },
             tokenizer=_tokenizer_digest(policy.tokenizer),
             start=digest_weights(policy.model),
+            base=policy.base,
         )
 
 
@@ -205,22 +208,27 @@ def check_same_policy(
         sides = (f"of digest {side['tokenizer']}" for side in (before, now))
         raise _other(path, "the tokenizer, or its chat template,", *sides)
     # An adapter's first weights are drawn, and replaced by the checkpoint's; its base is compared
-    # by `check_frozen`. So are a model's, where it has come as far as the checkpoint by itself.
+    # by `check_base`. So are a model's, where it has come as far as the checkpoint by itself.
     came_as_far = not kl and now["start"] == state["weights"]
     if not now["adapters"] and before["start"] != now["start"] and not came_as_far:
         sides = (f"{side['model']} (weights of digest {side['start']})" for side in (before, now))
         raise _other(path, "the model that training began with", *sides)
 
 
-def check_frozen(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
-    """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded."""
-    before, now = state["frozen"], digest_frozen(policy.model)
+def check_base(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    kind = "weights"
+    before, now = state["policy"]["base"], policy.base
+    if before is None or now is None:
+        kind, before, now = "frozen weights", state["frozen"], digest_frozen(policy.model)
     if before != now:
         both = ((state["policy"]["model"], before), (_described(policy), now))
-        sides = (f"{model} (frozen weights of digest {digest})" for model, digest in both)
-        raise _other(
-            path, "the base model, or what the adapter's first weights made of it,", *sides
-        )
+        sides = (f"{model} ({kind} of digest {digest})" for model, digest in both)
+        raise _other(path, "the base model", *sides)
 
 
 def _check_adapters(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

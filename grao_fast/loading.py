@@ -15,7 +15,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
 from grao_fast.adapter_folders import AdapterFolder, find_adapter, open_adapter, read_config
-from grao_fast.adapters import check_adapter_config, check_module, new_adapter
+from grao_fast.adapters import alters_base, check_adapter_config, check_module, new_adapter
+from grao_fast.digests import digest_tensors
 from grao_fast.liger import use_liger_layers
 from grao_fast.model_checks import plain_model
 
@@ -53,8 +54,10 @@ def load_model(
     peft_config: Any,
     trained: bool,
     liger: bool,
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model, with its adapter where it has one, and its tokenizer.
+) -> tuple[nn.Module, PreTrainedTokenizerBase, str | None]:
+    """The model, with its adapter where it has one, its tokenizer, and the digest of its base.
+
+    The digest is made where the adapter's first weights alter the base, before they do; else None.
 
     A folder or hub id of an adapter gives the adapter on the base model that it names, to go on
     training it. A frozen base is loaded in bfloat16 where `bf16` is set, all else in float32.
@@ -91,11 +94,13 @@ def load_model(
         module = module.to(device)
     if liger:
         use_liger_layers(module.get_base_model() if hasattr(module, "get_base_model") else module)
+    altered = trained and peft_config is not None and alters_base(peft_config)
+    base_digest = digest_tensors(module.state_dict()) if altered else None
     if adapter is not None:
         module = open_adapter(module, adapter, peft_config)
     elif peft_config is not None:
         module = new_adapter(module, peft_config, name=model_name(model))
-    return module, tokenizer
+    return module, tokenizer, base_digest
 
 
 def model_name(model: str | Path | nn.Module) -> str:

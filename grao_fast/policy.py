@@ -44,7 +44,10 @@ class Policy:
     autocast_dtype: bfloat16, or None to compute in the parameters' dtype.
     attention: of updates, as `choose_attention` gives it.
     router: the auxiliary loss of a mixture of experts; None: there is none.
-    beginning: what training began with, for the KL term; None where it is not needed.
+    beginning: what training began with, for the KL term, and to resume where an adapter has altered
+        its base; None where it is not needed.
+    base: digest of the base model before an adapter's first weights altered it; None: they did not,
+        or it is not known.
     """
 
     model: nn.Module
@@ -59,6 +62,7 @@ class Policy:
     router: Router | None
     sampler: Sampler
     beginning: Beginning | None = None
+    base: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +137,7 @@ class Policy:
     @contextmanager
     def as_it_began(self) -> Iterator[Policy]:
         """This policy as it was before training, in evaluation mode, inside `updating`."""
-        assert self.beginning is not None, "kl_coef is 0"
+        assert self.beginning is not None, "it is kept where kl_coef is not 0"
         self.model.eval()
         with self.beginning.restored():
             yield self
@@ -199,7 +203,7 @@ def load_policy(
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model, tokenizer = load_model(
+    model, tokenizer, base = load_model(
         model,
         device=device,
         bf16=bf16,
@@ -246,7 +250,8 @@ def load_policy(
         ),
         router=Router.of(causal_lm),
         sampler=_sampler(causal_lm, kept, config, eos, pad_id, dtype),
-        beginning=Beginning(model) if config.kl_coef else None,
+        beginning=Beginning(model) if config.kl_coef or base else None,
+        base=base,
     )
     check_parity(policy, gradient=trained)
     if not config.use_vllm:  # which is proved when it has the weights

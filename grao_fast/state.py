@@ -20,7 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
-from grao_fast.adapters import differing_keys, is_peft_model, load_adapters
+from grao_fast.adapters import (
+    differing_keys,
+    is_peft_model,
+    load_adapters,
+    take_out_alike,
+)
 from grao_fast.beginning import trainable
 from grao_fast.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.config import GRAOConfig
@@ -28,7 +33,7 @@ from grao_fast.files import write_folder
 from grao_fast.identity import (
     FORMAT,
     PolicyIdentity,
-    check_frozen,
+    check_base,
     check_same_policy,
     digest_weights,
 )
@@ -113,16 +118,19 @@ def resume_policy(
     Raises:
         CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
     """
-    check_same_policy(path, state, given, kl=policy.beginning is not None)
-    load_weights(policy, path, state)
-    check_frozen(path, state, policy)
+    beginning = policy.beginning
+    check_same_policy(path, state, given, kl=beginning is not None)
     run = replace(given, start=state["policy"]["start"])
-    if policy.beginning is not None and not policy.beginning.load(path) and given != run:
+    if beginning is not None and not beginning.load(path) and given != run:
         raise CheckpointError(
             f"checkpoint {str(path)!r} was written with kl_coef=0 and does not hold the adapter's "
             f"first weights, and those drawn here are others (seed {state['config']['seed']} "
             "there): resume with that seed, or leave kl_coef at 0"
         )
+    if beginning is not None and policy.base is not None:
+        take_out_alike(policy.model, beginning.restored)
+    load_weights(policy, path, state)
+    check_base(path, state, policy)
     return run
 
 

@@ -208,11 +208,40 @@ def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, t
     assert resume_policy(without, PolicyIdentity.of(without), path, read_state(path)) == begun
 
 
-def test_first_weights_that_alter_the_base_otherwise_are_refused(biased: Path, tmp_path: Path):
-    """As on a machine with another way to a matrix's vectors: the base is another one by it."""
+@pytest.mark.parametrize("kind", ["PiSSA", "OLoRA"])
+def test_what_was_taken_out_of_the_base_is_put_back_alike(
+    kind: str, biased: Path, tmp_path: Path, monkeypatch
+):
+    """On a machine that decomposes with another rounding, here a coarse one; also without a KL."""
+    config = CONFIG.replace(kl_coef=0.0)
+    policy = build(kind, biased, config)
+    begun = PolicyIdentity.of(policy)
+    move(policy)
+    path = write(policy, tmp_path / "checkpoint-1", begun, config)
+    with monkeypatch.context() as patch:
+        for name in ("svd", "qr"):
+            exact = getattr(torch.linalg, name)
+
+            def rounded(matrix, *args, exact=exact, **options):
+                return exact(matrix.bfloat16().float(), *args, **options)
+
+            patch.setattr(torch.linalg, name, rounded)
+        again = build(kind, biased, config)
+    here, there = policy.model.state_dict(), again.model.state_dict()
+    off = max(float((here[n] - there[n]).abs().max()) for n in here if "base_layer.weight" in n)
+    assert off > 1e-5
+    assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
+    resumed = again.model.state_dict()
+    assert max(float((here[n] - resumed[n]).abs().max()) for n in here) < 1e-7
+
+
+def test_another_base_is_refused_where_the_adapter_alters_it(biased: Path, tmp_path: Path):
     policy = build("PiSSA", biased)
     path = write(policy, tmp_path / "checkpoint-1", PolicyIdentity.of(policy))
-    other = build("PiSSA", biased)
-    other.causal_lm.model.layers[0].mlp.down_proj.base_layer.weight.data[0, 0] += 0.01
-    with pytest.raises(CheckpointError, match="or what the adapter's first weights made of it"):
+    model = AutoModelForCausalLM.from_pretrained(biased)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 0.01
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(biased).save_pretrained(tmp_path / "other")
+    other = build("PiSSA", tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"the base model was .*biased \(weights of digest"):
         resume_policy(other, PolicyIdentity.of(other), path, read_state(path))
