@@ -52,7 +52,8 @@ class GRAOConfig:
         max_new_tokens: tokens sampled for a completion, at the most.
         max_prompt_length: prompts with more tokens are dropped (and counted); None: a prompt that
             does not fit the model is an error.
-        max_reference_length: references are cut to this many tokens; None: never cut.
+        max_reference_length: references are cut to this many tokens, and scored as they then are;
+            None: never cut.
         generation_batch_size: sequences that Transformers decodes at once.
         cache_implementation: "dynamic", ended samples leave the batch; "static", they stay, in a
             cache of fixed size for which, on CUDA, a decoding step is compiled to CUDA graphs.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Tokens of a prompt that a completion is decoded behind. One tells whether a word begins with a
-# space; a few more hold a character whose bytes are tokens.
+# space; a few more hold most characters whose bytes are tokens.
 _CONTEXT = 4
 
 
@@ -49,24 +49,36 @@ def completion_texts(
     the tags of tool calls among them. It is what a completion adds to its prompt's text, so that a
     first word keeps the space that SentencePiece drops at the beginning of a text.
     """
-    contexts = [list(prompt[-_CONTEXT:]) for prompt in prompts]
+    contexts = [tuple(prompt[-_CONTEXT:]) for prompt in prompts]
+    before = _decode_distinct(tokenizer, contexts)
+    # a context that begins within a character gives way to the whole prompt
+    torn = {context for context, text in before.items() if "\ufffd" in text}
+    if torn:
+        pairs = zip(prompts, contexts, strict=True)
+        contexts = [tuple(prompt) if context in torn else context for prompt, context in pairs]
+        before |= _decode_distinct(tokenizer, [c for c in contexts if c not in before])
     bodies = []
     for ids in completions:
         length = len(ids)
         while length and ids[length - 1] in end_ids:
             length -= 1
         bodies.append(list(ids[:length]))
-    distinct = list(dict.fromkeys(map(tuple, contexts)))
-    before = dict(zip(distinct, _decode(tokenizer, distinct), strict=True))
     whole = _decode(tokenizer, [[*c, *b] for c, b in zip(contexts, bodies, strict=True)])
     texts = []
     for context, body, text in zip(contexts, bodies, whole, strict=True):
-        prefix = before[tuple(context)]
+        prefix = before[context]
         if text.startswith(prefix):
             texts.append(text[len(prefix) :])
         else:  # a decoder that rewrites what comes before, as WordPiece's "do not" to "don't"
             texts += _decode(tokenizer, [body])
     return texts
+
+
+def _decode_distinct(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, ...], str]:
+    distinct = list(dict.fromkeys(rows))
+    return dict(zip(distinct, _decode(tokenizer, distinct), strict=True))
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:

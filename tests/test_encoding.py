@@ -335,3 +335,23 @@ def test_a_completion_keeps_the_space_that_sentencepiece_drops() -> None:
     prompt = tokenizer("ok?", add_special_tokens=False)["input_ids"]
     spaced, bare = tokenizer.convert_tokens_to_ids(["\u2581yes", "yes"])
     assert completion_texts(tokenizer, [prompt] * 2, [[spaced], [bare, 1]], {1}) == [" yes", "yes"]
+
+
+def test_characters_that_are_bytes_are_scored_whole() -> None:
+    pieces = ["</s>", "\u2581", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    raw = Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, [], byte_fallback=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    prompts = ["\U0001f600\r\n", "\U0001f600", "a\n", "\u00e9 "]
+    references = ["\u00e9", " \u00e9a", "\r\na", "\U0001f600\U0001f600"]
+    rows = [{"prompt": p, "reference": r} for p in prompts for r in references]
+    said = [item.reference_text for item in encode(rows, tokenizer)]
+    assert said == [row["reference"] for row in rows]
