@@ -12,6 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grao_fast.attention.frequencies import release_frequencies
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 # What the code of a model raises where it cannot do what it is asked, or is not whole.
 CANNOT = (
@@ -113,6 +116,20 @@ def check_weights(model: nn.Module) -> None:
                 f"parameter {name!r} of {type(model).__name__} holds NaN or infinite numbers: the "
                 "model would answer with them alone; load weights that are whole"
             )
+
+
+def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
+    """Say once that updates drop out what sampling does not: their log-probs differ."""
+    layers = [m.p for m in causal_lm.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    config: Any = causal_lm.config.get_text_config()
+    of_scores = getattr(config, "attention_dropout", None) or 0.0
+    if layers or of_scores:
+        logger.warning(
+            "%s has dropout (%g), in updates and not in sampling: sampling/logp_diff is more than "
+            "rounding. Set it to 0 in the config of the model or the adapter to be on-policy",
+            type(causal_lm).__name__,
+            max([*layers, of_scores]),
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from grao_fast.decoding import completion_texts, ending_ids
 from grao_fast.head import LogitTransform, check_head
 from grao_fast.kernels.live_rows import to_device
 from grao_fast.loading import load_model
-from grao_fast.model_checks import check_weights
+from grao_fast.model_checks import check_weights, tell_of_dropout
 from grao_fast.parity import check_parity
 from grao_fast.rollout import Completion, Sampler
 from grao_fast.rollout.cache import Kept, kept_by
@@ -253,6 +253,8 @@ def load_policy(
         beginning=Beginning(model) if config.kl_coef or base else None,
         base=base,
     )
+    if trained:
+        tell_of_dropout(causal_lm)
     check_parity(policy, gradient=trained)
     if not config.use_vllm:  # which is proved when it has the weights
         check_sampler(policy)

@@ -73,6 +73,30 @@ def test_weights_that_are_not_numbers_are_named(tiny_model: Path, value: float):
         load_policy(model, config=CONFIG, tokenizer=tokenizer)
 
 
+def test_logits_that_are_not_numbers_are_not_laid_to_the_layout(tiny_model: Path):
+    """From finite parameters: a buffer is broken."""
+    model = family_model("Llama")
+    model.model.rotary_emb.inv_freq.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM gives logits .*: look at its buffers"):
+        load_policy(model, config=CONFIG, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
+
+
+@pytest.mark.parametrize("where", ["scores", "adapter", "nowhere"])
+def test_dropout_is_told_of(tiny_model: Path, where: str, caplog: pytest.LogCaptureFixture):
+    model = family_model("Llama", attention_dropout=0.25 if where == "scores" else 0.0)
+    adapter = None
+    if where == "adapter":
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        adapter = peft.LoraConfig(target_modules="all-linear", lora_dropout=0.25)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for trained in (True, False):
+        caplog.clear()
+        load_policy(model, config=CONFIG, tokenizer=tokenizer, peft_config=adapter, trained=trained)
+        said = ["has dropout (0.25)" in message for message in caplog.messages]
+        assert sum(said) == (trained and where != "nowhere")
+        adapter = None
+
+
 def test_a_head_of_zeros_learns(train):
     """All tokens are equally likely at first, and every gradient below the head is 0."""
     model = family_model("Llama", tie_word_embeddings=False)
