@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import HYBRIDS, assert_same, family_model, gradients
 from tiny import sums
+from torch import nn
 from transformers import AutoTokenizer
 
 import grao_fast
@@ -16,6 +17,7 @@ from grao_fast.batch import Group, pad
 from grao_fast.flops import layer_windows
 from grao_fast.policy import Policy, load_policy
 from grao_fast.rollout import Completion
+from grao_fast.rollout.generate import GenerateSampler, bears_padding
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
 
@@ -64,6 +66,35 @@ def test_a_group_does_not_depend_on_the_prompts_beside_it(policy: Policy):
     options = {"num_generations": 1, "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
     alone = [policy.sampler.sample([prompt], **options)[0] for prompt in PROMPTS]
     assert [g[0].token_ids for g in together] == [g[0].token_ids for g in alone]
+
+
+def test_padding_that_is_masked_everywhere_is_used(policy: Policy):
+    """Prompts of all lengths in one batch; weights are as they were to the bit."""
+    assert isinstance(policy.sampler, GenerateSampler) and policy.sampler.pads
+    assert list(policy.sampler._batches(PROMPTS, 64)) == [[2, 0, 3, 1]]
+    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    assert bears_padding(policy.causal_lm)
+    after = policy.model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("leak", ["a mask that is not applied", "a bias behind the mask"])
+def test_padding_that_reaches_a_state_is_never_made(leak: str):
+    """By so little, or not yet, that no log-prob of a new model shows it."""
+    model = family_model("Lfm2")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.02)
+    conv = model.model.layers[0].conv
+    if leak == "a mask that is not applied":
+        inner = conv.forward
+        conv.forward = lambda *args, **kwargs: inner(*args, **kwargs | {"attention_mask": None})
+    else:
+        conv.in_proj.bias = nn.Parameter(torch.zeros(conv.in_proj.out_features))
+    assert not bears_padding(model)
+    model.to(torch.bfloat16)
+    assert not bears_padding(model)
+    sampler = GenerateSampler(model, eos_token_ids=(), pad_token_id=0, batch_size=64)
+    assert list(sampler._batches(PROMPTS, 64)) == [[2], [0, 3], [1]]
 
 
 def test_the_models_generation_config_has_no_say(policy: Policy):

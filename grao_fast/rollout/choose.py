@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from grao_fast.model_checks import CANNOT, in_a_line
 from grao_fast.rollout.cache import Kept
-from grao_fast.rollout.generate import GenerateSampler
+from grao_fast.rollout.generate import GenerateSampler, bears_padding
 from grao_fast.rollout.model_sampler import ModelSampler
 from grao_fast.rollout.transformers import TransformersSampler
 from grao_fast.visible import get_logger
@@ -34,8 +35,17 @@ def choose_sampler(
             f"{name} keeps {what}, which a cache of fixed size is not made for here: set "
             'cache_implementation="dynamic"'
         )
-    logger.info("%s keeps %s: it samples by Transformers' generate", name, what)
-    return GenerateSampler(model, **options)
+    try:
+        pads = bears_padding(model)
+    except CANNOT as error:
+        raise ValueError(f"{name} cannot be sampled by generate: {in_a_line(error)}") from error
+    logger.info(
+        "%s keeps %s: it samples by Transformers' generate, %s",
+        name,
+        what,
+        "prompts padded on the left" if pads else "a batch for each length of a prompt",
+    )
+    return GenerateSampler(model, pads=pads, **options)
 
 
 def check_sharing(model: PreTrainedModel, kept: Kept) -> None:

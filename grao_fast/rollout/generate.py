@@ -2,8 +2,8 @@
 
 A state-space, convolution or linear-attention layer sums the tokens before into a state, which
 `generate` knows how to carry in each family. Two things differ from keys and values. Padding on the
-left would be summed as well, in some families even under a mask: prompts are decoded beside prompts
-of their own length alone, so that there is none. And rows that have ended stay in the batch.
+left may be summed as well, even under a mask: where that is not seen to change nothing, prompts are
+decoded beside prompts of their own length alone. And rows that have ended stay in the batch.
 """
 
 from __future__ import annotations
@@ -11,21 +11,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from grao_fast.rollout import Completion
 from grao_fast.rollout.drawing import completions_of, draw
 from grao_fast.rollout.model_sampler import ModelSampler
 
+# Tokens of the prompts that show whether padding changes anything, and that are sampled.
+_LENGTHS = (20, 3)
+_NEW_TOKENS = 4
+_ROUNDING = 1e-5  # nats, for each of the largest log-prob and at least for one
+
 
 class GenerateSampler(ModelSampler):
-    """A `Sampler` by `model.generate`; the tokens are drawn here, from the plain softmax."""
+    """A `Sampler` by `model.generate`; the tokens are drawn here, from the plain softmax.
+
+    Args:
+        pads: whether prompts of different lengths are decoded in one batch; see `bears_padding`.
+        options: of `ModelSampler`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, pads: bool = False, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.pads = pads
 
     def _batches(self, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
-        """Prompts of one length each, the longest first."""
+        """As of any sampler; or prompts of one length each, the longest first."""
+        if self.pads:
+            yield from super()._batches(prompts, size)
+            return
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for _, equal in groupby(order, key=lambda i: len(prompts[i])):
             indices = list(equal)
@@ -40,9 +58,14 @@ class GenerateSampler(ModelSampler):
         temperature: float,
         generator: torch.Generator,
     ) -> list[Completion]:
-        """Completions of prompts of one length, each prompt's one behind the other."""
-        ids = torch.tensor(prompts, dtype=torch.int64, device=self.model.device)
-        ids = ids.repeat_interleave(num_generations, 0)
+        """Completions of a batch of prompts, each prompt's one behind the other."""
+        P, device = max(len(prompt) for prompt in prompts), self.model.device
+        rows = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
+        masks = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = (
+            torch.tensor(x, device=device).repeat_interleave(num_generations, 0)
+            for x in (rows, masks)
+        )
         drawing = _Drawing(temperature, generator)
         # nothing of the model's own generation_config: no penalties, no top_k, no max_length
         config = GenerationConfig(
@@ -57,7 +80,7 @@ class GenerateSampler(ModelSampler):
         with self._generating_by(config):
             sequences = self.model.generate(
                 inputs=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([drawing]),
             )
@@ -78,6 +101,60 @@ class GenerateSampler(ModelSampler):
             yield
         finally:
             self.model.generation_config = own
+
+
+def bears_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left of a prompt changes nothing but the rounding.
+
+    Two prompts are answered together, over two kinds of padding, and each alone. What padding is
+    made of may not change a bit; how much there is, no more than another shape of the batch does.
+    Biases are stirred meanwhile, as those of a new model may be 0 and hide what they let through
+    later. Never of weights in 16 bits, whose rounding would hide it as well.
+    """
+    if model.dtype != torch.float32:
+        return False
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
+
+    def answer(prompts: list[list[int]], pad_token_id: int = 0) -> list[Completion]:
+        sampler = GenerateSampler(
+            model, pads=True, eos_token_ids=(), pad_token_id=pad_token_id, batch_size=len(prompts)
+        )
+        groups = sampler.sample(
+            prompts, num_generations=1, max_new_tokens=_NEW_TOKENS, temperature=0.0, seed=0
+        )
+        return [group[0] for group in groups]
+
+    with _stirred_biases(model):
+        together = answer(prompts)
+        if together != answer(prompts, pad_token_id=vocabulary - 1):
+            return False
+        return all(
+            _alike(completion, answer([prompt])[0])
+            for completion, prompt in zip(together, prompts, strict=True)
+        )
+
+
+def _alike(a: Completion, b: Completion) -> bool:
+    a_T, b_T = torch.tensor(a.logprobs), torch.tensor(b.logprobs)
+    off = float((a_T - b_T).abs().max())
+    return a.token_ids == b.token_ids and off <= _ROUNDING * max(1.0, float(b_T.abs().max()))
+
+
+@contextmanager
+def _stirred_biases(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters of one dimension, moved by up to 1 inside."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim == 1]
+    try:
+        with torch.no_grad():
+            for parameter, _ in kept:
+                places = torch.arange(parameter.numel(), device=parameter.device)
+                parameter += (1.7 * places).cos().to(parameter.dtype)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                parameter.copy_(values)
 
 
 class _Drawing(LogitsProcessor):
