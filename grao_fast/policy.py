@@ -102,7 +102,8 @@ class Policy:
     @property
     def embedding_rows(self) -> int:
         """Tokens that the model can read and write; its tokenizer may know more."""
-        embeddings = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()
+        model: Any = self.causal_lm
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
         return min(embedding.weight.shape[0] for embedding in embeddings)
 
     def decode(
@@ -307,7 +308,8 @@ def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
 
 def _pad_token_id(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's, or one that the model has: nothing attends to it."""
-    rows = causal_lm.get_input_embeddings().weight.shape[0]
+    embeddings: Any = causal_lm.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in ids if token is not None and token < rows), 0)
 
