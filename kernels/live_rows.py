@@ -86,7 +86,7 @@ def find_live_rows(
     elif device.type != "cpu":
         live_L = live_T
     weight_L = to_device(weight_T, device)
-    target_L = to_device(target_T, device).to(torch.int64)
+    target_L = to_device(target_T, device).to(torch.int64).contiguous()
     if live_L is not None:
         target_L = target_L.where(live_L, 0)
     if entropy_weight_T is not None:

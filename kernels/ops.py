@@ -160,7 +160,8 @@ def run_weighted_terms(
     )
     policy = None
     if policy_3T is not None and kl_coef_T is not None:
-        policy = Policy(to_device(policy_3T, hidden_TD.device), kl_coef_T, *bounds)
+        policy_3T = to_device(policy_3T, hidden_TD.device).contiguous()
+        policy = Policy(policy_3T, kl_coef_T.contiguous(), *bounds)
     with without_autocast(hidden_TD.device):
         *outputs, gradients = one_pass(
             hidden_TD,

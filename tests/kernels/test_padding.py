@@ -65,6 +65,13 @@ class Surroundings:
         self.views.append((whole, place))
         return whole[place]
 
+    def every_third(self, vector: Tensor) -> Tensor:
+        """`vector` as a column of a matrix; of an index, the other columns hold another index."""
+        other = self.value if vector.is_floating_point() else int(self.value != 0)
+        whole = vector.new_full((len(vector), 3), other)
+        whole[:, 1] = vector
+        return whole[:, 1]
+
     def assert_untouched(self) -> None:
         for whole, place in self.views:
             expected = torch.full_like(whole, self.value)
@@ -92,18 +99,19 @@ def outputs(
     operands = {
         "hidden_TD": surroundings.view(randn(T, D) / D**0.5, **LAYOUTS[layout]),
         "head_VD": surroundings.view(randn(V, D), **LAYOUTS[layout]),
-        "bias_V": surroundings.view(randn(1, V))[0],
+        "bias_V": surroundings.every_third(randn(1, V)[0]),
     }
     sequence_T, weight_T = torch.arange(T) % 6, torch.linspace(1, 2, T)
     if layout == "gaps" and T > 2:  # a dead row: the others are gathered
         sequence_T[T // 2], weight_T[T // 2] = -1, 0.0
+    target_T = torch.randint(0, V, (T,), generator=generator)
     rows = T if T < 100 else T // 3  # of a chunk
     case = {
         "function": function,
-        "target_T": torch.randint(0, V, (T,), generator=generator).to(device),
-        "sequence_T": sequence_T,
-        "rewards_NK": torch.tensor([[0.0, 1.0, 3.0], [2.0, 5.0, 4.0]]),
-        "weight_T": weight_T,
+        "target_T": surroundings.every_third(target_T.to(device)),
+        "sequence_T": surroundings.every_third(sequence_T),
+        "rewards_NK": surroundings.view(torch.tensor([[0.0, 1.0, 3.0], [2.0, 5.0, 4.0]])),
+        "weight_T": surroundings.every_third(weight_T),
         "options": {
             "workspace_mib": rows * (6 * padded(V) + 16 * D) / 2**20,
             "backend": backend,

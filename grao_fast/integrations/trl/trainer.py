@@ -125,7 +125,8 @@ class GRAOTrainer(GRPOTrainer):
             self._tokenizer,
             self.eos_token_ids,
             continues=False,  # TRL opens another turn
-            template_options={"chat_template": self.chat_template, **self.chat_template_kwargs},
+            template_options={"chat_template": self.chat_template}
+            | dict(self.chat_template_kwargs),
         )
         transform = logit_transform_of(
             self.model,
