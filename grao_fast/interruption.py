@@ -64,12 +64,13 @@ class Stop(KeyboardInterrupt):
 
 
 class Interruption:
-    """Turns signals into `Stop` while it is entered, and gives handlers back as they were.
+    """Takes note of signals while it is entered, and gives handlers back as they were.
 
     Only the main thread gets signals: entered in another, or inside another Interruption, it does
     nothing. A signal that is ignored (nohup, a shell's background job) stays ignored. A handler of
-    the caller's own is called when the run has saved what it had. A second Ctrl-C raises at once,
-    wherever it comes; every other further signal changes nothing, as the run is about to end.
+    the caller's own is called when the run has saved what it had. Where signals raise is said by
+    `at_once`; a second Ctrl-C raises wherever it comes, and every other further signal changes
+    nothing, as the run is about to end.
 
     signum: the signal that came; None while there was none.
     aborted: whether a Ctrl-C came after it: nothing more is to be saved.
@@ -81,7 +82,7 @@ class Interruption:
         self.aborted = False
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
-        self._raises = True
+        self._raises = False
         self._outside: list[bool] = []  # what _raises was, outside of each mode that is entered
         self._insists = False
 
@@ -181,11 +182,11 @@ _active: Interruption | None = None
 
 
 def stoppable(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: an Interruption is entered while the function runs."""
+    """Decorator: an Interruption is entered while the function runs; signals raise `at_once`."""
 
     @functools.wraps(function)
     def stopped(*args: P.args, **kwargs: P.kwargs) -> T:
-        with Interruption():
+        with Interruption(), at_once():
             return function(*args, **kwargs)
 
     return stopped
@@ -198,7 +199,7 @@ def held() -> AbstractContextManager[None]:
 
 
 def at_once() -> AbstractContextManager[None]:
-    """Inside `held`: what is done here can be done again, so that signals raise at once."""
+    """What is done inside can be done again, so that signals raise at once."""
     active = _here()
     return nullcontext() if active is None else active.mode(raises=True)
 

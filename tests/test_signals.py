@@ -361,7 +361,7 @@ def test_code_that_waits_for_a_thread_while_it_is_left_is_told_again(
 ) -> None:
     monkeypatch.setattr(grao_fast.interruption, "_PATIENCE", 0.05)
     began, release = time.monotonic(), threading.Event()
-    with pytest.raises(Preempted), Interruption():
+    with pytest.raises(Preempted), Interruption(), at_once():
         try:
             with ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(release.wait, 30)
