@@ -29,13 +29,21 @@ from grao_fast.callbacks import Callback
 from grao_fast.interruption import Interruption, Stop, at_once, held
 from grao_fast.rewards import RewardError
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     # live groups in every step, a micro-batch for each
     "reward": rarely_equal,
     "config": CONFIG.replace(
-        max_steps=4, save_steps=3, eval_steps=2, logging_steps=2, max_tokens_per_microbatch=60
+        max_steps=4,
+        save_steps=3,
+        eval_steps=2,
+        logging_steps=2,
+        prompts_per_step=2,
+        num_generations=3,
+        max_new_tokens=4,
+        max_tokens_per_microbatch=30,
+        gradient_checkpointing=False,
     ),
-    "eval_dataset": ROWS[:3],
+    "eval_dataset": ROWS[:2],
 }
 
 
@@ -81,7 +89,7 @@ def at_call(
 # unless another number is said.
 MOMENTS = {
     "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
-    "gradient": (grao_fast.step, "micro_batch_loss", 6, 1),
+    "gradient": (grao_fast.step, "micro_batch_loss", 4, 1),
     "optimiser's step": (grao_fast.step.torch.optim.AdamW, "step", 2, 2),
     "behind the optimiser": (grao_fast.step, "update_flops", 2, 2),
     "callback": (Callback, "on_step_end", 2, 2),
@@ -224,8 +232,11 @@ async def hangs_async(completions: list[str], **columns: Any) -> list[float]:
 HANGING = [hangs, hangs_and_catches, hangs_and_says_otherwise, hangs_async]
 
 
-@pytest.mark.parametrize("hanging", HANGING, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("others", [[], [letters]], ids=["alone", "beside another"])
+@pytest.mark.parametrize(
+    ("hanging", "others"),
+    [*((hanging, []) for hanging in HANGING), (hangs, [letters])],
+    ids=[*(hanging.__name__ for hanging in HANGING), "hangs beside another"],
+)
 def test_a_hanging_reward_is_not_waited_for(
     hanging: Callable[..., Any], others: list[Any], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -238,8 +249,10 @@ def test_a_hanging_reward_is_not_waited_for(
         threading.Timer(0.05, send).start()
         return hanging(*args, **kwargs)
 
+    config = OPTIONS["config"].replace(eval_steps=None)
+
     def child() -> None:
-        run(tiny_model, tmp_path, reward=[*others, reward], config=CONFIG)
+        run(tiny_model, tmp_path, reward=[*others, reward], config=config)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -250,9 +263,7 @@ def test_a_hanging_reward_is_not_waited_for(
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize(
-    "error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError(), ValueError("no")]
-)
+@pytest.mark.parametrize("error", [SystemExit(0), ValueError("no")])
 def test_a_failing_reward_costs_no_step(
     error: BaseException, tiny_model: Path, tmp_path: Path, uninterrupted: Path, caplog: Any
 ) -> None:
