@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,15 +42,36 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | small | changes
 
 
+def save_plugin(folder: Path) -> Path:
+    """A folder for PYTHONPATH, from which vLLM takes folder_transfer.py as a plugin."""
+    shutil.copy(Path(__file__).with_name("folder_transfer.py"), folder)
+    info = folder / "folder_transfer-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: folder_transfer\nVersion: 1\n")
+    entry = "[vllm.general_plugins]\nfolder_transfer = folder_transfer:register_worker\n"
+    (info / "entry_points.txt").write_text(entry)
+    return folder
+
+
 class RealServer:
     """`vllm serve MODEL` on a port of its own; `start` and `stop` as often as needed."""
 
-    def __init__(self, model: Path, log: Path, *options: str, dev_mode: bool = True) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *options: str,
+        dev_mode: bool = True,
+        plugin: Path | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log, self.dev_mode = log, dev_mode
+        self.log = log
+        self.env = environment(
+            VLLM_SERVER_DEV_MODE=str(int(dev_mode)), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1"
+        ) | ({"PYTHONPATH": str(plugin)} if plugin else {})
         self.command = [
             str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port),
             "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--dtype", "float32",
@@ -58,15 +80,12 @@ class RealServer:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> RealServer:
-        env = environment(
-            VLLM_SERVER_DEV_MODE=str(int(self.dev_mode)), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1"
-        )
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command,
                 stdout=log,
                 stderr=log,
-                env=env,
+                env=self.env,
                 cwd=self.log.parent,
                 start_new_session=True,
             )

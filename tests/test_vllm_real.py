@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_vllm import BIN, RealServer, environment, save_model
+from real_vllm import BIN, RealServer, environment, save_model, save_plugin
 from test_trainer import CONFIG, StopAt, lines, rarely_equal, run, same_bits
 from vllm_server import FakeVLLM, serving
 
@@ -276,28 +275,32 @@ rows = [{"prompt": p, "reference": p[::-1]} for p in ["one", "two and", "three",
 config = grao_fast.GRAOConfig(
     num_generations=4, max_new_tokens=8, prompts_per_step=4, max_tokens_per_microbatch=120,
     learning_rate=3e-3, max_steps=3, save_steps=0, temperature=1.0, disable_tqdm=True, device="cpu",
-    use_vllm=True, vllm_max_model_length=MAX_LENGTH, vllm_gpu_memory_utilization=0.1,
+    use_vllm=True, OPTIONS
 )
 grao_fast.train("MODEL", rows, rare, config=config, output_dir="output")
 """
 
 
-def run_script(model: Path, folder: Path, *, max_length: int = 64) -> subprocess.CompletedProcess:
+def run_script(
+    model: Path, folder: Path, options: str, *, before: str = "", **env: str
+) -> subprocess.CompletedProcess:
     """A plain script, without a guard for its main module, run by vLLM's Python."""
     imports = subprocess.run([BIN / "python", "-c", "import grao_fast"], capture_output=True)
     if imports.returncode:
         pytest.skip(f"grao-fast is not installed for {BIN / 'python'}")
     script = folder / "script.py"
-    text = SCRIPT.replace("MODEL", str(model)).replace("MAX_LENGTH", str(max_length))
-    script.write_text(textwrap.dedent(text))
+    script.write_text(before + SCRIPT.replace("MODEL", str(model)).replace("OPTIONS", options))
     return subprocess.run(
-        [BIN / "python", script], cwd=folder, env=environment(), capture_output=True, text=True
+        [BIN / "python", script], cwd=folder, env=environment(**env), capture_output=True, text=True
     )
+
+
+ENGINE = "vllm_max_model_length={}, vllm_gpu_memory_utilization=0.1"
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_an_engine_in_a_plain_script_stays_the_policys(models, tmp_path: Path, name: str):
-    done = run_script(models[name], tmp_path)
+    done = run_script(models[name], tmp_path, ENGINE.format(64))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(gaps(tmp_path / "output")) == 3
     assert max(gaps(tmp_path / "output")) < 2e-6
@@ -305,6 +308,36 @@ def test_an_engine_in_a_plain_script_stays_the_policys(models, tmp_path: Path, n
 
 
 def test_an_engine_that_cannot_start_is_one_line(models, tmp_path: Path):
-    done = run_script(models["tied"], tmp_path, max_length=10_000)
+    done = run_script(models["tied"], tmp_path, ENGINE.format(10_000))
     assert done.returncode != 0
     assert "ValueError: vLLM's engine did not start: " in done.stderr.strip().splitlines()[-1]
+
+
+def test_weights_go_by_vllms_own_routes_where_it_was_started_for_them(
+    models, logs: Path, tmp_path: Path
+):
+    """start_weight_update, update_weights, finish_weight_update; a tied head arrives too."""
+    plugin = save_plugin(tmp_path)
+    transfer = ("--weight-transfer-config", '{"backend": "folder"}')
+    server = RealServer(models["tied"], logs / "transfer.log", *transfer, plugin=plugin)
+    try:
+        server.start()
+        done = run_script(
+            models["tied"],
+            tmp_path,
+            f'vllm_mode="server", vllm_server_base_url="{server.url}"',
+            before="import folder_transfer\nfolder_transfer.register_trainer('.')\n".replace(
+                "'.'", repr(str(tmp_path))
+            ),
+            PYTHONPATH=str(plugin),
+        )
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(gaps(tmp_path / "output")) == 3
+    assert max(gaps(tmp_path / "output")) < 2e-6
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5  # two for the proof, one a step
+    said = server.log.read_text()
+    routes = ("/pause", "/start_weight_update", "/update_weights", "/finish_weight_update")
+    assert all(said.count(f"POST {route}") == 5 for route in routes)
+    assert "/collective_rpc" not in said.split("Application startup complete")[1]

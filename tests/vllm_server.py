@@ -54,6 +54,7 @@ class FakeVLLM:
         self.resets_cache = True
         self.api_key: str | None = None
         self.max_lora_rank: int | None = None  # as by --enable-lora
+        self.transfer_backend: str | None = None  # as by --weight-transfer-config
         self.paused = False
         self.path = model_path
         self.start()
@@ -94,10 +95,32 @@ class FakeVLLM:
     def _server_info(self, body: dict) -> tuple[int, dict]:
         model = {"logprobs_mode": self.logprobs_mode, "dtype": "torch.float32"}
         config = {"model_config": model, "instance_id": self.instance, "lora_config": None}
+        config["weight_transfer_config"] = None
+        if self.transfer_backend:
+            config["weight_transfer_config"] = {"backend": self.transfer_backend}
         if self.max_lora_rank:
             config["lora_config"] = {"max_lora_rank": self.max_lora_rank}
         env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": bool(self.max_lora_rank)}
         return 200, {"vllm_config": config, "vllm_env": env}
+
+    def _get_world_size(self, body: dict) -> tuple[int, dict]:
+        return 200, {"world_size": 2}
+
+    def _init_weight_transfer_engine(self, body: dict) -> tuple[int, dict]:
+        self.transfer = body["init_info"]
+        return 200, {"message": "Weight transfer initialized"}
+
+    def _start_weight_update(self, body: dict) -> tuple[int, dict]:
+        assert self.paused
+        return 200, {"message": "Weight update started"}
+
+    def _update_weights(self, body: dict) -> tuple[int, dict]:
+        assert self.paused and body["update_info"]["names"]
+        return 200, {"message": "Weights updated"}
+
+    def _finish_weight_update(self, body: dict) -> tuple[int, dict]:
+        assert self.paused
+        return 200, {"message": "Weight update finished"}
 
     def _v1_load_lora_adapter(self, body: dict) -> tuple[int, str]:
         from peft import PeftModel

@@ -22,11 +22,16 @@ _DEVIATION = (
 
 
 class Change(Protocol):
-    """tensors: those that it changes. Entered a second time, it is undone for the time being."""
+    """A change of tensors that is undone on the way out."""
 
-    tensors: Sequence[Tensor]
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that it is of."""
+        ...
 
-    def of(self, tensors: Iterable[Tensor]) -> AbstractContextManager[None]: ...
+    def of(self, tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """The change in some of them; inside of it once more, they are what they were."""
+        ...
 
 
 class Negated:
@@ -38,7 +43,7 @@ class Negated:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
+        self.tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
 
     @contextmanager
     def of(self, tensors: Iterable[Tensor]) -> Iterator[None]:

@@ -53,7 +53,7 @@ class WeightFolder:
     def write(self, policy: Policy) -> Path:
         """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
         folder = self._next()
-        model = _merged(policy)
+        model = merged(policy)
         with named_when_full(folder, folder):
             save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
             policy.tokenizer.save_pretrained(folder)
@@ -88,7 +88,7 @@ def _clear_left_overs(parent: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _merged(policy: Policy) -> PreTrainedModel:
+def merged(policy: Policy) -> PreTrainedModel:
     """The Transformers model; where an adapter is trained, a copy that it is merged into.
 
     Merging into the model itself and undoing it would leave its weights rounded differently.
@@ -101,9 +101,9 @@ def _merged(policy: Policy) -> PreTrainedModel:
 def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state as vLLM computes, so that no more is written than read; each name on its own.
 
-    Tensors that share memory are written once under one name. vLLM would load that into the
-    embeddings, and a head that is tied to them keep the copy that it packed at the start (so do its
-    CPU layers).
+    Transformers writes tensors that share memory under one name. vLLM loads that into embeddings; a
+    head that is tied to them would keep what it had, where vLLM holds it as a packed copy, as it
+    does on CPUs.
     """
     state, seen = {}, set()
     for name, tensor in model.state_dict().items():

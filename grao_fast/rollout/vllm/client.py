@@ -66,11 +66,13 @@ class VLLMClient:
             raise failure(f"{url}: {_reason(error)}") from error
 
     def has(self, path: str) -> bool:
-        """Whether the server answers a GET there."""
+        """Whether the server has a route for a GET there."""
         try:
             self._client.get(self.base_url + path, cast_to=object)
         except self._openai.NotFoundError:
             return False
+        except self._openai.APIStatusError:
+            return True
         except self._openai.APIConnectionError as error:
             raise ConnectionError(f"no vLLM server answers at {self.base_url}") from error
         return True

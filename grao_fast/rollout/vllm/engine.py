@@ -15,6 +15,7 @@ from grao_fast.rollout.vllm.requests import (
     LOGPROBS_MODE,
     checked,
     import_optional,
+    one_line,
     prompt_seeds,
     sampling_options,
     scoring_options,
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
-# What vLLM raises for a device, model or option that it cannot serve.
-_FAILURES = (AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError,
-             TypeError, ValueError)  # fmt: skip
 
 
 class VLLMColocatedSampler:
@@ -86,12 +84,12 @@ class VLLMColocatedSampler:
         if self._engine is None:
             self._engine = self._start(folder, policy.autocast_dtype or policy.causal_lm.dtype)
             return
-        with _one_line("did not take over the weights"):
+        with one_line("engine did not take over the weights"):
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
             self._engine.reset_prefix_cache()
 
     def _start(self, folder: str, dtype: torch.dtype) -> Any:
-        with _one_line("did not start"), _in_this_process():
+        with one_line("engine did not start"), _in_this_process():
             return self._vllm.LLM(
                 model=folder,
                 dtype=dtype,
@@ -143,7 +141,7 @@ class VLLMColocatedSampler:
         return [float(at[token].logprob) for at, token in behind_first]
 
     def _generate(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> list[Any]:
-        with _one_line("failed while it sampled"):
+        with one_line("engine failed while it sampled"):
             return self._engine.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
                 [self._vllm.SamplingParams(**each, detokenize=False) for each in options],
@@ -167,14 +165,3 @@ def _in_this_process() -> Iterator[None]:
             del os.environ[_IN_PROCESS]
         else:
             os.environ[_IN_PROCESS] = before
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """vLLM's failures, many lines long, as a ValueError of one that names the cause."""
-    try:
-        yield
-    except _FAILURES as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = said[0] if said else "no reason given"
-        raise ValueError(f"vLLM's engine {what}: {type(error).__name__}: {reason[:500]}") from error

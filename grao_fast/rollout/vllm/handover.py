@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from grao_fast.adapters import is_peft_model
 from grao_fast.rollout.changes import Change, Negated, Swapped
 from grao_fast.rollout.vllm.client import VLLMClient
+from grao_fast.rollout.vllm.transfer import WeightTransfer, cannot_transfer
 from grao_fast.rollout.weights import WeightFolder
 from grao_fast.visible import get_logger
 
@@ -101,7 +102,11 @@ class AdapterAlone:
 def choose_hand_over(
     policy: Policy, client: VLLMClient, folder: WeightFolder, *, model: str
 ) -> HandOver:
-    """The adapter alone where there is one and the server takes it, else the whole model."""
+    """The adapter alone where there is one and the server takes it; else the whole model.
+
+    That goes by vLLM's weight transfer where the server was started with a backend which serves
+    here, else through a folder.
+    """
     info = client.info()
     if is_peft_model(policy.model):
         reason = _merged_because(policy.model, info)
@@ -109,7 +114,15 @@ def choose_hand_over(
             logger.info("the vLLM server at %s gets the adapter alone", client.base_url)
             return AdapterAlone(client, folder)
         logger.info("the vLLM server gets the adapter merged into its model: %s", reason)
-    return WholeModel(client, folder, model=model)
+    transfer = info["vllm_config"].get("weight_transfer_config")
+    if not transfer:
+        return WholeModel(client, folder, model=model)
+    backend = transfer["backend"]
+    if reason := cannot_transfer(policy, backend):
+        logger.info("the vLLM server gets weights through a folder: %s", reason)
+        return WholeModel(client, folder, model=model)
+    logger.info("the vLLM server gets weights by its weight transfer, over %s", backend)
+    return WeightTransfer(client, backend=backend, model=model)
 
 
 def _merged_because(model: Any, info: dict[str, Any]) -> str:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import importlib
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from grao_fast.rollout import Completion
 
 LOGPROBS_MODE = "processed_logprobs"
+
+# What vLLM raises for a device, model or option that it cannot serve.
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def sampling_options(
@@ -80,3 +93,14 @@ def import_optional(name: str, *, extra: str, option: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'{option} needs {name}: pip install "grao-fast[{extra}]"') from error
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """vLLM's failures, many lines long, as a ValueError of one that names the cause."""
+    try:
+        yield
+    except _FAILURES as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = said[0] if said else "no reason given"
+        raise ValueError(f"vLLM's {what}: {type(error).__name__}: {reason[:500]}") from error
