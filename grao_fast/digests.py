@@ -24,6 +24,7 @@ from torch import Tensor
 _AS_TEXT = (date, time, timedelta, Decimal, Fraction, UUID, PurePath, range, slice)
 _LENGTH = 16  # hexadecimal digits of a digest
 _CHUNK = 1 << 19  # elements of a tensor that are summed at once
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _SPREAD = 0x1E3779B97F4A7C15
 
 
@@ -121,11 +122,11 @@ def _qualified(named: Any) -> bytes:
 
 
 @torch.no_grad()
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor], *, exact: bool = False) -> str:
     """A digest of every element of named tensors, made where they lie.
 
     Floating-point elements count as rounded to bfloat16, so that weights loaded in 32 and in 16
-    bits are known as the same. Memory that tensors share is read once.
+    bits are known as the same; with `exact`, by their bits. Memory that tensors share is read once.
     """
     digest = hashlib.sha256()
     seen: dict[Any, str] = {}
@@ -133,12 +134,13 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if key not in seen:
-            seen[key] = f"{tuple(tensor.shape)} {_sums(tensor)}"
+            dtype = tensor.dtype if exact else ""
+            seen[key] = f"{dtype}{tuple(tensor.shape)} {_sums(tensor, exact=exact)}"
         digest.update(f"{name} {seen[key]}\n".encode())
     return digest.hexdigest()[:_LENGTH]
 
 
-def _sums(tensor: Tensor) -> list[int]:
+def _sums(tensor: Tensor, *, exact: bool) -> list[int]:
     """A sum of the elements of every chunk, weighted by place.
 
     In integers that wrap around, which add up to the same on every device and in every order.
@@ -151,6 +153,7 @@ def _sums(tensor: Tensor) -> list[int]:
     sums = []
     for part in flat.split(_CHUNK):
         if part.is_floating_point():
-            part = part.to(torch.bfloat16).view(torch.int16)
+            part = part if exact else part.to(torch.bfloat16)
+            part = part.view(_INTEGERS[part.element_size()])
         sums.append((part.to(torch.int64) * weight[: part.numel()]).sum())
     return torch.stack(sums).tolist() if sums else []

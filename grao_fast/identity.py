@@ -106,7 +106,7 @@ class PolicyIdentity:
                 for name, p in trainable(policy.model).items()
             },
             tokenizer=_tokenizer_digest(policy.tokenizer),
-            start=digest_weights(policy.model),
+            start=digest_tensors(_held(policy.model)),
             base=policy.base,
         )
 
@@ -117,8 +117,13 @@ def _described(policy: Policy) -> str:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Of all of a model, or of what is trained where an adapter is: what training changes."""
-    return digest_tensors(trainable(model) if is_peft_model(model) else _tensors(model))
+    """Of what checkpoints hold of a model, bit by bit."""
+    return digest_tensors(_held(model), exact=True)
+
+
+def _held(model: nn.Module) -> Mapping[str, Tensor]:
+    """All of a model, or what is trained where an adapter is."""
+    return trainable(model) if is_peft_model(model) else _tensors(model)
 
 
 def digest_frozen(model: nn.Module) -> str | None:
@@ -191,11 +196,12 @@ def check_steps(path: Path, done: int, total: int) -> None:
 
 
 def check_same_policy(
-    path: Path, state: Mapping[str, Any], policy: PolicyIdentity, *, kl: bool
+    path: Path, state: Mapping[str, Any], policy: PolicyIdentity, *, as_far: bool
 ) -> None:
     """Refuse a checkpoint of another model, adapter or tokenizer, or that trains other parameters.
 
-    kl: the model as it is given serves as what training began with.
+    as_far: the model holds the checkpoint's weights already, and need not say what its run began
+        with: the same object again, or the checkpoint's own folder given as model.
 
     Raises:
         CheckpointError: names what differs, and both sides.
@@ -208,9 +214,8 @@ def check_same_policy(
         sides = (f"of digest {side['tokenizer']}" for side in (before, now))
         raise _other(path, "the tokenizer, or its chat template,", *sides)
     # An adapter's first weights are drawn, and replaced by the checkpoint's; its base is compared
-    # by `check_base`. So are a model's, where it has come as far as the checkpoint by itself.
-    came_as_far = not kl and now["start"] == state["weights"]
-    if not now["adapters"] and before["start"] != now["start"] and not came_as_far:
+    # by `check_base`.
+    if not now["adapters"] and before["start"] != now["start"] and not as_far:
         sides = (f"{side['model']} (weights of digest {side['start']})" for side in (before, now))
         raise _other(path, "the model that training began with", *sides)
 

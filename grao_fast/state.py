@@ -119,7 +119,8 @@ def resume_policy(
         CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
     """
     beginning = policy.beginning
-    check_same_policy(path, state, given, kl=beginning is not None)
+    as_far = beginning is None and digest_weights(policy.model) == state["weights"]
+    check_same_policy(path, state, given, as_far=as_far)
     run = replace(given, start=state["policy"]["start"])
     if beginning is not None and not beginning.load(path) and given != run:
         raise CheckpointError(
@@ -164,7 +165,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
     loaded: Any = type(causal_lm).from_pretrained(
         path,
-        dtype=causal_lm.dtype,
+        dtype=torch.float32,  # which holds all others, where frozen layers are of another
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, in one line

@@ -41,7 +41,8 @@ LORA = {
     "resized and saved": {"modules_to_save": ["embed_tokens"]},
     "continued": {},
 }
-KINDS = [*LORA, "IA3", "LoHa", "VeRA", "all parameters", "layers frozen by hand"]
+BY_HAND = ("layers frozen by hand", "frozen in 16 bits")
+KINDS = [*LORA, "IA3", "LoHa", "VeRA", "all parameters", *BY_HAND]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,13 @@ def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(5)
-    if kind == "layers frozen by hand":
+    if kind in BY_HAND:
         model.requires_grad_(False)
-        model.model.layers[1].requires_grad_(True)
-    if kind in ("all parameters", "layers frozen by hand"):
+        trained = model.model.norm if kind == "frozen in 16 bits" else model.model.layers[1]
+        trained.requires_grad_(True)
+    if kind == "frozen in 16 bits":
+        model.model.embed_tokens.bfloat16().register_forward_hook(lambda *args: args[-1].float())
+    if kind in ("all parameters", *BY_HAND):
         return load_policy(model, config=config, tokenizer=tokenizer)
     peft = pytest.importorskip("peft", reason="peft is not installed")
     if kind.startswith("resized"):

@@ -176,6 +176,20 @@ def test_weights_are_known_in_16_bits_as_in_32():
     assert digest_tensors(both) == digest_tensors({k: t.clone() for k, t in both.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_last_bit_counts_where_it_is_to_be_exact(dtype: torch.dtype):
+    near = torch.ones(3, dtype=dtype)
+    near[1] += torch.finfo(dtype).eps
+    near = {"a": near}
+    one = {"a": torch.ones(3, dtype=dtype)}
+    assert digest_tensors(one, exact=True) != digest_tensors(near, exact=True)
+    assert digest_tensors(one, exact=True) == digest_tensors({"a": one["a"].clone()}, exact=True)
+    assert (digest_tensors(one) == digest_tensors(near)) == (dtype != torch.bfloat16)
+    assert digest_tensors(one) == digest_tensors({"a": torch.ones(3)})
+    of_32_bits = digest_tensors({"a": torch.ones(3)}, exact=True)
+    assert (digest_tensors(one, exact=True) == of_32_bits) == (dtype == torch.float32)
+
+
 def test_empty_and_complex_tensors_have_digests():
     assert digest_tensors({"a": torch.empty(0)}) == digest_tensors({"a": torch.empty(0)})
     assert digest_tensors({"a": torch.tensor([1j])}) != digest_tensors(
