@@ -21,10 +21,18 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 def check_no_key_twice(file: str) -> None:
     """Raise ValueError, naming both lines, where a key stands twice: YAML takes the last.
 
-    What cannot be read, or is no YAML, is left to the parser of the options to report.
+    So it does of a file that is not UTF-8. What cannot be read, or is no YAML, is left to the
+    parser of the options to report.
     """
     try:
-        root = yaml.compose(Path(file).expanduser().read_text(encoding="utf-8"))
+        text = Path(file).expanduser().read_bytes().decode()
+        root = yaml.compose(text)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"--config {file}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+            "convert the file, as with iconv -f ISO-8859-1 -t UTF-8"
+        ) from error
     except (OSError, ValueError, yaml.YAMLError):
         return
     lines: dict[str, int] = {}

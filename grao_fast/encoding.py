@@ -26,6 +26,8 @@ _REASONS = {
     "in part": "the chat template leaves out a part of %d of %d references, or opens again what "
     "the prompt has opened (example %d is the first): one turn of text follows the prompt as it "
     "is, more than that as the template has it",
+    "early end": "%d of %d references hold an end-of-sequence token before their end (example %d "
+    "is the first): a sample would have ended there",
     "altered": "the tokenizer cannot write %d of %d references as they are (example %d is the "
     "first): they are scored as their tokens read",
     "merged": "the last tokens of %d of %d prompts would be others with the reference behind them "
@@ -165,7 +167,10 @@ class Encoder:
             reference_ids[n] = ids
         self._apart["merged"] += [first + n for n in merged]
         for n in present:
-            reference_ids[n] = self._ended(reference_ids[n])[: self.max_reference_length]
+            ids = self._ended(reference_ids[n])[: self.max_reference_length]
+            if _is_one_turn(references[n]) and not self.end_ids.isdisjoint(ids[:-1]):
+                self._apart["early end"].append(first + n)
+            reference_ids[n] = ids
         said = completion_texts(self.tokenizer, prompt_ids, reference_ids, self.ending_ids)
         for n in present:
             # a reference that was cut may end within a character
@@ -244,3 +249,7 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
+
+
+def _is_one_turn(reference: str | Messages | None) -> bool:
+    return isinstance(reference, str) or (reference is not None and len(reference) == 1)

@@ -50,6 +50,7 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "typo.yaml").write_text("lerning_rate: 1e-5\n")
     (tmp_path / "torn.yaml").write_text("learning_rate: [\n")
     (tmp_path / "twice.yaml").write_text("lam: 1\npeft:\n  r: 4\nbeta: 1\npeft.r: 8\n")
+    (tmp_path / "latin.yaml").write_bytes(b"lam: 1\noutput_dir: caf\xe9\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -76,6 +77,7 @@ WRONG_OPTIONS = {
     TRAIN + "--config typo.yaml": r"unknown key 'lerning_rate' .* \(did you mean learning_rate\?\)",
     TRAIN + "--config torn.yaml": "parsing config: .* line 2",
     TRAIN + "--config twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
+    TRAIN + "--config latin.yaml": "config latin.yaml, line 2: byte 0xe9 is not UTF-8; convert",
     TRAIN + "--config=twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
     TRAIN + "--config absent.yaml": "--config: File does not exist: .*absent.yaml",
     TRAIN + "--peft.lora_alpha 8": "need --peft.r",

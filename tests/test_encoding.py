@@ -261,6 +261,16 @@ def test_references_that_the_tokenizer_alters_are_counted(caplog) -> None:
     assert "cannot write 2 of 4 references as they are (example 1 is the first)" in caplog.text
 
 
+def test_references_with_an_end_inside_are_counted(caplog) -> None:
+    tokenizer = character_tokenizer(*SPECIAL, chat_template=CHATML)
+    references = ["a", "a<|im_end|>b", [assistant("a"), user("b"), assistant("c")]]
+    rows = [{"prompt": [user("hi")], "reference": reference} for reference in references]
+    encode(rows, tokenizer, ends=("<|im_end|>",))
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "1 of 3 references hold an end-of-sequence token before their end (example 1 is the first)"
+    ]
+
+
 def test_a_template_that_refuses_is_quoted_on_one_line() -> None:
     tokenizer = character_tokenizer(*SPECIAL, chat_template=NEEDS_SYSTEM)
     good = {"prompt": [{"role": "system", "content": "s"}, user("a")], "reference": "b"}
