@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -154,6 +156,23 @@ def test_an_error_that_quotes_control_characters_shows_them() -> None:
     text = str(caught.value)
     assert text.isascii()
     assert "\\x1b]0;title\\x07 \\u202ereversed\nsecond line" in text
+
+
+@pytest.mark.parametrize(("leave", "status"), [(lambda: sys.exit(3), 3), (lambda: None, 0)])
+def test_a_child_that_a_reward_forks_ends_where_the_reward_does(
+    leave: Callable[[], Any], status: int
+) -> None:
+    """Or it would unwind the run, save, and unlock the folder, beside its parent."""
+
+    def forks(completions: list[str]) -> list[float]:
+        child = os.fork()
+        if child == 0:
+            leave()
+            return [float("nan")]
+        _, ended = os.waitpid(child, 0)
+        return [float(os.waitstatus_to_exitcode(ended))] * len(completions)
+
+    assert score(forks) == [status, status]
 
 
 def test_errors_are_short_whatever_they_quote() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,16 +32,35 @@ def running(what: str) -> Iterator[None]:
     """Code of the user's runs inside: whatever it raises comes out as a RewardError.
 
     So do SystemExit, asyncio.CancelledError and a KeyboardInterrupt of its own, which would end the
-    run in silence. A signal's does not.
+    run in silence. A signal's does not. A child that the code forks ends where the code does, or
+    there would be two of the run.
     """
+    process = os.getpid()
     try:
-        yield
+        with _ending_children(process):
+            yield
     except RewardError:
         raise
     except BaseException as error:  # any kind: it is the user's code
         if is_interrupt(error):
             raise
         raise RewardError(f"{what} raised {_in_words(error)}") from error
+
+
+@contextmanager
+def _ending_children(process: int) -> Iterator[None]:
+    status: Any = 0
+    try:
+        yield
+    except SystemExit as stop:
+        status = 0 if stop.code is None else stop.code
+        raise
+    except BaseException:
+        status = 1
+        raise
+    finally:
+        if os.getpid() != process:
+            os._exit(status if isinstance(status, int) else 1)
 
 
 def _in_words(error: BaseException) -> str:
