@@ -1,7 +1,7 @@
-"""What the functions of this package answer of autograd's questions: one gradient, in reverse.
+"""Derivatives that the functions of this package do not have are refused.
 
-A second derivative, a derivative in forward mode or a transform of torch.func would find constants,
-and go on with derivatives of 0. They are refused.
+They have one gradient, by a backward pass. To a second derivative, to forward mode and to the
+transforms of torch.func they would be constants, whose derivatives are 0.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def check_transforms(*operands: Tensor | None, vmap: bool) -> None:
     """ValueError in forward mode and under torch.func's transforms, `vmap` if it is not allowed."""
     if torch.compiler.is_compiling():
         return
+    refused = {"Grad", "Jvp"} if vmap else {"Grad", "Jvp", "Vmap"}
     layers = torch._C._functorch.get_interpreter_stack() or []
-    kinds = {layer.key().name for layer in layers} - ({"Vmap"} if vmap else set())
+    kinds = refused.intersection(layer.key().name for layer in layers)
     dual = any(each is not None and unpack_dual(each).tangent is not None for each in operands)
     if kinds or dual:
         raise ValueError(

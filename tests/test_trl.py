@@ -235,6 +235,18 @@ def test_a_batch_without_references_learns_from_samples(tiny_model: Path, tmp_pa
         assert_same(gradients, double)
 
 
+def test_rows_of_a_stream_may_lack_the_column(tiny_model: Path, tmp_path: Path):
+    rows = prompts(["live"] * 6).to_list()
+    for row in rows[1::2]:
+        del row["reference"]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = run(tiny_model, config(tmp_path), stream)
+    inputs, batch = trainer.rollouts[0]
+    lengths_B = batch["lengths_B2"][:, 1]
+    carried = [bool(row.get("reference")) and b % 2 == 0 for b, row in enumerate(inputs)]
+    assert any(carried) and (lengths_B > 0).tolist() == carried
+
+
 @pytest.mark.parametrize(("processes", "B", "G"), [(1, 6, 2), (2, 3, 2), (3, 4, 3), (2, 2, 4)])
 def test_rewards_of_references_come_in_the_order_of_groups(processes: int, B: int, G: int):
     """Of groups that begin in any process, as many or as few of which have a reference."""

@@ -54,7 +54,7 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
     if not isinstance(dataset, Dataset):
         return
     rows = enumerate(dataset.select_columns(["prompt", column]))
-    absent = sum(read_row(row, column, f"{name}, row {n}")[1] is None for n, row in rows)
+    absent = sum(read_row(row, f"{name}, row {n}")[1] is None for n, row in rows)
     if absent == len(dataset) and needs_references:
         raise ValueError(f"every row of {name} has a blank reference in `{column}`")
     if absent:

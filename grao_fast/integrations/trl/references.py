@@ -40,10 +40,9 @@ def reference_column(columns: Iterable[str]) -> str | None:
     return next((name for name in REFERENCE_COLUMNS if name in columns), None)
 
 
-def read_row(
-    row: Mapping[str, Any], column: str | None, where: str
-) -> tuple[str | Messages, str | Messages | None]:
+def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | Messages | None]:
     """Prompt and reference; None where it is absent. ValueError on what cannot be read."""
+    column = reference_column(row)
     prompt = read_prompt(row["prompt"], f"{where}, `prompt`")
     value = None if column is None else row[column]
     return prompt, read_reference(value, f"{where}, `{column}`", prompt)
@@ -54,8 +53,7 @@ def read_references(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Refe
 
     Their texts are read from their tokens as TRL reads samples: without special tokens.
     """
-    column = reference_column(rows[0]) if rows else None
-    read = [read_row(row, column, "a row") for row in rows]
+    read = [read_row(row, "a row") for row in rows]
     prompts, given = [prompt for prompt, _ in read], [reference for _, reference in read]
     token_ids = [row.reference for row in encoder.encode(prompts, given)]
     encoder.report()
