@@ -53,8 +53,12 @@ def save_pretrained(model: nn.Module, folder: Path, **options: Any) -> None:
         generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def prove_saving(policy: Policy, output_dir: Path) -> None:
+def prove_saving(policy: Policy, output_dir: Path, *, merged: bool) -> None:
     """Save all but the weights of a model, and all of an adapter, to a folder that is deleted.
+
+    Args:
+        output_dir: of the run, which holds that folder meanwhile.
+        merged: whether a sampler gets the model with its adapter merged.
 
     Raises:
         ValueError: the model or its tokenizer cannot be saved; training would be for nothing.
@@ -67,6 +71,9 @@ def prove_saving(policy: Policy, output_dir: Path) -> None:
         folder, trial = Path(name), output_dir / "a trial of a checkpoint"
         with _refused(type(model).__name__), named_when_full(folder, trial):
             save_pretrained(model, folder, **options)
+        with _refused(type(policy.causal_lm).__name__), named_when_full(folder, trial):
+            if merged and policy.causal_lm is not model:
+                save_pretrained(policy.causal_lm, folder, state_dict={})
         with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
             tokenizer.save_pretrained(folder)
 

@@ -165,7 +165,7 @@ def train(
                 check_templates(rows, tokenizer)
         set_seed(config.seed)  # of an adapter's first weights
         policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
-        prove_saving(policy, output)
+        prove_saving(policy, output, merged=config.use_vllm)
         run = _Run(
             config=config,
             identity=identity,

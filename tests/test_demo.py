@@ -80,6 +80,12 @@ def test_steps_must_be_positive(tmp_path) -> None:
         run_demo(output_dir=tmp_path, max_steps=0)
 
 
+def test_results_of_another_run_are_kept(tmp_path) -> None:
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match="already holds final"):
+        run_demo(output_dir=tmp_path, max_steps=2)
+
+
 @pytest.mark.slow
 def test_the_whole_demo_outdoes_its_references(tmp_path) -> None:
     result = run_demo(output_dir=tmp_path, seed=0)

@@ -10,9 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from test_trainer import CONFIG, ROWS, StopAt, lines, run, same_bits
+from short_runs import CONFIG, run
+from test_trainer import ROWS, StopAt, lines, same_bits
 
-from grao_fast.checkpoint import CheckpointError, choose_checkpoint
+from grao_fast.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
 from grao_fast.lock import only_run_in
 from grao_fast.plots import plot_run
 from grao_fast.results import read_baseline
@@ -138,12 +139,11 @@ def test_a_torn_checkpoint_is_passed_over(
         choose_checkpoint(stopped, stopped / "checkpoint-4")
 
 
-@pytest.mark.parametrize("name", ["a bit is flipped", "a manifest of null", "an empty folder"])
 def test_a_run_goes_on_from_the_one_before_a_torn_checkpoint(
-    tiny_model, stopped: Path, whole: Path, name: str
+    tiny_model, stopped: Path, whole: Path
 ):
     """And once more, when it is stopped before it has come as far as the torn one."""
-    DAMAGES[name](stopped / "checkpoint-4")
+    DAMAGES["a manifest of null"](stopped / "checkpoint-4")
     options = {"eval_dataset": ROWS[:3], "callbacks": [FailAt(3)]}
     with pytest.raises(RuntimeError, match="step 3"):
         run(tiny_model, stopped, **options, resume_from_checkpoint=True)
@@ -253,13 +253,17 @@ def test_what_the_user_keeps_there_is_left_alone(tiny_model, tmp_path: Path):
     assert {name for name in names if name.startswith(".")} == {".grao-fast-notes"}
 
 
-def test_a_home_folder_is_found(tiny_model, stopped: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_home_folder_is_found(stopped: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(stopped.parent))
-    result = run(
-        tiny_model, "~/run", resume_from_checkpoint="~/run/checkpoint-4", eval_dataset=ROWS[:3]
-    )
-    assert result.steps == 6
+    assert choose_checkpoint(stopped, "~/run/checkpoint-4") == stopped / "checkpoint-4"
     assert plot_run("~/run")
+
+
+def test_what_a_kill_kept_too_long_goes_at_the_resume(tiny_model, stopped: Path):
+    """One that came between the writing of a checkpoint and the deleting of an old one."""
+    config = CONFIG.replace(save_total_limit=1, max_steps=4)
+    run(tiny_model, stopped, config=config, resume_from_checkpoint=True)
+    assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-4"]
 
 
 def test_the_folder_of_a_living_run_is_refused(tiny_model, tmp_path: Path):

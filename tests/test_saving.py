@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.tracking import GeneralTracker
-from test_trainer import CONFIG, ROWS, run, same_bits, weights
+from short_runs import CONFIG, run
+from test_trainer import ROWS, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast

@@ -1,0 +1,18 @@
+"""Runs of a tiny model that take half a second, for what happens to their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import test_trainer
+from test_trainer import rarely_equal
+
+from grao_fast.trainer import TrainResult
+
+CONFIG = test_trainer.CONFIG.replace(num_generations=2, max_new_tokens=4, prompts_per_step=2)
+
+
+def run(model: Any, output: Path, **options: Any) -> TrainResult:
+    """`train` for six steps, with a checkpoint after every second one."""
+    return test_trainer.run(model, output, **({"config": CONFIG, "reward": rarely_equal} | options))
