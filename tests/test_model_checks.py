@@ -39,10 +39,10 @@ def distinct(completions, **columns) -> list[float]:
     return [float(len(set(completion[0]["content"]))) for completion in completions]
 
 
-@pytest.fixture
-def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Runs of two steps, each in a folder of its own; their last metrics."""
-    folders = (tmp_path / f"run-{i}" for i in count())
+    folders = (tmp_path_factory.mktemp("runs") / str(i) for i in count())
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def run(model: nn.Module, **options: Any) -> dict[str, float]:
@@ -50,6 +50,12 @@ def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
         return grao_fast.train(model, sums(4), tokenizer=tokenizer, **arguments).metrics
 
     return run
+
+
+@pytest.fixture(scope="module")
+def expected(train) -> dict[str, float]:
+    """Of a run of a Llama, with nothing around it."""
+    return untimed(train(family_model("Llama")))
 
 
 def untimed(metrics: dict[str, float]) -> dict[str, float]:
@@ -126,17 +132,14 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_the_state_of_torch_around_a_run_does_not_reach_it(train, around: str):
-    expected = untimed(train(family_model("Llama")))
+def test_the_state_of_torch_around_a_run_does_not_reach_it(train, expected, around: str):
     model = family_model("Llama")
     with AROUND[around]():
         metrics = untimed(train(model))
     assert metrics == expected
 
 
-def test_a_compiled_model_is_taken_out_of_its_wrapper(train):
-    expected = untimed(train(family_model("Llama")))
-
+def test_a_compiled_model_is_taken_out_of_its_wrapper(train, expected):
     def refuse(graph: Any, inputs: Any) -> Any:
         raise AssertionError("compiled")
 
@@ -257,8 +260,7 @@ def test_a_users_model_is_given_back_as_it_was(train, where: str):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_gradients_that_were_there_do_not_reach_the_first_step(train):
-    expected = untimed(train(family_model("Llama")))
+def test_gradients_that_were_there_do_not_reach_the_first_step(train, expected):
     model = family_model("Llama")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -113,7 +113,8 @@ def bears_padding(model: PreTrainedModel) -> bool:
     """
     if model.dtype != torch.float32:
         return False
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
 
     def answer(prompts: list[list[int]], pad_token_id: int = 0) -> list[Completion]:
