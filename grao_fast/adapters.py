@@ -49,7 +49,17 @@ def is_peft_model(model: Any) -> bool:
 
 
 def check_adapter_config(peft_config: Any) -> None:
-    """Refuse adapters that packed prompts cannot hold, or that cannot be loaded again."""
+    """Refuse what is no adapter of a language model, or cannot be packed, or loaded again."""
+    if isinstance(peft_config, type) or not hasattr(peft_config, "peft_type"):
+        raise ValueError(
+            "peft_config must be a configuration of peft, such as LoraConfig, got "
+            f"{type(peft_config).__name__}"
+        )
+    if peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"the adapter's task_type is {str(peft_config.task_type).removeprefix('TaskType.')}, "
+            "and must be CAUSAL_LM, of a causal language model"
+        )
     if peft_config.is_prompt_learning:
         raise ValueError(
             f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "

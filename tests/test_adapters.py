@@ -260,6 +260,22 @@ def test_a_base_taken_apart_at_random_is_refused(adapter: Path, copied: Path, ti
         load_policy(copied, config=CONFIG, trained=False)  # before its base is looked for
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(task_type="SEQ_CLS", r=2), "task_type is SEQ_CLS, and must be CAUSAL_LM"),
+        ({"r": 2}, "must be a configuration of peft, such as LoraConfig, got dict"),
+        ([peft.LoraConfig(r=2)], "such as LoraConfig, got list"),
+        (peft.LoraConfig, "such as LoraConfig, got type"),
+    ],
+)
+def test_another_adapter_than_of_a_language_model_is_refused(
+    config, message: str, tiny_model: Path
+):
+    with pytest.raises(ValueError, match=message):
+        load_policy(tiny_model, config=CONFIG, peft_config=config)
+
+
 def test_an_adapter_that_prepends_tokens_is_refused_before_its_base_is_loaded(copied: Path):
     peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2, base_model_name_or_path="nowhere"
