@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,6 +55,7 @@ class Beginning:
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.data, self._values[name] = self._values[name], parameter.data
+        torch.clear_autocast_cache()  # of a context around this, which knows parameters by address
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

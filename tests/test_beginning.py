@@ -174,6 +174,20 @@ def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, t
     assert torch.equal(start_logprobs(again), expected)
 
 
+def test_weights_that_autocast_has_cast_are_not_kept(biased: Path):
+    """It keeps what it casts until the outermost context ends, here around both passes."""
+    policy = build("all parameters", biased, CONFIG.replace(bf16=True))
+    expected = start_logprobs(policy)
+    move(policy)
+    with policy.updating(), policy.autocast():
+        batch = batch_of(policy)
+        moved = micro_batch_loss(policy, batch, CONFIG, num_prompts=1).grao.logprob_T.detach()
+        assert torch.equal(reference_logprobs(policy, batch, CONFIG), expected)
+        again = micro_batch_loss(policy, batch, CONFIG, num_prompts=1).grao.logprob_T
+    assert torch.equal(again, moved)
+    assert not torch.equal(again, expected)
+
+
 def test_a_failure_inside_leaves_the_policy_as_it_is(biased: Path):
     policy = build("plain", biased)
     move(policy)
