@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -29,8 +29,6 @@ logger = get_logger(__name__)
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-
-
 _PATIENCE = 2.0  # seconds that code may take to let go
 
 
@@ -135,7 +133,7 @@ class Interruption:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-            if hasattr(signal, "pthread_kill"):  # Windows has none
+            with suppress(RuntimeError):  # there may be no thread to be had
                 threading.Thread(target=self._insist, daemon=True).start()
         elif self._insists:
             self._insists = False
@@ -151,7 +149,7 @@ class Interruption:
         """Send the signal again while code hangs: behind a `with` that joins a thread, say."""
         main = threading.main_thread().ident
         assert main is not None and self.signum is not None
-        while True:
+        while hasattr(signal, "pthread_kill"):  # Windows has none
             time.sleep(_PATIENCE)
             if _active is not self:
                 return

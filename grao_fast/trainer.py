@@ -304,8 +304,8 @@ class _Run:
 
     def _no_way_back(self, *_: Any) -> None:
         """Before the optimiser changes weights: from here on the step can only be finished."""
+        interruption.hold()  # first: a signal in between would leave nothing to save
         self.whole = None
-        interruption.hold()
 
     @contextmanager
     def _saving(self, name: str) -> Iterator[None]:
