@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +37,17 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         if isinstance(callback, type):
             name = callback.__name__
             raise ValueError(f"callbacks holds the class {name}: pass an instance, {name}()")
-        lacking = [
-            name for name in vars(Callback) if name[0] != "_" and not hasattr(callback, name)
-        ]
-        if lacking:
-            raise ValueError(
-                f"callback {callback!r} has no {lacking[0]}: derive its class from "
-                "grao_fast.callbacks.Callback"
-            )
+        for hook in (name for name in vars(Callback) if name.startswith("on_")):
+            _check_hook(callback, hook)
+
+
+def _check_hook(callback: Callback, hook: str) -> None:
+    base = "derive its class from grao_fast.callbacks.Callback"
+    if not callable(getattr(callback, hook, None)):
+        raise ValueError(f"callback {callback!r} has no {hook}: {base}")
+    taken = list(inspect.signature(getattr(Callback, hook)).parameters)[1:]
+    try:
+        inspect.signature(getattr(callback, hook)).bind(*taken)
+    except TypeError as error:
+        takes = f"{hook}({', '.join(taken)})"
+        raise ValueError(f"callback {callback!r} cannot be called as {takes}: {base}") from error

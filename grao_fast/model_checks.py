@@ -39,12 +39,15 @@ def in_a_line(error: Exception) -> str:
 
 
 def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of a model, its first argument: `as_it_was` around it, and `plain_torch`."""
+    """A function of a model, its first argument, with `as_it_was` and `plain_torch` around it.
+
+    Where it takes a `base_model` too, that is given back likewise.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        model = args[0] if args else kwargs.get("model")
-        with as_it_was(model), plain_torch():
+        model, base = args[0] if args else kwargs.get("model"), kwargs.get("base_model")
+        with as_it_was(model), as_it_was(base), plain_torch():
             return function(*args, **kwargs)
 
     return run

@@ -208,10 +208,15 @@ def test_callbacks_that_cannot_be_called_are_refused_at_once(train):
     class Other:
         on_train_begin = on_step_end = on_save = None
 
+    class Fewer(Callback):
+        def on_step_end(self, step: int) -> None: ...  # type: ignore[override]
+
     for callbacks, message in (
         ([Mine], r"the class Mine: pass an instance, Mine\(\)"),
         (Mine(), "callbacks must be a list"),
-        ([Other()], r"has no on_evaluate: derive its class from grao_fast\.callbacks\.Callback"),
+        ([Other()], r"has no on_train_begin: derive its class from grao_fast\.callbacks\.Callback"),
+        ([Fewer()], r"cannot be called as on_step_end\(step, metrics\): derive"),
+        ([transformers.TrainerCallback()], r"cannot be called as on_train_begin\(policy, config\)"),
     ):
         with pytest.raises(ValueError, match=message):
             train(None, callbacks=callbacks)
@@ -258,6 +263,16 @@ def test_a_users_model_is_given_back_as_it_was(train, where: str):
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     assert model.config._attn_implementation == "sdpa"
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_base_model_is_given_back_as_it_was(tiny_model: Path):
+    model, base = family_model("Llama"), family_model("Llama").train()
+    base.model.layers[0].eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    options = {"config": GRAOConfig(max_new_tokens=2, device="cpu"), "tokenizer": tokenizer}
+    result = grao_fast.evaluate(model, sums(2), distinct, base_model=base, **options)
+    assert result.nag == 0
+    assert base.training and not base.model.layers[0].self_attn.training
 
 
 def test_gradients_that_were_there_do_not_reach_the_first_step(train, expected):
