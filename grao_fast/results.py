@@ -80,11 +80,12 @@ def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None
     write_file(output_dir / _BASELINE, json.dumps({"data": data, "texts": list(texts)}))
 
 
-def read_baseline(output_dir: Path, *, data: str) -> list[str] | None:
+def read_baseline(output_dir: Path, *, data: str, prompts: int) -> list[str] | None:
     """The answers that `write_baseline` kept; None, said in a line, where there are none of these.
 
     Args:
         data: digest of the prompts to be answered.
+        prompts: how many there are.
     """
     path = output_dir / _BASELINE
     try:
@@ -97,7 +98,7 @@ def read_baseline(output_dir: Path, *, data: str) -> list[str] | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         reason = f"{path} is damaged"
     else:
-        if digest == data:
+        if digest == data and len(texts) == prompts:
             return texts
         reason = "eval_dataset is not the one this run began with"
     logger.warning(

@@ -25,15 +25,15 @@ from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.config import GRAOConfig
 from grao_fast.data import Encoded, Example, check_templates, encode_examples, load_examples
-from grao_fast.evaluate import EvaluationResult, evaluate_completions
+from grao_fast.evaluate import EvaluationResult
 from grao_fast.files import clear_left_overs, write_file, write_folder
+from grao_fast.held_out import HeldOut
 from grao_fast.identity import (
     PolicyIdentity,
     RunIdentity,
     check_same_run,
     check_steps,
     digest_frozen,
-    fingerprint,
 )
 from grao_fast.inputs import (
     check_evaluation,
@@ -49,13 +49,7 @@ from grao_fast.metrics import rollout_metrics
 from grao_fast.model_checks import gives_models_back
 from grao_fast.optim import adamw, count_steps
 from grao_fast.policy import Policy, load_policy
-from grao_fast.results import (
-    TrainResult,
-    read_baseline,
-    samples,
-    write_baseline,
-    write_summary,
-)
+from grao_fast.results import TrainResult, samples, write_summary
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.saver import SaveError, Saver, one_line
 from grao_fast.saving import prove_saving, save_model
@@ -196,11 +190,9 @@ class _Run:
         output: Path,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.config, self.policy, self.reward, self.metric = config, policy, reward, metric
-        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.config, self.policy, self.reward, self.prompts = config, policy, reward, prompts
         self.output, self.callbacks = output, callbacks
         self.identity, self.policy_identity = identity, PolicyIdentity.of(policy)
-        self.eval_data = fingerprint([prompt.example for prompt in eval_prompts or ()])
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
                            config.prompts_per_step, len(prompts))  # fmt: skip
@@ -220,8 +212,11 @@ class _Run:
         self.saver = Saver(output, self._write_checkpoint, keep=config.save_total_limit)
         longest = longest_context(prompts, eval_prompts or (), config.max_new_tokens)
         hold_frequencies(policy.causal_lm, longest)
-        self.before: EvaluationResult | None = None
-        self.baseline_texts: list[str] | None = None
+        self.held_out: HeldOut | None = None
+        if eval_prompts:
+            self.held_out = HeldOut(
+                policy, eval_prompts, reward=reward, metric=metric, config=config, output_dir=output
+            )
 
     def train(self, checkpoint: Path | None) -> TrainResult:
         """The loop."""
@@ -251,12 +246,7 @@ class _Run:
             with interruption.at_once():
                 for callback in self.callbacks:
                     callback.on_train_begin(self.policy, config)
-            self.before = self._recall_baseline() if first_step else self._evaluate(0)
-            after, step = self.before, first_step
-            if step >= self.total_steps:  # the checkpoint was the run's last
-                after = self._evaluate(step, log=self._lacks_evaluation(step))
-            elif self._lacks_evaluation(step):
-                after = self._evaluate(step)
+            step, after = first_step, self._evaluate_again(first_step)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
                 step += 1
@@ -271,7 +261,7 @@ class _Run:
                         self.tracker.message(message)
                     if config.log_completions_steps and step % config.log_completions_steps == 0:
                         self.tracker.log_completions(step, samples(rollout))
-                if last or (config.eval_steps and step % config.eval_steps == 0):
+                if self.held_out and self.held_out.is_due(step, last=last):
                     after = self._evaluate(step)
                 if config.save_steps and (last or step % config.save_steps == 0):
                     self._save(step)
@@ -285,7 +275,8 @@ class _Run:
         finally:
             self.tracker.close()
             release_frequencies(self.policy.causal_lm)
-        result = TrainResult(step, metrics, self.before, after, self.output, self.policy.model)
+        before = self.held_out and self.held_out.before
+        result = TrainResult(step, metrics, before, after, self.output, self.policy.model)
         write_summary(result, config, seconds=time.perf_counter() - started)
         return result
 
@@ -332,32 +323,11 @@ class _Run:
         if where := self.saver.where():
             logger.warning("the run ended early; %s", where)
 
-    def _lacks_evaluation(self, step: int) -> bool:
-        """Whether a run that resumes after `step` was stopped before that step's evaluation."""
-        due = step == self.total_steps or (
-            self.config.eval_steps and not step % self.config.eval_steps
-        )
-        if not step or not due or self.eval_prompts is None:
-            return False
-        return not any(
-            row["step"] == step and any(name.startswith("eval/") for name in row)
-            for row in read_lines(self.output / METRICS_FILE)
-        )
-
     def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
-        """Greedy completions of the held-out prompts, compared with those from before training."""
-        if self.eval_prompts is None:
+        """Evaluate on the held-out prompts, where there are any; step 0 is before training."""
+        if self.held_out is None:
             return None
-        with interruption.at_once():
-            texts = self.policy.answer(
-                [prompt.prompt_ids for prompt in self.eval_prompts],
-                max_new_tokens=self.config.max_new_tokens,
-                seed=self.config.seed,
-            )
-        if step == 0:
-            self.baseline_texts = texts
-            write_baseline(self.output, texts, data=self.eval_data)
-        result = self._compare(texts, None if step == 0 else self.baseline_texts)
+        result = self.held_out.begin() if step == 0 else self.held_out.evaluate()
         if not log:
             return result
         write_lines(self.output / f"eval-{step}.jsonl", result.rows)
@@ -367,18 +337,14 @@ class _Run:
                 callback.on_evaluate(step, result)
         return result
 
-    def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
-        assert self.eval_prompts is not None
-        with interruption.at_once():
-            return evaluate_completions(
-                self.reward,
-                [prompt.scored for prompt in self.eval_prompts],
-                texts,
-                baseline=baseline,
-                reward_type=self.config.reward_type,
-                metric=self.metric,
-                seed=self.config.seed,
-            )
+    def _evaluate_again(self, step: int) -> EvaluationResult | None:
+        """What a run that resumes after `step` knew then; what it was stopped before, made up."""
+        if self.held_out is None or step == 0:
+            return self._evaluate(step)
+        self.held_out.recall()
+        last = step >= self.total_steps
+        lacks = self.held_out.is_due(step, last=last) and not self.held_out.was_logged(step)
+        return self._evaluate(step, log=lacks) if last or lacks else self.held_out.before
 
     def _save(self, step: int) -> None:
         with self._saving(f"checkpoint-{step}"):
@@ -422,16 +388,6 @@ class _Run:
         self.saver.resumed(checkpoint, self.whole)
         interruption.resumes_from(checkpoint)
         return state["step"]
-
-    def _recall_baseline(self) -> EvaluationResult | None:
-        """The evaluation at step 0 of the run that resumes, from the completions it kept."""
-        if self.eval_prompts is None:
-            return None
-        texts = read_baseline(self.output, data=self.eval_data)
-        if texts is None:
-            return None
-        self.baseline_texts = texts
-        return self._compare(texts, None)
 
     def _recall_metrics(self) -> tuple[Watch, dict[str, float]]:
         """What the steps before a resume have reported, to the watch; and the last of them."""

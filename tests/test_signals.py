@@ -20,6 +20,7 @@ import pytest
 import torch
 from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
 
+import grao_fast.held_out
 import grao_fast.interruption
 import grao_fast.step
 import grao_fast.trainer
@@ -93,9 +94,9 @@ MOMENTS = {
     "optimiser's step": (grao_fast.step.torch.optim.AdamW, "step", 2, 2),
     "behind the optimiser": (grao_fast.step, "update_flops", 2, 2),
     "callback": (Callback, "on_step_end", 2, 2),
-    "evaluation": (grao_fast.trainer, "evaluate_completions", 2, 2),
+    "evaluation": (grao_fast.held_out, "evaluate_completions", 2, 2),
     "save": (grao_fast.trainer, "save_checkpoint", 1, 3),
-    "last evaluation": (grao_fast.trainer, "evaluate_completions", 3, 4),
+    "last evaluation": (grao_fast.held_out, "evaluate_completions", 3, 4),
     "last save": (grao_fast.trainer, "save_model", 1, 4),
 }
 
