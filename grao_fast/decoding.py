@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from grao_fast.chat import Chat, TemplateRefusal
 
@@ -23,7 +23,7 @@ def ending_ids(
     A base model's template may end turns with a token that is no end-of-sequence token of the
     model: a completion then goes on behind it, mostly to that token.
     """
-    ends = {*eos_token_ids, tokenizer.eos_token_id}
+    ends = {*eos_token_ids, cast(int, tokenizer.eos_token_id)}
     if tokenizer.chat_template is None:
         return frozenset(ends)
     chat, turn = Chat(tokenizer, ()), {"role": "user", "content": "a"}

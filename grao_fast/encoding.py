@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from grao_fast.chat import Chat, TemplateRefusal
 from grao_fast.decoding import completion_texts, ending_ids
@@ -70,7 +70,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
-        self.end_ids = {*eos_token_ids, tokenizer.eos_token_id}
+        self.end_ids = {*eos_token_ids, cast(int, tokenizer.eos_token_id)}
         self.max_reference_length = max_reference_length
         ends = tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
         self.end_texts = tuple(end for end in ends if end)
