@@ -86,7 +86,7 @@ class GRAOConfig:
         memory_budget_mib: memory in MiB for such a pass, besides parameters, gradients and AdamW's
             moments. None: 8192 on a CPU, and on CUDA nine tenths of what is free.
         share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
-            padded rows, for models that a shared prefix cannot serve.
+            padded rows, for models that a shared prefix cannot serve: those with recurrent layers.
         attention_backend: of updates. With a shared prefix, "flex" (FlexAttention, CUDA only) or
             "sdpa" (in parts); "auto": the first on CUDA, the second elsewhere. Without one,
             "sdpa" or "flash_attention_2" (CUDA only); "auto": as the model was loaded.
