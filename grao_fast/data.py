@@ -249,7 +249,7 @@ def encode_examples(
     )
     encoder.report()
     if embedding_rows is not None:
-        _check_tokens(ids, tokenizer, embedding_rows, references=trained)
+        check_tokens(ids, tokenizer, embedding_rows, references=trained)
     encoded, dropped = [], 0
     for row, (example, (prompt_ids, reference_ids, text)) in enumerate(
         zip(examples, ids, strict=True)
@@ -273,7 +273,7 @@ def encode_examples(
     return encoded
 
 
-def _check_tokens(
+def check_tokens(
     rows: Sequence[TokenIds],
     tokenizer: PreTrainedTokenizerBase,
     embedding_rows: int,

@@ -415,6 +415,7 @@ def test_data_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path: Pat
         message = refused(rows)
         assert "train_dataset has no column `prompt`: its columns are chosen, kind" in message
         assert "map trl.extract_prompt over it" in message
+    assert refused(prompts(KINDS).select([])) == "train_dataset has no rows"
     blank = Dataset.from_list([{"prompt": "a", "reference": each} for each in (" ", None)])
     assert refused(blank) == "every row of train_dataset has a blank reference in `reference`"
     wrong = Dataset.from_list([{"prompt": "a", "reference": "b"}, {"prompt": " ", "reference": ""}])
@@ -452,6 +453,22 @@ def test_rewards_that_are_never_numbers_end_the_run(tiny_model: Path, tmp_path: 
 
     with pytest.raises(ValueError, match="lost gave None or NaN for every sample and every refer"):
         run(tiny_model, config(tmp_path), prompts(KINDS), reward_funcs=lost)
+
+
+def test_tokens_beyond_the_embedding_are_refused_by_name(tiny_model: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<new>"])
+    rows = prompts(["live"] * 6).to_list()
+    for row in rows:
+        row["reference"][0]["content"] = "a <new> one"
+    args, data = config(tmp_path), Dataset.from_list(rows)
+    trainer = GRAOTrainer(model, reward, args, data, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"'<new>', is beyond the model's embedding of 77 rows"):
+        trainer.train()
+    tokenizer.pad_token = "<new>"
+    with pytest.raises(ValueError, match=r"padding token '<new>' is beyond .* set tokenizer.pad"):
+        GRAOTrainer(model, reward, args, data, processing_class=tokenizer)
 
 
 def test_a_kl_needs_a_model_that_can_be_loaded_again(tiny_model: Path, tmp_path: Path):

@@ -53,6 +53,8 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
         return
     if not isinstance(dataset, Dataset):
         return
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows")
     rows = enumerate(dataset.select_columns(["prompt", column]))
     absent = sum(read_row(row, f"{name}, row {n}")[1] is None for n, row in rows)
     if absent == len(dataset) and needs_references:
@@ -65,9 +67,11 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
 
 
 def _columns_of(dataset: Any) -> list[str] | None:
-    """None where there is no dataset, or one that has no columns to ask for."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None and isinstance(dataset, IterableDataset):
+    """None where there is no dataset, or a stream of nothing."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return None  # which TRL refuses
+    columns = dataset.column_names
+    if columns is None:
         first = next(iter(dataset), None)
         columns = list(first) if isinstance(first, Mapping) else None
     return columns

@@ -48,6 +48,17 @@ def answer_objectives(causal_lm: PreTrainedModel) -> None:
     causal_lm.forward = MethodType(forward, causal_lm)
 
 
+def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model has an embedding of; ValueError if padding is none of them."""
+    rows = len(causal_lm_of(model).get_input_embeddings().weight)
+    if tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"the padding token {tokenizer.pad_token!r} is beyond the model's embedding of {rows} "
+            "rows: set tokenizer.pad_token=tokenizer.eos_token"
+        )
+    return rows
+
+
 def logit_transform_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

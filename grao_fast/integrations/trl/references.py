@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grao_fast.data import REFERENCE_COLUMNS
+from grao_fast.data import REFERENCE_COLUMNS, check_tokens
 from grao_fast.encoding import Encoder
 from grao_fast.fields import Messages, read_prompt, read_reference
 
@@ -48,15 +48,20 @@ def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | 
     return prompt, read_reference(value, f"{where}, `{column}`", prompt)
 
 
-def read_references(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> References:
+def read_references(
+    rows: Sequence[Mapping[str, Any]], encoder: Encoder, embedding_rows: int
+) -> References:
     """References of rows with `prompt`, each with an end-of-sequence token.
 
-    Their texts are read from their tokens as TRL reads samples: without special tokens.
+    Their texts are read from their tokens as TRL reads samples: without special tokens. ValueError
+    where the model has no embedding of a token, of the prompt or the reference.
     """
     read = [read_row(row, "a row") for row in rows]
     prompts, given = [prompt for prompt, _ in read], [reference for _, reference in read]
-    token_ids = [row.reference for row in encoder.encode(prompts, given)]
+    encoded = encoder.encode(prompts, given)
     encoder.report()
+    check_tokens(encoded, encoder.tokenizer, embedding_rows, references=True)
+    token_ids = [row.reference for row in encoded]
     said = encoder.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -22,12 +22,14 @@ from grao_fast.encoding import Encoder
 from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
     answer_objectives,
+    embedding_rows_of,
     logit_transform_of,
     loss_of,
     scores_of,
 )
 from grao_fast.integrations.trl.options import check_kl_policy, check_options
 from grao_fast.integrations.trl.references import (
+    References,
     carriers,
     in_order,
     most_carriers,
@@ -118,6 +120,7 @@ class GRAOTrainer(GRPOTrainer):
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, and GRAOTrainer has no "
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
             )
+        self._embedding_rows = embedding_rows_of(self.model, self._tokenizer)
         self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
         self._has_scored = False
@@ -156,12 +159,14 @@ class GRAOTrainer(GRPOTrainer):
         return self._sample_rewards_SF
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        G, B, process = self._group_size, len(inputs), self.accelerator.process_index
+        rows = [inputs[b] for b in carriers(process, B, G)]
+        references = read_references(rows, self._encoder, self._embedding_rows)
         output = super()._generate_and_score_completions(inputs)
         if "tool_mask" in output:
             raise ValueError("rollout_func gave an env_mask, which GRAOTrainer does not know: "
                              "leave it out")  # fmt: skip
-        G, B, process = self._group_size, len(inputs), self.accelerator.process_index
-        reference_ids, reference_rewards_N = self._score_references(inputs, G)
+        reference_rewards_N = self._score_references(rows, references, B, G)
         samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
         rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
         check_finite_rewards("rewards", rewards_NK)
@@ -176,7 +181,7 @@ class GRAOTrainer(GRPOTrainer):
         )
         self._log_rollout(rewards_NK, advantages_NK)
 
-        terms_B23, ids_B = ride(terms_3NK, reference_ids, process, B)
+        terms_B23, ids_B = ride(terms_3NK, references.token_ids, process, B)
         lengths_B = torch.tensor([len(ids) for ids in ids_B])
         lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
         reference_ids_BC = pad(
@@ -194,12 +199,10 @@ class GRAOTrainer(GRPOTrainer):
         return output
 
     def _score_references(
-        self, inputs: list[dict[str, Any]], G: int
-    ) -> tuple[list[list[int]], Tensor]:
-        """Token ids of the references that this process has, and rewards_N of all processes'."""
-        B, processes = len(inputs), self.accelerator.num_processes
-        rows = [inputs[b] for b in carriers(self.accelerator.process_index, B, G)]
-        references = read_references(rows, self._encoder)
+        self, rows: list[dict[str, Any]], references: References, B: int, G: int
+    ) -> Tensor:
+        """rewards_N of the references of all processes, of which this one has those of `rows`."""
+        processes = self.accelerator.num_processes
         present_C = torch.zeros(most_carriers(B, G), dtype=torch.bool)
         present_C[: len(rows)] = torch.tensor(references.present, dtype=torch.bool)
         present_PC = self.accelerator.gather(present_C.to(self.accelerator.device)).cpu()
@@ -212,7 +215,7 @@ class GRAOTrainer(GRPOTrainer):
             # What a reward has to say to the table of completions and to the metrics is of samples.
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
-        return references.token_ids, in_order(present_PC, rewards_PR, B, G)
+        return in_order(present_PC, rewards_PR, B, G)
 
     def _total(self, rewards_SF: Tensor) -> Tensor:
         """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""
