@@ -7,10 +7,7 @@ import datetime
 import decimal
 import enum
 import fractions
-import os
 import pathlib
-import subprocess
-import sys
 import uuid
 from collections import OrderedDict, UserDict, deque
 
@@ -128,21 +125,10 @@ def test_what_holds_itself_has_a_digest():
     assert digest_rows([ring]) == digest_rows([other])
 
 
-def test_a_digest_is_the_same_in_another_process():
-    """Where hashes of texts, the order of sets and addresses are others."""
-    rows = (
-        "[{'s': set('abcdefghij'), 'f': frozenset(map(str, range(9))), 'o': object(), 'c': int,"
-        " 'd': {'b': 1, 'a': float('nan')}}]"
-    )
-    program = f"from grao_fast.digests import digest_rows; print(digest_rows({rows}))"
-    there = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONHASHSEED": "77"},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    assert there.stdout.strip() == digest_rows(eval(rows))
+def test_a_digest_is_the_same_in_every_process():
+    """Where hashes of texts, and so the order of sets, and addresses are others."""
+    row = {"s": set("abcdefghij"), "f": frozenset(map(str, range(9))), "o": object(), "c": int}
+    assert digest_rows([row, {"b": 1, "a": NAN}]) == "4a25a61cf5c5de01"
 
 
 @pytest.mark.parametrize(
