@@ -20,3 +20,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks that every model passes at the start, which take most of a short test's time."""
+    monkeypatch.setattr("grao_fast.policy.check_parity", lambda *args, **options: None)
+    monkeypatch.setattr("grao_fast.policy.check_sampler", lambda *args, **options: None)

@@ -18,6 +18,8 @@ from grao_fast.policy import Policy, load_policy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = GRAOConfig(
     num_generations=2,
     prompts_per_step=2,

@@ -19,6 +19,8 @@ from grao_fast.policy import Policy, load_policy
 from grao_fast.state import resume_policy, save_checkpoint
 from grao_fast.step import micro_batch_loss, reference_logprobs
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = GRAOConfig(kl_coef=0.1, device="cpu", gradient_checkpointing=False)
 # Of bias="all" the biases, of "modules_to_save" the copies, of DoRA the magnitudes are trained too;
 # PiSSA and OLoRA take what the adapter begins with out of the base model.
@@ -57,13 +59,6 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data.normal_(0, 0.1)
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch) -> None:
-    """The checks of every model at the start, which take most of the time, have their own tests."""
-    monkeypatch.setattr("grao_fast.policy.check_parity", lambda *args, **options: None)
-    monkeypatch.setattr("grao_fast.policy.check_sampler", lambda *args, **options: None)
 
 
 def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:

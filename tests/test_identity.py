@@ -22,6 +22,8 @@ from grao_fast.files import write_folder
 from grao_fast.policy import load_policy
 from grao_fast.state import load_weights
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 SHORT = CONFIG.replace(max_steps=2, save_steps=1, num_generations=2, max_new_tokens=4)
 LONGER = SHORT.replace(max_steps=3)
 
