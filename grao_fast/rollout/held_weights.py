@@ -48,7 +48,7 @@ _FLOOR_NATS = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
 _TIMES = 10.0  # what one measurement of rounding may be above another
 _TIMES_LATER = 30.0  # the same, of a policy that has been trained meanwhile
 _SHARE = 0.5  # of what a part would do if it had been left out
-_LOUD = 6.0  # deviations above what remains unexplained
+_DEVIATIONS = 6.0  # by which such a share must be sure
 _ULP = 2.0**-23
 
 
@@ -205,9 +205,11 @@ def _logprobs(
 
 
 def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) -> list[str]:
-    """The parts whose absence explains `off_n`.
+    """The parts whose absence explains `off_n`, by least squares.
 
     What each would do if it had been left out is a vector over tokens; `off_n` is fitted by them.
+    In bfloat16 a layer of SmolLM2-135M that was left out has a share of 0.95 to 1.01 in it, the
+    head of 1.00, and none that arrived more than 0.04.
     """
     ours_n = _logprobs(policy, ids, autocast=False)
     names, effects = [], []
@@ -220,9 +222,11 @@ def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) 
         return []
     share_B = torch.linalg.lstsq(effect_nB, off_n[:, None], driver="gelsd").solution[:, 0]
     left_n = off_n - effect_nB @ share_B
-    # a part that does less than what remains unexplained cannot be told from it
-    loud_B = effect_nB.square().sum(0).sqrt() > _LOUD * left_n.square().mean().sqrt()
-    return [names[i] for i in torch.nonzero((share_B > _SHARE) & loud_B).flatten().tolist()]
+    n, B = effect_nB.shape
+    variance = left_n.square().sum() / max(n - B, 1)
+    covariance_BB = variance * torch.linalg.pinv(effect_nB.T @ effect_nB, hermitian=True)
+    sure_B = share_B > _DEVIATIONS * covariance_BB.diagonal().sqrt()
+    return [names[i] for i in torch.nonzero((share_B > _SHARE) & sure_B).flatten().tolist()]
 
 
 @contextmanager
