@@ -121,6 +121,16 @@ def test_a_server_that_keeps_old_weights_later_ends_the_run(
     assert [row["step"] for row in lines(tmp_path)] == [1]
 
 
+def test_a_proof_that_failed_is_made_again(fake: FakeVLLM, url: str, tiny_model):
+    policy = policy_of(url, tiny_model)
+    fake.keeps = STALE["a layer"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"kept its own layer 1"):
+            policy.sampler.sync(policy)
+    fake.keeps = lambda name: False
+    policy.sampler.sync(policy)
+
+
 def test_the_policy_is_what_it_was_after_the_proof(url: str, tiny_model):
     policy = load_policy(tiny_model, config=config(url))
     before = {name: p.clone() for name, p in policy.model.state_dict().items()}

@@ -66,6 +66,11 @@ class HeldWeights:
         self._tokens = max(2, min(_TOKENS, context_length - 1)) if context_length else _TOKENS
         self._shown = math.nan
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether `first` has proved it."""
+        return not math.isnan(self._shown)
+
     def first(
         self,
         policy: Policy,
@@ -121,7 +126,7 @@ class HeldWeights:
         off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
         # what a relative change of the embeddings by one rounding does
         magnified = max(_rms(_logprobs(policy, ids, noise=_ULP) - ours_n), _ULP)
-        if {self._dtype, policy.autocast_dtype or policy.causal_lm.dtype} == {torch.float32}:
+        if self._dtypes(policy) == {torch.float32}:
             return _Comparison(off_n, magnified, bound=_FLOAT32_NATS, stale=[])
         # Here rounding hides what one layer does to a token, but not what it does to all of them.
         rounding = _rms(ours_n - _logprobs(policy, ids, autocast=False))
@@ -151,8 +156,13 @@ class HeldWeights:
 
     def _floor(self, policy: Policy) -> float:
         """What rounding may do at the least, in either's dtype."""
+        return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in self._dtypes(policy))
+
+    def _dtypes(self, policy: Policy) -> set[torch.dtype]:
+        """In which the two compute; TF32 rounds as float16 does."""
         ours = policy.autocast_dtype or policy.causal_lm.dtype
-        return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in (self._dtype, ours))
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return {self._dtype, torch.float16 if tf32 and ours == torch.float32 else ours}
 
     def _ids(self, policy: Policy) -> list[int]:
         return policy.tokenizer(_TEXT, add_special_tokens=False)["input_ids"][: self._tokens]

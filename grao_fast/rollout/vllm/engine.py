@@ -74,6 +74,7 @@ class VLLMColocatedSampler:
                 name="vLLM's engine",
                 context_length=policy.context_length,
             )
+        if not self._held.is_proved:
             self._held.first(policy, self._hand_over, self._score)
             return
         self._hand_over(policy)

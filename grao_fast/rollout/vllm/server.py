@@ -68,7 +68,7 @@ class VLLMServerSampler:
         self._folder = WeightFolder(sync_dir)
         self._hand_over: HandOver | None = None  # chosen at the first `sync`
         self._held = HeldWeights(
-            dtype=getattr(torch, str(config["dtype"]).removeprefix("torch.")),
+            dtype=getattr(torch, str(config["dtype"]).removeprefix("torch."), torch.bfloat16),
             name=f"the vLLM server at {self.base_url}",
             context_length=self.context_length,
         )
@@ -97,9 +97,10 @@ class VLLMServerSampler:
         Raises ValueError where it has others, ConnectionError where they do not reach it.
         """
         if self._hand_over is None:
-            way = choose_hand_over(policy, self.client, self._folder, model=self.model)
-            self._hand_over = way
-            self._held.first(policy, self._give, self._score, change=way.change(policy))
+            self._hand_over = choose_hand_over(policy, self.client, self._folder, model=self.model)
+        if not self._held.is_proved:
+            change = self._hand_over.change(policy)
+            self._held.first(policy, self._give, self._score, change=change)
             return
         self._give(policy)
         self._held.again(policy, self._score)
