@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -47,10 +48,22 @@ def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model, base = args[0] if args else kwargs.get("model"), kwargs.get("base_model")
+        _check_given("model", model)
+        if base is not None:
+            _check_given("base_model", base)
         with as_it_was(model), as_it_was(base), plain_torch():
             return function(*args, **kwargs)
 
     return run
+
+
+def _check_given(name: str, model: object) -> None:
+    if not isinstance(model, (str, Path, nn.Module)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(
+            f"{name} must be a folder, a hub id or a causal language model of Transformers, got "
+            f"{what}"
+        )
 
 
 @contextmanager
@@ -97,6 +110,10 @@ def plain_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{compiled[0]} of {name} is compiled, and weights saved from within torch.compile's "
             "wrapper have other names: pass the model before its layers are compiled"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"parameters of {name} have no values (device meta): load it with from_pretrained"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(

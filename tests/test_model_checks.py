@@ -192,6 +192,25 @@ def test_what_is_no_causal_language_model_is_refused(train, case: str):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["model", "base_model"])
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [(3, "int"), ({}, "dict"), (transformers.LlamaForCausalLM, "the class LlamaForCausalLM")],
+    ids=str,
+)
+def test_what_is_neither_a_name_nor_a_model_is_refused(name: str, given: Any, what: str):
+    models = {"model": "not read yet", "base_model": None, name: given}
+    with pytest.raises(ValueError, match=f"^{name} must be a folder, .*, got {what}$"):
+        grao_fast.evaluate(dataset=sums(2), reward=distinct, **models)
+
+
+def test_a_model_without_values_is_refused(train):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(family_model("Llama").config)
+    with pytest.raises(ValueError, match=r"parameters of LlamaForCausalLM have no values \(device"):
+        train(model)
+
+
 def test_parameters_made_in_inference_mode_are_refused(train):
     with torch.inference_mode():
         model = family_model("Llama")
@@ -219,7 +238,7 @@ def test_callbacks_that_cannot_be_called_are_refused_at_once(train):
         ([transformers.TrainerCallback()], r"cannot be called as on_train_begin\(policy, config\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(None, callbacks=callbacks)
+            train("not read yet", callbacks=callbacks)
 
 
 @pytest.mark.parametrize("ids", [(4, 2), torch.tensor([4, 2]), [4, 2], 4, None], ids=str)
