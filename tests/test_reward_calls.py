@@ -138,6 +138,26 @@ def test_whatever_a_reward_raises_is_its_error(
         score(kind(error), timeout=timeout)
 
 
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_reward_that_stops_its_event_loop_is_an_error(timeout: float | None) -> None:
+    async def stops(completions: list[str]) -> list[float]:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(60)
+        return []
+
+    async def cancels(completions: list[str]) -> list[float]:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(60)
+        return []
+
+    with pytest.raises(RewardError, match="reward stops did not end, as an async reward stopped"):
+        score(stops, timeout=timeout)
+    with pytest.raises(RewardError, match="reward cancels raised CancelledError"):
+        score(cancels, timeout=timeout)
+
+
 def test_the_first_of_several_that_fail_is_named() -> None:
     def slow(completions: list[str]) -> list[float]:
         time.sleep(0.05)

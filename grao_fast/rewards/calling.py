@@ -15,7 +15,7 @@ import torch
 
 from grao_fast.interruption import check
 from grao_fast.rewards.copies import own_copy
-from grao_fast.rewards.event_loop import AsyncCalls
+from grao_fast.rewards.event_loop import AsyncCalls, LoopStoppedError
 from grao_fast.rewards.finding import (
     RewardError,
     RewardFunction,
@@ -146,7 +146,7 @@ class Caller:
             in_thread(_as_here(loop.run))
         else:
             loop.run()
-        return loop.outcomes[i].result()
+        return self._wait(i, loop.outcomes[i], time.monotonic())
 
     def _async_calls(self, offered: Mapping[str, Any]) -> AsyncCalls:
         return AsyncCalls({i: partial(self._call_async, i, offered) for i in self._async})
@@ -163,6 +163,11 @@ class Caller:
         left = None if self.timeout is None else max(0.0, self.timeout - time.monotonic() + started)
         try:
             return outcome.result(left)
+        except LoopStoppedError as error:
+            raise RewardError(
+                f"reward {self.names[i]} did not end, as an async reward stopped the event loop: "
+                f"{error}"
+            ) from error
         except futures.TimeoutError:
             raise RewardError(
                 f"reward {self.names[i]} took longer than reward_timeout={self.timeout:g} seconds: "

@@ -13,6 +13,10 @@ _THREADS = 32  # of asyncio.to_thread: as many as Python allows at the most
 _GOODBYE = 1.0  # seconds that what is cancelled gets to close its connections
 
 
+class LoopStoppedError(RuntimeError):
+    """A function stopped the loop that it ran in, before all had ended."""
+
+
 class AsyncCalls:
     """Calls of async functions, by number, and their outcomes.
 
@@ -33,17 +37,24 @@ class AsyncCalls:
         tasks = [loop.create_task(self._settle(i)) for i in self._calls]
         try:
             loop.run_until_complete(asyncio.wait(tasks))
+        except RuntimeError as error:  # asyncio's own word for it
+            for outcome in self.outcomes.values():
+                if not outcome.done():
+                    outcome.set_exception(LoopStoppedError(str(error)))
         finally:
             _leave(loop)
             threads.shutdown()
 
     async def _settle(self, i: int) -> None:
+        outcome = self.outcomes[i]
         try:
             result = await self._calls[i]()
         except Exception as error:  # of any kind: whoever waits for the outcome raises it
-            self.outcomes[i].set_exception(error)
+            if not outcome.done():  # else the loop was stopped meanwhile
+                outcome.set_exception(error)
         else:
-            self.outcomes[i].set_result(result)
+            if not outcome.done():
+                outcome.set_result(result)
 
     def abandon(self) -> None:
         """Cancel what still runs, from another thread; does not wait for it."""
