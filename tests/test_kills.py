@@ -209,3 +209,20 @@ def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Pa
 def ended(child: int) -> bool:
     """Whether a child has ended; it can still be waited for."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_at_once_one_goes_to_its_end(tiny_model, whole: Path, tmp_path: Path):
+    for number in range(10):
+        output, start = tmp_path / str(number), time.monotonic() + 0.1
+
+        def go(output: Path = output, start: float = start) -> None:
+            while time.monotonic() < start:
+                pass
+            try:
+                run(tiny_model, output, **OPTIONS)
+            except ValueError as refusal:
+                os._exit(3 if "is in use by process" in str(refusal) else 4)
+
+        assert sorted(map(exit_status, [fork(go), fork(go)])) == [0, 3]
+        assert_same(output, whole)
