@@ -271,7 +271,7 @@ def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> N
 
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if names[1:] else ""
-    return f"also {names[0]}{more}" if names else "the rest alone"
+    return f"with {names[0]}{more}" if names else "without"
 
 
 def _other(path: Path, what: str, before: str, now: str) -> CheckpointError:

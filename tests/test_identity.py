@@ -113,12 +113,12 @@ def test_another_size_or_vocabulary(tiny_model: Path, whole: Path, adapted: Path
         # of equal sizes: only the names of what is trained tell them apart
         (
             {"target_modules": ["up_proj", "q_proj"]},
-            r"was also .*gate_proj\S+ and 3 more, and is also .*up_proj\S+ and 3 more here",
+            r"was with .*gate_proj\S+ and 3 more, and is with .*up_proj\S+ and 3 more here",
         ),
-        ({"modules_to_save": ["norm"]}, r"was the rest alone, and is also \S+norm\S+ and 4 more"),
+        ({"modules_to_save": ["norm"]}, r"was without, and is with \S+norm\S+ and 4 more"),
         (
             {"layers_to_transform": [0]},
-            r"was also \S+\.1\.\S+ and 3 more, and is the rest alone",
+            r"was with \S+\.1\.\S+ and 3 more, and is without",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_an_adapter_where_there_was_none_and_none_where_there_was(
 def test_other_frozen_layers(tiny_model: Path, whole: Path):
     model = loaded(tiny_model)
     model["model"].model.layers[0].requires_grad_(False)
-    refused(r"was also \S*layers\.0\.\S+ and 8 more, and is the rest alone", whole, model)
+    refused(r"was with \S*layers\.0\.\S+ and 8 more, and is without", whole, model)
 
 
 def test_the_same_weights_computed_otherwise(tiny_model: Path, whole: Path, tmp_path: Path):
