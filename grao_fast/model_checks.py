@@ -1,4 +1,4 @@
-"""What a model must be before anything is computed with it."""
+"""What a model must be before anything is computed with it, and as what it is given back."""
 
 from __future__ import annotations
 

@@ -19,14 +19,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from grao_fast.visible import get_logger
+
 if TYPE_CHECKING:
     from grao_fast.data import Encoded
-
-from grao_fast.visible import get_logger
 
 logger = get_logger(__name__)
 
 _FOLLOWING = ("longrope", "dynamic")  # in the names of rope types
+# What undoes the holding of each model.
+_held: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
@@ -61,9 +63,6 @@ def release_frequencies(model: nn.Module) -> None:
     """Let them follow each batch again, from where they were."""
     if model in _held:
         _held.pop(model).close()
-
-
-_held: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 def _rope_types(module: nn.Module) -> list[str]:
