@@ -188,6 +188,10 @@ class GRAOConfig:
         for tracker in self.report_to:
             if not isinstance(getattr(tracker, "name", tracker), str):
                 raise ValueError(f"report_to takes trackers of accelerate, got {tracker!r}")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.vllm_server_api_key_env or "_"):
+            raise ValueError(  # without the value, which may be the key
+                "vllm_server_api_key_env takes the name of an environment variable, not the key"
+            )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
         for name in ("adam_beta1", "adam_beta2"):

@@ -191,6 +191,9 @@ def test_an_api_key_comes_from_the_environment_and_is_kept_nowhere(
     options = config(url, vllm_server_api_key_env="TINY_KEY", save_steps=1, max_steps=1)
     with pytest.raises(ValueError, match="environment variable 'TINY_KEY', which is not set"):
         run(tiny_model, tmp_path / "unset", config=options)
+    with pytest.raises(ValueError, match="takes the name of an environment variable") as error:
+        config(url, vllm_server_api_key_env=fake.api_key)
+    assert fake.api_key not in str(error.value)
     monkeypatch.setenv("TINY_KEY", fake.api_key)
     with caplog.at_level("DEBUG"):
         run(tiny_model, tmp_path / "with", config=options)
