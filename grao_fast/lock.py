@@ -3,15 +3,16 @@
 The operating system's lock (flock) on a file is the truth: it ends with its process, however that
 dies, whichever container the process is in, and another process of the same number does not hold
 it. The file names the process and its machine, for the message, and for filesystems whose locks do
-not reach from one machine to another.
+not reach from one machine to another. A holder that cannot be seen from here is dead when its
+heartbeat in the file has stopped: it is taken over from, without anyone's help, and out loud.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from grao_fast import heartbeat
 from grao_fast.visible import get_logger
 
 logger = get_logger(__name__)
@@ -44,28 +46,40 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
+def only_run_in(folder: Path, *, watch: bool = True) -> Iterator[None]:
     """Hold a folder's lock.
 
+    Args:
+        folder: an existing one.
+        watch: look, for up to a minute, whether a holder that cannot be seen from here, as on
+            another machine, shows that it lives. False: it is taken to live.
+
     Raises:
-        ValueError: another run holds it, or one on another machine took it and may still live.
+        ValueError: another run holds it.
         OSError: the lock cannot be written.
     """
-    path = folder / LOCK_FILE
-    descriptor = _take(path)
+    path = folder.absolute() / LOCK_FILE  # the run may change its working directory
+    descriptor, mine = _take(path, watch)
     _held.add(descriptor)
+    released = threading.Lock()
+    released.acquire()
     try:
+        heart = threading.Thread(target=heartbeat.beat, args=(path, mine, released), daemon=True)
+        heart.start()
         yield
     finally:
-        if descriptor in _held:  # else this is a child that was forked meanwhile
+        if mine["pid"] == os.getpid():  # else this is a child that was forked meanwhile
+            # The thread is not waited for: Python's exit and its garbage collector come here too.
+            released.release()
             # Deleted while it is held: afterwards it may be another's.
-            path.unlink(missing_ok=True)
+            if heartbeat.holder_at(path) == mine:
+                path.unlink(missing_ok=True)
             _held.remove(descriptor)
             os.close(descriptor)
 
 
-def _take(path: Path) -> int:
-    """A descriptor of the locked file, into which this process is written."""
+def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
+    """A descriptor of the locked file, and what has been written into it of this process."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -74,18 +88,34 @@ def _take(path: Path) -> int:
                 os.close(descriptor)  # its last holder has deleted it: others would lock a new one
                 continue
             holder = _read(descriptor)
-            if holder and _may_live(holder, flock_works=works):
-                raise ValueError(_in_use(path, holder))
+            lives = _lives(holder, flock_works=works) if holder else False
+            unseen = lives is None
+            if unseen and watch:
+                lives = heartbeat.beats(path, holder)
+                if not _is_still_at(descriptor, path):
+                    os.close(descriptor)  # let go meanwhile
+                    continue
+            if lives is not False:
+                raise ValueError(
+                    _in_use(path, heartbeat.holder_at(path) or holder, seen=bool(lives))
+                )
             if holder:
                 logger.warning(
-                    "%s: taken over from process %s on %s, which is gone",
+                    "%s: taken over from process %s on %s, which is %s",
                     path, holder.get("pid"), holder.get("host"),
+                    f"dead: no sign of life for {heartbeat.SILENCE:g} s" if unseen else "gone",
                 )  # fmt: skip
-            _write(descriptor, path)
+            mine = _me()
+            _write(descriptor, path, mine)
+            if unseen:
+                # a third machine, that has watched as long, may have written at the same moment
+                time.sleep(heartbeat.LOOK)
+                if (other := heartbeat.holder_at(path)) != mine:
+                    raise ValueError(_in_use(path, other, seen=True))
         except BaseException:
             os.close(descriptor)
             raise
-        return descriptor
+        return descriptor, mine
 
 
 def _lock(descriptor: int, path: Path) -> bool:
@@ -98,7 +128,7 @@ def _lock(descriptor: int, path: Path) -> bool:
         deadline = time.monotonic() + _PATIENCE
         while not (holder := _read(descriptor)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        raise ValueError(_in_use(path, holder)) from None
+        raise ValueError(_in_use(path, holder, seen=False)) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -115,18 +145,13 @@ def _is_still_at(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """Who has written the file; empty where nobody has to the end."""
-    with suppress(ValueError):
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        if isinstance(holder, dict):
-            return holder
-    return {}
+    return heartbeat.holder_in(os.pread(descriptor, 4096, 0))
 
 
-def _write(descriptor: int, path: Path) -> None:
+def _write(descriptor: int, path: Path, mine: dict[str, Any]) -> None:
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        length = os.pwrite(descriptor, heartbeat.content(mine, 0), 0)
+        os.ftruncate(descriptor, length)
         os.fsync(descriptor)
     except OSError as error:
         raise OSError(f"cannot write {str(path)!r}: {error.strerror}") from error
@@ -143,18 +168,22 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _may_live(holder: dict[str, Any], *, flock_works: bool) -> bool:
-    """Whether the process that wrote a lock file may still run, when its lock is not held."""
+def _lives(holder: dict[str, Any], *, flock_works: bool) -> bool | None:
+    """Whether the process that wrote a lock file still runs, when its lock is not held.
+
+    None where that cannot be seen from here: on another machine, as far as can be known, or, where
+    there are no locks, in another container.
+    """
     me = _me()
     same_host, same_boot = (me[key] == holder.get(key) for key in ("host", "boot"))
     if not same_host and (not same_boot or me["boot"] is None):
-        return True  # on another machine, as far as can be known
+        return None
     if not same_boot:
         return False  # on this machine, which has started anew since
     if flock_works:
         return False
     if me["pid_namespace"] != holder.get("pid_namespace"):
-        return True
+        return None
     return _start_of(holder.get("pid")) == holder.get("started") is not None
 
 
@@ -179,7 +208,8 @@ def _start_of(pid: Any) -> str | None:
     return None
 
 
-def _in_use(path: Path, holder: dict[str, Any]) -> str:
+def _in_use(path: Path, holder: dict[str, Any], *, seen: bool) -> str:
+    """The refusal; `seen`: the holder has just shown that it lives."""
     if not holder:
         return f"output_dir {str(path.parent)!r} is in use by another run: choose another"
     host = socket.gethostname()
@@ -187,6 +217,6 @@ def _in_use(path: Path, holder: dict[str, Any]) -> str:
     if (holder.get("host"), holder.get("pid")) == (host, os.getpid()):
         who = f"another run of this process ({os.getpid()})"
     remedy = "wait for it, stop it, or choose another"
-    if holder.get("boot") != _boot():
+    if not seen and holder.get("boot") != _boot():
         remedy = f"if that run is dead, which {host} cannot see, delete {str(path)!r}"
     return f"output_dir {str(path.parent)!r} is in use by {who}: {remedy}"

@@ -9,14 +9,20 @@ import logging
 import os
 import select
 import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grao_fast.lock import LOCK_FILE, _me, only_run_in
+from grao_fast import heartbeat, lock
+from grao_fast.interruption import Interruption, at_once
+from grao_fast.lock import LOCK_FILE, _me, _write, only_run_in
 
 REFUSED = 3
 
@@ -153,12 +159,38 @@ def written(folder: Path, **changes: Any) -> None:
     (folder / LOCK_FILE).write_text(json.dumps(_me() | changes))
 
 
-def test_a_holder_on_another_machine_may_live(tmp_path: Path):
-    written(tmp_path, host="elsewhere", boot="another", pid=7)
-    match = rf"process 7 on elsewhere, .* delete '.*{LOCK_FILE}'"
-    with pytest.raises(ValueError, match=match):
-        only_run_in(tmp_path).__enter__()
-    written(tmp_path, boot="another")  # this machine, before it started anew
+ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 7}
+OTHER_CONTAINER = {"pid_namespace": "pid:[1]", "started": "1"}  # where that number is another's
+
+
+def no_flock(*_: Any) -> None:
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats, and the wait for one, in hundredths of seconds."""
+    for name, seconds in {"BEAT": 0.02, "SILENCE": 0.2, "LOOK": 0.01}.items():
+        monkeypatch.setattr(heartbeat, name, seconds)
+
+
+@contextmanager
+def beating(folder: Path, **changes: Any) -> Iterator[None]:
+    """A holder that lives elsewhere, whose flock does not reach here."""
+    written(folder, **changes)
+    holder, released = _me() | changes, threading.Lock()
+    released.acquire()
+    thread = threading.Thread(target=heartbeat.beat, args=(folder / LOCK_FILE, holder, released))
+    thread.start()
+    try:
+        yield
+    finally:
+        released.release()
+        thread.join()
+
+
+def test_this_machine_before_it_started_anew_gives_way(tmp_path: Path):
+    written(tmp_path, boot="another")
     with only_run_in(tmp_path):
         pass
     written(tmp_path, host="another-container")  # of this machine, where the lock is the truth
@@ -166,13 +198,182 @@ def test_a_holder_on_another_machine_may_live(tmp_path: Path):
         pass
 
 
-def test_without_locks_the_process_is_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("flock", [fcntl.flock, no_flock])
+def test_a_dead_holder_on_another_machine_gives_way(
+    tmp_path: Path, quick, flock, monkeypatch, caplog: pytest.LogCaptureFixture
 ):
-    def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    written(tmp_path, **ELSEWHERE)  # without a beat, as a version that had none wrote it
+    with only_run_in(tmp_path):
+        assert "whether process 7 on elsewhere lives: waiting up to 0.2 s" in caplog.text
+        assert "taken over from process 7 on elsewhere, which is dead" in caplog.text
+    with beating(tmp_path, **ELSEWHERE):
+        time.sleep(0.05)
+    with only_run_in(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+
+@pytest.mark.parametrize("flock", [fcntl.flock, no_flock])
+def test_a_living_holder_on_another_machine_is_named(
+    tmp_path: Path, quick, flock, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(heartbeat, "SILENCE", 30.0)  # a loaded machine is slow, not dead
+    with beating(tmp_path, **ELSEWHERE):
+        with pytest.raises(ValueError, match=r"process 7 on elsewhere, since 20.*: wait for it"):
+            only_run_in(tmp_path).__enter__()
+        before = (tmp_path / LOCK_FILE).read_bytes()
+        with pytest.raises(ValueError, match="delete"):  # at once
+            only_run_in(tmp_path, watch=False).__enter__()
+        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes() != before)  # it is still its own
+
+
+def test_what_is_let_go_while_it_is_watched_is_taken(
+    tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(heartbeat, "SILENCE", 30.0)
+    written(tmp_path, **ELSEWHERE)
+    threading.Timer(0.05, (tmp_path / LOCK_FILE).unlink).start()
+    with only_run_in(tmp_path):
+        assert "taken over" not in caplog.text
+        assert json.loads((tmp_path / LOCK_FILE).read_bytes())["pid"] == os.getpid()
+
+
+def test_of_two_machines_that_take_over_at_once_one_runs(
+    tmp_path: Path, quick, monkeypatch: pytest.MonkeyPatch
+):
+    written(tmp_path, **ELSEWHERE)
+
+    def write_after(descriptor: int, path: Path, mine: dict[str, Any]) -> None:
+        _write(descriptor, path, mine)
+        written(tmp_path, **ELSEWHERE | {"pid": 8})
+
+    monkeypatch.setattr(lock, "_write", write_after)
+    with pytest.raises(ValueError, match="in use by process 8 on elsewhere"):
+        only_run_in(tmp_path).__enter__()
+    assert json.loads((tmp_path / LOCK_FILE).read_bytes())["pid"] == 8
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait(tmp_path: Path, signum: signal.Signals):
+    written(tmp_path, **ELSEWHERE)
+    before = (tmp_path / LOCK_FILE).read_bytes()
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        logging.getLogger("grao_fast.heartbeat").addFilter(lambda _: os.write(writer, b"."))
+        with Interruption(), at_once():
+            only_run_in(tmp_path).__enter__()
+
+    def wait_for_signal() -> None:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            wait()
+
+    start, pid = time.monotonic(), fork(wait_for_signal)
+    os.read(reader, 1)
+    os.kill(pid, signum)
+    assert exit_status(pid) == 0
+    assert time.monotonic() - start < heartbeat.SILENCE / 2
+    assert (tmp_path / LOCK_FILE).read_bytes() == before
+
+
+def test_the_beat_goes_on_until_the_release(tmp_path: Path, quick, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    others = hearts()
+    with only_run_in(Path()):
+        monkeypatch.chdir(elsewhere)
+        (thread,) = hearts() - others
+        seen = [count_of(tmp_path)]
+        for _ in range(2):
+            wait_until(lambda: count_of(tmp_path) > seen[-1])
+            seen.append(count_of(tmp_path))
+        # a forked child holds nothing and shows no life
+        assert exit_status(fork(show_no_life)) == 0
+    thread.join(10)
+    assert not thread.is_alive()
+    assert list(tmp_path.iterdir()) == [elsewhere]
+    monkeypatch.setattr(heartbeat, "BEAT", 600.0)
+    with only_run_in(tmp_path):
+        (thread,) = hearts() - others
+    thread.join(10)  # it does not wait for its next beat
+    assert not thread.is_alive()
+
+
+def show_no_life() -> None:
+    assert hearts() == set()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_holder_whose_file_is_lost_says_so_once_and_leaves_the_next_one_alone(
+    tmp_path: Path, quick, taken: bool, caplog: pytest.LogCaptureFixture
+):
+    others = hearts()
+    with only_run_in(tmp_path):
+        (thread,) = hearts() - others
+        if taken:
+            replacement = tmp_path / "replacement"
+            replacement.write_text(json.dumps(_me() | ELSEWHERE))
+            replacement.rename(tmp_path / LOCK_FILE)
+        else:
+            (tmp_path / LOCK_FILE).unlink()
+        thread.join(10)
+        assert not thread.is_alive()
+    lost = "was taken over by process 7 on elsewhere" if taken else "was deleted"
+    (line,) = (each for each in caplog.messages if str(tmp_path) in each)
+    assert f"{lost}: two runs may write to this folder" in line
+    assert [json.loads(path.read_bytes())["pid"] for path in tmp_path.iterdir()] == [7] * taken
+
+
+def test_a_full_disk_is_said_once(
+    tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
+):
+    tried: list[int] = []
+
+    def full(descriptor: int) -> None:
+        tried.append(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with only_run_in(tmp_path):
+        monkeypatch.setattr(os, "fsync", full)
+        wait_until(lambda: len(tried) > 2)
+    (line,) = (each for each in caplog.messages if str(tmp_path) in each)
+    assert "(No space left on device): a run on another machine may take this one for dead" in line
+
+
+def test_a_process_ends_while_it_holds_a_lock(tmp_path: Path):
+    """Also where Python's exit is what lets go of it."""
+    code = (
+        "import sys; from pathlib import Path; from grao_fast import heartbeat, lock\n"
+        "heartbeat.BEAT = 0.001; held = lock.only_run_in(Path(sys.argv[1])); held.__enter__()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def hearts() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if "(beat)" in each.name}
+
+
+def count_of(folder: Path) -> int:
+    return json.loads((folder / LOCK_FILE).read_bytes())["beat"]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_without_locks_the_process_is_looked_up(
+    tmp_path: Path, quick, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(fcntl, "flock", no_flock)
     with only_run_in(tmp_path):
         assert "runs that start at once are not kept apart" in caplog.text
         assert exit_status(fork(lambda: only_run_in(tmp_path).__enter__())) == REFUSED
@@ -182,6 +383,9 @@ def test_without_locks_the_process_is_looked_up(
     written(tmp_path, started="1")  # a process of the same number that began at another time
     with only_run_in(tmp_path):
         pass
-    written(tmp_path, pid_namespace="pid:[1]", started="1")  # where that number is another process
-    with pytest.raises(ValueError, match="in use"):
+    written(tmp_path, **OTHER_CONTAINER)
+    with only_run_in(tmp_path):
+        assert "which is dead" in caplog.text
+    monkeypatch.setattr(heartbeat, "SILENCE", 30.0)
+    with beating(tmp_path, **OTHER_CONTAINER), pytest.raises(ValueError, match="in use"):
         only_run_in(tmp_path).__enter__()

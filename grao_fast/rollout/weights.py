@@ -84,7 +84,8 @@ def _clear_left_overs(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         # without its lock it is this moment made
         if (folder / LOCK_FILE).exists():
-            with suppress(ValueError, FileNotFoundError), only_run_in(folder):  # else it is in use
+            # refused: it is in use, as far as can be seen at once
+            with suppress(ValueError, FileNotFoundError), only_run_in(folder, watch=False):
                 shutil.rmtree(folder)
 
 
