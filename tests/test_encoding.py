@@ -6,12 +6,12 @@ import logging
 from typing import Any
 
 import pytest
+from tiny import character_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grao_fast.data import Encoded, encode_examples, load_examples
 from grao_fast.decoding import completion_texts
-from tests.tiny import character_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_fast import GRAOConfig, evaluate, train
 from grao_fast.lines import read_lines
-from tests.tiny import save_tiny_model
 
 ROWS = [{"prompt": "2+2=", "reference": "<think>easy</think>4 . <eos>"}]
 
