@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
 import grao_fast
+from grao_fast.lock import LOCK_FILE
 from grao_fast.policy import Policy, load_policy
 from grao_fast.rollout.transformers import TransformersSampler
 from grao_fast.rollout.vllm import VLLMServerSampler
@@ -254,8 +257,20 @@ def test_an_adapter_is_sent_alone_where_the_server_takes_it(fake: FakeVLLM, url:
     (adapter,) = fake.adapters.values()  # those before are gone
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.allclose(adapter(ids).logits, policy.model.eval()(ids).logits, atol=1e-6)
+
+
+def test_a_restarted_server_gets_the_adapter_again(fake: FakeVLLM, url: str, tiny_model):
+    """Before it samples, and with the next update; another's weights leave ours there."""
+    fake.max_lora_rank = 8
+    policy = adapted(url, tiny_model)
+    policy.sampler.sync(policy)
+    calm = policy.sampler.sample(PROMPTS, **SAMPLE)
     fake.start()  # without adapters
-    policy.sampler.sample(PROMPTS, **SAMPLE)
+    assert policy.sampler.sample(PROMPTS, **SAMPLE) == calm
+    fake.start()
+    policy.sampler.sync(policy)
+    fake.version = "of another run"
+    assert policy.sampler.sample(PROMPTS, **SAMPLE) == calm
     assert len(fake.adapters) == 1
 
 
@@ -446,6 +461,32 @@ def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_p
     assert [folder.name for folder in root.glob("weights*")] == ["weights-4"]
     del policy
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_other_users_are_left_alone(
+    url: str, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They share /tmp or /dev/shm; what they hold cannot be seen, or not be changed."""
+    hidden, shown = tmp_path / "grao-fast-weights-hidden", tmp_path / "grao-fast-weights-shown"
+    for folder in (hidden, shown):
+        folder.mkdir()
+        (folder / LOCK_FILE).touch()
+    own_stat, own_open = os.stat, os.open
+
+    def stat(path, *args, **kwargs):
+        if isinstance(path, (str, Path)) and Path(path).parent == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own_stat(path, *args, **kwargs)
+
+    def open(path, *args, **kwargs):
+        if isinstance(path, (str, Path)) and Path(path).parent == shown:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "open", open)
+    policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path))
+    assert hidden.is_dir() and shown.is_dir()
 
 
 def test_a_folder_that_is_not_there_is_said(url: str, tiny_model, tmp_path: Path):

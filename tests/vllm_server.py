@@ -90,7 +90,9 @@ class FakeVLLM:
 
     def _v1_models(self, body: dict) -> tuple[int, dict]:
         card = {"id": "policy", "object": "model", "root": self.served}
-        return 200, {"object": "list", "data": [card | {"max_model_len": self.max_model_len}]}
+        cards = [card | {"max_model_len": self.max_model_len}]
+        cards += [{"id": name, "object": "model", "root": name} for name in self.adapters]
+        return 200, {"object": "list", "data": cards}
 
     def _server_info(self, body: dict) -> tuple[int, dict]:
         model = {"logprobs_mode": self.logprobs_mode, "dtype": "torch.float32"}
@@ -134,6 +136,8 @@ class FakeVLLM:
 
     def _v1_unload_lora_adapter(self, body: dict) -> tuple[int, str]:
         name = body["lora_name"]
+        if name not in self.adapters:
+            return 404, {"error": {"message": f"The lora adapter '{name}' cannot be found."}}
         del self.adapters[name]
         return 200, f"Success: LoRA adapter '{name}' removed successfully."
 

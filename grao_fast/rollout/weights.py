@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -82,10 +83,14 @@ class WeightFolder:
 def _clear_left_overs(parent: Path) -> None:
     """Delete the weights of runs that were killed: in memory, they would fill it."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        # without its lock it is this moment made
-        if (folder / LOCK_FILE).exists():
-            # refused: it is in use, as far as can be seen at once
-            with suppress(ValueError, FileNotFoundError), only_run_in(folder, watch=False):
+        # Without a lock it is just being made. Of another user, Path.exists would raise.
+        if os.path.exists(folder / LOCK_FILE):
+            # ValueError: in use, as far as can be seen at once; the others: deleted meanwhile by
+            # another run, or another user's
+            with (
+                suppress(ValueError, FileNotFoundError, PermissionError),
+                only_run_in(folder, watch=False),
+            ):
                 shutil.rmtree(folder)
 
 

@@ -76,10 +76,7 @@ class AdapterAlone:
 
     def give(self, policy: Policy) -> None:
         self._last = self._folder.write_adapter(policy)
-        before = self.model
         self.give_again()
-        if before:
-            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": before})
 
     def give_again(self) -> None:
         self._count += 1
@@ -93,7 +90,10 @@ class AdapterAlone:
                 f"the vLLM server did not load the adapter in {str(self._last)!r}; vllm_sync_dir "
                 f"must be a folder that it sees under that path, and may read: {error}"
             ) from error
-        self.model = name
+        before, self.model = self.model, name
+        # a server that was restarted since has it no more, and would answer as if it had no route
+        if before in {card["id"] for card in self._client.call("get", "/v1/models")["data"]}:
+            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": before})
 
     def change(self, policy: Policy) -> Change:
         return Swapped(p for name, p in policy.model.named_parameters() if ".lora_" in name)
