@@ -39,7 +39,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_transforms(*operands: Tensor | None, vmap: bool) -> None:
-    """ValueError in forward mode and under torch.func's transforms, `vmap` if it is not allowed."""
+    """ValueError in forward mode and under torch.func's transforms.
+
+    vmap: whether torch.func.vmap is allowed.
+    """
     if torch.compiler.is_compiling():
         return
     refused = {"Grad", "Jvp"} if vmap else {"Grad", "Jvp", "Vmap"}

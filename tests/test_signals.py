@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from grao_fast.beginning import Beginning
 from grao_fast.callbacks import Callback
 from grao_fast.interruption import Interruption, Stop, at_once, held
 from grao_fast.rewards import RewardError
+from grao_fast.rollout import changes, generate
 
 OPTIONS: dict[str, Any] = {
     # live groups in every step, a micro-batch for each
@@ -406,14 +408,44 @@ def test_a_child_that_is_forked_meanwhile_has_the_handlers_of_before() -> None:
     assert ended == -signal.SIGTERM
 
 
-def test_weights_are_put_back_at_whatever_instruction_a_signal_comes() -> None:
-    """A signal at every single one of Python's instructions on the way in and out."""
+def exchanged() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
+    """A module, a context of it that changes something for a while, and what shows it."""
     model = torch.nn.Linear(2, 2)
     beginning = Beginning(model)
-    now = torch.arange(4.0).view(2, 2)
-    model.weight.data.copy_(now)
-    model.bias.data.zero_()
-    files = {grao_fast.interruption.__file__, grao_fast.beginning.__file__}
+    model.weight.data.copy_(torch.arange(4.0).view(2, 2))
+    return grao_fast.beginning, beginning.restored, model.weight.tolist
+
+
+def negated() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
+    tensors = [torch.ones(2), torch.ones(3)]
+    change = changes.Negated(tensors)
+    return changes, lambda: change.of(tensors), lambda: [x.tolist() for x in tensors]
+
+
+def swapped() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
+    tensors = [torch.ones(2), torch.ones(3)]
+    change = changes.Swapped(tensors)
+    return changes, lambda: change.of(tensors), lambda: [x.tolist() for x in tensors]
+
+
+def stirred() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
+    model: Any = torch.nn.Linear(2, 2)
+    return generate, lambda: generate._stirred_biases(model), model.bias.tolist
+
+
+def generating() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
+    model: Any = SimpleNamespace(device="cpu", generation_config="its own")
+    sampler = generate.GenerateSampler(model, eos_token_ids=(), pad_token_id=0, batch_size=1)
+    ours: Any = "ours"
+    return generate, lambda: sampler._generating_by(ours), lambda: model.generation_config
+
+
+@pytest.mark.parametrize("case", [exchanged, negated, swapped, stirred, generating])
+def test_what_is_changed_is_put_back_at_whatever_instruction_a_signal_comes(case) -> None:
+    """A signal at every single one of Python's instructions on the way in and out."""
+    module, changed, state = case()
+    before = state()
+    files = {grao_fast.interruption.__file__, module.__file__}
     stopped = 0
     for at in range(10_000):
         seen = [0]
@@ -429,16 +461,16 @@ def test_weights_are_put_back_at_whatever_instruction_a_signal_comes() -> None:
             return trace
 
         with suppress(Preempted), Interruption():
-            before = sys.gettrace()
+            tracing = sys.gettrace()
             with held(), suppress(Stop), at_once():
                 sys.settrace(trace)
                 try:
-                    with beginning.restored():
-                        assert not torch.equal(model.weight, now)
+                    with changed():
+                        assert state() != before
                 finally:
-                    sys.settrace(before)
+                    sys.settrace(tracing)
                     stopped += seen[0] >= at
-            assert torch.equal(model.weight, now), at
+        assert state() == before, at
         if seen[0] < at:
             break
     assert stopped > 100

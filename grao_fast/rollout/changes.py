@@ -5,12 +5,14 @@ Every change is undone exactly: elements are negated, or tensors swapped with ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from grao_fast.interruption import as_outside, held
 
 HEAD = "head"
 
@@ -48,13 +50,13 @@ class Negated:
     @contextmanager
     def of(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         chosen = [_some(tensor) for tensor in tensors]
-        for elements in chosen:
-            elements.neg_()
-        try:
-            yield
-        finally:
+
+        def negate() -> None:
             for elements in chosen:
                 elements.neg_()
+
+        with _undone_by(negate):
+            yield
 
 
 def _some(tensor: Tensor) -> Tensor:
@@ -77,17 +79,29 @@ class Swapped:
     @contextmanager
     def of(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         chosen = list(tensors)
-        self._swap(chosen)
-        try:
+        with _undone_by(lambda: self._swap(chosen)):
             yield
-        finally:
-            self._swap(chosen)
 
     def _swap(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             own, other = tensor.data.clone(), self._others[id(tensor)]
             tensor.data.copy_(other)
             other.copy_(own)
+
+
+@contextmanager
+def _undone_by(change: Callable[[], None]) -> Iterator[None]:
+    """Do a change that undoes itself, and do it once more on the way out.
+
+    No signal comes in the midst of it: the tensors may be of a user's model.
+    """
+    with held():
+        try:
+            change()
+            with as_outside():
+                yield
+        finally:
+            change()
 
 
 def parts(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from grao_fast.interruption import as_outside, held
 from grao_fast.rollout import Completion
 from grao_fast.rollout.drawing import completions_of, draw
 from grao_fast.rollout.model_sampler import ModelSampler
@@ -96,11 +97,13 @@ class GenerateSampler(ModelSampler):
     def _generating_by(self, config: GenerationConfig) -> Iterator[None]:
         """`generate` fills what its `generation_config` leaves open from the model's: not here."""
         own = self.model.generation_config
-        self.model.generation_config = config
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
+        with held():  # the model's own is saved
+            try:
+                self.model.generation_config = config
+                with as_outside():
+                    yield
+            finally:
+                self.model.generation_config = own
 
 
 def bears_padding(model: PreTrainedModel) -> bool:
@@ -146,16 +149,18 @@ def _alike(a: Completion, b: Completion) -> bool:
 def _stirred_biases(model: PreTrainedModel) -> Iterator[None]:
     """Parameters of one dimension, moved by up to 1 inside."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim == 1]
-    try:
-        with torch.no_grad():
-            for parameter, _ in kept:
-                places = torch.arange(parameter.numel(), device=parameter.device)
-                parameter += (1.7 * places).cos().to(parameter.dtype)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, values in kept:
-                parameter.copy_(values)
+    with held():  # the model may be the user's
+        try:
+            with torch.no_grad():
+                for parameter, _ in kept:
+                    places = torch.arange(parameter.numel(), device=parameter.device)
+                    parameter += (1.7 * places).cos().to(parameter.dtype)
+            with as_outside():
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in kept:
+                    parameter.copy_(values)
 
 
 class _Drawing(LogitsProcessor):
