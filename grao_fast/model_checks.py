@@ -111,7 +111,7 @@ def plain_model(model: nn.Module) -> nn.Module:
             f"{compiled[0]} of {name} is compiled, and weights saved from within torch.compile's "
             "wrapper have other names: pass the model before its layers are compiled"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError(
             f"parameters of {name} have no values (device meta): load it with from_pretrained"
         )

@@ -66,7 +66,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     sixteen_bits = policy.autocast_dtype is not None or model.dtype != torch.float32
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
     off, largest = 0.0, float(its_own[0].abs().max())
-    if not all(bool(values.isfinite().all()) for values in its_own):
+    if any(bool((~values.isfinite()).any()) for values in its_own):
         raise ValueError(
             f"{name} gives logits or gradients that are NaN or infinite, though its parameters are "
             "not: look at its buffers and its dtype, and at the device's kernels"
