@@ -192,6 +192,8 @@ def update(
 ) -> dict[str, float]:
     """The updates of one step on its rollout; returns their metrics, the losses of the first.
 
+    A sampler with weights of its own still has those from before.
+
     Raises:
         FloatingPointError: a gradient is not finite; it has not been applied.
     """
@@ -216,7 +218,6 @@ def update(
     learning_rate = scheduler.get_last_lr()[0]
     scheduler.step()
     updated = time.perf_counter()
-    policy.sampler.sync(policy)
     metrics = passes[0].to_dict(kl_coef=config.kl_coef) | {
         "grad_norm": norms[0],
         "learning_rate": learning_rate,
@@ -230,7 +231,6 @@ def update(
             scored=config.kl_coef > 0,
         ),
         "time/update": updated - started,
-        "time/sync": time.perf_counter() - updated,
     }
     if config.num_iterations > 1:
         held = [each.held.value for each in passes[1:]]

@@ -136,6 +136,7 @@ def train(
     with only_run_in(output):
         clear_left_overs(output)
         checkpoint = choose_checkpoint(output, resume_from_checkpoint)
+        interruption.resumes_from(checkpoint)
         examples = load_examples(dataset, split="train", require_references=True)
         eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
         limit = config.reward_timeout
@@ -253,8 +254,9 @@ class _Run:
                 last = step == self.total_steps
                 try:
                     with interruption.at_once():
+                        self._sync(metrics)
                         last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
-                finally:  # a callback that fails, or hangs, takes nothing from what was done
+                finally:  # a sampler or callback that fails takes nothing from what was done
                     if step % config.logging_steps == 0 or last:
                         self.tracker.log(step, metrics)
                     for message in watch.messages(step, metrics):
@@ -292,6 +294,12 @@ class _Run:
         self.whole = step + 1
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
+
+    def _sync(self, metrics: dict[str, float]) -> None:
+        """Give the sampler the weights of a step that is whole, and so is kept if this fails."""
+        started = time.perf_counter()
+        self.policy.sampler.sync(self.policy)
+        metrics["time/sync"] = time.perf_counter() - started
 
     def _no_way_back(self, *_: Any) -> None:
         """Before the optimiser changes weights: from here on the step can only be finished."""
@@ -386,7 +394,6 @@ class _Run:
         logger.info("resuming from %s", checkpoint)
         self.whole = state["step"]
         self.saver.resumed(checkpoint, self.whole)
-        interruption.resumes_from(checkpoint)
         return state["step"]
 
     def _recall_metrics(self) -> tuple[Watch, dict[str, float]]:

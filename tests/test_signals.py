@@ -31,6 +31,7 @@ from grao_fast.callbacks import Callback
 from grao_fast.interruption import Interruption, Stop, at_once, held
 from grao_fast.rewards import RewardError
 from grao_fast.rollout import changes, generate
+from grao_fast.rollout.model_sampler import ModelSampler
 
 OPTIONS: dict[str, Any] = {
     # live groups in every step, a micro-batch for each
@@ -317,6 +318,35 @@ def test_a_failing_callback_costs_no_step_and_no_line(
         run(tiny_model, tmp_path, **OPTIONS, callbacks=[Fails()])
     run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
     check_same(tmp_path, uninterrupted)
+
+
+def test_a_sampler_that_fails_to_take_weights_costs_no_step_and_no_line(
+    tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise ConnectionError("the server is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        at_call(patch, ModelSampler, "sync", 3, fails)  # once before the first step
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert (tmp_path / "checkpoint-2").is_dir()
+    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_sampler_that_hangs_while_it_takes_weights_is_not_waited_for(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs() -> None:
+        send()
+        time.sleep(60)
+
+    at_call(monkeypatch, ModelSampler, "sync", 3, hangs)
+    began = time.monotonic()
+    with pytest.raises(Preempted) as caught:
+        run(tiny_model, tmp_path, **OPTIONS)
+    assert time.monotonic() - began < 30
+    assert caught.value.checkpoint == tmp_path / "checkpoint-2"
 
 
 def test_a_failing_save_does_not_hide_what_went_wrong_before(

@@ -121,7 +121,8 @@ def test_a_server_that_keeps_old_weights_later_ends_the_run(
 
     with pytest.raises(ValueError, match=r"does not hold.* nats a token where rounding explains"):
         run(tiny_model, tmp_path, config=config(url, learning_rate=1e-3), callbacks=[KeepFrom(9)])
-    assert [row["step"] for row in lines(tmp_path)] == [1]
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoint-2").is_dir()  # the policy itself is whole
 
 
 def test_a_proof_that_failed_is_made_again(fake: FakeVLLM, url: str, tiny_model):
