@@ -57,7 +57,13 @@ class Saver:
         if self._rescued_in(self.output_dir, step):
             delete_old(checkpoint_path(self.output_dir, step), self._keep)
             return
-        elsewhere = Path(tempfile.mkdtemp(prefix="grao-fast-rescued-"))
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="grao-fast-rescued-"))
+        except OSError as error:
+            logger.error(
+                "step %d could not be saved among temporary files: %s", step, one_line(error)
+            )
+            return
         if not self._rescued_in(elsewhere, step):
             elsewhere.rmdir()
 

@@ -122,6 +122,17 @@ def test_where_nothing_can_be_written_that_is_said(tiny_model, tmp_path: Path, m
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_where_there_is_no_room_for_temporary_files_either_that_is_said(
+    tiny_model, tmp_path: Path, monkeypatch, caplog
+):
+    """A full disk that holds both: Python finds no folder for temporary files on it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    broken = BreakSaving(monkeypatch, OSError("no more room"))
+    with pytest.raises(SaveError, match=r"final/ could not .* \(no more room\); no step has been"):
+        run(tiny_model, tmp_path / "run", config=NO_CHECKPOINTS, callbacks=[broken])
+    assert "step 2 could not be saved among temporary files: " in caplog.text
+
+
 # Disks that fill up ----------------------------------------------------------------------------
 
 
