@@ -15,7 +15,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+
+from grao_fast.visible import get_logger
+
+logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 NEW = ".grao-fast-new-"  # being written
@@ -59,23 +64,39 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def clear_left_overs(folder: Path) -> None:
     """Undo or finish what a killed process was at in a folder; what is not its own stays."""
-    for old in folder.glob(f"{_OLD}*"):
+    for gone in list(folder.glob(f"{_GONE}*")):
+        _delete_gone(gone)
+    for old in list(folder.glob(f"{_OLD}*")):
         path = old.with_name(old.name.removeprefix(_OLD))
         if not os.path.lexists(path):  # killed between the two renames
             os.rename(old, path)
-    for prefix in (NEW, _OLD, _GONE):
-        for left_over in folder.glob(f"{prefix}*"):
-            _remove(left_over)
+    for prefix in (NEW, _OLD):
+        for left_over in list(folder.glob(f"{prefix}*")):
+            delete(left_over)
 
 
 def delete(path: Path) -> None:
-    """Delete a file or folder, where there is one, without a moment at which half of it is left."""
+    """Delete a file or folder, where there is one, without a moment at which half of it is left.
+
+    What cannot be deleted now, as NFS cannot delete the folder of a file that is open, keeps a name
+    of its own until `clear_left_overs` can.
+    """
     if not os.path.lexists(path):
         return
-    gone = path.with_name(_GONE + path.name)
-    _remove(gone)
+    names = (path.with_name(f"{_GONE}{number}-{path.name}") for number in count())
+    gone = next(name for name in names if not os.path.lexists(name))
     os.rename(path, gone)
-    _remove(gone)
+    _delete_gone(gone)
+
+
+def _delete_gone(gone: Path) -> None:
+    try:
+        _remove(gone)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be deleted (%s), and is left for the next save to delete",
+            gone, error.strerror,
+        )  # fmt: skip
 
 
 def verify_folder(path: Path) -> None:

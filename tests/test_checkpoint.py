@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from grao_fast.checkpoint import (
     list_checkpoints,
     verify,
 )
-from grao_fast.files import write_folder
+from grao_fast.files import clear_left_overs, write_folder
 
 
 def write(output: Path, step: int, text: str = "weights") -> Path:
@@ -87,13 +88,33 @@ def test_the_oldest_are_deleted_by_step_not_by_name(tmp_path: Path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
 
 
+def test_an_old_checkpoint_that_a_reader_holds_open_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Files that are open keep their folder from being deleted on NFS."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grao_fast.files.shutil.rmtree", busy)
+        for step in (1, 2, 3, 3):
+            path = write(tmp_path, step)
+            delete_old(path, 1)
+        verify(path)
+        assert list_checkpoints(tmp_path) == [path]
+    assert "checkpoint-1 cannot be deleted (Directory not empty)" in caplog.text
+    clear_left_overs(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_kill_9_in_the_middle_of_a_write(tmp_path: Path):
     write(tmp_path, 1)
     program = """
 import sys, time
 from pathlib import Path
 from grao_fast.checkpoint import checkpoint_path
-from grao_fast.files import write_folder
+from grao_fast.files import clear_left_overs, write_folder
 def fill(folder):
     (folder / "model.bin").write_text("half")
     print("writing", flush=True)
