@@ -8,6 +8,7 @@ its column. Here a JSON value is what JSON says it is, and a CSV cell is text.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import lzma
 import zipfile
@@ -151,6 +152,10 @@ def _naming(name: str, first_line: int) -> Iterator[None]:
     """The decoder's errors with the file's name and the line in it."""
     try:
         yield
+    except RecursionError as error:
+        raise ValueError(
+            f"{name}, line {first_line} or after it: lists or objects nest too deep to be read"
+        ) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(
@@ -170,8 +175,6 @@ def _checked(row: Any, where: str) -> Row:
 def _open(path: str, name: str) -> Iterator[IO[bytes]]:
     """A file's bytes, uncompressed; a damaged archive is a ValueError that names it."""
     compression = COMPRESSIONS.get(PurePath(name).suffix.lower())
-    if compression is not None and compression not in compr:
-        raise ValueError(f"cannot read {name}: {compression} needs `pip install zstandard`")
     try:
         if compression == "zip":
             with zipfile.ZipFile(path) as archive:
@@ -179,11 +182,31 @@ def _open(path: str, name: str) -> Iterator[IO[bytes]]:
             if files != 1:
                 raise ValueError(f"{name} holds {files} files: unpack it, and give the folder")
         with open(path, "rb") as raw:
-            uncompress = compr[compression]
-            file = uncompress(raw, mode="rb") if compression else raw
-            yield cast("IO[bytes]", file)
+            if compression == "zstd":
+                yield _uncompress_zstd(raw, name)
+            else:
+                yield cast("IO[bytes]", compr[compression](raw, mode="rb") if compression else raw)
     except _DAMAGED as error:
         raise ValueError(f"cannot read {name}: {error}") from error
+
+
+def _uncompress_zstd(raw: IO[bytes], name: str) -> IO[bytes]:
+    """All frames of a Zstandard file; the library's own readers end at the first, whole or not."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ValueError(f"cannot read {name}: zstd needs `pip install zstandard`") from error
+    left, parts = raw.read(), []
+    while left:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(left))
+        except zstandard.ZstdError as error:
+            raise ValueError(f"cannot read {name}: {error}") from error
+        if not frame.eof:
+            raise ValueError(f"cannot read {name}: it ends within compressed data")
+        left = frame.unused_data
+    return io.BytesIO(b"".join(parts))
 
 
 def _lines(file: Iterable[bytes], name: str, encoding: str) -> Iterator[tuple[int, str]]:

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,34 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
         load_examples(path)
 
 
+def test_every_frame_of_a_zstandard_file_is_read(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    path = tmp_path / "rows.jsonl.zst"
+    frames = [
+        zstandard.ZstdCompressor().compress(b'{"prompt": "%d", "reference": "b"}\n' % n)
+        for n in range(2)
+    ]
+    path.write_bytes(b"".join(frames))
+    assert [example.prompt for example in load_examples(path)] == ["0", "1"]
+    for damaged in (b"".join(frames)[:-3], frames[0] + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot read .*rows\.jsonl\.zst: \w"):
+            load_examples(path)
+
+
+def test_zstandard_is_named_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.zst: .*`pip install zstandard`"):
+        load_examples(tmp_path / "rows.jsonl.zst")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 10**5, "line 2 or after it: .* nest too deep"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": ', "line 3 is not JSON: Expecting value .character 7"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x\n', "line 2 is not JSON: .* .character 9"),
         ("a.jsonl", b'{"a": ', "line 1 is not JSON"),
