@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -19,8 +20,11 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def check_text(value: Any, where: str) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and no tokenizer or file can."""
+def check_text(value: Any, where: str, within: tuple[int, ...] = ()) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer or file can.
+
+    within: identities of the lists and objects around the value: data may hold itself.
+    """
     if isinstance(value, str):
         try:
             value.encode()
@@ -29,13 +33,11 @@ def check_text(value: Any, where: str) -> None:
                 f"{where}: character {error.start} is {value[error.start]!a}, half a "
                 f"surrogate pair and no text; repair the row or leave it out"
             ) from error
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            check_text(key, where)
-            check_text(item, where)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            check_text(item, where)
+    elif isinstance(value, (Mapping, list, tuple)) and id(value) not in within:
+        within = (*within, id(value))
+        items = chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
+        for item in items:
+            check_text(item, where, within)
 
 
 def read_prompt(value: Any, where: str) -> str | Messages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -188,6 +189,16 @@ def test_half_a_surrogate_pair_is_named() -> None:
         with pytest.raises(ValueError, match=r"row 1, `(prompt|k)`: character 1 is '.ud"):
             load_examples([ROWS[0], row])
     assert load_examples([{"prompt": "a\U0001f600", "reference": "b"}])
+
+
+def test_a_row_may_hold_itself() -> None:
+    row: dict[str, Any] = {"prompt": "a", "reference": "b"}
+    row["rows"] = [row]
+    (example,) = load_examples([row])
+    assert example.columns["rows"] == [row]
+    row["more"] = ["\ud83d"]
+    with pytest.raises(ValueError, match=r"row 0, `rows`: character 0"):
+        load_examples([row])
 
 
 def test_absent_references(caplog: pytest.LogCaptureFixture) -> None:
