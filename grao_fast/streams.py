@@ -27,7 +27,9 @@ class LenientStream:
         try:
             self._stream.write(text)
         except UnicodeEncodeError as error:
-            encodable = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            # not error.encoding, which is "charmap" for every code page
+            encoding = getattr(self._stream, "encoding", None) or error.encoding
+            encodable = text.encode(encoding, "backslashreplace").decode(encoding)
             self._try(lambda: self._stream.write(encodable))
         except Exception as error:  # of any kind: a stream can be of anyone's making
             self._fail(error)
