@@ -167,7 +167,7 @@ class Caller:
             raise RewardError(
                 f"reward {self.names[i]} did not end, as an async reward stopped the event loop: "
                 f"{error}"
-            ) from error
+            ) from None
         except futures.TimeoutError:
             raise RewardError(
                 f"reward {self.names[i]} took longer than reward_timeout={self.timeout:g} seconds: "
