@@ -420,6 +420,8 @@ def test_data_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path: Pat
     assert refused(blank) == "every row of train_dataset has a blank reference in `reference`"
     wrong = Dataset.from_list([{"prompt": "a", "reference": "b"}, {"prompt": " ", "reference": ""}])
     assert refused(wrong) == "train_dataset, row 1, `prompt` is empty"
+    hostile = Dataset.from_list([{"prompt": "a", "\x1b[2J": "b"}])
+    assert "its columns are prompt, \\x1b[2J;" in refused(hostile)
 
 
 def nameless(rows: Dataset) -> IterableDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,12 @@ from datasets import Dataset, IterableDataset
 
 from grao_fast.data import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
+from grao_fast.visible import get_logger, visible_errors
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
+@visible_errors()
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse, by name, data without prompts or references, and rows that cannot be read.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from grao_fast.data import REFERENCE_COLUMNS, check_tokens
 from grao_fast.encoding import Encoder
 from grao_fast.fields import Messages, read_prompt, read_reference
+from grao_fast.visible import visible_errors
 
 
 class References(NamedTuple):
@@ -48,6 +49,7 @@ def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | 
     return prompt, read_reference(value, f"{where}, `{column}`", prompt)
 
 
+@visible_errors()
 def read_references(
     rows: Sequence[Mapping[str, Any]], encoder: Encoder, embedding_rows: int
 ) -> References:
