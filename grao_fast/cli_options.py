@@ -14,8 +14,8 @@ PROGRAM = "grao-fast"
 Run = Callable[[dict[str, Any]], None]
 
 EXIT_STATUS = (
-    "Exit status: 0, done; 2, there is something to change, which one line says; 1, a failure with "
-    "its traceback; 143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP. A training run that is "
+    "Exit status: 0, done; 2, an error that one line explains; 1, an error with its "
+    "traceback; 143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP. A training run that is "
     "stopped, or fails, leaves a checkpoint of the steps that are done, and with "
     "--resume_from_checkpoint auto the same command begins or goes on."
 )
