@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -182,30 +183,33 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
 
 
-def main() -> None:
-    results = {}
-    for name, target in TARGETS.items():
-        for gradient, V, transformed in product(("fp32", "bf16"), VOCABULARIES, (False, True)):
-            form = "transformed" if transformed else "plain"
-            compiled = rows(target, gradient, V, transformed, True)
-            results[f"{name} rows {gradient} {V} {form}"] = facts(compiled)
-        results[f"{name} logprobs"] = facts(rows(target, "fp32", 49152, True, False))
-        results[f"{name} entropies"] = facts(rows(target, "fp32", 49152, True, False, True))
-        for gradient, transformed in product(("fp32", "bf16"), (False, True)):
-            compiled = rows(target, gradient, 49152, transformed, True, True)
-            results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
-            compiled = rows(target, gradient, 49152, transformed, True, False, True)
-            results[f"{name} policy-rows {gradient} {transformed}"] = facts(compiled)
-        for transformed, entropy in ((False, False), (True, True)):
-            form = (18992, transformed, entropy)  # an eighth of 151936
-            results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))
-            for gradient in ("fp32", "bf16"):
-                compiled = shard_gradient(target, gradient, *form)
-                results[f"{name} shard-gradient {gradient} {form}"] = facts(compiled)
-        results[f"{name} scale"] = facts(scale(target, True))
-        for values in ("fp32", "fp64"):
-            results[f"{name} advantages {values}"] = facts(advantages(target, values))
-    print(json.dumps(results))
+def compile_for(name: str) -> dict[str, dict]:
+    """Facts of every kernel and form for one device, by device, kernel and form."""
+    target, results = TARGETS[name], {}
+    for gradient, V, transformed in product(("fp32", "bf16"), VOCABULARIES, (False, True)):
+        form = "transformed" if transformed else "plain"
+        compiled = rows(target, gradient, V, transformed, True)
+        results[f"{name} rows {gradient} {V} {form}"] = facts(compiled)
+    results[f"{name} logprobs"] = facts(rows(target, "fp32", 49152, True, False))
+    results[f"{name} entropies"] = facts(rows(target, "fp32", 49152, True, False, True))
+    for gradient, transformed in product(("fp32", "bf16"), (False, True)):
+        compiled = rows(target, gradient, 49152, transformed, True, True)
+        results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
+        compiled = rows(target, gradient, 49152, transformed, True, False, True)
+        results[f"{name} policy-rows {gradient} {transformed}"] = facts(compiled)
+    for transformed, entropy in ((False, False), (True, True)):
+        form = (18992, transformed, entropy)  # an eighth of 151936
+        results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))
+        for gradient in ("fp32", "bf16"):
+            compiled = shard_gradient(target, gradient, *form)
+            results[f"{name} shard-gradient {gradient} {form}"] = facts(compiled)
+    results[f"{name} scale"] = facts(scale(target, True))
+    for values in ("fp32", "fp64"):
+        results[f"{name} advantages {values}"] = facts(advantages(target, values))
+    return results
 
 
-main()
+if __name__ == "__main__":
+    with ProcessPoolExecutor() as pool:
+        found = [item for results in pool.map(compile_for, TARGETS) for item in results.items()]
+    print(json.dumps(dict(found)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opchecked import ONE_BY_DEFAULT
 from problem import GRADIENTS, Problem, make_problem
 from tolerance import assert_accurate
 from torch import Tensor
@@ -217,7 +218,7 @@ def test_frozen_operands_get_no_gradient(
 
 
 @pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", ONE_BY_DEFAULT)
 def test_opcheck(dtype: torch.dtype, entropy: bool, backend: str, device: str) -> None:
     hidden_TD, head_VD, target_T = operands(device, dtype)
     options = (1.3, 0.5, 2.6, 4000, backend, dtype)

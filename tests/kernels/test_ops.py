@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from opchecked import ONE_BY_DEFAULT
 from problem import Problem, make_problem
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def pass_arguments(
 
 
 @pytest.mark.parametrize("wants", [[True, True, True], [True, False, False], [False] * 3])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", ONE_BY_DEFAULT)
 def test_opcheck_of_the_pass(
     dtype: torch.dtype, wants: list[bool], backend: str, device: str
 ) -> None:

@@ -1,0 +1,12 @@
+"""Dtypes for `torch.library.opcheck`, which takes seconds for each and asks the same of all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+ONE_BY_DEFAULT = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow),
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+]
