@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_peft_available
 
@@ -147,7 +148,7 @@ def one_line(what: str) -> Iterator[None]:
     """peft's and torch's reasons, of several lines, as one."""
     try:
         yield
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what}: {reason[:300]}") from error
 

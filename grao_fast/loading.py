@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -111,9 +112,24 @@ def model_name(model: str | Path | nn.Module) -> str:
 def _load(name: str, *, dtype: torch.dtype, revision: str | None) -> nn.Module:
     at = {} if revision is None else {"revision": revision}
     with _loading(name):
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, **at
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+            **at,
         )
+    model, info = loaded
+    # Transformers would draw them at random
+    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if absent:
+        more = f" and {len(absent) - 1} more" if absent[1:] else ""
+        raise ValueError(
+            f"model {name!r} holds no {absent[0]}{more} of the shapes that its config.json wants: "
+            "give the folder of a whole causal language model"
+        )
+    return model
 
 
 def _is_quantised(model: nn.Module) -> bool:
@@ -166,7 +182,7 @@ def _loading(name: str) -> Iterator[None]:
     """Transformers' reasons for not loading, many lines long, as one that names the model."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {name!r} brings code of its own, which is not run from a name: load model "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -198,6 +199,13 @@ def test_a_base_that_is_not_there_is_named(base: str | None, message: str, copie
     rewrite_config(copied, base_model_name_or_path=base)
     with pytest.raises(ValueError, match=message):
         load_policy(copied, config=CONFIG)
+
+
+def test_an_adapter_whose_file_is_cut_is_refused_in_a_line(copied: Path):
+    os.truncate(copied / "adapter_model.safetensors", 300)
+    with pytest.raises(ValueError, match=r"cannot put adapter .* on base model") as error:
+        load_policy(copied, config=CONFIG)
+    assert "\n" not in str(error.value)
 
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, copied: Path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -299,3 +302,35 @@ def test_gradients_that_were_there_do_not_reach_the_first_step(train, expected):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert untimed(train(model)) == expected
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a cut file": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot load"),
+    "an empty file": (lambda folder: os.truncate(folder / "model.safetensors", 0), "cannot load"),
+    "a layer less": (
+        lambda folder: change_config(folder, num_hidden_layers=3),
+        r"holds no model\.layers\.2\.input_layernorm\.weight and 8 more",
+    ),
+    "other shapes": (
+        lambda folder: change_config(folder, hidden_size=32),
+        r"holds no model\.embed_tokens\.weight and \d+ more",
+    ),
+}
+
+
+def change_config(folder: Path, **options: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_weights_that_are_not_whole_are_refused_in_a_line(
+    case: str, tiny_model: Path, tmp_path: Path
+):
+    """Transformers draws at random what is not there, and says so in a table."""
+    damage, message = INCOMPLETE[case]
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_policy(folder, config=CONFIG)
+    assert "\n" not in str(error.value)
