@@ -174,6 +174,7 @@ def test_the_probe_of_the_memory(tiny_model: Path) -> None:
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_suites_section_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`suite/attention.py`, which runs on GPUs alone."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")

@@ -107,6 +107,7 @@ def run_with_sections(tmp_path: Path, code: str):
     return python("-c", script, path=BENCHMARKS, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_what_one_section_does_does_not_lose_the_others(tmp_path: Path) -> None:
     code = """
 def good(run):
@@ -163,6 +164,7 @@ SECTIONS += [Section("late", late, 1.0), Section("good", good, 5)]
     assert lines[4].endswith("[1 left out]") and lines[5].split()[:2] == ["good", "ok"]
 
 
+@pytest.mark.slow
 def test_many_failures_leave_few_files(tmp_path: Path) -> None:
     code = (
         "def bad(run): raise ValueError('no')\n"
@@ -210,6 +212,7 @@ def test_without_a_device_there_is_only_tiny(tmp_path: Path) -> None:
     assert "there is only --tiny" in read(out)["facts"]["headline"]
 
 
+@pytest.mark.slow
 def test_an_install_of_another_checkout_is_passed_over(tmp_path: Path) -> None:
     other = tmp_path / "other" / "grao_fast"
     (other / "kernels").mkdir(parents=True)
@@ -230,6 +233,7 @@ def test_an_install_of_another_checkout_is_passed_over(tmp_path: Path) -> None:
     assert how == "bare checkout" and where == str(ROOT / "kernels" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_properties_are_skipped_where_hypothesis_is_missing(tmp_path: Path) -> None:
     files = [ROOT / "tests" / "kernels" / "test_advantage.py", "-k", "any_rewards or cancel"]
     plugin = ["-p", "suite.without_hypothesis", "-p", "no:hypothesispytest"]

@@ -41,7 +41,9 @@ def test_a_parabola_goes_through_its_points():
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_checkpointing": False}, {"share_prefix": False}]
 )
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", pytest.param("Gemma2", marks=pytest.mark.slow)]
+)
 def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_model):
     """Of groups four times as large as the largest that it was made of.
 

@@ -165,6 +165,7 @@ def test_resume_is_bit_identical(tiny_model, tmp_path: Path, uninterrupted: Path
     assert result.after.nag is not None
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_checkpoint(tiny_model, tmp_path: Path, uninterrupted: Path):
     """The process dies while it writes checkpoint-4; the resumed run ends with the same bits."""
     program = textwrap.dedent(

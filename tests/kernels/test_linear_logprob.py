@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opchecked import ONE_BY_DEFAULT
 from problem import GRADIENTS, Problem, make_problem
+from slow_dtypes import ONE_BY_DEFAULT
 from tolerance import assert_accurate
 from torch import Tensor
 

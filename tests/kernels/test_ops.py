@@ -8,13 +8,11 @@ import sys
 
 import pytest
 import torch
-from opchecked import ONE_BY_DEFAULT
 from problem import Problem, make_problem
+from slow_dtypes import ONE_BY_DEFAULT
 from torch import Tensor, nn
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy, ops
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compiled(function, **options):
@@ -109,7 +107,7 @@ def assert_same_bits(ones: list[Tensor], twos: list[Tensor]) -> None:
         assert one.dtype == two.dtype and torch.equal(one, two), index
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", ONE_BY_DEFAULT)
 def test_compiled_module_gives_the_same_bits(dtype: torch.dtype, backend: str, device: str) -> None:
     problem = make_problem(bias=True, temperature=0.7, softcap=5.0)
     model = Model(problem, dtype, device, backend)

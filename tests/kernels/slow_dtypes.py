@@ -1,4 +1,4 @@
-"""Dtypes for `torch.library.opcheck`, which takes seconds for each and asks the same of all."""
+"""Dtypes for tests of operators and compilers: seconds for each, and the same question to all."""
 
 from __future__ import annotations
 
