@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def fork(body: Callable[[], Any]) -> int:
-    """Run `body` in a child, which ends with it; returns the child's id."""
+    """Run `body` in a child, which ends with it; returns the child's id.
+
+    A child that has not ended after five minutes is ended by SIGALRM, and says where it was.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 1
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(300)
+    # tqdm's lock is a semaphore that all children share: one killed while it held the lock would
+    # leave it held in every other.
+    tqdm.set_lock(threading.RLock())
     try:
         body()
         status = 0
