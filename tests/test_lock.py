@@ -155,8 +155,11 @@ def test_a_child_that_leaves_does_not_let_go(tmp_path: Path):
             only_run_in(tmp_path).__enter__()
 
 
-def written(folder: Path, **changes: Any) -> None:
-    (folder / LOCK_FILE).write_text(json.dumps(_me() | changes))
+def written(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write a lock file of another holder; returns the holder."""
+    holder = _me() | changes
+    (folder / LOCK_FILE).write_text(json.dumps(holder))
+    return holder
 
 
 ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 7}
@@ -177,8 +180,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def beating(folder: Path, **changes: Any) -> Iterator[None]:
     """A holder that lives elsewhere, whose flock does not reach here."""
-    written(folder, **changes)
-    holder, released = _me() | changes, threading.Lock()
+    holder, released = written(folder, **changes), threading.Lock()
     released.acquire()
     thread = threading.Thread(target=heartbeat.beat, args=(folder / LOCK_FILE, holder, released))
     thread.start()
