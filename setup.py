@@ -62,7 +62,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"],
     },
-    entry_points={"console_scripts": ["grao-fast = grao_fast.cli:main"]},
+    entry_points={"console_scripts": ["grao-fast = grao_fast.cli.commands:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

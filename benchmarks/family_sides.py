@@ -16,14 +16,14 @@ from step_problem import useful_tokens
 from step_sides import CONFIG, grao_weights, naive_gradient, take_gradients
 from torch import Tensor
 
-from grao_fast.policy import Policy, load_policy
-from grao_fast.step import micro_batch_loss, to_groups
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.training.step import micro_batch_loss, to_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grao_fast.batch import Group
-    from grao_fast.step import Rollout
+    from grao_fast.data.packing import Group
+    from grao_fast.training.step import Rollout
 
 PACKED, REPEATED = "packed", "repeated"
 TOLERANCE = 1e-5

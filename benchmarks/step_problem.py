@@ -19,7 +19,7 @@ from grao_fast.kernels import group_advantages
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grao_fast.step import Rollout
+    from grao_fast.training.step import Rollout
 
 PAD, EOS = 0, 1
 FIRST = 2  # the first token that is neither
@@ -132,9 +132,9 @@ def make_prompts(case: Case, vocab: int, *, seed: int = 0) -> list[list[int]]:
 
 def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Rollout:
     """Groups as a sampler and a reward would leave them: G samples and a reference, scored."""
-    from grao_fast.data import Encoded, Example
-    from grao_fast.rollout import Completion
-    from grao_fast.step import Rollout
+    from grao_fast.data.examples import Encoded, Example
+    from grao_fast.sampling import Completion
+    from grao_fast.training.step import Rollout
 
     N, K = case.prompts, case.samples + 1
     prompts = make_prompts(case, vocab, seed=seed)

@@ -24,7 +24,7 @@ from grao_fast.kernels import sequence_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grao_fast.step import Rollout
+    from grao_fast.training.step import Rollout
 
 CONFIG = GRAOConfig(
     temperature=1.0,
@@ -35,13 +35,13 @@ CONFIG = GRAOConfig(
 
 
 class Ours:
-    """`grao_fast.step.update`, and the sampler, of one policy."""
+    """`grao_fast.training.step.update`, and the sampler, of one policy."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         from torch.optim.lr_scheduler import LambdaLR
 
-        from grao_fast.optim import adamw
-        from grao_fast.policy import load_policy
+        from grao_fast.models.policy import load_policy
+        from grao_fast.training.optim import adamw
 
         self.config = CONFIG.replace(device=model.device.type)
         self.policy = load_policy(model, config=self.config, tokenizer=tokenizer)
@@ -50,15 +50,15 @@ class Ours:
 
     def step(self, rollout: Rollout) -> int:
         """One optimiser step; returns the useful tokens."""
-        from grao_fast.step import update
+        from grao_fast.training.step import update
 
         update(self.policy, self.optimizer, self.scheduler, rollout, self.config)
         return useful_tokens(rollout)
 
     def gradient(self, rollout: Rollout) -> tuple[float, list[Tensor]]:
         """The loss, and its gradient in every parameter."""
-        from grao_fast.batch import split_by_tokens
-        from grao_fast.step import micro_batch_loss, to_groups
+        from grao_fast.data.packing import split_by_tokens
+        from grao_fast.training.step import micro_batch_loss, to_groups
 
         groups = to_groups(rollout, beta=self.config.beta, lam=self.config.lam)
         loss = 0.0

@@ -24,10 +24,10 @@ from step_problem import Case, make_model, make_rollout
 from step_race import Contender, take_turns
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from grao_fast.data import Encoded, Example
+from grao_fast.data.examples import Encoded, Example
 from grao_fast.kernels import group_advantages
-from grao_fast.rollout import Completion
-from grao_fast.step import Rollout
+from grao_fast.sampling import Completion
+from grao_fast.training.step import Rollout
 
 # Last: what both folders have is the benchmarks'.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
-    from grao_fast.data import Example, load_examples
-    from grao_fast.evaluate import EvaluationResult, evaluate, evaluate_completions
-    from grao_fast.interruption import Preempted
-    from grao_fast.plots import plot_run
+    from grao_fast.data.examples import Example, load_examples
+    from grao_fast.evaluation.evaluate import EvaluationResult, evaluate, evaluate_completions
+    from grao_fast.reporting.plots import plot_run
+    from grao_fast.system.interruption import Preempted
     from grao_fast.trainer import TrainResult, train
 
 __version__ = "0.1.0"
@@ -37,15 +37,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "EvaluationResult": "evaluate",
-    "Example": "data",
+    "EvaluationResult": "evaluation.evaluate",
+    "Example": "data.examples",
     "GRAOConfig": "config",
-    "Preempted": "interruption",
+    "Preempted": "system.interruption",
     "TrainResult": "trainer",
-    "evaluate": "evaluate",
-    "evaluate_completions": "evaluate",
-    "load_examples": "data",
-    "plot_run": "plots",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_completions": "evaluation.evaluate",
+    "load_examples": "data.examples",
+    "plot_run": "reporting.plots",
     "train": "trainer",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grao_fast.cli import main
+from grao_fast.cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

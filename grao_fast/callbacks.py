@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
-    from grao_fast.evaluate import EvaluationResult
-    from grao_fast.policy import Policy
+    from grao_fast.evaluation.evaluate import EvaluationResult
+    from grao_fast.models.policy import Policy
 
 
 class Callback:

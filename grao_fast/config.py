@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from grao_fast.config_types import check_types
+from grao_fast.system.field_types import check_types
 
 Statistics = Literal["group", "samples"]
 ReferenceAdvantage = Literal["signed", "clip"]

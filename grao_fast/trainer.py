@@ -15,56 +15,62 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
-from grao_fast import interruption
-from grao_fast.attention.frequencies import (
+from grao_fast.callbacks import Callback, check_callbacks
+from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import (
+    Encoded,
+    Example,
+    check_templates,
+    encode_examples,
+    load_examples,
+)
+from grao_fast.evaluation.evaluate import EvaluationResult
+from grao_fast.evaluation.held_out import HeldOut
+from grao_fast.models.attention.frequencies import (
     hold_frequencies,
     longest_context,
     release_frequencies,
 )
-from grao_fast.callbacks import Callback, check_callbacks
-from grao_fast.checkpoint import FINAL, choose_checkpoint, read_state
-from grao_fast.config import GRAOConfig
-from grao_fast.data import Encoded, Example, check_templates, encode_examples, load_examples
-from grao_fast.evaluate import EvaluationResult
-from grao_fast.files import clear_left_overs, write_file, write_folder
-from grao_fast.held_out import HeldOut
-from grao_fast.identity import (
+from grao_fast.models.checks import gives_models_back
+from grao_fast.models.loading import load_tokenizer
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.models.saving import prove_saving, save_model
+from grao_fast.reporting.tracking import Tracker, check_trackers
+from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.system import interruption
+from grao_fast.system.files import clear_left_overs, write_file, write_folder
+from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
+from grao_fast.system.lock import only_run_in
+from grao_fast.system.streams import lenient_streams
+from grao_fast.system.visible import get_logger, visible_errors
+from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
+from grao_fast.training.identity import (
     PolicyIdentity,
     RunIdentity,
     check_same_run,
     check_steps,
     digest_frozen,
 )
-from grao_fast.inputs import (
+from grao_fast.training.inputs import (
     check_evaluation,
     check_one_process,
     check_references,
     writable_folder,
 )
-from grao_fast.lines import METRICS_FILE, read_lines, write_lines
-from grao_fast.loading import load_tokenizer
-from grao_fast.lock import only_run_in
-from grao_fast.memory import token_budget
-from grao_fast.metrics import rollout_metrics
-from grao_fast.model_checks import gives_models_back
-from grao_fast.optim import adamw, count_steps
-from grao_fast.policy import Policy, load_policy
-from grao_fast.results import TrainResult, samples, write_summary
-from grao_fast.rewards import Reward, resolve_reward
-from grao_fast.saver import SaveError, Saver, one_line
-from grao_fast.saving import prove_saving, save_model
-from grao_fast.state import (
+from grao_fast.training.memory import token_budget
+from grao_fast.training.metrics import rollout_metrics
+from grao_fast.training.optim import adamw, count_steps
+from grao_fast.training.results import TrainResult, samples, write_summary
+from grao_fast.training.saver import SaveError, Saver, one_line
+from grao_fast.training.state import (
     DataStream,
     load_optimizer,
     resume_policy,
     save_checkpoint,
     step_seed,
 )
-from grao_fast.step import Rollout, sample_and_score, update
-from grao_fast.streams import lenient_streams
-from grao_fast.tracking import Tracker, check_trackers
-from grao_fast.visible import get_logger, visible_errors
-from grao_fast.watch import Watch
+from grao_fast.training.step import Rollout, sample_and_score, update
+from grao_fast.training.watch import Watch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +103,7 @@ def train(
     Args:
         model: a folder or hub id of a model, or of an adapter, which is continued on the base that
             it names; or a Transformers causal language model, or a PeftModel.
-        dataset: prompts with reference answers; see `grao_fast.data` for columns and sources.
+        dataset: prompts with reference answers; see `grao_fast.data.examples` for columns.
         reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
             "file.py:function", or a list of these. See `GRAOConfig.reward_type`.
         config: options; the paper's by default.

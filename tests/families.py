@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from grao_fast.batch import Group, MicroBatch
-from grao_fast.policy import Policy
+from grao_fast.data.packing import Group, MicroBatch
+from grao_fast.models.policy import Policy
 
 SIZES = {
     "vocab_size": 77,

@@ -89,7 +89,7 @@ def register_worker() -> None:
 
 
 def register_trainer(folder: Path) -> None:
-    from grao_fast.rollout.vllm.transfer import BACKENDS
+    from grao_fast.sampling.vllm.transfer import BACKENDS
 
     factory.WeightTransferTrainerFactory.register_engine(NAME, TrainerEngine)
     BACKENDS[NAME] = lambda client: TrainerInit(folder=str(folder), rank=0)

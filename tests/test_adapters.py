@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
 from grao_fast.config import GRAOConfig
-from grao_fast.policy import Policy, load_policy
+from grao_fast.models.policy import Policy, load_policy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -10,11 +10,11 @@ from families import FAMILIES, GROUPS, assert_same, family_model, gradients
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import AutoTokenizer
 
-from grao_fast.attention import choose_attention, flex, sdpa
-from grao_fast.batch import Segment, pack
 from grao_fast.config import GRAOConfig
-from grao_fast.parity import check_parity
-from grao_fast.policy import load_policy
+from grao_fast.data.packing import Segment, pack
+from grao_fast.models.attention import choose_attention, flex, sdpa
+from grao_fast.models.parity import check_parity
+from grao_fast.models.policy import load_policy
 
 CPU = torch.device("cpu")
 SEGMENTS = (Segment(0, 150, (140, 7)), Segment(297, 3, (1, 130, 64)), Segment(495, 1, (2,)))

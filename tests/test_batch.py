@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from grao_fast.batch import Group, MicroBatch, Size, pack, pad, split_by_tokens
+from grao_fast.data.packing import Group, MicroBatch, Size, pack, pad, split_by_tokens
 
 
 def group(prompt: list[int], *sequences: list[int], live: list[bool] | None = None) -> Group:

@@ -10,14 +10,14 @@ from tiny import save_tiny_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from grao_fast.batch import Group
-from grao_fast.checkpoint import CheckpointError, read_state
 from grao_fast.config import GRAOConfig
-from grao_fast.identity import PolicyIdentity, digest_frozen
-from grao_fast.optim import adamw
-from grao_fast.policy import Policy, load_policy
-from grao_fast.state import resume_policy, save_checkpoint
-from grao_fast.step import micro_batch_loss, reference_logprobs
+from grao_fast.data.packing import Group
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.training.checkpoint import CheckpointError, read_state
+from grao_fast.training.identity import PolicyIdentity, digest_frozen
+from grao_fast.training.optim import adamw
+from grao_fast.training.state import resume_policy, save_checkpoint
+from grao_fast.training.step import micro_batch_loss, reference_logprobs
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from grao_fast.checkpoint import (
+from grao_fast.system.files import clear_left_overs, write_folder
+from grao_fast.training.checkpoint import (
     CheckpointError,
     checkpoint_path,
     choose_checkpoint,
@@ -21,7 +22,6 @@ from grao_fast.checkpoint import (
     list_checkpoints,
     verify,
 )
-from grao_fast.files import clear_left_overs, write_folder
 
 
 def write(output: Path, step: int, text: str = "weights") -> Path:
@@ -97,7 +97,7 @@ def test_an_old_checkpoint_that_a_reader_holds_open_stops_no_run(
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr("grao_fast.files.shutil.rmtree", busy)
+        patch.setattr("grao_fast.system.files.shutil.rmtree", busy)
         for step in (1, 2, 3, 3):
             path = write(tmp_path, step)
             delete_old(path, 1)
@@ -113,8 +113,8 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path):
     program = """
 import sys, time
 from pathlib import Path
-from grao_fast.checkpoint import checkpoint_path
-from grao_fast.files import clear_left_overs, write_folder
+from grao_fast.training.checkpoint import checkpoint_path
+from grao_fast.system.files import clear_left_overs, write_folder
 def fill(folder):
     (folder / "model.bin").write_text("half")
     print("writing", flush=True)

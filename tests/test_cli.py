@@ -17,8 +17,8 @@ import pytest
 from tiny import sums, write_jsonl
 
 from grao_fast import GRAOConfig, __version__
-from grao_fast.cli import main
-from grao_fast.cli_options import EVALUATION_FIELDS, field_help
+from grao_fast.cli.commands import main
+from grao_fast.cli.options import EVALUATION_FIELDS, field_help
 
 REWARDS = """
 def correct(prompts, completions, answer):
@@ -172,7 +172,7 @@ def test_process_exits_with_2_and_a_single_line(folder: Path) -> None:
 
 def test_errors_of_options_need_neither_torch_nor_transformers(folder: Path) -> None:
     code = (
-        "import sys; from grao_fast.cli import main;"
+        "import sys; from grao_fast.cli.commands import main;"
         f"assert main({(TRAIN + '--lam -1').split()!r}) == 2;"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )

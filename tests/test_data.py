@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grao_fast.data import Example, encode_examples, load_examples
+from grao_fast.data.examples import Example, encode_examples, load_examples
 
 HH = Path(__file__).parents[2] / "shared/data/hh-rlhf/harmless-base"
 TEMPLATE = (

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from grao_fast import load_examples
-from grao_fast.data_files import read_csv, read_json
+from grao_fast.data.files import read_csv, read_json
 
 TEXTS = [
     "2024-05-01", "2024-05-01T10:00:00", "12:30:00", "None", "NA", "null", "nan", "",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from grao_fast.digests import digest_rows, digest_tensors
+from grao_fast.system.digests import digest_rows, digest_tensors
 
 NAN = float("nan")
 

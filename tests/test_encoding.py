@@ -10,8 +10,8 @@ from tiny import character_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grao_fast.data import Encoded, encode_examples, load_examples
-from grao_fast.decoding import completion_texts
+from grao_fast.data.decoding import completion_texts
+from grao_fast.data.examples import Encoded, encode_examples, load_examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

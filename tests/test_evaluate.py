@@ -15,8 +15,8 @@ from tiny import save_tiny_model, sums, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_fast import GRAOConfig, evaluate, evaluate_completions
-from grao_fast.bootstrap import bootstrap_intervals
-from grao_fast.data import Example
+from grao_fast.data.examples import Example
+from grao_fast.evaluation.bootstrap import bootstrap_intervals
 from grao_fast.rewards import RewardError
 
 # Of lengths 2: against it "a" loses, "bb" ties, "ccc" wins.
@@ -131,7 +131,7 @@ def test_intervals_are_those_of_resampling(n: int, wins: int) -> None:
 def test_intervals_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"x": torch.linspace(0, 1, 40, dtype=torch.float64)}
     whole = bootstrap_intervals(values, seed=0)["x"]
-    monkeypatch.setattr("grao_fast.bootstrap._CHUNK", 40 * 999)
+    monkeypatch.setattr("grao_fast.evaluation.bootstrap._CHUNK", 40 * 999)
     assert bootstrap_intervals(values, seed=0)["x"] == pytest.approx(whole, abs=0.01)
 
 
@@ -223,7 +223,7 @@ def test_a_model_gains_nothing_over_itself(tiny_model: Path) -> None:
 
 def test_errors_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "grao_fast.policy.load_policy", lambda *a, **k: pytest.fail("a model was loaded")
+        "grao_fast.models.policy.load_policy", lambda *a, **k: pytest.fail("a model was loaded")
     )
     rows = [{"prompt": "a", "reference": "b"}]
     with pytest.raises(ValueError, match="no such file"):

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from grao_fast.data import Example
+from grao_fast.data.examples import Example
 from grao_fast.rewards import resolve_reward
 
 FOLDER = Path(__file__).parents[1] / "examples" / "harmless"

@@ -19,18 +19,18 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel
 
-from grao_fast import policy
-from grao_fast.attention import flex
 from grao_fast.config import GRAOConfig
-from grao_fast.data import Encoded, Example
+from grao_fast.data.examples import Encoded, Example
 from grao_fast.kernels import group_advantages
-from grao_fast.memory import token_budget
-from grao_fast.optim import adamw
-from grao_fast.parity import check_parity
-from grao_fast.policy import Policy, load_policy
-from grao_fast.rollout import Completion
-from grao_fast.state import load_optimizer
-from grao_fast.step import Rollout, micro_batch_loss, update
+from grao_fast.models import policy
+from grao_fast.models.attention import flex
+from grao_fast.models.parity import check_parity
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling import Completion
+from grao_fast.training.memory import token_budget
+from grao_fast.training.optim import adamw
+from grao_fast.training.state import load_optimizer
+from grao_fast.training.step import Rollout, micro_batch_loss, update
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 

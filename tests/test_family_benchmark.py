@@ -12,7 +12,7 @@ import torch
 from families import SIZES, family_model
 from transformers import AttentionInterface
 
-from grao_fast.attention import packed_attention, sdpa
+from grao_fast.models.attention import packed_attention, sdpa
 
 # Last: `problem` of tests/kernels and of benchmarks are not the same.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -12,11 +12,11 @@ from torch.utils import flop_counter
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AttentionInterface, AutoTokenizer
 
-from grao_fast.attention import flex
-from grao_fast.batch import Group, pack, pad
 from grao_fast.config import GRAOConfig
-from grao_fast.flops import ModelCost, batch_work, group_work, layer_windows, update_flops
-from grao_fast.policy import load_policy
+from grao_fast.data.packing import Group, pack, pad
+from grao_fast.models.attention import flex
+from grao_fast.models.policy import load_policy
+from grao_fast.training.flops import ModelCost, batch_work, group_work, layer_windows, update_flops
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

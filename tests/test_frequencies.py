@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import grao_fast
 from grao_fast import GRAOConfig
-from grao_fast.attention.frequencies import hold_frequencies, release_frequencies
-from grao_fast.batch import Group, MicroBatch
-from grao_fast.policy import Policy, load_policy
-from grao_fast.rollout.proof import measure_sampler
+from grao_fast.data.packing import Group, MicroBatch
+from grao_fast.models.attention.frequencies import hold_frequencies, release_frequencies
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling.proof import measure_sampler
 
 LONG_ROPE = {
     "rope_type": "longrope",

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 import grao_fast
 from grao_fast import GRAOConfig
-from grao_fast.batch import Group, pad
-from grao_fast.flops import layer_windows
-from grao_fast.policy import Policy, load_policy
-from grao_fast.rollout import Completion
-from grao_fast.rollout.generate import GenerateSampler, bears_padding
+from grao_fast.data.packing import Group, pad
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling import Completion
+from grao_fast.sampling.generate import GenerateSampler, bears_padding
+from grao_fast.training.flops import layer_windows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
 

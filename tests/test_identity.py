@@ -16,11 +16,11 @@ from tiny import CHAT_TEMPLATE, sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
-from grao_fast.adapters import load_adapters
-from grao_fast.checkpoint import CheckpointError, read_state
-from grao_fast.files import write_folder
-from grao_fast.policy import load_policy
-from grao_fast.state import load_weights
+from grao_fast.models.adapters import load_adapters
+from grao_fast.models.policy import load_policy
+from grao_fast.system.files import write_folder
+from grao_fast.training.checkpoint import CheckpointError, read_state
+from grao_fast.training.state import load_weights
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

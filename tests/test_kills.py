@@ -16,9 +16,9 @@ import pytest
 from kills import exit_status, fork, killed_at_change
 from test_trainer import CONFIG, ROWS, lines, run, same_bits
 
-from grao_fast.checkpoint import checkpoint_path, delete_old, list_checkpoints
-from grao_fast.files import clear_left_overs, verify_folder, write_file, write_folder
-from grao_fast.lines import LineFile, read_lines
+from grao_fast.system.files import clear_left_overs, verify_folder, write_file, write_folder
+from grao_fast.system.lines import LineFile, read_lines
+from grao_fast.training.checkpoint import checkpoint_path, delete_old, list_checkpoints
 
 
 def fill(text: str):

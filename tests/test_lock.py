@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from grao_fast import heartbeat, lock
-from grao_fast.interruption import Interruption, at_once
-from grao_fast.lock import LOCK_FILE, _me, _write, only_run_in
+from grao_fast.system import heartbeat, lock
+from grao_fast.system.interruption import Interruption, at_once
+from grao_fast.system.lock import LOCK_FILE, _me, _write, only_run_in
 
 REFUSED = 3
 
@@ -264,7 +264,7 @@ def test_a_signal_ends_the_wait(tmp_path: Path, signum: signal.Signals):
     reader, writer = os.pipe()
 
     def wait() -> None:
-        logging.getLogger("grao_fast.heartbeat").addFilter(lambda _: os.write(writer, b"."))
+        logging.getLogger("grao_fast.system.heartbeat").addFilter(lambda _: os.write(writer, b"."))
         with Interruption(), at_once():
             only_run_in(tmp_path).__enter__()
 

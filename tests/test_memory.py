@@ -10,11 +10,11 @@ from families import family_model
 from test_trainer import CONFIG, ROWS, StopAt, lines, run, same_bits
 from transformers import AutoTokenizer
 
-from grao_fast import memory
 from grao_fast.config import GRAOConfig
-from grao_fast.data import encode_examples, load_examples
-from grao_fast.optim import adamw
-from grao_fast.policy import load_policy
+from grao_fast.data.examples import encode_examples, load_examples
+from grao_fast.models.policy import load_policy
+from grao_fast.training import memory
+from grao_fast.training.optim import adamw
 
 MIB = 2**20
 FOUND = CONFIG.replace(max_tokens_per_microbatch=None, workspace_mib=1)

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.callbacks import Callback
-from grao_fast.policy import load_policy
+from grao_fast.models.policy import load_policy
 from grao_fast.rewards import RewardError
 
 CONFIG = GRAOConfig(

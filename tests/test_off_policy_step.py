@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
-from grao_fast.batch import split_by_tokens
+from grao_fast.data.packing import split_by_tokens
 from grao_fast.kernels import reference
-from grao_fast.policy import load_policy
-from grao_fast.step import micro_batch_loss, reference_logprobs, to_groups, update
+from grao_fast.models.policy import load_policy
+from grao_fast.training.step import micro_batch_loss, reference_logprobs, to_groups, update
 
 OFF_POLICY = CONFIG.replace(temperature=0.8)
 

@@ -75,7 +75,9 @@ def test_wheel_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         folder = f"grao_fast-{grao_fast.__version__}.dist-info"
         metadata = message_from_bytes(archive.read(f"{folder}/METADATA"))
-        assert b"grao-fast = grao_fast.cli:main" in archive.read(f"{folder}/entry_points.txt")
+        assert b"grao-fast = grao_fast.cli.commands:main" in archive.read(
+            f"{folder}/entry_points.txt"
+        )
         assert b"Apache License" in archive.read(f"{folder}/licenses/LICENSE")
     assert metadata["Name"] == "grao-fast"
     assert metadata["Requires-Python"] == ">=3.10"
@@ -87,7 +89,7 @@ def test_wheel_metadata(wheel: Path) -> None:
 def test_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
-        "import grao_fast, grao_fast.kernels as k, grao_fast.cli, grao_fast.config;"
+        "import grao_fast, grao_fast.kernels as k, grao_fast.cli.commands, grao_fast.config;"
         "print(grao_fast.__file__); print(k.__file__); print(k.linear_grao_loss.__name__)"
     )
     path = [tmp_path / "installed", Path(sysconfig.get_path("purelib"))]
@@ -124,7 +126,7 @@ def test_source_archive_builds_the_same_wheel_and_carries_the_tests(
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.parametrize("module", ["grao_fast", "grao_fast.kernels", "grao_fast.cli"])
+@pytest.mark.parametrize("module", ["grao_fast", "grao_fast.kernels", "grao_fast.cli.commands"])
 def test_importing_brings_in_no_more_than_it_needs(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(
@@ -137,9 +139,9 @@ def test_importing_brings_in_no_more_than_it_needs(module: str, tmp_path: Path) 
 
 
 def test_every_export_exists_whichever_module_was_imported_first(tmp_path: Path) -> None:
-    # The module grao_fast.evaluate must not hide the function grao_fast.evaluate.
+    # The module grao_fast.evaluate must not hide the function grao_fast.evaluation.evaluate.
     code = (
-        "import grao_fast.evaluate, grao_fast.trainer, grao_fast, types\n"
+        "import grao_fast.evaluation.evaluate, grao_fast.trainer, grao_fast, types\n"
         "for name in grao_fast.__all__:\n"
         "    value = getattr(grao_fast, name)\n"
         "    assert not isinstance(value, types.ModuleType), name\n"

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from grao_fast import plots
-from grao_fast.plots import plot_run
+from grao_fast.reporting import plots
+from grao_fast.reporting.plots import plot_run
 
 
 def step(number: int, **metrics: float | None) -> dict[str, Any]:

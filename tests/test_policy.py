@@ -10,11 +10,11 @@ import transformers
 from families import FAMILIES, GROUPS, SIZES, assert_same, family_model, gradients
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from grao_fast.attention import packed_attention, sdpa
-from grao_fast.batch import pack, pad
 from grao_fast.config import GRAOConfig
-from grao_fast.policy import LogitTransform, load_policy
-from grao_fast.rollout import transformers as rollout_transformers
+from grao_fast.data.packing import pack, pad
+from grao_fast.models.attention import packed_attention, sdpa
+from grao_fast.models.policy import LogitTransform, load_policy
+from grao_fast.sampling import transformers as rollout_transformers
 
 
 @pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])

@@ -17,14 +17,14 @@ from tolerance import assert_accurate
 from transformers import AutoModelForCausalLM
 
 import grao_fast
-from grao_fast.batch import Group
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
-from grao_fast.data import load_examples
-from grao_fast.policy import load_policy
+from grao_fast.data.examples import load_examples
+from grao_fast.data.packing import Group
+from grao_fast.models.policy import load_policy
 from grao_fast.rewards import resolve_reward
-from grao_fast.state import DataStream
-from grao_fast.step import micro_batch_loss, sample_and_score, to_groups
+from grao_fast.training.state import DataStream
+from grao_fast.training.step import micro_batch_loss, sample_and_score, to_groups
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base"
 MODEL = os.environ.get("GRAO_SMOLLM2", "")
@@ -100,7 +100,7 @@ def test_a_step_is_the_naive_formula():
 
     Relative 2e-4 in the max norm of each tensor: 30 layers of float32 in another order.
     """
-    from grao_fast.data import encode_examples
+    from grao_fast.data.examples import encode_examples
 
     policy = load_policy(MODEL, config=CONFIG)
     examples = load_examples(rows("train", 4))

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from grao_fast.cli_messages import one_line
-from grao_fast.data import Example
-from grao_fast.interruption import Interruption
+from grao_fast.cli.messages import one_line
+from grao_fast.data.examples import Example
 from grao_fast.rewards import RewardError, resolve_reward
+from grao_fast.system.interruption import Interruption
 
 EXAMPLES = [Example("p0", None, {}), Example("p1", None, {})]
 

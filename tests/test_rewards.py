@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from grao_fast.data import Example
+from grao_fast.data.examples import Example
 from grao_fast.rewards import Reward, RewardError, resolve_reward
 
 NAN = math.nan

@@ -11,12 +11,12 @@ from test_off_policy_step import one_update
 from test_trainer import CONFIG, ROWS
 from transformers import AutoTokenizer
 
-from grao_fast.batch import pack
 from grao_fast.config import GRAOConfig
-from grao_fast.data import encode_examples, load_examples
-from grao_fast.policy import Policy, load_policy
+from grao_fast.data.examples import encode_examples, load_examples
+from grao_fast.data.packing import pack
+from grao_fast.models.policy import Policy, load_policy
 from grao_fast.rewards import resolve_reward
-from grao_fast.step import micro_batch_loss, sample_and_score
+from grao_fast.training.step import micro_batch_loss, sample_and_score
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from grao_fast.rollout.cache import GrowingLayer, cache_name, drop_rows
-from grao_fast.rollout.drawing import draw
-from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows
+from grao_fast.sampling.drawing import draw
+from grao_fast.sampling.transformers import TransformersSampler
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
@@ -163,7 +163,7 @@ def test_a_completion_does_not_depend_on_when_others_end(model, static_cache: bo
 
 def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.MonkeyPatch):
     """Through repetition, selection and more tokens than there was room for."""
-    monkeypatch.setattr("grao_fast.rollout.cache._ROOM", 3)
+    monkeypatch.setattr("grao_fast.sampling.cache._ROOM", 3)
     generator = torch.Generator().manual_seed(0)
     layers = GrowingLayer(), DynamicLayer()
 

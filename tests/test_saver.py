@@ -18,9 +18,9 @@ from test_trainer import ROWS, same_bits
 from transformers import LlamaForCausalLM
 
 from grao_fast.callbacks import Callback
-from grao_fast.checkpoint import choose_checkpoint, list_checkpoints, verify
-from grao_fast.lines import LineFile
-from grao_fast.saver import SaveError
+from grao_fast.system.lines import LineFile
+from grao_fast.training.checkpoint import choose_checkpoint, list_checkpoints, verify
+from grao_fast.training.saver import SaveError
 
 NO_CHECKPOINTS = CONFIG.replace(max_steps=2, save_steps=0)
 OWN = LlamaForCausalLM.save_pretrained
@@ -115,7 +115,7 @@ def test_where_the_folder_takes_nothing_the_weights_are_left_elsewhere(
 def test_where_nothing_can_be_written_that_is_said(tiny_model, tmp_path: Path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr("grao_fast.state.torch.save", lambda *_: [][0])
+    monkeypatch.setattr("grao_fast.training.state.torch.save", lambda *_: [][0])
     broken = BreakSaving(monkeypatch, RuntimeError("broken"))
     with pytest.raises(SaveError, match=r"final/ could not .* \(broken\); no step has been saved$"):
         run(tiny_model, tmp_path / "run", config=NO_CHECKPOINTS, callbacks=[broken])
@@ -153,7 +153,7 @@ def command(model: Path, output: Path, folder: Path, *more: str) -> list[str]:
 
 def run_command(argv: list[str], errors: Path) -> int:
     """Its exit status; what it printed on stderr is in `errors`."""
-    from grao_fast.cli import main
+    from grao_fast.cli.commands import main
 
     def body() -> None:
         with errors.open("w") as sys.stderr:
@@ -207,7 +207,7 @@ def test_a_limit_of_file_size_is_named_as_such(tiny_model, tmp_path: Path):
 
 
 def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path: Path):
-    from grao_fast.rollout.weights import WeightFolder
+    from grao_fast.sampling.weights import WeightFolder
 
     def killed() -> None:
         held = WeightFolder(str(tmp_path))  # noqa: F841

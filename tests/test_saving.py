@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
 from grao_fast.config import GRAOConfig
-from grao_fast.saving import save_pretrained
+from grao_fast.models.saving import save_pretrained
 
 TWO_STEPS = CONFIG.replace(max_steps=2, save_steps=1)
 

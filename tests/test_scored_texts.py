@@ -10,7 +10,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_fast import GRAOConfig, evaluate, train
-from grao_fast.lines import read_lines
+from grao_fast.system.lines import read_lines
 
 ROWS = [{"prompt": "2+2=", "reference": "<think>easy</think>4 . <eos>"}]
 

@@ -21,17 +21,17 @@ import pytest
 import torch
 from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
 
-import grao_fast.held_out
-import grao_fast.interruption
-import grao_fast.step
+import grao_fast.evaluation.held_out
+import grao_fast.system.interruption
 import grao_fast.trainer
+import grao_fast.training.step
 from grao_fast import Preempted
-from grao_fast.beginning import Beginning
 from grao_fast.callbacks import Callback
-from grao_fast.interruption import Interruption, Stop, at_once, held
+from grao_fast.models.beginning import Beginning
 from grao_fast.rewards import RewardError
-from grao_fast.rollout import changes, generate
-from grao_fast.rollout.model_sampler import ModelSampler
+from grao_fast.sampling import changes, generate
+from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.system.interruption import Interruption, Stop, at_once, held
 
 OPTIONS: dict[str, Any] = {
     # live groups in every step, a micro-batch for each
@@ -93,13 +93,13 @@ def at_call(
 # unless another number is said.
 MOMENTS = {
     "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
-    "gradient": (grao_fast.step, "micro_batch_loss", 4, 1),
-    "optimiser's step": (grao_fast.step.torch.optim.AdamW, "step", 2, 2),
-    "behind the optimiser": (grao_fast.step, "update_flops", 2, 2),
+    "gradient": (grao_fast.training.step, "micro_batch_loss", 4, 1),
+    "optimiser's step": (grao_fast.training.step.torch.optim.AdamW, "step", 2, 2),
+    "behind the optimiser": (grao_fast.training.step, "update_flops", 2, 2),
     "callback": (Callback, "on_step_end", 2, 2),
-    "evaluation": (grao_fast.held_out, "evaluate_completions", 2, 2),
+    "evaluation": (grao_fast.evaluation.held_out, "evaluate_completions", 2, 2),
     "save": (grao_fast.trainer, "save_checkpoint", 1, 3),
-    "last evaluation": (grao_fast.held_out, "evaluate_completions", 3, 4),
+    "last evaluation": (grao_fast.evaluation.held_out, "evaluate_completions", 3, 4),
     "last save": (grao_fast.trainer, "save_model", 1, 4),
 }
 
@@ -369,7 +369,7 @@ def test_an_update_that_breaks_off_is_not_saved(
     def breaks() -> None:
         raise RuntimeError("within the optimiser")
 
-    at_call(monkeypatch, grao_fast.step.torch.optim.AdamW, "step", 2, breaks)
+    at_call(monkeypatch, grao_fast.training.step.torch.optim.AdamW, "step", 2, breaks)
     with pytest.raises(RuntimeError, match="within the optimiser"):
         run(tiny_model, tmp_path, **OPTIONS)
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -403,7 +403,7 @@ def test_a_callers_own_handler_has_its_turn_when_all_is_saved() -> None:
 def test_code_that_waits_for_a_thread_while_it_is_left_is_told_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grao_fast.interruption, "_PATIENCE", 0.05)
+    monkeypatch.setattr(grao_fast.system.interruption, "_PATIENCE", 0.05)
     began, release = time.monotonic(), threading.Event()
     with pytest.raises(Preempted), Interruption(), at_once():
         try:
@@ -443,7 +443,7 @@ def exchanged() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callab
     model = torch.nn.Linear(2, 2)
     beginning = Beginning(model)
     model.weight.data.copy_(torch.arange(4.0).view(2, 2))
-    return grao_fast.beginning, beginning.restored, model.weight.tolist
+    return grao_fast.models.beginning, beginning.restored, model.weight.tolist
 
 
 def negated() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
@@ -475,7 +475,7 @@ def test_what_is_changed_is_put_back_at_whatever_instruction_a_signal_comes(case
     """A signal at every single one of Python's instructions on the way in and out."""
     module, changed, state = case()
     before = state()
-    files = {grao_fast.interruption.__file__, module.__file__}
+    files = {grao_fast.system.interruption.__file__, module.__file__}
     stopped = 0
     for at in range(10_000):
         seen = [0]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from grao_fast.config import GRAOConfig
-from grao_fast.optim import count_steps
-from grao_fast.state import DataStream, step_seed
-from grao_fast.watch import Watch
+from grao_fast.training.optim import count_steps
+from grao_fast.training.state import DataStream, step_seed
+from grao_fast.training.watch import Watch
 
 
 def test_every_epoch_holds_every_example_once():

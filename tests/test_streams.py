@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 from test_tracking import ROW, Recorder, tracker
 
-from grao_fast.data import load_examples
-from grao_fast.lines import read_lines
-from grao_fast.streams import lenient_streams
-from grao_fast.visible import VisibleFormatter, get_logger, squeezed, visible, visible_lines
+from grao_fast.data.examples import load_examples
+from grao_fast.system.lines import read_lines
+from grao_fast.system.streams import lenient_streams
+from grao_fast.system.visible import VisibleFormatter, get_logger, squeezed, visible, visible_lines
 
 # ---- streams that fail
 

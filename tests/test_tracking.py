@@ -14,9 +14,9 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
-from grao_fast.lines import read_lines
-from grao_fast.tables import head, tail
-from grao_fast.tracking import Tracker
+from grao_fast.reporting.tables import head, tail
+from grao_fast.reporting.tracking import Tracker
+from grao_fast.system.lines import read_lines
 
 ROW = {
     "prompt": [{"role": "user", "content": "first " + "x" * 500 + " last"}],

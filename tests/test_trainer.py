@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
-from grao_fast.data import encode_examples, load_examples
+from grao_fast.data.examples import encode_examples, load_examples
 from grao_fast.kernels import reference
-from grao_fast.policy import load_policy
+from grao_fast.models.policy import load_policy
 from grao_fast.rewards import resolve_reward
-from grao_fast.step import micro_batch_loss, sample_and_score, to_groups
+from grao_fast.training.step import micro_batch_loss, sample_and_score, to_groups
 
 CONFIG = GRAOConfig(
     num_generations=4,
@@ -118,7 +118,7 @@ def naive_loss(model, rollout, config: GRAOConfig) -> torch.Tensor:
 @pytest.mark.parametrize("budget", [10_000, 60])
 def test_a_step_is_the_formula(tiny_model, share_prefix: bool, budget: int):
     """Loss and every gradient, however the step is split, against float64 of the stock model."""
-    from grao_fast.batch import split_by_tokens
+    from grao_fast.data.packing import split_by_tokens
 
     config = CONFIG.replace(share_prefix=share_prefix, temperature=0.8)
     policy, rollout, groups = step_groups(tiny_model, config)

@@ -17,10 +17,10 @@ import torch
 from test_trainer import CONFIG, lines, rarely_equal, run
 from transformers import AutoModelForCausalLM
 
-from grao_fast.policy import load_policy
-from grao_fast.rollout.transformers import TransformersSampler
-from grao_fast.rollout.vllm import VLLMColocatedSampler
-from grao_fast.rollout.vllm.requests import prompt_seeds
+from grao_fast.models.policy import load_policy
+from grao_fast.sampling.transformers import TransformersSampler
+from grao_fast.sampling.vllm import VLLMColocatedSampler
+from grao_fast.sampling.vllm.requests import prompt_seeds
 
 
 @dataclass

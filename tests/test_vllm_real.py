@@ -20,10 +20,10 @@ from test_trainer import CONFIG, StopAt, lines, rarely_equal, run, same_bits
 from vllm_server import FakeVLLM, serving
 
 from grao_fast.callbacks import Callback
-from grao_fast.policy import load_policy
-from grao_fast.rollout import weights
-from grao_fast.rollout.vllm.requests import sampling_options, scoring_options
-from grao_fast.rollout.weights import WeightFolder
+from grao_fast.models.policy import load_policy
+from grao_fast.sampling import weights
+from grao_fast.sampling.vllm.requests import sampling_options, scoring_options
+from grao_fast.sampling.weights import WeightFolder
 
 pytestmark = [
     pytest.mark.vllm,

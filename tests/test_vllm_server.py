@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
 import grao_fast
-from grao_fast.lock import LOCK_FILE
-from grao_fast.policy import Policy, load_policy
-from grao_fast.rollout.transformers import TransformersSampler
-from grao_fast.rollout.vllm import VLLMServerSampler
-from grao_fast.rollout.vllm.requests import prompt_seeds
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling.transformers import TransformersSampler
+from grao_fast.sampling.vllm import VLLMServerSampler
+from grao_fast.sampling.vllm.requests import prompt_seeds
+from grao_fast.system.lock import LOCK_FILE
 
 pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
 

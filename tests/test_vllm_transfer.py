@@ -15,7 +15,7 @@ from test_trainer import lines, rarely_equal, run
 from test_vllm_server import config
 from vllm_server import FakeVLLM, serving
 
-from grao_fast.policy import load_policy
+from grao_fast.models.policy import load_policy
 
 pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
 
@@ -82,7 +82,7 @@ def fake(tiny_model, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
 def test_every_sync_goes_by_the_routes_with_the_server_paused(
     fake: FakeVLLM, tiny_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("grao_fast.rollout.vllm.handover.cannot_transfer", lambda *_: "")
+    monkeypatch.setattr("grao_fast.sampling.vllm.handover.cannot_transfer", lambda *_: "")
     with serving(fake) as url:
         result = run(tiny_model, tmp_path, config=config(url, max_steps=2), reward=rarely_equal)
     assert fake.transfer == asdict(Init("10.0.0.1", 4321, world_size=3, rank=0))
@@ -101,7 +101,7 @@ def test_every_sync_goes_by_the_routes_with_the_server_paused(
 
 
 def test_a_restarted_server_ends_the_run(fake: FakeVLLM, tiny_model, monkeypatch):
-    monkeypatch.setattr("grao_fast.rollout.vllm.handover.cannot_transfer", lambda *_: "")
+    monkeypatch.setattr("grao_fast.sampling.vllm.handover.cannot_transfer", lambda *_: "")
     with serving(fake) as url:
         policy = load_policy(tiny_model, config=config(url))
         policy.sampler.sync(policy)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from grao_fast.rollout.transformers import TransformersSampler
+from grao_fast.sampling.transformers import TransformersSampler
 
 REQUIRED = {
     "top_p": 1.0,

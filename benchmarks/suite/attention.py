@@ -14,8 +14,8 @@ from torch import Tensor
 from suite.runner import Run, Skipped
 
 if TYPE_CHECKING:
-    from grao_fast.policy import Policy
-    from grao_fast.step import Rollout
+    from grao_fast.models.policy import Policy
+    from grao_fast.training.step import Rollout
 
 # Rows of one block of 128 tokens, of a few, and of many.
 CASES = [
@@ -63,7 +63,7 @@ def attention(run: Run) -> str:
 
 def _policy(recompute: bool) -> Policy:
     from grao_fast.config import GRAOConfig
-    from grao_fast.policy import load_policy
+    from grao_fast.models.policy import load_policy
 
     model, tokenizer = make_model("attention", "cuda")
     config = GRAOConfig(
@@ -75,7 +75,7 @@ def _policy(recompute: bool) -> Policy:
 def _gradient(policy: Policy, rollout: Rollout) -> Tensor:
     """Of every parameter, one behind the other."""
     from grao_fast.config import GRAOConfig
-    from grao_fast.step import micro_batch_loss, to_groups
+    from grao_fast.training.step import micro_batch_loss, to_groups
 
     groups = to_groups(rollout, beta=0.5, lam=0.6)
     policy.model.zero_grad()

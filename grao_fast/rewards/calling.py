@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from grao_fast.interruption import check
 from grao_fast.rewards.copies import own_copy
 from grao_fast.rewards.event_loop import AsyncCalls, LoopStoppedError
 from grao_fast.rewards.finding import (
@@ -25,8 +24,9 @@ from grao_fast.rewards.finding import (
 )
 from grao_fast.rewards.generators import GlobalGenerators
 from grao_fast.rewards.values import check_values
-from grao_fast.threads import in_thread
-from grao_fast.visible import get_logger
+from grao_fast.system.interruption import check
+from grao_fast.system.threads import in_thread
+from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 

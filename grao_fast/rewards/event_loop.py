@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from grao_fast.threads import DaemonExecutor
+from grao_fast.system.threads import DaemonExecutor
 
 _THREADS = 32  # of asyncio.to_thread: as many as Python allows at the most
 _GOODBYE = 1.0  # seconds that what is cancelled gets to close its connections

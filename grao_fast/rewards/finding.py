@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grao_fast.interruption import is_interrupt
-from grao_fast.visible import visible_lines
+from grao_fast.system.interruption import is_interrupt
+from grao_fast.system.visible import visible_lines
 
 RewardFunction = Callable[..., Any]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grao_fast.config import RewardType
-from grao_fast.data import Example
+from grao_fast.data.examples import Example
 from grao_fast.rewards.calling import Caller
 from grao_fast.rewards.finding import (
     RewardError,

@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from grao_fast.data import REFERENCE_COLUMNS
+from grao_fast.data.examples import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
-from grao_fast.visible import get_logger, visible_errors
+from grao_fast.system.visible import get_logger, visible_errors
 
 logger = get_logger(__name__)
 

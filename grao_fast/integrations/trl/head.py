@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grao_fast.head import LogitTransform, check_head
 from grao_fast.integrations.trl.rows import Rows
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.checks import choose_backend, logit_transform
 from grao_fast.kernels.linear_ce import WeightedTerms, weighted_terms
 from grao_fast.kernels.vocab_parallel import local_parts
-from grao_fast.parity import check_parity
-from grao_fast.policy import Policy, causal_lm_of
-from grao_fast.rollout import Sampler
+from grao_fast.models.head import LogitTransform, check_head
+from grao_fast.models.parity import check_parity
+from grao_fast.models.policy import Policy, causal_lm_of
+from grao_fast.sampling import Sampler
 
 Objective = Callable[[PreTrainedModel, Tensor], Any]
 

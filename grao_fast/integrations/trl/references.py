@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grao_fast.data import REFERENCE_COLUMNS, check_tokens
-from grao_fast.encoding import Encoder
-from grao_fast.fields import Messages, read_prompt, read_reference
-from grao_fast.visible import visible_errors
+from grao_fast.data.encoding import Encoder
+from grao_fast.data.examples import REFERENCE_COLUMNS, check_tokens
+from grao_fast.data.fields import Messages, read_prompt, read_reference
+from grao_fast.system.visible import visible_errors
 
 
 class References(NamedTuple):

@@ -18,7 +18,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
-from grao_fast.encoding import Encoder
+from grao_fast.data.encoding import Encoder
 from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
     answer_objectives,
@@ -46,8 +46,8 @@ from grao_fast.kernels.advantage import (
 )
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.kernels.linear_ce import WeightedTerms
-from grao_fast.metrics import group_metrics, held_ratios
-from grao_fast.policy import causal_lm_of
+from grao_fast.models.policy import causal_lm_of
+from grao_fast.training.metrics import group_metrics, held_ratios
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
 

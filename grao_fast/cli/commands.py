@@ -1,0 +1,201 @@
+"""The `grao-fast` command: train, eval, plot, demo.
+
+Whatever a user can get wrong is one line on stderr and exit code 2; a run that a signal stopped
+ends with 128 + the signal's number; anything else keeps its traceback. Nothing here imports torch
+or transformers until the options have been read and checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from grao_fast import __version__
+from grao_fast.cli.messages import explain, is_users_fault, one_line
+from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, train_command
+from grao_fast.cli.yaml_files import check_no_key_twice, config_files
+from grao_fast.config import GRAOConfig
+from grao_fast.system.interruption import Preempted
+from grao_fast.system.streams import lenient_streams
+from grao_fast.system.visible import VisibleFormatter, visible
+from grao_fast.training.checkpoint import list_checkpoints
+
+Options = dict[str, Any]
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+_GOODBYE = 5.0  # seconds for threads of rewards that hang, when the command has failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with lenient_streams(to_the_end=True):
+        code = _main(arguments)
+    if code and argv is None:
+        # Python waits for every thread of a pool as it exits, and one of a reward's may hang.
+        timer = threading.Timer(_GOODBYE, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+    return code
+
+
+def _main(arguments: list[str]) -> int:
+    parser, commands = build_parser()
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        for file in config_files(arguments):
+            check_no_key_twice(file)
+    except ValueError as error:
+        return _fail(str(error))
+    try:
+        parsed = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        hints = commands[command].hints if command in commands else {}
+        return _fail(explain(error.message, command if hints else "", hints, list(commands)))
+    options = parsed[parsed.command].as_dict()
+    options.pop("config", None)
+    log = logging.StreamHandler()
+    log.setFormatter(VisibleFormatter(f"{PROGRAM}: %(message)s"))
+    logging.basicConfig(handlers=[log])
+    logging.getLogger("grao_fast").setLevel(logging.INFO)
+    # Rewards named as module:function lie where the user stands. Last, not first: a checkout's own
+    # folders must not hide installed packages.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        commands[parsed.command].run(options)
+    except Preempted as stop:
+        _say(_how_to_resume(str(stop), arguments, options))
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        _say(_how_to_resume("interrupted", arguments, options))
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not is_users_fault(error):
+            raise
+        return _fail(one_line(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    _say(f"error: {message}")
+    return EXIT_USAGE
+
+
+def _say(message: str) -> None:
+    print(f"{PROGRAM}: {visible(message)}", file=sys.stderr)
+
+
+def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
+    if arguments[0] != "train":
+        return what
+    checkpoints = list_checkpoints(Path(options["output_dir"]).expanduser())
+    if not checkpoints:
+        return f"{what} before the first step was done; nothing to resume"
+    # The last --resume_from_checkpoint counts, so adding one also serves a run already resumed.
+    again = shlex.join([PROGRAM, *arguments, "--resume_from_checkpoint", "true"])
+    return f"{what}; to go on from {checkpoints[0].name}: {again}"
+
+
+# Commands --------------------------------------------------------------------------------------
+
+
+def _train(options: Options) -> None:
+    config = GRAOConfig(**_take_config(options))
+    peft_config = _lora_config(**options.pop("peft"))
+
+    from grao_fast.trainer import train
+
+    result = train(**options, config=config, peft_config=peft_config)
+    where = visible(str(result.output_dir))
+    print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
+
+
+def _eval(options: Options) -> None:
+    config = GRAOConfig(**_take_config(options))
+
+    from rich.console import Console
+
+    from grao_fast.evaluation.evaluate import evaluate
+
+    Console().print(evaluate(**options, config=config).table())
+
+
+def _plot(options: Options) -> None:
+    from grao_fast.reporting.plots import plot_run
+
+    for path in plot_run(options["output_dir"]):
+        print(visible(str(path)))
+
+
+def _demo(options: Options) -> None:
+    from grao_fast.demo import run_demo
+
+    run_demo(**options)
+
+
+def _take_config(options: Options) -> Options:
+    """Take the fields of GRAOConfig out of options."""
+    names = [field.name for field in dataclasses.fields(GRAOConfig) if field.name in options]
+    return {name: options.pop(name) for name in names}
+
+
+def _lora_config(
+    r: int | None, lora_alpha: int | None, lora_dropout: float, target_modules: list[str] | str
+) -> Any:
+    """peft.LoraConfig, or None where no rank is given and every parameter is trained."""
+    if r is None:
+        if lora_alpha is not None or lora_dropout or target_modules != "all-linear":
+            raise ValueError("options under --peft need --peft.r, the rank of LoRA's matrices")
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError('--peft.r needs peft: pip install "grao-fast[peft]"') from None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+    )
+
+
+def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
+    """The parser of the whole command, and its subcommands by name."""
+    commands = {
+        "train": train_command(_train),
+        "eval": eval_command(_eval),
+        "plot": Command.new(
+            _plot, "plot output_dir", "Draw a run's reward, loss and components as PNG."
+        ),
+        "demo": Command.new(
+            _demo,
+            "demo [options]",
+            "Align a tiny model on the spot: no download, no GPU, under three minutes.",
+        ),
+    }
+    commands["plot"].add("output_dir", str, "folder of the run")
+    commands["demo"].add("--seed", int, "of everything random", default=0)
+    commands["demo"].add("--output_dir", str, "where to write", default="grao-demo")
+
+    parser = parser_of(
+        f"{PROGRAM} [--version] command ...",
+        "Group Relative Alignment Optimization (arXiv 2508.07750).",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command.parser, help=command.parser.description)
+    return parser, commands

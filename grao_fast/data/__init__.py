@@ -1,0 +1,1 @@
+"""Data: prompts with reference answers, from a source to packed micro-batches."""

@@ -1,0 +1,194 @@
+"""Where rows come from: files, folders, the hub, `datasets` objects and lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grao_fast.data.files import COMPRESSIONS, read_csv, read_json
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from datasets import BuilderConfig, Dataset, DatasetBuilder
+
+logger = get_logger(__name__)
+
+_READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+# `datasets` would turn text into dates, numbers and missing values.
+_TEXT_READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {"json": read_json, "csv": read_csv}
+# Of the options in a dataset's card: what the readers call them, and what says nothing of a format.
+_FORMAT_OPTIONS = {
+    "encoding": "encoding",
+    "field": "field",
+    "sep": "delimiter",
+    "delimiter": "delimiter",
+}
+_NOT_OF_THE_FORMAT = {"name", "version", "data_dir", "data_files", "description", "features"}
+# "org/name-2.5" is a hub id, "name.jsonl" a file: an extension starts with a letter.
+_EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset's rows, its columns, and the name that errors call it by."""
+
+    name: str
+    columns: list[str]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def read_rows(
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
+) -> Rows:
+    """Read all rows of a dataset into memory. Raises ValueError where there are none."""
+    import datasets
+
+    source: Any = dataset
+    name = "the dataset"
+    if isinstance(dataset, (str, Path)):
+        name = str(dataset)
+        source = _load(name, split)
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
+        source = source[split]
+    if isinstance(source, datasets.Dataset):
+        # with_format(None): rows as plain Python, whatever view the caller had set.
+        rows = [_without_padding(row) for row in source.with_format(None).to_list()]
+        rows = Rows(name, source.column_names, rows)
+    elif isinstance(source, Sequence):
+        for index, row in enumerate(source):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"row {index} must be a dict, got {type(row).__name__}")
+        rows = Rows(name, list(dict.fromkeys(key for row in source for key in row)), source)
+    else:
+        raise ValueError(
+            "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts; "
+            f"got {type(source).__name__}"
+        )
+    if len(rows.rows) == 0:
+        raise ValueError(f"{name} is empty: it has no rows")
+    return rows
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's, its messages and tools without the keys that are None.
+
+    Arrow gives every object of a column the keys of all others: a tool call would seem to have the
+    arguments of every other tool. An object that a reward asks for stays as Arrow has it.
+    """
+    return {
+        name: _without_none(value) if name == "tools" or _are_messages(value) else value
+        for name, value in row.items()
+    }
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _load(name: str, split: str) -> Any:
+    import datasets
+
+    path = Path(name).expanduser()
+    exists = path.exists()
+    if not exists and _looks_like_path(name):
+        raise ValueError(f"dataset {name!r}: no such file or folder")
+    reader = _reader(path) if path.is_file() else ""
+    if reader in _TEXT_READERS:
+        return _TEXT_READERS[reader](str(path), name=name)
+    with _loading(name, split, exists):
+        if reader:
+            return datasets.load_dataset(reader, data_files=str(path), split="train")
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))  # written by save_to_disk
+        builder = datasets.load_dataset_builder(str(path) if exists else name)
+        if builder.name == "cache":
+            logger.warning(
+                "%s is read as `datasets` has kept it, for want of a connection: of JSON and CSV, "
+                "text that looks like a date or a number may have become one", name,
+            )  # fmt: skip
+        if builder.name not in _TEXT_READERS:
+            builder.download_and_prepare()
+            return builder.as_dataset(split=split)
+    return _read_text_files(builder, name, split)
+
+
+@contextmanager
+def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
+    """The reasons of `datasets` for not loading, many lines long, as one that names the dataset."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError) as error:
+        # OSError: unreadable files, and a hub that cannot be reached or does not know the id.
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        kind = "" if exists else " (no such file; taken for a hub id)"
+        raise ValueError(f"cannot load dataset {name!r}{kind}, split {split!r}: {cause}") from error
+
+
+def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a split of which `datasets` says that it is JSON or CSV files, and where they are."""
+    from datasets import DownloadManager
+
+    splits = builder.config.data_files or {}
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
+    options = _reader_options(builder.config)
+    rows: list[dict[str, Any]] = []
+    for file in splits[split]:
+        with _loading(name, split, exists=True):
+            local = DownloadManager().download(file)
+        rows += _TEXT_READERS[builder.name](local, name=file, **options)
+    return rows
+
+
+def _reader_options(config: BuilderConfig) -> dict[str, Any]:
+    """What a dataset's card says of the format of its files."""
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _NOT_OF_THE_FORMAT or value == field.default:
+            continue
+        if field.name not in _FORMAT_OPTIONS:
+            raise ValueError(
+                f"the dataset's card sets {field.name}={value!r}, which is not known here: "
+                "load it with datasets.load_dataset, and give what that returns"
+            )
+        options[_FORMAT_OPTIONS[field.name]] = value
+    return options
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(_EXTENSION.search(name))
+
+
+def _reader(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _READERS:
+        raise ValueError(
+            f"no reader for files called {path.name!r}; there is one for {', '.join(_READERS)}, "
+            f"compressed or not"
+        )
+    return _READERS[suffixes[-1]]

@@ -1,0 +1,1 @@
+"""Evaluation: answers against references, and against the answers from before training."""

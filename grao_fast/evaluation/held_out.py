@@ -1,0 +1,93 @@
+"""The held-out prompts of a run: answered before it, after it and on the way, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import Encoded
+from grao_fast.evaluation.evaluate import EvaluationResult, evaluate_completions
+from grao_fast.models.policy import Policy
+from grao_fast.rewards import Reward
+from grao_fast.system import interruption
+from grao_fast.system.lines import METRICS_FILE, read_lines
+from grao_fast.training.identity import fingerprint
+from grao_fast.training.results import read_baseline, write_baseline
+
+
+class HeldOut:
+    """Evaluates a policy on held-out prompts, against their references and its first answers.
+
+    Args:
+        prompts: to answer greedily.
+        reward, metric: what scores the answers; metric None: the reward alone.
+        output_dir: of the run, where the answers from before training are kept.
+
+    before: the evaluation from before training; None until it is made or recalled, and where a run
+        that resumes cannot recall it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Sequence[Encoded],
+        *,
+        reward: Reward,
+        metric: Reward | None,
+        config: GRAOConfig,
+        output_dir: Path,
+    ) -> None:
+        self.policy, self.prompts, self.config = policy, prompts, config
+        self.reward, self.metric, self.output_dir = reward, metric, output_dir
+        self.digest = fingerprint([prompt.example for prompt in prompts])
+        self.before: EvaluationResult | None = None
+        self._first_texts: list[str] | None = None
+
+    def begin(self) -> EvaluationResult:
+        """Evaluate the policy before training, and keep its answers."""
+        texts = self._answer()
+        write_baseline(self.output_dir, texts, data=self.digest)
+        self._first_texts, self.before = texts, self._compare(texts, None)
+        return self.before
+
+    def recall(self) -> None:
+        """The evaluation from before training of the run that resumes, from what it kept."""
+        texts = read_baseline(self.output_dir, data=self.digest, prompts=len(self.prompts))
+        if texts is not None:
+            self._first_texts, self.before = texts, self._compare(texts, None)
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate the policy as it is, compared with that from before training."""
+        return self._compare(self._answer(), self._first_texts)
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether the policy is evaluated after a step."""
+        return last or bool(self.config.eval_steps and step % self.config.eval_steps == 0)
+
+    def was_logged(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation after a step."""
+        return any(
+            row["step"] == step and any(name.startswith("eval/") for name in row)
+            for row in read_lines(self.output_dir / METRICS_FILE)
+        )
+
+    def _answer(self) -> list[str]:
+        with interruption.at_once():
+            return self.policy.answer(
+                [prompt.prompt_ids for prompt in self.prompts],
+                max_new_tokens=self.config.max_new_tokens,
+                seed=self.config.seed,
+            )
+
+    def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
+        with interruption.at_once():
+            return evaluate_completions(
+                self.reward,
+                [prompt.scored for prompt in self.prompts],
+                texts,
+                baseline=baseline,
+                reward_type=self.config.reward_type,
+                metric=self.metric,
+                seed=self.config.seed,
+            )

@@ -1,0 +1,175 @@
+"""Adapters of peft in folders and on the hub: found, and put on the base model that they name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from grao_fast.models.adapters import (
+    DEFAULT,
+    check_adapter_config,
+    differing_keys,
+    one_line,
+    said_twice,
+)
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as peft saves it.
+
+    path: a folder or a hub id.
+    base: name or path of the model that it was trained on.
+    revision: of that model on the hub; None: its main one.
+    name: of the adapter; one with a name of its own lies in a folder of that name below.
+    """
+
+    path: str
+    base: str
+    revision: str | None = None
+    name: str = DEFAULT
+
+    @property
+    def subfolder(self) -> dict[str, str]:
+        """Options for peft's loaders."""
+        return {} if self.name == DEFAULT else {"subfolder": self.name}
+
+
+def find_adapter(path: str) -> AdapterFolder | None:
+    """The adapter in a folder or under a hub id; None where it is a model, or nothing.
+
+    Raises:
+        ValueError: the folder holds several, or a model's weights too; or no base is named.
+    """
+    config = find_adapter_config_file(path)
+    names = [DEFAULT] if config is not None else []
+    if Path(path).is_dir():
+        names += _named_below(Path(path))
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(
+            f"model {path!r} holds several adapters ({', '.join(names)}): give the folder of one, "
+            "or load them with peft and pass the PeftModel"
+        )
+    config = config or str(Path(path) / names[0] / _CONFIG)
+    if any(weights for pattern in _WEIGHTS for weights in Path(path).glob(pattern)):
+        raise ValueError(
+            f"model {path!r} holds the weights of a model and {_CONFIG}: move {_CONFIG} away to "
+            "use the model, or give a folder with the adapter alone"
+        )
+    try:
+        options = json.loads(Path(config).read_text(encoding="utf-8"))
+        base, revision = options["base_model_name_or_path"], options.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        base = revision = None
+    if not base or not isinstance(base, str):
+        raise ValueError(
+            f"adapter {path!r} does not say which base model it is of: name it as "
+            f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
+        )
+    return AdapterFolder(path, base, revision, names[0])
+
+
+def _named_below(folder: Path) -> list[str]:
+    """Adapters that peft has saved beside each other, in folders with nothing else in them.
+
+    A trainer's checkpoints below a folder hold more.
+    """
+    return sorted(
+        config.parent.name
+        for config in folder.glob(f"*/{_CONFIG}")
+        if all(file.name.startswith("adapter_") for file in config.parent.iterdir())
+    )
+
+
+def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
+    """A saved adapter's peft config, checked; to train the adapter if `trained`.
+
+    Raises:
+        ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
+    """
+    if not is_peft_available():
+        raise ValueError(
+            f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
+        )
+    from peft import PeftConfig
+
+    with one_line(f"cannot read the configuration of adapter {adapter.path!r}"):
+        config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
+        check_adapter_config(config)
+    config.inference_mode = not trained
+    return config
+
+
+def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> nn.Module:
+    """The model with a saved adapter of that config.
+
+    Raises:
+        ValueError: the adapter does not fit the model, key by key.
+    """
+    from peft import get_peft_model, load_peft_weights
+
+    with one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
+        weights = load_peft_weights(adapter.path, device="cpu", **adapter.subfolder)
+        _fit_vocabulary(model, weights)
+        with warnings.catch_warnings():
+            # of a base model that lies elsewhere than where the adapter was trained
+            warnings.filterwarnings("ignore", message=".*was renamed from.*")
+            peft_model = get_peft_model(model, peft_config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
+        loaded = peft_model.load_adapter(
+            adapter.path,
+            adapter.name,
+            is_trainable=not peft_config.inference_mode,
+            **adapter.subfolder,
+        )
+    state = peft_model.state_dict()
+    found = {t.data_ptr() for key, t in state.items() if key not in loaded.missing_keys}
+    # what layers share is saved, and found, under one of its names
+    missing = [key for key in loaded.missing_keys if state[key].data_ptr() not in found]
+    unexpected = set(loaded.unexpected_keys) - said_twice(weights)
+    if missing or unexpected:
+        raise ValueError(
+            f"adapter {adapter.path!r} does not fit base model {adapter.base!r}: "
+            f"{differing_keys(missing, unexpected)}"
+        )
+    return peft_model
+
+
+def _fit_vocabulary(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Resize the base model as it was where the adapter's embeddings were saved with it.
+
+    peft saves them where tokens were added, and loads them only into as many rows.
+    """
+    layers = {
+        kind: next((n for n, m in model.named_modules() if m is layer), None)
+        for kind, layer in (
+            ("input", model.get_input_embeddings()),
+            ("output", model.get_output_embeddings()),
+        )
+    }
+    rows = {
+        kind: tensor.shape[0]
+        for kind, name in layers.items()
+        for key, tensor in weights.items()
+        if name and f".{name}." in key and key.endswith("weight") and "lora_" not in key
+    }
+    if "input" not in rows or rows["input"] == model.get_input_embeddings().weight.shape[0]:
+        return
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if not tied and "output" not in rows:
+        raise ValueError(
+            f"its embeddings have {rows['input']} rows, and it holds no head of as many"
+        )
+    model.resize_token_embeddings(rows["input"], mean_resizing=False)

@@ -1,0 +1,105 @@
+"""Rotary frequencies that follow the longest position of a batch, held for a whole run.
+
+LongRoPE turns positions by other factors, and dynamic NTK by another base, once a batch is longer
+than the model was first trained for. So the same sequence would get one gradient beside a short one
+and another beside a long one, and the sampler's log-probs would not be the policy's.
+
+Here every call of such a layer sees one position more, the last of the longest context of the run,
+and drops what it makes of it: its own code decides, for all batches alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from grao_fast.data.examples import Encoded
+
+logger = get_logger(__name__)
+
+_FOLLOWING = ("longrope", "dynamic")  # in the names of rope types
+# What undoes the holding of each model.
+_held: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
+
+
+def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
+    """Turn positions as in a context of so many tokens, in every batch, until they are released.
+
+    Nothing changes in a model whose frequencies are fixed. Called again, the last call counts.
+    """
+    release_frequencies(model)
+    layers = [module for module in model.modules() if _rope_types(module)]
+    if not layers or tokens is None:
+        return
+    _held[model] = ExitStack()
+    for layer in layers:
+        _hold(layer, tokens - 1, _held[model])
+    logger.info(
+        "%s turns positions (%s) as in a context of %d tokens, in every batch",
+        type(model).__name__,
+        ", ".join(sorted({kind for layer in layers for kind in _rope_types(layer)})),
+        tokens,
+    )
+
+
+def longest_context(
+    prompts: Iterable[Encoded], held_out: Iterable[Encoded], max_new_tokens: int
+) -> int:
+    """Tokens of the longest prompt with its completion or reference; held-out ones only answer."""
+    trained = (len(p.prompt_ids) + max(max_new_tokens, len(p.reference_ids)) for p in prompts)
+    return max(chain(trained, (len(p.prompt_ids) + max_new_tokens for p in held_out)))
+
+
+def release_frequencies(model: nn.Module) -> None:
+    """Let them follow each batch again, from where they were."""
+    if model in _held:
+        _held.pop(model).close()
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    """The rope types of a rotary layer that follow the batch; one for each type of layer."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return [k for k in kinds if isinstance(k, str) and any(name in k for name in _FOLLOWING)]
+
+
+def _hold(layer: nn.Module, last: int, until: ExitStack) -> None:
+    """See `last` in every call of a layer; `until` undoes it."""
+
+    def with_the_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": _append(kwargs["position_ids"], last)}
+        x, position_ids, *rest = args
+        return (x, _append(position_ids, last), *rest), kwargs
+
+    def without_the_last(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output[..., :-1, :]
+        return tuple(part[..., :-1, :] for part in output)
+
+    # Transformers 5.0 leaves the frequencies of the longest batch behind for those that follow
+    buffers = [(name, buffer.clone()) for name, buffer in layer.named_buffers(recurse=False)]
+    until.callback(_put_back, layer, buffers, getattr(layer, "max_seq_len_cached", None))
+    until.callback(layer.register_forward_pre_hook(with_the_last, with_kwargs=True).remove)
+    until.callback(layer.register_forward_hook(without_the_last, with_kwargs=True).remove)
+
+
+def _put_back(layer: Any, buffers: list[tuple[str, Tensor]], longest: Any) -> None:
+    for name, buffer in buffers:
+        setattr(layer, name, buffer.to(getattr(layer, name).device))
+    if longest is not None:
+        layer.max_seq_len_cached = longest
+
+
+def _append(position_ids: Tensor, last: int) -> Tensor:
+    """(..., L + 1), the last one behind the others."""
+    return torch.cat([position_ids, torch.full_like(position_ids[..., :1], last)], dim=-1)

@@ -1,0 +1,200 @@
+"""What a model must be before anything is computed with it, and as what it is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from grao_fast.models.attention.frequencies import release_frequencies
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+# What the code of a model raises where it cannot do what it is asked, or is not whole.
+CANNOT = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_a_line(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a model, its first argument, with `as_it_was` and `plain_torch` around it.
+
+    Where it takes a `base_model` too, that is given back likewise.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model, base = args[0] if args else kwargs.get("model"), kwargs.get("base_model")
+        _check_given("model", model)
+        if base is not None:
+            _check_given("base_model", base)
+        with as_it_was(model), as_it_was(base), plain_torch():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _check_given(name: str, model: object) -> None:
+    if not isinstance(model, (str, Path, nn.Module)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(
+            f"{name} must be a folder, a hub id or a causal language model of Transformers, got "
+            f"{what}"
+        )
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Gradients on, no autocast and tensors made on the CPU, whatever a caller has around it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """A module of the user's, taken out of `torch.compile`'s wrapper.
+
+    Raises ValueError, in one line, where it is not a causal language model of Transformers.
+    """
+    # packed rows have a length each: what was compiled for one would be compiled anew for all
+    model = getattr(model, "_orig_mod", model)
+    name = type(model).__name__
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        inside = getattr(model, "module", None)
+        remedy = (
+            f"pass the {type(inside).__name__} inside it"
+            if isinstance(inside, nn.Module)
+            else "load one with AutoModelForCausalLM"
+        )
+        raise ValueError(
+            f"model is a {name}, not a causal language model of Transformers: {remedy}"
+        )
+    if inner.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} has an encoder and a decoder, where a causal language model is needed"
+        )
+    if inner.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+    compiled = [path for path, layer in model.named_modules() if hasattr(layer, "_orig_mod")]
+    if compiled:
+        raise ValueError(
+            f"{compiled[0]} of {name} is compiled, and weights saved from within torch.compile's "
+            "wrapper have other names: pass the model before its layers are compiled"
+        )
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            f"parameters of {name} have no values (device meta): load it with from_pretrained"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"the parameters of {name} were made inside torch.inference_mode, and cannot be "
+            "trained: load it outside"
+        )
+    return model
+
+
+def check_weights(model: nn.Module) -> None:
+    """ValueError, naming the first parameter that holds a NaN or an infinite number."""
+    extremes = {
+        name: torch.stack(parameter.detach().aminmax()).float()
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel()
+    }
+    for name, extreme_2 in extremes.items():
+        if not bool(extreme_2.isfinite().all()):
+            raise ValueError(
+                f"parameter {name!r} of {type(model).__name__} holds NaN or infinite numbers: the "
+                "model would answer with them alone; load weights that are whole"
+            )
+
+
+def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
+    """Say once that updates drop out what sampling does not: their log-probs differ."""
+    layers = [m.p for m in causal_lm.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    config: Any = causal_lm.config.get_text_config()
+    of_scores = getattr(config, "attention_dropout", None) or 0.0
+    if layers or of_scores:
+        logger.warning(
+            "%s has dropout (%g), in updates and not in sampling: sampling/logp_diff is more than "
+            "rounding. Set it to 0 in the config of the model or the adapter to be on-policy",
+            type(causal_lm).__name__,
+            max([*layers, of_scores]),
+        )
+
+
+@contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """A user's module, when the block ends in whatever way.
+
+    That is its mode, recomputation, attention, rotary frequencies and gradients. Inside, what
+    `module.compile()` has compiled runs as it was written: it would be compiled for every length.
+    What else the block gets, as a path, is loaded for the run and needs no care.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    recomputing = [
+        (module, module.gradient_checkpointing)
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
+    compiled = [
+        (module, module._compiled_call_impl)
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    ]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hooked = hasattr(inner, "_require_grads_hook")
+    attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            release_frequencies(module)
+        for module, training in modes:
+            module.training = training
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        if attention is not None and inner.config._attn_implementation != attention:
+            inner.set_attn_implementation(attention)
+        for module, recomputes in recomputing:
+            module.gradient_checkpointing = recomputes
+        for parameter, gradient in gradients:
+            if gradient is None or gradient.device == parameter.device:
+                parameter.grad = gradient
+        if hasattr(inner, "_require_grads_hook") and not hooked:
+            inner.disable_input_require_grads()

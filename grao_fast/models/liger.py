@@ -1,0 +1,36 @@
+"""Liger's layers in place of a model's own: norms, rotary embeddings and MLPs, on CUDA."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+
+def use_liger_layers(causal_lm: PreTrainedModel) -> None:
+    """Put Liger's layers into this model, as Trainer does; on a CPU, say they are off.
+
+    Its losses stay out: `linear_grao_loss` takes the place of head and loss. Liger replaces rotary
+    embeddings in the module of the model's type, so for every model of it in this process.
+
+    Raises ValueError where Liger is not installed, or does not know the model's type.
+    """
+    if causal_lm.device.type != "cuda":
+        logger.info("use_liger_kernel is off: it needs CUDA, this run is on %s", causal_lm.device)
+        return
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ValueError('use_liger_kernel needs pip install "grao-fast[liger]"') from error
+    model_type = causal_lm.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself only logs this
+        raise ValueError(
+            f"use_liger_kernel: Liger has no layers for model type {model_type!r}; leave it out"
+        )
+    _apply_liger_kernel_to_instance(
+        model=causal_lm, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    logger.info("Liger's layers are in %s", type(causal_lm).__name__)

@@ -1,0 +1,148 @@
+"""Models written for `from_pretrained`, and the proof, before any work, that they can be."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import logging as transformers_logging
+
+from grao_fast.system.files import NEW, named_when_full
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+logger = get_logger(__name__)
+
+_REASON_LENGTH = 400
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
+    save_pretrained(policy.model, folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_pretrained(model: nn.Module, folder: Path, **options: Any) -> None:
+    """`model.save_pretrained`, its generation configuration as it stands.
+
+    Transformers refuses to save one with options that have no effect, such as a temperature beside
+    do_sample=False, which published models have: all of them, before 5.23, and later those of which
+    anything, a pad_token_id, was changed.
+    """
+    generation = model.generation_config if isinstance(model, PreTrainedModel) else None
+    with no_bar():
+        if generation is None or _refusal(generation) is None:
+            model.save_pretrained(folder, **options)
+            return
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder, **options)
+        finally:
+            model.generation_config = generation
+    path = folder / GENERATION_CONFIG_NAME
+    if path.exists():
+        generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
+
+
+def prove_saving(policy: Policy, output_dir: Path, *, merged: bool) -> None:
+    """Save all but the weights of a model, and all of an adapter, to a folder that is deleted.
+
+    Args:
+        output_dir: of the run, which holds that folder meanwhile.
+        merged: whether a sampler gets the model with its adapter merged.
+
+    Raises:
+        ValueError: the model or its tokenizer cannot be saved; training would be for nothing.
+        OSError: there is no room in output_dir.
+    """
+    model, tokenizer = policy.model, policy.tokenizer
+    _check_generation(policy.causal_lm.generation_config)
+    options = {} if hasattr(model, "peft_config") else {"state_dict": _stand_ins(model)}
+    with tempfile.TemporaryDirectory(prefix=NEW, dir=output_dir) as name:
+        folder, trial = Path(name), output_dir / "a trial of a checkpoint"
+        with _refused(type(model).__name__), named_when_full(folder, trial):
+            save_pretrained(model, folder, **options)
+        with _refused(type(policy.causal_lm).__name__), named_when_full(folder, trial):
+            if merged and policy.causal_lm is not model:
+                save_pretrained(policy.causal_lm, folder, state_dict={})
+        with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Transformers without its progress bar inside: it would tear the run's own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """A library's reason for not saving, as one line that names what is not saved."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of any kind: classes may be the user's own
+        raise ValueError(
+            f"{name} cannot be saved, so that training it would be for nothing; change what its "
+            f"save_pretrained names: {_one_line(error)}"
+        ) from error
+
+
+def _check_generation(generation: GenerationConfig | None) -> None:
+    """Refuse a generation configuration that could not be loaded again; say so of an odd one."""
+    reason = None if generation is None else _refusal(generation)
+    if generation is None or reason is None:
+        return
+    try:
+        generation.validate()
+    except ValueError as error:
+        raise ValueError(
+            f"the model's generation_config could not be loaded again: {_one_line(error)}"
+        ) from error
+    logger.warning(
+        "the model's %s is saved as it stands, though it is not valid: %s",
+        GENERATION_CONFIG_NAME, reason,
+    )  # fmt: skip
+
+
+def _refusal(generation: GenerationConfig) -> str | None:
+    """The first reason why Transformers would not save it; None where it would."""
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        reasons = str(error).removeprefix("GenerationConfig is invalid:").strip().splitlines()
+        return reasons[0].removeprefix("- ")
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
+
+
+def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
+    """One number in place of every tensor that has several names.
+
+    Of the weights, their sharing is what a save can be refused for.
+    """
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "meta" and tensor.numel():
+            names.setdefault((tensor.device, tensor.data_ptr(), tensor.shape), []).append(name)
+    shared = [together for together in names.values() if len(together) > 1]
+    return {name: one for together in shared for one in [torch.zeros(1)] for name in together}

@@ -1,0 +1,1 @@
+"""Reporting: trackers, tables, plots, the console."""

@@ -1,0 +1,201 @@
+"""Plots of a run, drawn from its metrics.jsonl.
+
+    reward.png      mean reward of the samples and of the references; evaluations; RAS and NAG
+    loss.png        the loss, -J
+    components.png  shares of |exploration|, |imitation| and |alignment|, the paper's Figure 5
+
+Raw values are drawn faint, a running mean over them; a step whose value is null is a gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from grao_fast.system.files import named_when_full
+from grao_fast.system.lines import METRICS_FILE, read_lines
+from grao_fast.system.visible import visible_errors
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_GREY = "#666666"
+_SIZE_INCHES = (6.4, 3.8)
+_DPI = 150
+_SHORT_RUN = 8  # fewer points than this are not smoothed
+_RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill a panel
+_COMPONENTS = {"exploration": _BLUE, "imitation": _ORANGE, "alignment": _GREEN}
+_RATES = {
+    "eval/ras": ("RAS (beats the reference)", _GREEN, "o"),
+    "eval/nag": ("NAG (wins minus losses against the base model)", _VERMILION, "s"),
+}
+
+Series = tuple[list[int], list[float]]  # steps and values
+
+
+@visible_errors()
+def plot_run(output_dir: str | Path) -> list[Path]:
+    """Draw the plots of a run into its folder.
+
+    Args:
+        output_dir: of the run, with its metrics.jsonl.
+
+    Returns:
+        The files written. A plot for which there are no metrics is left out.
+
+    Raises:
+        ValueError: there is no metrics.jsonl, or it holds nothing to plot.
+    """
+    folder = Path(output_dir).expanduser()
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {METRICS_FILE}: give the output_dir of a run")
+    rows = read_lines(path)
+    figures = {
+        "reward.png": _reward(rows),
+        "loss.png": _loss(rows),
+        "components.png": _components(rows),
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            with named_when_full(folder / name, folder / name):
+                FigureCanvasAgg(figure).print_png(folder / name)
+            written.append(folder / name)
+    if not written:
+        raise ValueError(f"{path} holds nothing to plot yet")
+    return written
+
+
+def _reward(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    lines = {
+        "samples": (_series(rows, "reward"), _BLUE),
+        "references": (_series(rows, "reference/reward"), _ORANGE),
+    }
+    evaluated = _series(rows, "eval/reward")
+    rates = {key: _series(rows, key) for key in _RATES}
+    rates = {key: series for key, series in rates.items() if series[0]}
+    if not lines["samples"][0][0] and not evaluated[0] and not rates:
+        return None
+    figure, axes, *below = _figure("Reward", "mean reward", panels=2 if rates else 1)
+    for label, (series, colour) in lines.items():
+        _draw(axes, series, label, colour)
+    if evaluated[0]:
+        axes.plot(
+            *evaluated, "D", color=_VERMILION, markersize=5, label="evaluation, greedy", zorder=4
+        )
+    _legend(axes)
+    for key, series in rates.items():
+        label, colour, marker = _RATES[key]
+        below[0].plot(*series, "-", marker=marker, color=colour, markersize=4, label=label)
+    if rates:
+        present = [v for _, values in rates.values() for v in values if not math.isnan(v)]
+        below[0].set_ylim(min(present) - _RATE_MARGIN, max(present) + _RATE_MARGIN)
+        below[0].set_ylabel("share of prompts")
+        below[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _legend(below[0])
+    return figure
+
+
+def _loss(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    series = _series(rows, "loss")
+    if not series[0]:
+        return None
+    figure, axes = _figure("Loss", "loss, $-J$ (nats)")
+    _draw(axes, series, "loss", _BLUE)
+    _legend(axes)
+    return figure
+
+
+def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
+    keys = [f"objective/{name}" for name in _COMPONENTS]
+    steps, shares = [], []
+    for row in rows:
+        sizes = [abs(row[key]) if row.get(key) is not None else math.nan for key in keys]
+        total = sum(sizes)
+        if not math.isnan(total) and total > 0:  # a step of dead groups only has no shares
+            steps.append(row["step"])
+            shares.append([size / total for size in sizes])
+    if not steps:
+        return None
+    figure, axes = _figure("Share of each component of the objective", "share of summed magnitudes")
+    # The mean of shares that sum to 1 sums to 1, so the smoothed areas still fill the plot.
+    smooth = [_running_mean(list(column)) for column in zip(*shares, strict=True)]
+    if len(steps) == 1:  # an area needs a width
+        steps = [steps[0], steps[0] + 1]
+        smooth = [column * 2 for column in smooth]
+    axes.stackplot(
+        steps, smooth, labels=list(_COMPONENTS), colors=list(_COMPONENTS.values()), alpha=0.85
+    )
+    axes.set_xlim(steps[0], steps[-1])
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(  # in the order of the areas, from the top
+        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> Series:
+    """The metric's steps and values; NaN, which draws a gap, where it was written as null."""
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    values = [math.nan if value is None else float(value) for _, value in found]
+    if all(map(math.isnan, values)):
+        return [], []
+    return [step for step, _ in found], values
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of a tenth of the run, NaN left out; short runs as they are."""
+    reach = 0 if len(values) < _SHORT_RUN else 1 + len(values) // 25
+    means = []
+    for index in range(len(values)):
+        window = values[max(0, index - reach) : index + reach + 1]
+        present = [value for value in window if not math.isnan(value)]
+        means.append(sum(present) / len(present) if present else math.nan)
+    return means
+
+
+def _draw(axes: Axes, series: Series, label: str, colour: str) -> None:
+    steps, values = series
+    if not steps:
+        return
+    smooth = _running_mean(values)
+    if smooth != values:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label, marker=marker)
+
+
+def _figure(title: str, ylabel: str, *, panels: int = 1) -> tuple[Any, ...]:
+    """A figure and its axes, one above the other; the last one carries the steps."""
+    width, height = _SIZE_INCHES
+    figure = Figure(figsize=(width, height * (1 + 0.6 * (panels - 1))), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    ratios = [3, 2][:panels]
+    axes = figure.subplots(
+        panels, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
+    )[:, 0]
+    for panel in axes:
+        panel.grid(True, color="#DDDDDD", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=9, colors=_GREY)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_title(title, fontsize=10, loc="left")
+    axes[0].set_ylabel(ylabel)
+    axes[-1].set_xlabel("step")
+    return figure, *axes
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="best")

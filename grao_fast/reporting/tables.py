@@ -1,0 +1,109 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from grao_fast.system.visible import squeezed
+
+_PROMPTS = 3  # in a table of samples
+_CHARACTERS = 240  # of a text in it
+
+
+def completions_table(step: int, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The first few prompts of a step, each with its reference, best and worst completion.
+
+    `rows` as in `Tracker.log_completions`. Of completions without a reward the first is shown.
+    """
+    table = Table(title=f"samples of step {step}", title_justify="left", expand=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("reward", justify="right", no_wrap=True)
+    table.add_column("advantage", justify="right", no_wrap=True)
+    table.add_column("text", ratio=1, overflow="fold")
+    for row in rows[:_PROMPTS]:
+        table.add_row("prompt", "", "", Text(tail(as_text(row["prompt"])), style="dim"))
+        if row["reference"] is not None:
+            table.add_row(
+                "reference",
+                number(row["reference_reward"]),
+                number(row["reference_advantage"]),
+                Text(head(row["reference"])),
+            )
+        for name, index in _best_and_worst(row["rewards"]).items():
+            table.add_row(
+                name,
+                number(row["rewards"][index]),
+                number(row["advantages"][index]),
+                Text(head(row["completions"][index])),
+            )
+        table.add_section()
+    return table
+
+
+def _best_and_worst(rewards: Sequence[float | None]) -> dict[str, int]:
+    present = {
+        index: reward
+        for index, reward in enumerate(rewards)
+        if reward is not None and not math.isnan(reward)
+    }
+    if not present:
+        return {"sample": 0}
+    best, worst = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
+    if present[best] == present[worst]:
+        return {"sample": best}
+    return {"best": best, "worst": worst}
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number for a cell, "-" where there is none."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as text: messages as "role: content" lines."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def head(text: str, characters: int = _CHARACTERS) -> str:
+    """The beginning of a text on one line, "..." where there is more."""
+    line = squeezed(text)
+    return line if len(line) <= characters else line[: characters - 3].rstrip() + "..."
+
+
+def tail(text: str, characters: int = _CHARACTERS) -> str:
+    """The end of a text on one line: of a prompt, the part that asks."""
+    line = squeezed(text)
+    return line if len(line) <= characters else "..." + line[len(line) - characters + 3 :].lstrip()
+
+
+_RESULTS = {
+    "reward": "mean reward",
+    "ras": "RAS, beats the reference",
+    "ras_win_or_tie": "RAS, ties counted as wins",
+    "nag": "NAG, wins minus losses against the base model",
+    "nag_wins": "NAG, wins alone",
+    "metric": "held-out metric",
+}
+_RATES = {"ras", "ras_win_or_tie", "nag", "nag_wins"}
+
+
+def results_table(
+    prompts: int, means: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> Table:
+    """The results of an evaluation; rates in percent."""
+    table = Table(title=f"{prompts} prompts, greedy", title_justify="left")
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("95% interval", justify="right")
+    for name, mean in means.items():
+        form = ".1%" if name in _RATES else ".3f"
+        low, high = (number(bound, form) for bound in intervals[name])
+        table.add_row(_RESULTS[name], number(mean, form), f"{low} to {high}")
+    return table

@@ -1,0 +1,172 @@
+"""What a run reports: metrics.jsonl, completions.jsonl, the console, experiment trackers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from grao_fast.reporting.console import Display
+from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from rich.console import Console
+
+logger = get_logger(__name__)
+
+_PROJECT = "grao-fast"
+_PIP_NAME = {"comet_ml": "comet-ml"}  # where pip's name differs from accelerate's
+
+
+class Tracker:
+    """Writes down what a run reports, and shows it.
+
+    Args:
+        output_dir: holds metrics.jsonl and completions.jsonl; made where it is missing.
+        report_to: accelerate's experiment trackers, by name ("tensorboard", "wandb"...) or as
+            GeneralTracker objects.
+        config: hyperparameters for those trackers.
+        total_steps: length of the progress bar.
+        show_progress: the bar and the tables of samples, on stderr; lines of text where stderr is
+            no terminal. False: messages go to `logging`, nothing else is shown.
+        start_step: 0 starts the files anew; above, lines of later steps are removed from them, as
+            the run that resumes there writes its own.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+        OSError: output_dir cannot be written.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        report_to: Sequence[str | GeneralTracker],
+        config: Mapping[str, Any],
+        total_steps: int,
+        show_progress: bool,
+        start_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._trackers = _make_trackers(report_to, self.output_dir)
+        self._metrics = LineFile(self.output_dir / METRICS_FILE, keep_to=start_step)
+        self._completions = LineFile(self.output_dir / COMPLETIONS_FILE, keep_to=start_step)
+        for tracker in self._trackers:
+            tracker.start()
+            tracker.store_init_configuration(_hyperparameters(config))
+        self._failed: set[int] = set()
+        self._display = Display(
+            total_steps=total_steps, start_step=start_step, shown=show_progress, console=console
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a line of metrics; NaN and infinity become null."""
+        self._metrics.write({"step": step, **metrics})
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._tell(lambda tracker: tracker.log(finite, step=step))
+        self._display.step(step, metrics)
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write samples, a line for each prompt, and show a few in a table.
+
+        A row holds `prompt`, `reference` (text or None), `reference_reward`,
+        `reference_advantage`, and the lists `completions`, `rewards` and `advantages`.
+        """
+        for row in rows:
+            self._completions.write({"step": step, **row})
+        self._display.completions(step, rows)
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches."""
+        self._display.message(text)
+
+    def flush(self) -> None:
+        """Return when all that was logged is on the disk, as checkpoints of these steps are."""
+        self._metrics.flush()
+        self._completions.flush()
+
+    def close(self) -> None:
+        """Stop the bar, finish the trackers, close the files; once more does nothing."""
+        self._display.close()
+        self._tell(lambda tracker: tracker.finish())
+        self._trackers = []
+        self._metrics.close()
+        self._completions.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _tell(self, tell: Callable[[GeneralTracker], Any]) -> None:
+        """Tell the experiment trackers; the run goes on where one fails, said once."""
+        for number, tracker in enumerate(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of any kind: it is another's code, and has only to show
+                if number not in self._failed:
+                    self._failed.add(number)
+                    logger.warning(
+                        "the tracker %s fails (%s: %s); %s has what it was told",
+                        type(tracker).__name__, type(error).__name__, error,
+                        METRICS_FILE,
+                    )  # fmt: skip
+
+
+def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
+    """Raise ValueError where `report_to` names no tracker, or one that is not installed."""
+    names = [item for item in report_to if isinstance(item, str)]
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"report_to does not know {name!r}; it takes "
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in available:
+            raise ValueError(
+                f"report_to={name!r} needs its package: pip install {_PIP_NAME.get(name, name)}"
+            )
+
+
+def _make_trackers(
+    report_to: Sequence[str | GeneralTracker], output_dir: Path
+) -> list[GeneralTracker]:
+    if not report_to:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    check_trackers(report_to)
+    trackers = []
+    for item in report_to:
+        if not isinstance(item, str):
+            trackers.append(item)
+            continue
+        kind = LOGGER_TYPE_TO_CLASS[item]
+        where = [str(output_dir)] if kind.requires_logging_directory else []
+        trackers.append(kind(_PROJECT, *where))
+    return trackers
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The types that every tracker takes; the rest as text."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in config.items()
+    }

@@ -1,0 +1,50 @@
+"""Where completions come from: the `Sampler` protocol and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    token_ids: the sampled tokens, the end-of-sequence token included when there is one.
+    logprobs: log pi(token) at the sampling temperature, one for each token; greedy completions
+        carry theirs at temperature 1.
+    finished: True when it ended with an end-of-sequence token, False when it was cut.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Sampler(Protocol):
+    """Samples groups of completions. One call, one seed, one result: the same call repeats it.
+
+    context_length: tokens of a prompt and its completion that it holds, where it has a limit of its
+        own beside the model's.
+    """
+
+    context_length: int | None
+
+    def sync(self, policy: Policy) -> None:
+        """Take over the policy's weights; called before the first sample and after every update."""
+        ...
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """`num_generations` completions of every prompt; temperature 0 decodes greedily."""
+        ...

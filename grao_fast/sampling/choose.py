@@ -1,0 +1,57 @@
+"""Which sampler serves a model of this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from grao_fast.models.checks import CANNOT, in_a_line
+from grao_fast.sampling.cache import Kept
+from grao_fast.sampling.generate import GenerateSampler, bears_padding
+from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.sampling.transformers import TransformersSampler
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+
+def choose_sampler(
+    model: PreTrainedModel, kept: Kept, *, static_cache: bool, **options: Any
+) -> ModelSampler:
+    """Ours where a cache holds keys and values; else by Transformers' `generate`.
+
+    Args:
+        kept: of `kept_by(model)`.
+        options: of `ModelSampler`.
+
+    Raises ValueError where a cache of fixed size is asked for and cannot serve.
+    """
+    if kept.keys_and_values:
+        return TransformersSampler(model, static_cache=static_cache, **options)
+    name, what = type(model).__name__, kept.state or "no keys and values"
+    if static_cache:
+        raise ValueError(
+            f"{name} keeps {what}, which a cache of fixed size is not made for here: set "
+            'cache_implementation="dynamic"'
+        )
+    try:
+        pads = bears_padding(model)
+    except CANNOT as error:
+        raise ValueError(f"{name} cannot be sampled by generate: {in_a_line(error)}") from error
+    logger.info(
+        "%s keeps %s: it samples by Transformers' generate, %s",
+        name,
+        what,
+        "prompts padded on the left" if pads else "a batch for each length of a prompt",
+    )
+    return GenerateSampler(model, pads=pads, **options)
+
+
+def check_sharing(model: PreTrainedModel, kept: Kept) -> None:
+    """ValueError where a suffix would see more of the row than its group's prompt and itself."""
+    if kept.state is not None:
+        raise ValueError(
+            f"{type(model).__name__} carries a state from token to token ({kept.state}), which "
+            "would run through all that is packed in one row: set share_prefix=False"
+        )

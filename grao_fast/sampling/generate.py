@@ -1,0 +1,182 @@
+"""Sampling by Transformers' own `generate`, for models that keep more than keys and values.
+
+A state-space, convolution or linear-attention layer sums the tokens before into a state, which
+`generate` knows how to carry in each family. Two things differ from keys and values. Padding on the
+left may be summed as well, even under a mask: where that is not seen to change nothing, prompts are
+decoded beside prompts of their own length alone. And rows that have ended stay in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from grao_fast.sampling import Completion
+from grao_fast.sampling.drawing import completions_of, draw
+from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.system.interruption import as_outside, held
+
+# Tokens of the prompts that show whether padding changes anything, and that are sampled.
+_LENGTHS = (20, 3)
+_NEW_TOKENS = 4
+_ROUNDING = 1e-5  # nats, for each of the largest log-prob and at least for one
+
+
+class GenerateSampler(ModelSampler):
+    """A `Sampler` by `model.generate`; the tokens are drawn here, from the plain softmax.
+
+    Args:
+        pads: whether prompts of different lengths are decoded in one batch; see `bears_padding`.
+        options: of `ModelSampler`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, pads: bool = False, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.pads = pads
+
+    def _batches(self, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+        """As of any sampler; or prompts of one length each, the longest first."""
+        if self.pads:
+            yield from super()._batches(prompts, size)
+            return
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for _, equal in groupby(order, key=lambda i: len(prompts[i])):
+            indices = list(equal)
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size]
+
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Completions of a batch of prompts, each prompt's one behind the other."""
+        P, device = max(len(prompt) for prompt in prompts), self.model.device
+        rows = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
+        masks = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = (
+            torch.tensor(x, device=device).repeat_interleave(num_generations, 0)
+            for x in (rows, masks)
+        )
+        drawing = _Drawing(temperature, generator)
+        # nothing of the model's own generation_config: no penalties, no top_k, no max_length
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            # to some layers one token is a step of decoding, whatever is before it
+            use_cache=ids.shape[1] > 1,
+            disable_compile=True,
+            eos_token_id=self.eos_ids.tolist() or None,
+            pad_token_id=self.pad_token_id,
+        )
+        with self._generating_by(config):
+            sequences = self.model.generate(
+                inputs=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([drawing]),
+            )
+        assert isinstance(sequences, Tensor)
+        tokens = sequences[:, ids.shape[1] :]
+        logprobs = torch.stack(drawing.logprobs[: tokens.shape[1]], dim=1)
+        ends = torch.isin(tokens, self.eos_ids)
+        before = ends.cumsum(1) - ends.long()  # end-of-sequence tokens before each token
+        lengths, finished = (before == 0).sum(1), ends.any(1)
+        return completions_of(tokens, logprobs, lengths, finished, model=type(self.model).__name__)
+
+    @contextmanager
+    def _generating_by(self, config: GenerationConfig) -> Iterator[None]:
+        """`generate` fills what its `generation_config` leaves open from the model's: not here."""
+        own = self.model.generation_config
+        with held():  # the model's own is saved
+            try:
+                self.model.generation_config = config
+                with as_outside():
+                    yield
+            finally:
+                self.model.generation_config = own
+
+
+def bears_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left of a prompt changes nothing but the rounding.
+
+    Two prompts are answered together, over two kinds of padding, and each alone. What padding is
+    made of may not change a bit; how much there is, no more than another shape of the batch does.
+    Biases are stirred meanwhile, as those of a new model may be 0 and hide what they let through
+    later. Never of weights in 16 bits, whose rounding would hide it as well.
+    """
+    if model.dtype != torch.float32:
+        return False
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
+
+    def answer(prompts: list[list[int]], pad_token_id: int = 0) -> list[Completion]:
+        sampler = GenerateSampler(
+            model, pads=True, eos_token_ids=(), pad_token_id=pad_token_id, batch_size=len(prompts)
+        )
+        groups = sampler.sample(
+            prompts, num_generations=1, max_new_tokens=_NEW_TOKENS, temperature=0.0, seed=0
+        )
+        return [group[0] for group in groups]
+
+    with _stirred_biases(model):
+        together = answer(prompts)
+        if together != answer(prompts, pad_token_id=vocabulary - 1):
+            return False
+        return all(
+            _alike(completion, answer([prompt])[0])
+            for completion, prompt in zip(together, prompts, strict=True)
+        )
+
+
+def _alike(a: Completion, b: Completion) -> bool:
+    a_T, b_T = torch.tensor(a.logprobs), torch.tensor(b.logprobs)
+    off = float((a_T - b_T).abs().max())
+    return a.token_ids == b.token_ids and off <= _ROUNDING * max(1.0, float(b_T.abs().max()))
+
+
+@contextmanager
+def _stirred_biases(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters of one dimension, moved by up to 1 inside."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim == 1]
+    with held():  # the model may be the user's
+        try:
+            with torch.no_grad():
+                for parameter, _ in kept:
+                    places = torch.arange(parameter.numel(), device=parameter.device)
+                    parameter += (1.7 * places).cos().to(parameter.dtype)
+            with as_outside():
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in kept:
+                    parameter.copy_(values)
+
+
+class _Drawing(LogitsProcessor):
+    """Draws a token of every row and leaves `generate`, which is greedy, only that one.
+
+    logprobs: (B,) of every step.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+        self.temperature, self.generator = temperature, generator
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        u = torch.rand(
+            len(scores), 1, dtype=torch.float64, device=scores.device, generator=self.generator
+        )
+        token, logprob = draw(scores.float(), self.temperature, u)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)

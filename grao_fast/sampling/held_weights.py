@@ -1,0 +1,249 @@
+"""Proof that a sampler with weights of its own holds the policy's, all of them.
+
+A text is scored by both, token by token, at temperature 1. Small learning rates change weights by
+less than anyone could see in that, so the first two weights that a sampler is given differ much: it
+gets the policy with a change in every tensor, and then the policy. A tensor that it did not take
+over shows in one of the two, whatever the learning rate will be; so does a head that is tied to the
+embeddings and kept as a copy of its own. Every later hand-over is held to what the first two have
+shown that rounding does.
+
+Suffixes: n tokens of the text, B parts of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from grao_fast.sampling.changes import HEAD, Change, Negated, is_tied, parts
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+logger = get_logger(__name__)
+
+Scorer = Callable[[list[int]], list[float]]
+
+_TEXT = """Two trains left the station at 10:45. One of them was late, so what should a passenger \
+who has to be in Lyon by noon do? She could ask: "Is there another one?" The answer was no.
+def add(a: int, b: int) -> int:
+    return a + b  # 3 + 4 = 7
+Im Jahr 2019 schrieb die Zeitung, daß der Fluß gestiegen sei; personne ne l'a crue. Was it true?
+- First, look at the map: 48.8566 N, 2.3522 E.
+- Second, write it down, because nobody remembers numbers for longer than a day or two.
+The quick brown fox jumps over the lazy dog, and $x^2 + y^2 = r^2$ is a circle of radius r."""
+_TOKENS = 256
+
+# Nats a token, root mean square. In float32, rounding parts vLLM and the policy by 8e-6 on
+# SmolLM2-135M and by 2e-7 on a tiny model; in 16 bits by what the policy's own rounding shows.
+_FLOAT32_NATS = 5e-3
+_FLOOR_NATS = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
+_TIMES = 10.0  # what one measurement of rounding may be above another
+_TIMES_LATER = 30.0  # the same, of a policy that has been trained meanwhile
+_SHARE = 0.5  # of what a part would do if it had been left out
+_DEVIATIONS = 6.0  # by which such a share must be sure
+_ULP = 2.0**-23
+
+
+class HeldWeights:
+    """Holds a sampler to the policy's weights.
+
+    Args:
+        dtype: in which the sampler computes.
+        name: of the sampler, for messages.
+        context_length: tokens that it holds; None: nothing says so.
+    """
+
+    def __init__(self, *, dtype: torch.dtype, name: str, context_length: int | None) -> None:
+        self._dtype, self._name = dtype, name
+        self._tokens = max(2, min(_TOKENS, context_length - 1)) if context_length else _TOKENS
+        self._shown = math.nan
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether `first` has proved it."""
+        return not math.isnan(self._shown)
+
+    def first(
+        self,
+        policy: Policy,
+        hand_over: Callable[[Policy], None],
+        score: Scorer,
+        *,
+        change: Change | None = None,
+    ) -> None:
+        """Hand over changed weights and then the policy's, and prove that each arrived whole.
+
+        score: the sampler's log-probs of a text's tokens behind the first, at temperature 1.
+        change: of the tensors that are handed over; None: all of the model's.
+
+        Raises ValueError that names the parts which did not, where any can be named.
+        """
+        change = change or Negated(policy.causal_lm.parameters())
+        with _evaluating(policy.causal_lm):
+            with change.of(change.tensors):
+                hand_over(policy)
+                changed = self._compare(policy, score, change)
+            hand_over(policy)
+            true = self._compare(policy, score, change)
+            # Where both arrived, both differ by what rounding does, as the model magnifies it.
+            rounding = min(changed.nats / changed.magnified, true.nats / true.magnified)
+            for seen in (changed, true):
+                bound = _TIMES * rounding * seen.magnified + self._floor(policy)
+                bound = min(seen.bound, bound)
+                if seen.stale or not seen.nats <= bound:
+                    here = change.of(change.tensors) if seen is changed else nullcontext()
+                    with here:
+                        raise self._refusal(policy, seen, bound, change)
+        self._shown = max(true.nats, self._floor(policy) / 2)
+        logger.info(
+            "%s holds the policy's weights: their log-probs differ by %.1e nats a token, and by "
+            "%.1e with a change in every tensor",
+            self._name,
+            true.nats,
+            changed.nats,
+        )
+
+    def again(self, policy: Policy, score: Scorer) -> None:
+        """Prove it of the weights that were handed over just now; see `first`."""
+        with _evaluating(policy.causal_lm):
+            seen = self._compare(policy, score, None)
+            bound = min(seen.bound, _TIMES_LATER * self._shown)
+            if not seen.nats <= bound:
+                raise self._refusal(policy, seen, bound, None)
+
+    def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
+        """The policy as it is now beside the sampler."""
+        ids = self._ids(policy)
+        ours_n = _logprobs(policy, ids)
+        off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
+        # what a relative change of the embeddings by one rounding does
+        magnified = max(_rms(_logprobs(policy, ids, noise=_ULP) - ours_n), _ULP)
+        if self._dtypes(policy) == {torch.float32}:
+            return _Comparison(off_n, magnified, bound=_FLOAT32_NATS, stale=[])
+        # Here rounding hides what one layer does to a token, but not what it does to all of them.
+        rounding = _rms(ours_n - _logprobs(policy, ids, autocast=False))
+        bound = _TIMES * (rounding + self._floor(policy))
+        stale = [] if change is None else _stale_parts(policy, ids, off_n, change)
+        return _Comparison(off_n, magnified, bound, stale)
+
+    def _refusal(
+        self, policy: Policy, seen: _Comparison, bound: float, change: Change | None
+    ) -> ValueError:
+        stale = seen.stale
+        if change is not None and not stale:
+            stale = _stale_parts(policy, self._ids(policy), seen.off_n, change)
+        which = ", ".join(stale[:4]) + (f" and {len(stale) - 4} more" if len(stale) > 4 else "")
+        tied = is_tied(policy.causal_lm) and HEAD in stale
+        return ValueError(
+            f"{self._name} does not hold the policy's weights: their log-probs differ by "
+            f"{seen.nats:.2g} nats a token where rounding explains {bound:.2g}"
+            + (f"; it kept its own {which}" if stale else "")
+            + (
+                ", which is tied to the embeddings: serve a copy of the model that is saved with "
+                "tie_word_embeddings=False, or a newer vLLM"
+                if tied
+                else "; give it to this run alone, restart it, or sample with use_vllm=False"
+            )
+        )
+
+    def _floor(self, policy: Policy) -> float:
+        """What rounding may do at the least, in either's dtype."""
+        return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in self._dtypes(policy))
+
+    def _dtypes(self, policy: Policy) -> set[torch.dtype]:
+        """In which the two compute; TF32 rounds as float16 does."""
+        ours = policy.autocast_dtype or policy.causal_lm.dtype
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return {self._dtype, torch.float16 if tf32 and ours == torch.float32 else ours}
+
+    def _ids(self, policy: Policy) -> list[int]:
+        return policy.tokenizer(_TEXT, add_special_tokens=False)["input_ids"][: self._tokens]
+
+
+@dataclass
+class _Comparison:
+    """A sampler beside the policy.
+
+    off_n: log-probs, the sampler's less the policy's.
+    magnified: what the policy makes of one rounding of its embeddings.
+    bound: what rounding may do at the most, root mean square.
+    stale: parts that did not arrive, where they were looked at.
+    """
+
+    off_n: Tensor
+    magnified: float
+    bound: float
+    stale: list[str]
+
+    @property
+    def nats(self) -> float:
+        return _rms(self.off_n)
+
+
+def _rms(values_n: Tensor) -> float:
+    return float(values_n.square().mean().sqrt())
+
+
+@torch.no_grad()
+def _logprobs(
+    policy: Policy, ids: list[int], *, autocast: bool = True, noise: float = 0.0
+) -> Tensor:
+    """(n,) log-probs at temperature 1 of the tokens behind the first, by the model's own pass."""
+    lm, row_BL = policy.causal_lm, torch.tensor([ids], device=policy.device)
+
+    def disturb(module: nn.Module, args: tuple, out_BLD: Tensor) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        drawn_BLD = torch.randn(out_BLD.shape, generator=draw).to(out_BLD)
+        return out_BLD * (1 + noise * drawn_BLD)
+
+    hook = lm.get_input_embeddings().register_forward_hook(disturb) if noise else None
+    try:
+        with policy.autocast() if autocast else nullcontext():
+            logits_nV = lm(input_ids=row_BL, use_cache=False).logits[0, :-1]
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits_nV.float().log_softmax(-1).gather(1, row_BL[0, 1:, None])[:, 0].cpu()
+
+
+def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) -> list[str]:
+    """The parts whose absence explains `off_n`, by least squares.
+
+    What each would do if it had been left out is a vector over tokens; `off_n` is fitted by them.
+    In bfloat16 a layer of SmolLM2-135M that was left out has a share of 0.95 to 1.01 in it, the
+    head of 1.00, and none that arrived more than 0.04.
+    """
+    ours_n = _logprobs(policy, ids, autocast=False)
+    names, effects = [], []
+    for name, changed in parts(policy.causal_lm, change, at_most=len(ids) // 4):
+        with changed:
+            effects.append(_logprobs(policy, ids, autocast=False) - ours_n)
+        names.append(name)
+    effect_nB, off_n = torch.stack(effects, 1).double(), off_n.double()
+    if not bool(effect_nB.isfinite().all() and off_n.isfinite().all()):
+        return []
+    share_B = torch.linalg.lstsq(effect_nB, off_n[:, None], driver="gelsd").solution[:, 0]
+    left_n = off_n - effect_nB @ share_B
+    n, B = effect_nB.shape
+    variance = left_n.square().sum() / max(n - B, 1)
+    covariance_BB = variance * torch.linalg.pinv(effect_nB.T @ effect_nB, hermitian=True)
+    sure_B = share_B > _DEVIATIONS * covariance_BB.diagonal().sqrt()
+    return [names[i] for i in torch.nonzero((share_B > _SHARE) & sure_B).flatten().tolist()]
+
+
+@contextmanager
+def _evaluating(lm: nn.Module) -> Iterator[None]:
+    training = lm.training
+    lm.eval()
+    try:
+        yield
+    finally:
+        lm.train(training)

@@ -1,0 +1,99 @@
+"""What samplers over a Transformers model in this process have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from grao_fast.models.router import no_router_loss
+from grao_fast.sampling import Completion
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+
+class ModelSampler:
+    """A `Sampler` over a causal language model of Transformers, which decodes batches of prompts.
+
+    Args:
+        model: a causal language model.
+        eos_token_ids: tokens that end a completion.
+        pad_token_id: stands where a row has no token; never attended to.
+        batch_size: sequences decoded at once; at least one prompt's group.
+        dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
+    """
+
+    context_length: int | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Iterable[int],
+        pad_token_id: int,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.eos_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=model.device)
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        self.dtype = dtype
+
+    def sync(self, policy: Policy) -> None:
+        """Nothing to do: it samples from the very weights that are trained."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`. Prompts are batched by length, the longest first."""
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        training = self.model.training
+        self.model.eval()
+        try:
+            for chosen in self._batches(prompts, max(1, self.batch_size // num_generations)):
+                autocast = torch.autocast(
+                    self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None
+                )
+                with autocast, no_router_loss(self.model):
+                    completions = self._decode(
+                        [prompts[i] for i in chosen],
+                        num_generations,
+                        max_new_tokens,
+                        temperature,
+                        generator,
+                    )
+                for place, i in enumerate(chosen):
+                    first = place * num_generations
+                    groups[i] = completions[first : first + num_generations]
+        finally:
+            self.model.train(training)
+        return groups
+
+    def _batches(self, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch."""
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(prompts), size):
+            yield longest_first[start : start + size]
+
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Completions of a batch of prompts, each prompt's one behind the other."""
+        raise NotImplementedError

@@ -1,0 +1,101 @@
+"""A sampler is proved: what it says of its tokens is what the policy says of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from grao_fast.data.packing import Group, pad
+from grao_fast.kernels import linear_logprobs
+from grao_fast.kernels.live_rows import to_device
+from grao_fast.models.checks import CANNOT, in_a_line
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+# Two lengths, so that padding would be seen; tokens of a prompt and to be sampled.
+_LENGTHS = (5, 3)
+_NEW_TOKENS = 4
+# Nats of any token, for each of the largest log-prob and at least for one. In 16 bits a step of
+# decoding rounds otherwise than a whole row, and one token says little: nats in the mean.
+_TOLERANCE = 1e-3
+_MEAN_16_BITS = 0.1
+
+
+class Difference(NamedTuple):
+    """Of log-probs in nats, between sampler and policy: at most, and in the mean.
+
+    allowed: at most, in float32.
+    """
+
+    off: float
+    mean: float
+    allowed: float
+
+
+def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
+    """Sample a few tokens and compare their log-probs with the policy's own.
+
+    Raises ValueError, naming the model, where it cannot be sampled or they differ.
+    """
+    name = type(policy.causal_lm).__name__
+    try:
+        difference = measure_sampler(policy, temperature=temperature)
+    except CANNOT as error:
+        raise ValueError(
+            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {in_a_line(error)}"
+        ) from error
+    sixteen_bits = policy.autocast_dtype is not None or policy.causal_lm.dtype != torch.float32
+    off, allowed = difference.off, difference.allowed
+    if sixteen_bits:
+        off, allowed = difference.mean, _MEAN_16_BITS
+    if not off <= allowed:
+        raise ValueError(
+            f"{name}: log-probs of {type(policy.sampler).__name__} differ from the policy's own by "
+            f"{off:.3g} nats, where rounding explains {allowed:.3g}; this model is not supported"
+        )
+    return difference
+
+
+@torch.no_grad()
+def measure_sampler(policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> Difference:
+    """Between the sampler, as it was last synced, and the policy, on tokens that it samples now."""
+    vocabulary = policy.head()[0].shape[0]
+    prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
+    sampled = policy.sampler.sample(
+        prompts,
+        num_generations=2,
+        max_new_tokens=_NEW_TOKENS,
+        temperature=temperature,
+        seed=seed,
+    )
+    groups = [
+        Group(
+            prompt,
+            [completion.token_ids for completion in completions],
+            torch.arange(len(completions), dtype=torch.float64),
+            torch.ones(len(completions), dtype=torch.bool),
+            [completion.logprobs for completion in completions],
+        )
+        for prompt, completions in zip(prompts, sampled, strict=True)
+    ]
+    # rows of their own, by the model's own attention: `check_parity` has held the others to it
+    batch = pad(groups, pad_token_id=policy.pad_token_id)
+    head_VD, bias_V = policy.head()
+    training = policy.model.training
+    policy.model.eval()
+    with policy.autocast():
+        logprob_T = linear_logprobs(
+            policy.hidden(batch),
+            head_VD,
+            to_device(batch.target_T, policy.device),
+            bias_V=bias_V,
+            temperature=temperature or 1.0,
+            logit_scale=policy.transform.logit_scale,
+            softcap=policy.transform.softcap,
+        ).logprob_T
+    policy.model.train(training)
+    off_T = (logprob_T.float().cpu() - batch.sampler_logprob_T).abs()
+    largest = float(batch.sampler_logprob_T.abs().max())
+    return Difference(float(off_T.max()), float(off_T.mean()), _TOLERANCE * max(1.0, largest))

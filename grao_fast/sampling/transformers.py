@@ -1,0 +1,141 @@
+"""Sampling with a Transformers model: one prefill a prompt, finished rows dropped.
+
+`generate` prefills a prompt once for every sample and decodes until the last row has ended. Here
+the prompt is prefilled once, its key/value cache is repeated for the G samples, and rows that have
+ended leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+
+from grao_fast.sampling import Completion
+from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
+from grao_fast.sampling.drawing import completions_of, draw
+from grao_fast.sampling.model_sampler import ModelSampler
+
+# Lengths of static caches are multiples of this: every new one is compiled anew.
+_STATIC_BLOCK = 256
+
+
+class TransformersSampler(ModelSampler):
+    """A `Sampler` over a model whose cache is keys and values.
+
+    Args:
+        static_cache: decode in a cache of fixed size, in which ended rows stay; on CUDA a step is
+            then compiled to CUDA graphs, as Transformers' own `generate` does it. That was not run
+            yet: no GPU was at hand.
+        options: of `ModelSampler`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, static_cache: bool = False, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.static_cache = static_cache
+        self._cache_name = cache_name(model)
+        self._static: StaticCache | None = None  # kept, as CUDA graphs hold on to its memory
+        self._static_shape: tuple[int, int] | None = None
+
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Completions of a batch of prompts, each prompt's one behind the other."""
+        cache = growing_cache(self.model.config)
+        logits, mask = self._prefill(prompts, cache)
+        cache.batch_repeat_interleave(num_generations)
+        logits, mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))
+        position = mask.sum(1, keepdim=True)
+        decode, cache, mask = self._decoder(cache, mask, max_new_tokens)
+        rows = torch.arange(logits.shape[0], device=logits.device)  # who is still in the batch
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        tokens = torch.full((len(rows), max_new_tokens), self.pad_token_id, device=rows.device)
+        logprobs = torch.zeros((len(rows), max_new_tokens), dtype=torch.float32, device=rows.device)
+        lengths = torch.zeros_like(rows)
+        finished = torch.zeros_like(ended)
+        for step in range(max_new_tokens):
+            # of every row that there was: what one draws does not depend on when others end
+            u = torch.rand(
+                len(tokens), 1, dtype=torch.float64, device=rows.device, generator=generator
+            )
+            token, logprob = draw(logits, temperature, u[rows])
+            tokens[rows, step] = torch.where(ended, self.pad_token_id, token)
+            logprobs[rows, step] = torch.where(ended, 0.0, logprob)
+            lengths[rows] += ~ended
+            ended |= torch.isin(token, self.eos_ids)
+            finished[rows] = ended
+            over = ended.cpu()  # the one wait for the device in a step
+            if step + 1 == max_new_tokens or bool(over.all()):
+                break
+            if not self.static_cache:
+                if over.any():
+                    left = drop_rows(cache, over)
+                    rows, token, mask, ended = rows[left], token[left], mask[left], ended[left]
+                    position = position[left]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(decode, token[:, None], mask, position, cache)
+            position = position + 1
+        return completions_of(tokens, logprobs, lengths, finished, model=type(self.model).__name__)
+
+    def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Last logits (B, V) and attention mask (B, P) of left-padded prompts."""
+        P = max(len(prompt) for prompt in prompts)
+        device = self.model.device
+        ids = torch.tensor([[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return self._forward(self.model, ids, mask, positions, cache), mask
+
+    def _decoder(
+        self, cache: DynamicCache, mask: Tensor, max_new_tokens: int
+    ) -> tuple[Callable[..., Any], Cache, Tensor]:
+        """What runs a step, in which cache, under which mask."""
+        if not self.static_cache:
+            return self.model, cache, mask
+        if any(type(layer) is not GrowingLayer for layer in cache.layers):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers that do not attend to all tokens, which "
+                'a cache of fixed size is not made for here: set cache_implementation="dynamic"'
+            )
+        B, P = mask.shape
+        length = -(-(P + max_new_tokens) // _STATIC_BLOCK) * _STATIC_BLOCK
+        if self._static is None or self._static_shape != (B, length):
+            self._static = StaticCache(config=self.model.config, max_cache_len=length)
+            self._static_shape = (B, length)
+        self._static.reset()
+        for i, layer in enumerate(cache.layers):
+            self._static.update(layer.keys, layer.values, i)
+        # all places to come are open: causality alone hides those that are not filled yet
+        mask = torch.cat([mask, mask.new_ones(B, length - P)], dim=1)
+        on_cuda = self.model.device.type == "cuda"
+        step = self.model.get_compiled_call(CompileConfig()) if on_cuda else self.model
+        return step, self._static, mask
+
+    def _forward(
+        self,
+        step: Callable[..., Any],
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        """Logits (B, V) in float32 behind the last of `ids`."""
+        output = step(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: cache},
+        )
+        return output.logits[:, -1].float()

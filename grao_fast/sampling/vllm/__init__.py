@@ -1,0 +1,21 @@
+"""Sampling with vLLM (0.22 or later): a server over HTTP, or an engine in this process.
+
+Both draw from softmax(z / temperature) over the whole vocabulary, whatever a model's
+generation_config.json says, and give log-probs of that distribution (logprobs_mode
+"processed_logprobs"; by vLLM's default, they would be those at temperature 1).
+
+Weights are handed over as a checkpoint in a folder, from which vLLM's workers load them in place
+(their method `reload_weights`). It takes a write and a read of the weights for every step, in
+memory where the folder is in /dev/shm, and neither NCCL nor a second GPU. A server that was started
+for it gets a LoRA adapter alone, or all weights by vLLM's own weight transfer (`handover`). Before
+the first step and after every hand-over it is proved that they arrived
+(`grao_fast.sampling.held_weights`).
+
+Both classes are tested against vLLM 0.32.0 on CPUs (`pytest -m vllm`); on a GPU they have not been
+run. A seed repeats a sample only as far as vLLM's kernels do.
+"""
+
+from grao_fast.sampling.vllm.engine import VLLMColocatedSampler
+from grao_fast.sampling.vllm.server import VLLMServerSampler
+
+__all__ = ["VLLMColocatedSampler", "VLLMServerSampler"]

@@ -1,0 +1,142 @@
+"""HTTP to a `vllm serve`: one call, one answer or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grao_fast.sampling.vllm.requests import LOGPROBS_MODE, import_optional
+
+SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
+
+_RETRIES = 3
+_TIMEOUT = 3600.0  # seconds for one prompt's samples, which may wait for those of others
+
+
+class VLLMClient:
+    """A running `vllm serve`.
+
+    Args:
+        base_url: of the server, without /v1.
+        api_key: what it was started with as --api-key; None: it asks for none.
+
+    Raises ValueError where openai, the client, is not installed.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._openai = import_optional("openai", extra="vllm-server", option='vllm_mode="server"')
+        self._client = self._openai.OpenAI(
+            base_url=f"{self.base_url}/v1",
+            api_key=api_key or "none",
+            max_retries=_RETRIES,
+            timeout=self._openai.Timeout(_TIMEOUT, connect=10.0),
+        )
+
+    def call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The server's answer, as JSON. The client retries what may pass, with growing pauses.
+
+        Raises:
+            ConnectionError: no server answers there, or one that fails after retries.
+            ValueError: it has no such route, refuses the key, or refuses the request.
+        """
+        url = self.base_url + path
+        body = {} if body is None else {"body": body}
+        try:
+            return getattr(self._client, verb)(url, cast_to=object, **body)
+        except self._openai.NotFoundError as error:
+            raise ValueError(
+                f"{url} is not there; start the server as: {SERVE} ({_reason(error)})"
+            ) from error
+        except self._openai.AuthenticationError as error:
+            raise ValueError(
+                f"{url} asks for another API key: set vllm_server_api_key_env to the name of the "
+                "environment variable that holds the server's --api-key"
+            ) from error
+        except self._openai.APIConnectionError as error:
+            raise ConnectionError(
+                f"no vLLM server answers at {url} ({error.__cause__ or error}); start one as: "
+                f"{SERVE}, or set vllm_server_base_url"
+            ) from error
+        except self._openai.APIStatusError as error:
+            failure = ConnectionError if error.status_code >= 500 else ValueError
+            raise failure(f"{url}: {_reason(error)}") from error
+
+    def has(self, path: str) -> bool:
+        """Whether the server has a route for a GET there."""
+        try:
+            self._client.get(self.base_url + path, cast_to=object)
+        except self._openai.NotFoundError:
+            return False
+        except self._openai.APIStatusError:
+            return True
+        except self._openai.APIConnectionError as error:
+            raise ConnectionError(f"no vLLM server answers at {self.base_url}") from error
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """Its configuration: `vllm_config`, `vllm_env`."""
+        return self.call("get", "/server_info?config_format=json")
+
+
+class HeldVersion:
+    """Marks what a server was given, so that one which lost or changed it since is recognised.
+
+    Every process of the server has an id; where it has /weight_info (vLLM 0.32 has), the weights
+    have a version too.
+    """
+
+    def __init__(self, client: VLLMClient) -> None:
+        self._client = client
+        self._has_version = client.has("/weight_info")
+        self._run, self._count = uuid.uuid4().hex[:12], 0
+        self._given: tuple[Any, Any] | None = None
+
+    def mark(self) -> None:
+        """The weights that it has from now on are ours."""
+        self._count += 1
+        if self._has_version:
+            version = f"grao-fast-{self._run}-{self._count}"
+            self._client.call("post", "/update_weight_version", {"new_version": version})
+        self._given = self._now()
+
+    def is_lost(self) -> bool:
+        """Whether it was restarted, or given other weights, since the last mark."""
+        return self._given is not None and self._now() != self._given
+
+    def _now(self) -> tuple[Any, Any]:
+        version = self._client.call("get", "/weight_info") if self._has_version else None
+        return self._client.info()["vllm_config"].get("instance_id"), version
+
+
+@contextmanager
+def paused(client: VLLMClient, *, can_pause: bool) -> Iterator[None]:
+    """The server without requests inside; it goes on afterwards, also where something failed."""
+    if not can_pause:
+        yield
+        return
+    client.call("post", "/pause?mode=wait")
+    try:
+        yield
+    finally:
+        client.call("post", "/resume")
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key in an environment variable; ValueError where there is none in it."""
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise ValueError(
+            f"vllm_server_api_key_env names the environment variable {variable!r}, which is not "
+            "set: set it to the server's --api-key"
+        )
+    return key
+
+
+def _reason(error: Any) -> str:
+    """The first line of what the server said."""
+    return str(error.message).strip().split("\n")[0][:500]

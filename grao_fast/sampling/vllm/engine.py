@@ -1,0 +1,168 @@
+"""Samples from a vLLM engine in this process, which gets the policy's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grao_fast.sampling import Completion
+from grao_fast.sampling.held_weights import HeldWeights
+from grao_fast.sampling.vllm.requests import (
+    LOGPROBS_MODE,
+    checked,
+    import_optional,
+    one_line,
+    prompt_seeds,
+    sampling_options,
+    scoring_options,
+)
+from grao_fast.sampling.weights import WeightFolder
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+logger = get_logger(__name__)
+
+_IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+class VLLMColocatedSampler:
+    """A `Sampler` over a vLLM engine in this process; it starts at the first `sync`.
+
+    vLLM computes on the first device it sees, in the dtype of the policy's passes, and holds its
+    memory beside the trainer's.
+
+    Args:
+        eos_token_ids: tokens that end a completion.
+        sync_dir: see `WeightFolder`.
+        gpu_memory_utilization: share of the device's memory for weights and cache.
+        max_model_length: tokens of a prompt and its completion; None: the model's own.
+
+    Raises:
+        ValueError: vllm is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos_token_ids: Iterable[int],
+        sync_dir: str | None,
+        gpu_memory_utilization: float,
+        max_model_length: int | None,
+    ) -> None:
+        self._vllm = import_optional("vllm", extra="vllm", option="use_vllm")
+        self.eos_ids = sorted(eos_token_ids)
+        self.context_length = max_model_length
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self._folder = WeightFolder(sync_dir)
+        self._engine: Any = None
+        self._held: HeldWeights | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """See `Sampler.sync`. Returns when it is proved that the engine has the new weights.
+
+        Raises ValueError where it has others, does not start, or fails.
+        """
+        if self._held is None:
+            self._held = HeldWeights(
+                dtype=policy.autocast_dtype or policy.causal_lm.dtype,
+                name="vLLM's engine",
+                context_length=policy.context_length,
+            )
+        if not self._held.is_proved:
+            self._held.first(policy, self._hand_over, self._score)
+            return
+        self._hand_over(policy)
+        self._held.again(policy, self._score)
+
+    def _hand_over(self, policy: Policy) -> None:
+        folder = str(self._folder.write(policy))
+        if self._engine is None:
+            self._engine = self._start(folder, policy.autocast_dtype or policy.causal_lm.dtype)
+            return
+        with one_line("engine did not take over the weights"):
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self._engine.reset_prefix_cache()
+
+    def _start(self, folder: str, dtype: torch.dtype) -> Any:
+        with one_line("engine did not start"), _in_this_process():
+            return self._vllm.LLM(
+                model=folder,
+                dtype=dtype,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                max_model_len=self.context_length,
+                logprobs_mode=LOGPROBS_MODE,
+            )
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`."""
+        assert self._engine is not None, "sync before the first sample"
+        options = sampling_options(
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=self.eos_ids,
+        )
+        outputs = self._generate(
+            prompts, [options | {"seed": each} for each in prompt_seeds(seed, len(prompts))]
+        )
+        return [
+            [
+                checked(
+                    sample.token_ids,
+                    [
+                        at[token].logprob
+                        for at, token in zip(sample.logprobs, sample.token_ids, strict=True)
+                    ],
+                    eos_ids=self.eos_ids,
+                    max_new_tokens=max_new_tokens,
+                )
+                for sample in output.outputs
+            ]
+            for output in outputs
+        ]
+
+    def _score(self, ids: list[int]) -> list[float]:
+        """Log-probs at temperature 1 of the tokens behind the first."""
+        (output,) = self._generate([ids], [scoring_options()])
+        behind_first = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+        return [float(at[token].logprob) for at, token in behind_first]
+
+    def _generate(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> list[Any]:
+        with one_line("engine failed while it sampled"):
+            return self._engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                [self._vllm.SamplingParams(**each, detokenize=False) for each in options],
+                use_tqdm=False,
+            )
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """vLLM's engine without a process of its own, which would run the user's script once more.
+
+    The variable is the only way that vLLM offers. On CPUs it also replaces `set_num_threads`.
+    """
+    before, set_num_threads = os.environ.get(_IN_PROCESS), torch.set_num_threads
+    os.environ[_IN_PROCESS] = "0"
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if before is None:
+            del os.environ[_IN_PROCESS]
+        else:
+            os.environ[_IN_PROCESS] = before

@@ -1,0 +1,106 @@
+"""What is asked of vLLM for a sample, and what is made of its answer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from grao_fast.sampling import Completion
+
+LOGPROBS_MODE = "processed_logprobs"
+
+# What vLLM raises for a device, model or option that it cannot serve.
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def sampling_options(
+    *, num_generations: int, max_new_tokens: int, temperature: float, eos_ids: list[int]
+) -> dict[str, Any]:
+    """vLLM's parameters for samples of the plain distribution that end with an eos token.
+
+    All are set: vLLM takes what is not from the model's generation_config.json.
+    """
+    return {
+        "n": num_generations,
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logprobs": 0,  # of the sampled token, and of none besides
+        "stop_token_ids": eos_ids,
+        "ignore_eos": True,  # stop_token_ids has all that count
+    }
+
+
+def scoring_options() -> dict[str, Any]:
+    """vLLM's parameters for the log-probs of a prompt's own tokens, which are at temperature 1."""
+    one = sampling_options(num_generations=1, max_new_tokens=1, temperature=1.0, eos_ids=[])
+    return one | {"prompt_logprobs": 0}
+
+
+def prompt_seeds(seed: int, prompts: int) -> list[int]:
+    """A seed for each prompt; its samples take the ones that follow."""
+    draw = random.Random(seed)
+    return [draw.getrandbits(31) for _ in range(prompts)]
+
+
+def checked(
+    token_ids: Sequence[int] | None,
+    logprobs: Sequence[float | None] | None,
+    *,
+    eos_ids: Iterable[int],
+    max_new_tokens: int,
+) -> Completion:
+    """What vLLM returned, as a `Completion`; ValueError where it cannot be one."""
+    if not token_ids:
+        raise ValueError("vLLM returned no token ids; version 0.22 or later is needed")
+    if logprobs is None or len(logprobs) != len(token_ids):
+        had = "none" if logprobs is None else len(logprobs)
+        raise ValueError(f"vLLM returned {len(token_ids)} tokens with {had} log-probs")
+    values = [math.nan if value is None else float(value) for value in logprobs]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"vLLM returned a log-prob that is not finite: {values}")
+    finished = token_ids[-1] in eos_ids
+    if not finished and len(token_ids) != max_new_tokens:
+        raise ValueError(
+            f"vLLM cut a completion after {len(token_ids)} of {max_new_tokens} tokens: start it "
+            "with --generation-config vllm, or lower max_new_tokens"
+        )
+    return Completion(token_ids=list(token_ids), logprobs=values, finished=finished)
+
+
+def import_optional(name: str, *, extra: str, option: str) -> ModuleType:
+    """A package that an extra installs; ValueError, naming the extra, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f'{option} needs {name}: pip install "grao-fast[{extra}]"') from error
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """vLLM's failures, many lines long, as a ValueError of one that names the cause."""
+    try:
+        yield
+    except _FAILURES as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = said[0] if said else "no reason given"
+        raise ValueError(f"vLLM's {what}: {type(error).__name__}: {reason[:500]}") from error

@@ -1,0 +1,219 @@
+"""Samples from a running `vllm serve`, which gets the policy's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grao_fast.sampling import Completion
+from grao_fast.sampling.held_weights import HeldWeights
+from grao_fast.sampling.vllm.client import HeldVersion, VLLMClient, paused
+from grao_fast.sampling.vllm.handover import HandOver, choose_hand_over
+from grao_fast.sampling.vllm.requests import (
+    LOGPROBS_MODE,
+    checked,
+    prompt_seeds,
+    sampling_options,
+    scoring_options,
+)
+from grao_fast.sampling.weights import WeightFolder
+from grao_fast.system.threads import DaemonExecutor
+from grao_fast.system.visible import get_logger
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+logger = get_logger(__name__)
+
+_REQUESTS_AT_ONCE = 64
+
+
+class VLLMServerSampler:
+    """A `Sampler` over a running `vllm serve`, one request a prompt.
+
+    The server is trusted: whoever reaches it can load weights into it.
+
+    Args:
+        base_url: of the server, without /v1.
+        model: the name under which it serves the policy, or the path it was started with.
+        eos_token_ids: tokens that end a completion.
+        sync_dir: see `WeightFolder`; the server must see it under the same path.
+        api_key: what it was started with as --api-key; None: it asks for none.
+
+    Raises:
+        ConnectionError: no server answers there, or one that fails after retries.
+        ValueError: it serves another model, cannot take weights, gives log-probs at temperature 1,
+            refuses the key, or openai, its client, is not installed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str,
+        eos_token_ids: Iterable[int],
+        sync_dir: str | None,
+        api_key: str | None = None,
+    ) -> None:
+        self.client = VLLMClient(base_url, api_key=api_key)
+        self.base_url = self.client.base_url
+        self.eos_ids = sorted(eos_token_ids)
+        self.model, self.context_length = self._find(model)
+        config = self.client.info()["vllm_config"]["model_config"]
+        self._check_logprobs_mode(config["logprobs_mode"])
+        self._can_pause = self.client.has("/is_paused")
+        self._version = HeldVersion(self.client)
+        self._folder = WeightFolder(sync_dir)
+        self._hand_over: HandOver | None = None  # chosen at the first `sync`
+        self._held = HeldWeights(
+            dtype=getattr(torch, str(config["dtype"]).removeprefix("torch."), torch.bfloat16),
+            name=f"the vLLM server at {self.base_url}",
+            context_length=self.context_length,
+        )
+
+    def _find(self, model: str) -> tuple[str, int | None]:
+        """The served name of a model, and the tokens that the server holds of a sequence."""
+        served = self.client.call("get", "/v1/models")["data"]
+        for card in served:
+            if model in (card["id"], card.get("root")):
+                return card["id"], card.get("max_model_len")
+        raise ValueError(
+            f"the vLLM server at {self.base_url} serves {[card['id'] for card in served]}, not "
+            f"{model!r}: serve it, or set vllm_server_model to the name it has there"
+        )
+
+    def _check_logprobs_mode(self, mode: str) -> None:
+        if mode != LOGPROBS_MODE:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} gives {mode}, which are not those of the "
+                f"distribution it samples from: start it with --logprobs-mode {LOGPROBS_MODE}"
+            )
+
+    def sync(self, policy: Policy) -> None:
+        """See `Sampler.sync`. Returns when it is proved that the server has the new weights.
+
+        Raises ValueError where it has others, ConnectionError where they do not reach it.
+        """
+        if self._hand_over is None:
+            self._hand_over = choose_hand_over(policy, self.client, self._folder, model=self.model)
+        if not self._held.is_proved:
+            change = self._hand_over.change(policy)
+            self._held.first(policy, self._give, self._score, change=change)
+            return
+        self._give(policy)
+        self._held.again(policy, self._score)
+
+    def _give(self, policy: Policy | None) -> None:
+        """Hand over the policy's weights, or what was given last, with no request under way."""
+        way = self._hand_over
+        assert way is not None, "sync before the first sample"
+        with paused(self.client, can_pause=self._can_pause):
+            if policy is None:
+                way.give_again()
+            else:
+                way.give(policy)
+            # What it remembers of prompts was computed with the old weights.
+            answer = self.client.call("post", "/reset_prefix_cache")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, as "
+                "it serves others at the same time: give it to this run alone"
+            )
+        self._version.mark()
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`. The longest prompts are asked for first.
+
+        A server that was restarted since the last hand-over gets the weights once more; one that
+        loses them while it samples is a ConnectionError.
+        """
+        if self._version.is_lost():
+            logger.warning(
+                "the vLLM server at %s was restarted or given other weights: it gets the policy's "
+                "once more",
+                self.base_url,
+            )
+            self._give(None)
+        groups = self._ask_for_all(
+            prompts, num_generations, max_new_tokens, temperature=temperature, seed=seed
+        )
+        if self._version.is_lost():
+            raise ConnectionError(
+                f"the vLLM server at {self.base_url} was restarted or given other weights while it "
+                "sampled: resume from the last checkpoint, and give it to this run alone"
+            )
+        return groups
+
+    def _ask_for_all(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        max_new_tokens: int,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        options = sampling_options(
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=self.eos_ids,
+        )
+
+        def ask(prompt: list[int], seed: int) -> list[Completion]:
+            choices = self._complete(prompt, options | {"seed": seed})
+            return self._completions(choices, num_generations, max_new_tokens)
+
+        seeds = prompt_seeds(seed, len(prompts))
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        with DaemonExecutor(_REQUESTS_AT_ONCE) as pool:
+            asked = [prompts[i] for i in longest_first], [seeds[i] for i in longest_first]
+            groups = dict(zip(longest_first, pool.map(ask, *asked), strict=True))
+        return [groups[i] for i in range(len(prompts))]
+
+    def _complete(self, prompt: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
+        model = self.model if self._hand_over is None else self._hand_over.model
+        body = {"model": model, "prompt": prompt, "return_token_ids": True}
+        return self.client.call("post", "/v1/completions", body | options)["choices"]
+
+    def _score(self, ids: list[int]) -> list[float]:
+        """Log-probs at temperature 1 of the tokens behind the first."""
+        (choice,) = self._complete(ids, scoring_options())
+        of_tokens = choice.get("prompt_logprobs")
+        if of_tokens is None:
+            raise ValueError(
+                f"the vLLM server at {self.base_url} scores no prompts: version 0.22 or later is "
+                "needed"
+            )
+        return [
+            float(at[str(token)]["logprob"])
+            for at, token in zip(of_tokens[1:], ids[1:], strict=True)
+        ]
+
+    def _completions(
+        self, choices: list[dict[str, Any]], num_generations: int, max_new_tokens: int
+    ) -> list[Completion]:
+        if len(choices) != num_generations:
+            raise ValueError(
+                f"the vLLM server returned {len(choices)} completions of a prompt, not the "
+                f"{num_generations} it was asked for"
+            )
+        return [
+            checked(
+                choice.get("token_ids"),
+                (choice.get("logprobs") or {}).get("token_logprobs"),
+                eos_ids=self.eos_ids,
+                max_new_tokens=max_new_tokens,
+            )
+            for choice in sorted(choices, key=lambda choice: choice["index"])
+        ]

@@ -1,0 +1,126 @@
+"""Weights by vLLM's own routes for them, over NCCL: from the trainer's GPU to the server's.
+
+vLLM's library does the sending, so that it must be installed for the trainer too (0.32 or later).
+Tested are the routes, on CPUs with a backend of the test's; NCCL has not been run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from grao_fast.sampling.changes import Change, Negated
+from grao_fast.sampling.vllm.client import VLLMClient
+from grao_fast.sampling.vllm.requests import one_line
+from grao_fast.sampling.weights import merged
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+_BASE = "vllm.distributed.weight_transfer.base"
+_FACTORY = "vllm.distributed.weight_transfer.factory"
+_NCCL = "vllm.distributed.weight_transfer.nccl_engine"
+
+
+class WeightTransfer:
+    """A `HandOver` of all weights, an adapter merged, by a backend of vLLM's weight transfer.
+
+    A server that was restarted has lost its end of the connection: that ends the run.
+    """
+
+    def __init__(self, client: VLLMClient, *, backend: str, model: str) -> None:
+        self.model, self._base_url = model, client.base_url
+        self._weights = _source()
+        with one_line("weight transfer did not start"):
+            self._sender: Any = importlib.import_module(_FACTORY).WeightTransferTrainerFactory
+            self._sender = self._sender.trainer_init(
+                BACKENDS[backend](client), client=_Routes(client), source=self._weights
+            )
+
+    def give(self, policy: Policy) -> None:
+        self._weights.take(policy)
+        with one_line("weight transfer failed"):
+            self._sender.send_weights()
+        self._weights.tensors = {}
+
+    def give_again(self) -> None:
+        raise ConnectionError(
+            f"the vLLM server at {self._base_url} was restarted, and its weight transfer with it: "
+            "resume from the last checkpoint"
+        )
+
+    def change(self, policy: Policy) -> Change:
+        return Negated(policy.causal_lm.parameters())
+
+
+def cannot_transfer(policy: Policy, backend: str) -> str:
+    """Why weights cannot go by a backend; "" where they can."""
+    if backend not in BACKENDS:
+        return f"its weight transfer backend {backend!r} is not one of {', '.join(BACKENDS)}"
+    if backend == "nccl" and policy.device.type != "cuda":
+        return f"NCCL sends from a GPU, and the policy is on {policy.device}"
+    try:
+        importlib.import_module(_FACTORY)
+    except ImportError:
+        return "its weight transfer needs vLLM 0.32 or later for the trainer too"
+    return ""
+
+
+class _Routes:
+    """What vLLM's library asks of a server, by our client: it knows the key and the errors."""
+
+    def __init__(self, client: VLLMClient) -> None:
+        self._client = client
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._client.call("post", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._client.call("post", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self._client.call("post", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._client.call("post", "/finish_weight_update")
+
+
+def _source() -> Any:
+    """The policy's weights as vLLM's `WeightSource`, each name on its own, a tied head's too."""
+    base = importlib.import_module(_BASE)
+
+    class Weights(base.WeightSource):
+        tensors: dict[str, Tensor]
+
+        def take(self, policy: Policy) -> None:
+            dtype, state = policy.autocast_dtype, merged(policy).state_dict()
+            self.tensors = {
+                name: tensor.to(dtype if tensor.is_floating_point() else None)
+                for name, tensor in state.items()
+            }
+
+        def metadata(self) -> list[Any]:
+            return [base.ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self.tensors.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self.tensors.items())
+
+    return Weights()
+
+
+def _nccl(client: VLLMClient) -> Any:
+    """Where trainer (rank 0) and workers meet: at this machine's address, on a free port."""
+    network = importlib.import_module("vllm.utils.network_utils")
+    workers = client.call("get", "/get_world_size")["world_size"]
+    return importlib.import_module(_NCCL).NCCLTrainerInitInfo(
+        master_address=network.get_ip(),
+        master_port=network.get_open_port(),
+        world_size=workers + 1,
+        rank=0,
+    )
+
+
+BACKENDS: dict[str, Callable[[VLLMClient], Any]] = {"nccl": _nccl}

@@ -1,0 +1,121 @@
+"""The policy's weights in a folder, for a sampler that runs in another process."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grao_fast.models.saving import save_pretrained
+from grao_fast.system.files import named_when_full
+from grao_fast.system.lock import LOCK_FILE, only_run_in
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+_PREFIX = "grao-fast-weights-"
+
+
+class WeightFolder:
+    """Writes checkpoints that `from_pretrained` and vLLM read, each under a name of its own.
+
+    A name that had other weights before could be one whose files the reader still has in its
+    memory. Only the last is kept, and it goes with this object.
+
+    Args:
+        parent: an existing folder; None: the system's for temporary files.
+
+    Raises:
+        ValueError: there is no such folder, or it cannot be written to.
+    """
+
+    def __init__(self, parent: str | None) -> None:
+        try:
+            self._root = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to vllm_sync_dir {parent!r}: {error.strerror}; name a folder that "
+                "this process and vLLM's see under the same path"
+            ) from error
+        self._lock = only_run_in(Path(self._root.name))  # as long as this object lives
+        self._lock.__enter__()
+        _clear_left_overs(Path(self._root.name).parent)
+        self._last: Path | None = None
+        self._count = 0
+
+    def write(self, policy: Policy) -> Path:
+        """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
+        folder = self._next()
+        model = merged(policy)
+        with named_when_full(folder, folder):
+            save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
+            policy.tokenizer.save_pretrained(folder)
+        return self._only(folder)
+
+    def write_adapter(self, policy: Policy) -> Path:
+        """The policy's only adapter, as peft saves it, in a new folder; see `write`."""
+        folder = self._next()
+        (name,) = policy.model.peft_config  # pyright: ignore[reportGeneralTypeIssues]
+        with named_when_full(folder, folder):
+            policy.model.save_pretrained(folder, save_embedding_layers=False)  # pyright: ignore[reportCallIssue]
+        self._only(folder)
+        return folder if name == "default" else folder / name
+
+    def _next(self) -> Path:
+        self._count += 1
+        return Path(self._root.name) / f"weights-{self._count}"
+
+    def _only(self, folder: Path) -> Path:
+        if self._last is not None:
+            shutil.rmtree(self._last)
+        self._last = folder
+        return folder
+
+
+def _clear_left_overs(parent: Path) -> None:
+    """Delete the weights of runs that were killed: in memory, they would fill it."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # Without a lock it is just being made. Of another user, Path.exists would raise.
+        if os.path.exists(folder / LOCK_FILE):
+            # ValueError: in use, as far as can be seen at once; the others: deleted meanwhile by
+            # another run, or another user's
+            with (
+                suppress(ValueError, FileNotFoundError, PermissionError),
+                only_run_in(folder, watch=False),
+            ):
+                shutil.rmtree(folder)
+
+
+def merged(policy: Policy) -> PreTrainedModel:
+    """The Transformers model; where an adapter is trained, a copy that it is merged into.
+
+    Merging into the model itself and undoing it would leave its weights rounded differently.
+    """
+    if not hasattr(policy.model, "peft_config"):
+        return policy.causal_lm
+    return copy.deepcopy(policy.model).merge_and_unload()
+
+
+def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state as vLLM computes, so that no more is written than read; each name on its own.
+
+    Transformers writes tensors that share memory under one name. vLLM loads that into embeddings; a
+    head that is tied to them would keep what it had, where vLLM holds it as a packed copy, as it
+    does on CPUs.
+    """
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        sent = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        if sent.data_ptr() in seen:
+            sent = sent.clone()
+        seen.add(sent.data_ptr())
+        state[name] = sent
+    return state

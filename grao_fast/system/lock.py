@@ -1,0 +1,222 @@
+"""One run in a folder at a time: a lock that says who holds it.
+
+The operating system's lock (flock) on a file is the truth: it ends with its process, however that
+dies, whichever container the process is in, and another process of the same number does not hold
+it. The file names the process and its machine, for the message, and for filesystems whose locks do
+not reach from one machine to another. A holder that cannot be seen from here is dead when its
+heartbeat in the file has stopped: it is taken over from, without anyone's help, and out loud.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from grao_fast.system import heartbeat
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+LOCK_FILE = ".grao-fast-lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_PATIENCE = 1.0  # seconds in which a process that has just taken a lock writes down who it is
+
+_held: set[int] = set()  # descriptors; a forked child would hold the lock as long as it lives
+
+
+def _let_go_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+@contextmanager
+def only_run_in(folder: Path, *, watch: bool = True) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Args:
+        folder: an existing one.
+        watch: look, for up to a minute, whether a holder that cannot be seen from here, as on
+            another machine, shows that it lives. False: it is taken to live.
+
+    Raises:
+        ValueError: another run holds it.
+        OSError: the lock cannot be written.
+    """
+    path = folder.absolute() / LOCK_FILE  # the run may change its working directory
+    descriptor, mine = _take(path, watch)
+    _held.add(descriptor)
+    released = threading.Lock()
+    released.acquire()
+    try:
+        heart = threading.Thread(target=heartbeat.beat, args=(path, mine, released), daemon=True)
+        heart.start()
+        yield
+    finally:
+        if mine["pid"] == os.getpid():  # else this is a child that was forked meanwhile
+            # The thread is not waited for: Python's exit and its garbage collector come here too.
+            released.release()
+            # Deleted while it is held: afterwards it may be another's.
+            if heartbeat.holder_at(path) == mine:
+                path.unlink(missing_ok=True)
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
+    """A descriptor of the locked file, and what has been written into it of this process."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            works = _lock(descriptor, path)
+            if works and not _is_still_at(descriptor, path):
+                os.close(descriptor)  # its last holder has deleted it: others would lock a new one
+                continue
+            holder = _read(descriptor)
+            lives = _lives(holder, flock_works=works) if holder else False
+            unseen = lives is None
+            if unseen and watch:
+                lives = heartbeat.beats(path, holder)
+                if not _is_still_at(descriptor, path):
+                    os.close(descriptor)  # let go meanwhile
+                    continue
+            if lives is not False:
+                raise ValueError(
+                    _in_use(path, heartbeat.holder_at(path) or holder, seen=bool(lives))
+                )
+            if holder:
+                logger.warning(
+                    "%s: taken over from process %s on %s, which is %s",
+                    path, holder.get("pid"), holder.get("host"),
+                    f"dead: no sign of life for {heartbeat.SILENCE:g} s" if unseen else "gone",
+                )  # fmt: skip
+            mine = _me()
+            _write(descriptor, path, mine)
+            if unseen:
+                # a third machine, that has watched as long, may have written at the same moment
+                time.sleep(heartbeat.LOOK)
+                if (other := heartbeat.holder_at(path)) != mine:
+                    raise ValueError(_in_use(path, other, seen=True))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor, mine
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock a file. False where the filesystem has no locks, so that what it says has to do."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no flock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        deadline = time.monotonic() + _PATIENCE
+        while not (holder := _read(descriptor)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise ValueError(_in_use(path, holder, seen=False)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s (%s): runs that start at once are not kept apart", path, error.strerror)
+        return False
+    return True
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    return heartbeat.holder_in(os.pread(descriptor, 4096, 0))
+
+
+def _write(descriptor: int, path: Path, mine: dict[str, Any]) -> None:
+    try:
+        length = os.pwrite(descriptor, heartbeat.content(mine, 0), 0)
+        os.ftruncate(descriptor, length)
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "boot": _boot(),
+        "pid_namespace": _pid_namespace(),
+        "started": _start_of(os.getpid()),
+    }
+
+
+def _lives(holder: dict[str, Any], *, flock_works: bool) -> bool | None:
+    """Whether the process that wrote a lock file still runs, when its lock is not held.
+
+    None where that cannot be seen from here: on another machine, as far as can be known, or, where
+    there are no locks, in another container.
+    """
+    me = _me()
+    same_host, same_boot = (me[key] == holder.get(key) for key in ("host", "boot"))
+    if not same_host and (not same_boot or me["boot"] is None):
+        return None
+    if not same_boot:
+        return False  # on this machine, which has started anew since
+    if flock_works:
+        return False
+    if me["pid_namespace"] != holder.get("pid_namespace"):
+        return None
+    return _start_of(holder.get("pid")) == holder.get("started") is not None
+
+
+def _boot() -> str | None:
+    """What tells one start of a machine from another; None where the system does not say."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _pid_namespace() -> str | None:
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _start_of(pid: Any) -> str | None:
+    """When a process began, in clock ticks since the machine did; None where there is none."""
+    with suppress(OSError):
+        # the name, in brackets, may hold spaces and brackets of its own
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def _in_use(path: Path, holder: dict[str, Any], *, seen: bool) -> str:
+    """The refusal; `seen`: the holder has just shown that it lives."""
+    if not holder:
+        return f"output_dir {str(path.parent)!r} is in use by another run: choose another"
+    host = socket.gethostname()
+    who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+    if (holder.get("host"), holder.get("pid")) == (host, os.getpid()):
+        who = f"another run of this process ({os.getpid()})"
+    remedy = "wait for it, stop it, or choose another"
+    if not seen and holder.get("boot") != _boot():
+        remedy = f"if that run is dead, which {host} cannot see, delete {str(path)!r}"
+    return f"output_dir {str(path.parent)!r} is in use by {who}: {remedy}"

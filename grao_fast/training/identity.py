@@ -1,0 +1,281 @@
+"""What a checkpoint belongs to, written in it and compared before a run goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import Example
+from grao_fast.models.adapters import adapter_configs, adapter_state, is_peft_model
+from grao_fast.models.beginning import trainable
+from grao_fast.rewards import Reward
+from grao_fast.rewards.calling import function_name
+from grao_fast.system.digests import digest_rows, digest_tensors
+from grao_fast.system.visible import get_logger
+from grao_fast.training.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from grao_fast.models.policy import Policy
+
+logger = get_logger(__name__)
+
+# Options of a model that change nothing of what it computes of given tokens.
+_NOT_COMPUTED = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+FORMAT = 2  # of state.json and what lies beside it
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of prompts, references and columns, to know a dataset again when a run resumes.
+
+    Not of token ids: a chat template may write today's date. See `digest_rows` for what counts.
+    """
+    return digest_rows((e.prompt, e.reference, e.columns) for e in examples)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What does not change while a run lasts, known before a model is loaded.
+
+    data: `fingerprint` of the dataset.
+    reward: names of the reward functions.
+    """
+
+    data: str
+    reward: list[str]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], reward: Reward) -> RunIdentity:
+        return cls(fingerprint(examples), [function_name(f) for f in reward.functions])
+
+
+@dataclass(frozen=True)
+class PolicyIdentity:
+    """What does not change of a policy while it is trained.
+
+    model: its class and name, which are only said.
+    config: the options of its class that decide what it computes.
+    adapters: by name, the options that decide what an adapter computes.
+    trained: dtype and shape of every trained parameter.
+    tokenizer: digest of vocabulary, chat template and special tokens.
+    start: digest of what checkpoints hold, as training began with it: all weights of a model, or
+        the trained ones where an adapter is.
+    base: of a base model before the adapter's first weights altered it; None: see `Policy`.
+    """
+
+    model: str
+    config: dict[str, Any]
+    adapters: dict[str, dict[str, Any]]
+    trained: dict[str, str]
+    tokenizer: str
+    start: str
+    base: str | None
+
+    @classmethod
+    def of(cls, policy: Policy) -> PolicyIdentity:
+        """Of a policy before its first step, or before it takes a checkpoint's weights."""
+        return cls(
+            model=_described(policy),
+            config=_computed(policy.causal_lm.config.to_dict()),
+            adapters=adapter_configs(policy.model),
+            trained={
+                name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
+                for name, p in trainable(policy.model).items()
+            },
+            tokenizer=_tokenizer_digest(policy.tokenizer),
+            start=digest_tensors(_held(policy.model)),
+            base=policy.base,
+        )
+
+
+def _described(policy: Policy) -> str:
+    name = getattr(policy.causal_lm, "name_or_path", "")
+    return f"{type(policy.causal_lm).__name__} {name}".strip()
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Of what checkpoints hold of a model, bit by bit."""
+    return digest_tensors(_held(model), exact=True)
+
+
+def _held(model: nn.Module) -> Mapping[str, Tensor]:
+    """All of a model, or what is trained where an adapter is."""
+    return trainable(model) if is_peft_model(model) else _tensors(model)
+
+
+def digest_frozen(model: nn.Module) -> str | None:
+    """Of all that an adapter's checkpoint does not hold; None where it holds a whole model."""
+    if not is_peft_model(model):
+        return None
+    held = {
+        tensor.data_ptr()
+        for name in adapter_configs(model)
+        for tensor in adapter_state(model, name).values()
+    }
+    return digest_tensors({k: t for k, t in _tensors(model).items() if t.data_ptr() not in held})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, less what modules keep in it that is no tensor."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what decides what the model computes."""
+    return {
+        key: _computed(value) if isinstance(value, dict) else value
+        for key, value in json.loads(json.dumps(config, default=str)).items()
+        if not (key.startswith("_") or key in _NOT_COMPUTED)
+    }
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return digest_rows([tokenizer.get_vocab(), getattr(tokenizer, "chat_template", None), special])
+
+
+def check_same_run(
+    path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig
+) -> None:
+    """Refuse a checkpoint of other data or another reward; say which options have changed.
+
+    Raises:
+        CheckpointError: it is of another format; or it names what differs, and both sides.
+    """
+    written = state.get("format", 1)
+    if written != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is of format {written}, and this version of grao-fast reads "
+            f"{FORMAT}: resume with the version that wrote it, or start anew in another output_dir"
+        )
+    if state["run"]["data"] != run.data:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was written on another dataset (digest "
+            f"{state['run']['data']}, now {run.data}); resume with the dataset of that run"
+        )
+    if state["run"]["reward"] != run.reward:
+        raise _other(path, "the reward", ", ".join(state["run"]["reward"]), ", ".join(run.reward))
+    if config.max_steps > 0:
+        check_steps(path, state["step"], config.max_steps)
+    now = json.loads(json.dumps(config.to_dict()))
+    changed = [key for key, value in now.items() if state["config"].get(key) != value]
+    if changed:
+        logger.warning("resuming with other options than the checkpoint's: %s", ", ".join(changed))
+
+
+def check_steps(path: Path, done: int, total: int) -> None:
+    """Refuse a run that would end before the checkpoint's step."""
+    if done > total:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} has done {done} steps, and this run has {total}: raise "
+            "max_steps (or num_train_epochs), or resume from an earlier checkpoint"
+        )
+
+
+def check_same_policy(
+    path: Path, state: Mapping[str, Any], policy: PolicyIdentity, *, as_far: bool
+) -> None:
+    """Refuse a checkpoint of another model, adapter or tokenizer, or that trains other parameters.
+
+    as_far: the model holds the checkpoint's weights already, and need not say what its run began
+        with: the same object again, or the checkpoint's own folder given as model.
+
+    Raises:
+        CheckpointError: names what differs, and both sides.
+    """
+    now, before = json.loads(json.dumps(asdict(policy))), state["policy"]
+    _check_adapters(path, before["adapters"], now["adapters"])
+    _check_trained(path, before["trained"], now["trained"])
+    _check_options(path, "the model's configuration", before["config"], now["config"])
+    if before["tokenizer"] != now["tokenizer"]:
+        sides = (f"of digest {side['tokenizer']}" for side in (before, now))
+        raise _other(path, "the tokenizer, or its chat template,", *sides)
+    # An adapter's first weights are drawn, and replaced by the checkpoint's; its base is compared
+    # by `check_base`.
+    if not now["adapters"] and before["start"] != now["start"] and not as_far:
+        sides = (f"{side['model']} (weights of digest {side['start']})" for side in (before, now))
+        raise _other(path, "the model that training began with", *sides)
+
+
+def check_base(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    kind = "weights"
+    before, now = state["policy"]["base"], policy.base
+    if before is None or now is None:
+        kind, before, now = "frozen weights", state["frozen"], digest_frozen(policy.model)
+    if before != now:
+        both = ((state["policy"]["model"], before), (_described(policy), now))
+        sides = (f"{model} ({kind} of digest {digest})" for model, digest in both)
+        raise _other(path, "the base model", *sides)
+
+
+def _check_adapters(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before.keys() != now.keys():
+        raise _other(path, "the adapter", _named(before), _named(now))
+    for name, options in before.items():
+        _check_options(path, f"adapter {name!r}", options, now[name])
+
+
+def _named(adapters: dict[str, Any]) -> str:
+    kinds = (f"{name!r} ({options['peft_type']})" for name, options in sorted(adapters.items()))
+    return ", ".join(kinds) or "none"
+
+
+def _check_options(path: Path, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    # those that one version of a library knows and another does not say nothing
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    if changed:
+        sides = (", ".join(f"{key}={side[key]}" for key in changed) for side in (before, now))
+        raise _other(path, what, *sides)
+
+
+def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    alone = (
+        [name for name in before if name not in now],
+        [name for name in now if name not in before],
+    )
+    if any(alone):
+        raise _other(path, "what is trained", *map(_first, alone))
+    differ = [name for name in before if before[name] != now[name]]
+    if differ:
+        sides = (side[differ[0]] for side in (before, now))
+        raise _other(path, f"what is trained, {differ[0]},", *sides)
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"with {names[0]}{more}" if names else "without"
+
+
+def _other(path: Path, what: str, before: str, now: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {str(path)!r} is of another run: {what} was {before}, and is {now} here; "
+        "resume with what that run had, or start anew in another output_dir"
+    )

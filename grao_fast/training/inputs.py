@@ -1,0 +1,65 @@
+"""What `train` checks before it loads a model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import Example
+
+
+def check_one_process() -> None:
+    """Refuse a launcher that starts several processes: each would train a model of its own."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"grao_fast.train runs in one process, and a launcher started {processes} "
+            "(WORLD_SIZE); start it with plain python"
+        )
+
+
+def writable_folder(output_dir: str | Path) -> Path:
+    """Make `output_dir` and prove that it can be written to, before any work is lost.
+
+    Returns its absolute path: a reward that runs code may go to another folder.
+    """
+    output = Path(output_dir).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
+        ) from error
+    return output.absolute()
+
+
+def check_references(
+    examples: Sequence[Example], eval_examples: Sequence[Example] | None, config: GRAOConfig
+) -> None:
+    """A pairwise reward compares with the reference: every row needs one."""
+    if config.reward_type != "pairwise":
+        return
+    for name, rows in (("dataset", examples), ("eval_dataset", eval_examples or [])):
+        absent = [i for i, example in enumerate(rows) if example.reference is None]
+        if absent:
+            raise ValueError(
+                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which a "
+                'pairwise reward compares with; leave them out or use reward_type="pointwise"'
+            )
+
+
+def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, config: GRAOConfig) -> None:
+    """Refuse what would have no effect."""
+    if has_eval_dataset:
+        return
+    if has_metric:
+        raise ValueError("metric is measured on eval_dataset: pass one, or leave metric out")
+    if config.eval_steps is not None:
+        raise ValueError(
+            f"eval_steps={config.eval_steps} needs an eval_dataset: pass one, or leave it out"
+        )

@@ -1,0 +1,275 @@
+"""The token budget of a micro-batch, found before the first step instead of at the 700th.
+
+The largest group that a run can meet is the longest prompt with G samples of max_new_tokens and the
+longest reference. On CUDA it is run, then two of it, four..., and the peaks are measured. On a CPU,
+where that would take minutes, three small groups in its proportions are run, and
+
+    bytes(T) = a + b T + c T^2 + gradients        T tokens
+
+goes through their peaks: c is of what attention holds for pairs, and the gradients that are on
+their way to their parameters are counted apart, as their peak may come at another time. Groups in
+one row add up.
+
+Bytes are those of a forward and backward pass, besides parameters, their gradients and AdamW's
+moments. Nothing that training reads is left changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import Encoded
+from grao_fast.data.packing import Group
+from grao_fast.kernels.checks import workspace_bytes
+from grao_fast.models.policy import Policy
+from grao_fast.system.visible import get_logger
+from grao_fast.training.step import micro_batch_loss
+
+logger = get_logger(__name__)
+
+_MIB = 2**20
+_CPU_BUDGET_MIB = 8192  # fixed, so that a run is split alike, to the bit, wherever it goes on
+_CUDA_SHARE = 0.9  # of what is free: the rest is for fragments, and for what sampling keeps
+_SMALLEST = 128  # tokens of the smallest group tried on a CPU
+_MULTIPLES = (1, 2, 4)
+
+
+def token_budget(
+    policy: Policy, optimizer: Optimizer, prompts: Sequence[Encoded], config: GRAOConfig
+) -> int:
+    """Tokens of a micro-batch: as the config says, or as many as fit the memory.
+
+    Raises ValueError, with what it needs and what would help, where not even one group fits.
+    """
+    if config.max_tokens_per_microbatch is not None:
+        return config.max_tokens_per_microbatch
+    shape = GroupShape.largest(prompts, config)
+    most = min(config.prompts_per_step, len(prompts))
+    with _untouched(policy):
+        if policy.device.type == "cuda":
+            budget = _free_on_cuda(policy, optimizer)
+            peak = _measured_peak(policy, shape, config)
+        else:
+            budget = _CPU_BUDGET_MIB * _MIB
+            peak = _estimated_peak(policy, shape, config)
+        if config.memory_budget_mib is not None:
+            budget = config.memory_budget_mib * _MIB
+        fitting = most_that_fit(peak, budget, most)
+        if fitting == 0:
+            raise ValueError(_too_large(shape, peak(1), budget))
+    tokens = fitting * shape.group().size.tokens(share_prefix=policy.share_prefix)
+    logger.info(
+        "micro-batches of up to %d tokens: %d of the largest group take %.0f of %.0f MiB",
+        tokens,
+        fitting,
+        peak(fitting) / _MIB,
+        budget / _MIB,
+    )
+    return tokens
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Tokens of a prompt and of each sequence behind it."""
+
+    prompt: int
+    sequences: tuple[int, ...]
+
+    @classmethod
+    def largest(cls, prompts: Sequence[Encoded], config: GRAOConfig) -> GroupShape:
+        """The longest prompt, samples and reference of a run, in one group."""
+        samples = (config.max_new_tokens,) * config.num_generations
+        reference = max(len(prompt.reference_ids) for prompt in prompts)
+        return cls(max(len(prompt.prompt_ids) for prompt in prompts), (*samples, reference))
+
+    def scaled(self, factor: float) -> GroupShape:
+        """In its proportions, no part empty that was not."""
+
+        def scale(length: int) -> int:
+            return max(min(1, length), round(length * factor))
+
+        return GroupShape(scale(self.prompt), tuple(map(scale, self.sequences)))
+
+    def group(self) -> Group:
+        """A group of this shape, all live; a loss takes as much memory whatever its tokens."""
+        K = len(self.sequences)
+        return Group(
+            prompt_ids=[0] * self.prompt,
+            sequence_ids=[[0] * length for length in self.sequences],
+            rewards_K=torch.arange(K, dtype=torch.float64),
+            live_K=torch.ones(K, dtype=torch.bool),
+        )
+
+
+def most_that_fit(peak: Callable[[int], float], budget: float, most: int) -> int:
+    """The largest n up to `most` with peak(n) <= budget, by doubling and bisection; 0: none."""
+    fits, fails = 0, 1
+    while fails <= most and peak(fails) <= budget:
+        fits, fails = fails, 2 * fails
+    fails = min(fails, most + 1)
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if peak(middle) <= budget:
+            fits = middle
+        else:
+            fails = middle
+    return fits
+
+
+def _too_large(shape: GroupShape, needed: float, budget: float) -> str:
+    needs = f"needs {needed / _MIB:.0f} MiB" if needed < float("inf") else "needs more than all"
+    return (
+        f"the largest group, {shape.prompt} tokens of prompt and {len(shape.sequences)} sequences "
+        f"of up to {max(shape.sequences)}, {needs} besides parameters, gradients and AdamW's "
+        f"moments, and {budget / _MIB:.0f} MiB are there for it (memory_budget_mib). Lower "
+        "max_new_tokens, max_prompt_length, max_reference_length or num_generations, keep "
+        "gradient_checkpointing and share_prefix on, or train an adapter"
+    )
+
+
+def _run(policy: Policy, group: Group, count: int, config: GRAOConfig) -> None:
+    batch = policy.lay_out([group] * count)
+    micro_batch_loss(policy, batch, config, num_prompts=count).loss.backward()
+
+
+def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
+    """Bytes that a pass may take: what is free, less the moments that the first step will make."""
+    device = policy.device
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    return _CUDA_SHARE * (free - (0 if optimizer.state else 8 * trained))
+
+
+def _measured_peak(policy: Policy, shape: GroupShape, config: GRAOConfig) -> Callable[[int], float]:
+    """n -> bytes at the peak of a pass over n groups; infinite where CUDA has not so much."""
+    peaks: dict[int, float] = {}
+
+    def peak(n: int) -> float:
+        if n not in peaks:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(policy.device)
+            before = torch.cuda.memory_allocated(policy.device)
+            try:
+                _run(policy, shape.group(), n, config)
+                peaks[n] = torch.cuda.max_memory_allocated(policy.device) - before
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                peaks[n] = float("inf")
+        return peaks[n]
+
+    return peak
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch's allocator, or a library that allocates past it, says so."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
+
+
+def _estimated_peak(
+    policy: Policy, shape: GroupShape, config: GRAOConfig
+) -> Callable[[int], float]:
+    """n -> bytes, by a parabola through the peaks of three small groups."""
+
+    def tokens(shape: GroupShape) -> int:
+        return shape.group().size.tokens(share_prefix=policy.share_prefix)
+
+    def tried(shape: GroupShape) -> _Held:
+        with _Held(policy) as held:
+            _run(policy, shape.group(), 1, config)
+        return held
+
+    whole = tokens(shape)
+    # multiples of one small shape: in other proportions, a parabola would go anywhere
+    small = shape.scaled(min(1.0, _SMALLEST / whole))
+    shapes = [small.scaled(multiple) for multiple in _MULTIPLES]
+    held = [tried(each) for each in shapes]
+    a, b, c = parabola([tokens(each) for each in shapes], [each.peak for each in held])
+    fixed, of_group = max(a, 0.0), b * whole + c * whole**2
+    fixed += max(each.gradients_peak for each in held)
+    # the loss is one operator, which holds its logits inside
+    fixed += workspace_bytes(config.workspace_mib, policy.device)
+    return lambda n: fixed + n * of_group
+
+
+def parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
+    """(a, b, c) of a + b x + c x^2 through three points; a line through the last two instead of one
+    that bends down."""
+    slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in (0, 1)]
+    c = (slopes[1] - slopes[0]) / (x[2] - x[0])
+    if c <= 0:
+        return y[2] - slopes[1] * x[2], slopes[1], 0.0
+    b = slopes[0] - c * (x[0] + x[1])
+    return y[0] - b * x[0] - c * x[0] ** 2, b, c
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still held.
+
+    peak: at the most, of all that has not the shape of a trained parameter.
+    gradients_peak: at the most, of what has: gradients on their way to their parameters.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.trained = {p.shape for p in policy.model.parameters() if p.requires_grad}
+        self.now = self.peak = self.gradients = self.gradients_peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        self.known.update(tensor.untyped_storage() for tensor in _tensors((args, kwargs)))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage not in self.known:
+                self.known.add(storage)
+                add = self._add_gradient if tensor.shape in self.trained else self._add
+                add(storage.nbytes())
+                weakref.finalize(storage, add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _add_gradient(self, size: int) -> None:
+        self.gradients += size
+        self.gradients_peak = max(self.gradients_peak, self.gradients)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _untouched(policy: Policy) -> Iterator[None]:
+    """Passes inside leave parameters, gradients, random numbers and mode as they were."""
+    training = policy.model.training
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    kept = [p.grad for p in trained]
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), policy.updating():
+            for parameter in trained:  # as from the second micro-batch of a step on
+                parameter.grad = torch.zeros_like(parameter)
+            yield
+    finally:
+        for parameter, grad in zip(trained, kept, strict=True):
+            parameter.grad = grad
+        policy.model.train(training)

@@ -1,0 +1,148 @@
+"""What a step reports: of its rollout, and of the updates made on it.
+
+Suffixes: N prompts, G samples, K = G + 1 sequences, T rows of the head (each predicts a token).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grao_fast.data.packing import MicroBatch
+from grao_fast.kernels import GRAOLoss
+
+if TYPE_CHECKING:
+    from grao_fast.training.step import Rollout
+
+
+def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor]:
+    """Groups that teach nothing, and the reference's health; NaN where no reference is there."""
+    reference_N = advantages_NK[:, -1]
+    present_N = reference_N[~reference_N.isnan()]
+    return {
+        "frac_dead": (advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
+        "reference/reward": rewards_NK[:, -1].nanmean(),
+        "reference/advantage": reference_N.nanmean(),
+        "reference/frac_negative": (present_N < 0).double().mean(),
+    }
+
+
+def held_ratios(
+    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
+) -> Tensor:
+    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    low, high = clip
+    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
+    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    return held_T.float().where(~rho_T.isnan(), torch.nan)
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Rewards, lengths and the reference's health; the reference stays out of `reward`."""
+    samples_NG = rollout.rewards_NK[:, :-1]
+    completions = [completion for group in rollout.completions for completion in group]
+    metrics = {
+        "reward": samples_NG.nanmean(),
+        "reward_std": _nanstd(samples_NG),
+        "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
+        **group_metrics(rollout.rewards_NK, rollout.advantages_NK),
+        "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
+        "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
+        "time/sample": rollout.seconds["sample"],
+        "time/reward": rollout.seconds["reward"],
+    }
+    metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _range(samples_NG: Tensor) -> Tensor:
+    """Largest less smallest reward of each group, NaN left out; 0 where there is none."""
+    present_NG = ~samples_NG.isnan()
+    high_N = samples_NG.where(present_NG, -torch.inf).amax(1)
+    low_N = samples_NG.where(present_NG, torch.inf).amin(1)
+    return (high_N - low_N).clamp(min=0)
+
+
+def _nanstd(samples_NG: Tensor) -> Tensor:
+    """Mean over groups of the samples' population deviation, NaN left out."""
+    mean_N = samples_NG.nanmean(1, keepdim=True)
+    return (samples_NG - mean_N).square().nanmean(1).sqrt().nanmean()
+
+
+class _Mean:
+    """A running mean and maximum, NaN left out; NaN while empty."""
+
+    def __init__(self) -> None:
+        self.total, self.count, self.max = 0.0, 0, math.nan
+
+    def add(self, values: Tensor) -> None:
+        values = values[~values.isnan()]
+        if values.numel():
+            self.total += float(values.sum())
+            self.count += values.numel()
+            self.max = max(float(values.max()), self.max)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+
+class LossMetrics:
+    """The losses of an update's micro-batches, added up."""
+
+    def __init__(self) -> None:
+        self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
+        self.router: float | None = None
+        self.samples, self.references = _Mean(), _Mean()
+        self.logp_diff, self.held = _Mean(), _Mean()
+
+    def add(
+        self,
+        batch: MicroBatch,
+        loss: GRAOLoss,
+        held_T: Tensor | None = None,
+        router: Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch.
+
+        held_T: 1 where the clip holds a ratio, 0 where not, NaN where there is none.
+        router: its part of the loss, beside GRAO's.
+        """
+        self.terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
+        self.kl += float(loss.kl)
+        if router is not None:
+            self.router = (self.router or 0.0) + float(router)
+        logprob_T = loss.logprob_T.float().cpu()
+        self.logp_diff.add((logprob_T - batch.sampler_logprob_T).abs())
+        if held_T is not None:
+            self.held.add(held_T)
+        self._add_sequences(batch, logprob_T)
+
+    def _add_sequences(self, batch: MicroBatch, logprob_T: Tensor) -> None:
+        """Add L(s), the mean log-prob of each sequence of the batch, to its kind's mean."""
+        K = batch.rewards_NK.shape[1]
+        sequences, place_T = batch.sequence_T.unique(return_inverse=True)
+        sums = torch.zeros(len(sequences), dtype=torch.float32).index_add_(0, place_T, logprob_T)
+        means = sums / torch.bincount(place_T)
+        is_reference = sequences % K == K - 1
+        self.samples.add(means[~is_reference])
+        self.references.add(means[is_reference])
+
+    def to_dict(self, *, kl_coef: float) -> dict[str, float]:
+        exploration, imitation, alignment = self.terms.tolist()
+        metrics = {
+            "loss": self.kl + (self.router or 0.0) - (exploration + imitation + alignment),
+            "objective/exploration": exploration,
+            "objective/imitation": imitation,
+            "objective/alignment": alignment,
+            "reference/logprob": self.references.value,
+            "reference/logprob_gap": self.references.value - self.samples.value,
+            "sampling/logp_diff": self.logp_diff.value,
+            "sampling/logp_diff_max": self.logp_diff.max,
+        }
+        if self.router is not None:
+            metrics["router_loss"] = self.router
+        return metrics | ({"kl": self.kl / kl_coef} if kl_coef else {})

@@ -1,0 +1,204 @@
+"""What a run needs to go on exactly where it was.
+
+All randomness of a step is a function of (seed, step), and the data cursor is a function of the
+step, so that weights, optimiser and scheduler are the whole state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedModel
+
+from grao_fast.config import GRAOConfig
+from grao_fast.models.adapters import (
+    differing_keys,
+    is_peft_model,
+    load_adapters,
+    take_out_alike,
+)
+from grao_fast.models.beginning import trainable
+from grao_fast.models.policy import Policy
+from grao_fast.models.saving import save_model
+from grao_fast.system.files import write_folder
+from grao_fast.training.checkpoint import OPTIMIZER, STATE, CheckpointError
+from grao_fast.training.identity import (
+    FORMAT,
+    PolicyIdentity,
+    check_base,
+    check_same_policy,
+    digest_weights,
+)
+
+_BARE_WEIGHTS = "weights.pt"
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in a step: sampling, dropout, a reward's own draws."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@dataclass(frozen=True)
+class DataStream:
+    """An endless stream of shuffled epochs, of which step s takes the s-th batch."""
+
+    size: int
+    batch_size: int
+    seed: int
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of a step."""
+        start = step * self.batch_size
+        places = range(start, start + self.batch_size)
+        orders = {epoch: self._order(epoch) for epoch in {p // self.size for p in places}}
+        return [orders[p // self.size][p % self.size] for p in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, -1 - epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+def save_checkpoint(
+    path: Path,
+    policy: Policy,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    step: int,
+    config: GRAOConfig,
+    belongs_to: Mapping[str, Any],
+    bare: bool = False,
+) -> None:
+    """Write a whole checkpoint, or none.
+
+    belongs_to: what is compared when a run resumes from it, see `grao_fast.training.identity`.
+    bare: weights alone, as PyTorch writes them, where `save_pretrained` fails.
+    """
+
+    def fill(folder: Path) -> None:
+        if bare:
+            torch.save(_trained(policy.model), folder / _BARE_WEIGHTS)
+        else:
+            save_model(policy, folder)
+        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        torch.save(state, folder / OPTIMIZER)
+        if policy.beginning is not None and is_peft_model(policy.model):
+            policy.beginning.save(folder)  # a whole model's is the model that is given
+        facts = {
+            "format": FORMAT,
+            "step": step,
+            **belongs_to,
+            "weights": digest_weights(policy.model),
+            "config": config.to_dict(),
+            "versions": versions(),
+        }
+        (folder / STATE).write_text(json.dumps(facts, indent=1))
+
+    write_folder(path, fill)
+
+
+def resume_policy(
+    policy: Policy, given: PolicyIdentity, path: Path, state: Mapping[str, Any]
+) -> PolicyIdentity:
+    """Load a checkpoint's weights into the policy that it belongs to, and what its run began with.
+
+    given: the identity of the policy as it stands; returns that of the policy the run began with.
+
+    Raises:
+        CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
+    """
+    beginning = policy.beginning
+    as_far = beginning is None and digest_weights(policy.model) == state["weights"]
+    check_same_policy(path, state, given, as_far=as_far)
+    run = replace(given, start=state["policy"]["start"])
+    if beginning is not None and not beginning.load(path) and given != run:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was written with kl_coef=0 and does not hold the adapter's "
+            f"first weights, and those drawn here are others (seed {state['config']['seed']} "
+            "there): resume with that seed, or leave kl_coef at 0"
+        )
+    if beginning is not None and policy.base is not None:
+        take_out_alike(policy.model, beginning.restored)
+    load_weights(policy, path, state)
+    check_base(path, state, policy)
+    return run
+
+
+def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
+    """Load a checkpoint's weights into the model as it stands, every one of them.
+
+    Raises:
+        CheckpointError: a weight is missing, is not the model's, or is not what was saved.
+    """
+    if (path / _BARE_WEIGHTS).exists():
+        saved = torch.load(path / _BARE_WEIGHTS, map_location="cpu", weights_only=True)
+        policy.model.load_state_dict(saved, strict=not is_peft_model(policy.model))
+    elif is_peft_model(policy.model):
+        load_adapters(policy.model, path)
+    else:
+        _load_model(policy.causal_lm, path)
+    if digest_weights(policy.model) != state["weights"]:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
+            "differ from those that it was written of; resume from an earlier one"
+        )
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: all of a model, or an adapter and what is trained with it."""
+    if not is_peft_model(model):
+        return model.state_dict()
+    return {name: parameter.detach() for name, parameter in trainable(model).items()}
+
+
+def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
+    loaded: Any = type(causal_lm).from_pretrained(
+        path,
+        dtype=torch.float32,  # which holds all others, where frozen layers are of another
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
+    )
+    saved, info = loaded
+    missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    shapes = [f"{key} of shape {tuple(was)}" for key, was, _ in info["mismatched_keys"]]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is not of this model: it "
+            f"{differing_keys(missing, [*unexpected, *shapes])}"
+        )
+    causal_lm.load_state_dict(saved.state_dict())
+
+
+def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Load a checkpoint's moments and place in the schedule; options stay the config's own."""
+    # to the CPU: AdamW moves its moments to their parameters, and its step counts where it, fused
+    # or not, wants them, which it reads from the options that are loaded
+    state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    own_groups = optimizer.state_dict()["param_groups"]
+    for group, own in zip(state["optimizer"]["param_groups"], own_groups, strict=True):
+        group.update(own, params=group["params"])
+    base_lrs = scheduler.base_lrs
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs = base_lrs
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+        group["lr"] = base_lr * factor
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {name: version(name) for name in ("grao-fast", "torch", "transformers")}
