@@ -56,7 +56,7 @@ def check_number(name: str, value: object, *, above: float | None = None) -> Non
 
 
 def workspace_bytes(workspace_mib: float | None, device: torch.device) -> int:
-    """The workspace that was asked for, or the device's default; see `chunks.py`."""
+    """The workspace that was asked for, or the device's default; see `one_pass/chunks.py`."""
     if workspace_mib is None:
         workspace_mib = 512 if device.type == "cpu" else 2048
     check_number("workspace_mib", workspace_mib, above=0)
@@ -183,7 +183,7 @@ def check_backend(backend: str, device: torch.device) -> None:
             "backend 'triton' needs Triton, which is not installed: pip install triton "
             "(Linux only), or pass backend='torch'"
         )
-    from .rowwise import runs_on
+    from .rows.triton_rows import runs_on
 
     if not runs_on(device):
         raise ValueError(

@@ -1,7 +1,7 @@
 """sum_t weight_t * cross-entropy_t of a linear head, one pass, logits never whole.
 
 Layers: the public function checks its arguments; the autograd function keeps the gradients that
-the operator in `ops.py` has made, by `one_pass.py`, and hands them over.
+the operator in `one_pass/ops.py` has made, by `one_pass/loop.py`, and hands them over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
 from .checks import (
     LogitTransform,
     check_constant,
@@ -23,9 +22,10 @@ from .checks import (
     logit_transform,
     workspace_bytes,
 )
-from .derivatives import check_transforms, once_differentiable
-from .head_grad import add_head_grad, check_head_grad, is_recomputed
-from .scale import scaled_gradient
+from .one_pass import ops
+from .one_pass.derivatives import check_transforms, once_differentiable
+from .one_pass.head_grad import add_head_grad, check_head_grad, is_recomputed
+from .one_pass.scale import scaled_gradient
 from .vocab_parallel import Parts, VocabParallel, local_parts
 
 
@@ -70,7 +70,7 @@ def linear_weighted_cross_entropy(
         temperature, logit_scale, softcap: of z; `softcap=None` is none.
         workspace_mib: memory for the logits of a chunk of rows and their gradient; None is 512 on
             a CPU and 2048 on others, of which it takes what the rows need. More is faster, to
-            the point where all rows fit: see `chunks.py`.
+            the point where all rows fit: see `one_pass/chunks.py`.
         backend: "triton", "torch", or None for Triton on CUDA tensors and PyTorch on others.
         head_grad_VD: (V, D) float32 or of head_VD's dtype, for instance `head.weight.grad` or
             Megatron's `main_grad`: this call adds d loss / d head_VD to it, and `backward` then

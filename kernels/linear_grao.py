@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
 from .advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
@@ -25,7 +24,8 @@ from .checks import (
     logit_transform,
 )
 from .linear_ce import weighted_terms
-from .live_rows import to_device
+from .one_pass import ops
+from .one_pass.live_rows import to_device
 from .vocab_parallel import VocabParallel, local_parts
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import logprob_ops
 from .checks import (
     check_operands,
     choose_backend,
@@ -14,7 +13,8 @@ from .checks import (
     logit_transform,
     workspace_bytes,
 )
-from .derivatives import check_transforms
+from .one_pass import logprob_ops
+from .one_pass.derivatives import check_transforms
 from .vocab_parallel import VocabParallel, local_parts
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import LogitTransform
-from .policy import Policy
-from .row_statistics import (
+from .rows.off_policy import Policy
+from .rows.statistics import (
     Statistics,
     mark_dead,
     row_factors,

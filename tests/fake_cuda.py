@@ -124,7 +124,7 @@ def fake_cuda(*, may_wait: bool = False, look: float | None = None) -> Iterator[
 
 def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched: what they would be launched with is checked."""
-    rowwise = pytest.importorskip("grao_fast.kernels.rowwise")
+    rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
     from grao_fast.kernels import advantage_kernels
 
     for module in (rowwise, advantage_kernels):

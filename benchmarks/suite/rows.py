@@ -40,9 +40,9 @@ def rows(run: Run) -> str:
 def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any]:
     """In float32 the gradient takes the logits' place, as in the pass: next time it is read."""
     if run.device.type == "cuda":
-        from grao_fast.kernels.rowwise import weighted_ce_rows
+        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
     else:
-        from grao_fast.kernels.chunked_torch import weighted_ce_rows
+        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
     stride = -(-V // 64) * 64
     R = 8 if run.tiny else SLAB_BYTES // (4 * stride)
     logits_RS = torch.randn(R, stride, device=run.device)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grao_fast.kernels import ops
-from grao_fast.kernels.one_pass import one_pass
+from grao_fast.kernels.one_pass import ops
+from grao_fast.kernels.one_pass.loop import one_pass
 
 
 class Allocations(TorchDispatchMode):

@@ -20,7 +20,9 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grao_fast.kernels import advantage_kernels, row_kernels, rowwise
+from grao_fast.kernels import advantage_kernels
+from grao_fast.kernels.rows import triton_kernels as row_kernels
+from grao_fast.kernels.rows import triton_rows as rowwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

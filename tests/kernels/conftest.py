@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
-        rowwise = pytest.importorskip("grao_fast.kernels.rowwise")
+        rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
         if not rowwise.runs_on(torch.device(device_for("triton"))):
             pytest.skip("Triton was imported without its interpreter; see test_own_process.py")
         if not torch.cuda.is_available() and (fault := interpreter_fault()):

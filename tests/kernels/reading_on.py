@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grao_fast.kernels import logprob_ops, ops
-from grao_fast.kernels.one_pass import one_pass
+from grao_fast.kernels.one_pass import logprob_ops, ops
+from grao_fast.kernels.one_pass.loop import one_pass
 
 _TILE = 32  # columns; what is read behind a row is multiplied by 0
 _PLACES = {torch.ops.aten.mm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.addmm_: 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grao_fast.kernels.chunks import padded, plan_chunks
+from grao_fast.kernels.one_pass.chunks import padded, plan_chunks
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

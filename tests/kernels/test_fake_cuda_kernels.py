@@ -21,9 +21,9 @@ from grao_fast.kernels import (
     linear_grao_loss,
     linear_logprobs,
     linear_weighted_cross_entropy,
-    live_rows,
     sequence_weights,
 )
+from grao_fast.kernels.one_pass import live_rows
 from grao_fast.kernels.vocab_parallel import Shard, VocabParallel
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))

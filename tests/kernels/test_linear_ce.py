@@ -8,8 +8,9 @@ from allocations import Allocations
 from problem import assert_matches_specification, make_problem
 from tolerance import assert_accurate
 
-from grao_fast.kernels import gemm, linear_ce, linear_weighted_cross_entropy, reference
-from grao_fast.kernels.scale import scaled_gradient
+from grao_fast.kernels import linear_ce, linear_weighted_cross_entropy, reference
+from grao_fast.kernels.one_pass import gemm
+from grao_fast.kernels.one_pass.scale import scaled_gradient
 
 
 def inputs(T: int = 20, D: int = 24, V: int = 97, device: str = "cpu", dtype=torch.float32):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import Problem, assert_matches_specification, make_problem, run
 
-from grao_fast.kernels import linear_grao_loss, one_pass, reference
+from grao_fast.kernels import linear_grao_loss, reference
+from grao_fast.kernels.one_pass import loop as one_pass
 
 
 def peaked(probability: float) -> Problem:

@@ -14,7 +14,8 @@ from slow_dtypes import ONE_BY_DEFAULT
 from tolerance import assert_accurate
 from torch import Tensor
 
-from grao_fast.kernels import linear_logprobs, linear_weighted_cross_entropy, logprob_ops, reference
+from grao_fast.kernels import linear_logprobs, linear_weighted_cross_entropy, reference
+from grao_fast.kernels.one_pass import logprob_ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = ("temperature", "logit_scale", "softcap")

@@ -17,9 +17,11 @@ from test_rows import expected_rows, row_function
 from tolerance import assert_accurate
 from torch import Tensor
 
-from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy, one_pass, ops
+from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 from grao_fast.kernels.checks import logit_transform
-from grao_fast.kernels.one_pass import Options
+from grao_fast.kernels.one_pass import loop as one_pass
+from grao_fast.kernels.one_pass import ops
+from grao_fast.kernels.one_pass.loop import Options
 
 OFF_POLICY = {
     "old_logprob_T": torch.zeros(24),

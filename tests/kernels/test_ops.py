@@ -12,7 +12,8 @@ from problem import Problem, make_problem
 from slow_dtypes import ONE_BY_DEFAULT
 from torch import Tensor, nn
 
-from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy, ops
+from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
+from grao_fast.kernels.one_pass import ops
 
 
 def compiled(function, **options):

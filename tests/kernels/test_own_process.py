@@ -74,7 +74,7 @@ def test_triton_on_cpu_tensors_names_the_remedy() -> None:
 
 def test_interpreter_where_triton_came_too_early() -> None:
     pytest.importorskip("triton")
-    from grao_fast.kernels import rowwise
+    from grao_fast.kernels.rows import triton_rows as rowwise
 
     if rowwise.runs_on(torch.device("cpu")) or torch.cuda.is_available():
         return  # the triton cases of this folder run in this very process

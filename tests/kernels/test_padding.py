@@ -19,9 +19,11 @@ from calls import OneProcess, backward
 from reading_on import ReadingOn
 from torch import Tensor
 
-from grao_fast.kernels import VocabParallel, gemm, one_pass
+from grao_fast.kernels import VocabParallel
 from grao_fast.kernels.checks import logit_transform
-from grao_fast.kernels.chunks import padded
+from grao_fast.kernels.one_pass import gemm
+from grao_fast.kernels.one_pass import loop as one_pass
+from grao_fast.kernels.one_pass.chunks import padded
 from grao_fast.kernels.vocab_parallel import Shard, sharded_ce_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -236,9 +238,9 @@ def test_row_functions_keep_zeros_behind_a_row(
 ) -> None:
     """Whatever stands behind the bias and, where they lie apart, behind the logits."""
     if backend == "triton":
-        from grao_fast.kernels import rowwise as rows
+        from grao_fast.kernels.rows import triton_rows as rows
     else:
-        from grao_fast.kernels import chunked_torch as rows
+        from grao_fast.kernels.rows import torch_rows as rows
     x_RV = torch.linspace(-3, 3, 2 * V, device=device).view(2, V)
     target_R = torch.tensor([1, 5], device=device)
     weight_R = torch.tensor([2.0, 0.0], device=device)

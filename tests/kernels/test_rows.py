@@ -10,7 +10,7 @@ from calls import OneProcess
 from tolerance import assert_accurate
 
 from grao_fast.kernels.checks import logit_transform
-from grao_fast.kernels.policy import Policy
+from grao_fast.kernels.rows.off_policy import Policy
 from grao_fast.kernels.vocab_parallel import sharded_ce_rows
 
 STRIDE = 320
@@ -19,9 +19,9 @@ STRIDE = 320
 def row_function(backend: str):
     """The backend's row function, but with the target's gradient put back among the others."""
     if backend == "triton":
-        from grao_fast.kernels.rowwise import weighted_ce_rows
+        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
     else:
-        from grao_fast.kernels.chunked_torch import weighted_ce_rows
+        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
 
     def run(logits_RV, dlogits_RV, bias_V, target_R, weight_R, *rest):
         target_grad_R = torch.full_like(weight_R, torch.nan)
@@ -137,9 +137,9 @@ def test_two_halves_do_what_the_whole_does(
 ) -> None:
     """Statistics, then gradient, as where a head is spread; on a GPU these kernels run here."""
     if backend == "triton":
-        from grao_fast.kernels import rowwise as rows
+        from grao_fast.kernels.rows import triton_rows as rows
     else:
-        from grao_fast.kernels import chunked_torch as rows
+        from grao_fast.kernels.rows import torch_rows as rows
     V = 257
     slab, target_R, weight_R = row_inputs(device)
     weight_R[2] = 0
@@ -180,9 +180,9 @@ def test_two_halves_do_what_the_whole_does(
 def test_of_an_unlikely_target_the_weight_is_not_rounded(backend: str, device: str) -> None:
     """Below p = 1/1024 the target's gradient is -weight to the bit, and p stays with the others."""
     if backend == "triton":
-        from grao_fast.kernels.rowwise import weighted_ce_rows
+        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
     else:
-        from grao_fast.kernels.chunked_torch import weighted_ce_rows
+        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
     V = 4096
     slab = torch.zeros(2, V, device=device)
     slab[1, 7] = 9.0  # p = 0.66; the other row's is 1/4096

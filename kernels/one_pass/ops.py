@@ -19,18 +19,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .advantage import (
+from ..advantage import (
     advantages_and_terms,
     check_finite_rewards,
     row_coefficients,
     sample_shares,
 )
-from .checks import LogitTransform, check_backend, check_range, without_autocast
+from ..checks import LogitTransform, check_backend, check_range, without_autocast
+from ..rows.off_policy import Policy
+from ..vocab_parallel import shard_of
 from .derivatives import once_differentiable
 from .live_rows import to_device
-from .one_pass import Gradients, Options, one_pass
-from .policy import Policy
-from .vocab_parallel import shard_of
+from .loop import Gradients, Options, one_pass
 
 LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
 
@@ -142,7 +142,7 @@ def run_weighted_terms(
     what multiplies these.
 
     What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
-    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `policy.Policy`. With
+    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `Policy`. With
     a group's name, head and bias are this process's part of `vocab_size`. The head's gradient is in
     its own dtype, or with `head_grad_float32` in float32, for a sum that goes on. Only the
     function, not the operator, takes `head_grad_VD`, to which it adds that gradient.

@@ -9,10 +9,10 @@ a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them
 bfloat16: each chunk's product is rounded to that, and sums over chunks are in float32.
 
 Operands come as rows (or columns) without gaps, or with zeros in the gaps: libraries may read on
-behind a row, see `one_pass._slab`.
+behind a row, see `loop._slab`.
 
-The target's element of dlogits is kept apart, see `row_statistics.TargetGradient`: its products are
-added in float32 afterwards.
+The target's element of dlogits is kept apart, see `TargetGradient` in `rows/statistics.py`: its
+products are added in float32 afterwards.
 
 Shapes: R rows of a chunk, D width, V vocabulary.
 """

@@ -159,7 +159,7 @@ def _expm1(x):
 
 @triton.jit
 def _policy_coefficient(weight, kl_coef, logprob, policy_ptr, stride, low, high, cap):
-    """`policy.row_coefficient`; old, sampler and ref lie `stride` apart."""
+    """`off_policy.row_coefficient`; old, sampler and ref lie `stride` apart."""
     old = tl.load(policy_ptr)
     sampler = tl.load(policy_ptr + stride)
     gap = tl.load(policy_ptr + 2 * stride) - logprob

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import LogitTransform
+from ..rows.off_policy import Policy, row_value
+from ..vocab_parallel import Shard, sharded_ce_rows
 from . import gemm
-from .checks import LogitTransform
 from .chunks import padded, plan_chunks
 from .gemm import Targets
 from .live_rows import LiveRows, find_live_rows, normalised
-from .policy import Policy, row_value
-from .vocab_parallel import Shard, sharded_ce_rows
 
 
 class Options(NamedTuple):
@@ -75,8 +75,8 @@ def one_pass(
     A row's weight is the sum of its C terms. With `entropy_weight_T` and the option `entropy`, the
     gradients, though not the loss, are those of loss + entropy_weight . entropy. With a policy,
     whose `kl_coef_R` is on the terms' device and `logprob_3R` on hidden's, parts = terms . value
-    and loss = kl - sum(parts); see `policy.py`. The head's gradient, times `unscale`, is added to
-    `head_grad_VD` where that is given, and is then not among the result's.
+    and loss = kl - sum(parts); see `rows/off_policy.py`. The head's gradient, times `unscale`,
+    is added to `head_grad_VD` where that is given, and is then not among the result's.
     """
     T, D = hidden_TD.shape
     V = head_VD.shape[0]
@@ -216,9 +216,9 @@ def _second_slab(options: Options, hidden_TD: Tensor, head_VD: Tensor) -> bool:
 
 def _row_function(options: Options) -> Callable[..., None]:
     if options.backend == "triton":
-        from . import rowwise as rows
+        from ..rows import triton_rows as rows
     else:
-        from . import chunked_torch as rows
+        from ..rows import torch_rows as rows
     if options.shard is not None:
         return sharded_ce_rows(options.shard, rows.row_statistics, rows.row_gradient)
     return rows.weighted_ce_rows

@@ -1,4 +1,4 @@
-"""The row kernels: a row of logits to its log-prob and its gradient. Launched by `rowwise.py`.
+"""The row kernels: a row of logits to its log-prob and its gradient. Launched by `triton_rows.py`.
 
     _weighted_ce_rows_kernel    all of it, one launch
     _row_statistics_kernel      the sums over a part of the vocabulary, for whoever has the rest
@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import row_statistics
-from .row_functions import (
+from . import statistics as row_statistics
+from .triton_functions import (
     _add_block,
     _entropy,
     _load_if,

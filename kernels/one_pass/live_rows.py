@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_range
-from .policy import Policy
+from ..checks import check_range
+from ..rows.off_policy import Policy
 
 
 class LiveRows(NamedTuple):

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import LogitTransform, check_backend, without_autocast
+from ..checks import LogitTransform, check_backend, without_autocast
+from ..vocab_parallel import shard_of
 from .derivatives import once_differentiable
-from .one_pass import Options, one_pass
+from .loop import Options, one_pass
 from .ops import LIBRARY, operator, rounded_gradients
 from .scale import scaled_gradient
-from .vocab_parallel import shard_of
 
 
 def _token_logprobs_fake(

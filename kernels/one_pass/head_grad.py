@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .checks import check_constant
+from ..checks import check_constant
 from .ops import LIBRARY
 
 

@@ -4,7 +4,7 @@
     Outcome                    log-prob, entropy and top-1 hit, from the sums over the whole
     Factors, TargetGradient    what the gradient of a row is made of, besides its logits
 
-The Triton kernel that has a whole row does the same arithmetic itself, in `row_functions.py`.
+The Triton kernel that has a whole row does the same arithmetic itself, in `triton_functions.py`.
 Shapes: R rows; all are float32.
 """
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import LogitTransform
-from .policy import Policy, row_coefficient
+from ..checks import LogitTransform
+from .off_policy import Policy, row_coefficient
 
 
 class Statistics(NamedTuple):

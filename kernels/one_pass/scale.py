@@ -14,7 +14,7 @@ def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend
     if gradient.device.type == "cpu" and out is gradient and scale.item() == 1.0:
         return gradient
     if backend == "triton":
-        from .rowwise import scale_gradient
+        from ..rows.triton_rows import scale_gradient
 
         scale_gradient(gradient, scale, out)
     elif gradient.dtype == dtype == torch.float32:

@@ -1,8 +1,8 @@
 """The row functions in PyTorch, for the CPU and for any device without Triton.
 
-It is the arithmetic of `row_kernels.py`. On the CPU a slab of logits does not fit in the cache, so
-it is worked through in blocks of rows that do: memory is read and written once, the exponential is
-taken once, and nothing the size of the slab is allocated.
+It is the arithmetic of `triton_kernels.py`. On the CPU a slab of logits does not fit in the cache,
+so it is worked through in blocks of rows that do: memory is read and written once, the exponential
+is taken once, and nothing the size of the slab is allocated.
 
 Shapes: R rows of a slab, B of a block, V vocabulary.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import LogitTransform
-from .policy import Policy
-from .row_statistics import (
+from ..checks import LogitTransform
+from .off_policy import Policy
+from .statistics import (
     Factors,
     Statistics,
     mark_dead,

@@ -1,4 +1,4 @@
-"""Launches of the row kernels in `row_kernels.py`: the row functions on the Triton backend.
+"""Launches of the row kernels in `triton_kernels.py`: the row functions on the Triton backend.
 
 Shapes: R rows of a slab, V vocabulary.
 """
@@ -11,15 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import LogitTransform
-from .policy import Policy
-from .row_kernels import (
+from ..checks import LogitTransform
+from .off_policy import Policy
+from .statistics import Factors, Statistics
+from .triton_kernels import (
     _row_gradient_kernel,
     _row_statistics_kernel,
     _scale_kernel,
     _weighted_ce_rows_kernel,
 )
-from .row_statistics import Factors, Statistics
 
 
 class LaunchShape(NamedTuple):
@@ -63,7 +63,7 @@ def weighted_ce_rows(
     top1_R: Tensor | None = None,
     policy: Policy | None = None,
 ) -> None:
-    """Launches `_weighted_ce_rows_kernel`; arguments as in `chunked_torch.weighted_ce_rows`.
+    """Launches `_weighted_ce_rows_kernel`; arguments as in `torch_rows.weighted_ce_rows`.
 
     Rows of both slabs are the same multiple of 16 elements apart, and theirs up to there: behind
     column V the gradient is 0. The bias is the head of a vector of so many elements.
@@ -109,7 +109,7 @@ def row_statistics(
     transform: LogitTransform,
     entropy: bool,
 ) -> Statistics:
-    """Launches `_row_statistics_kernel`; arguments as in `chunked_torch.row_statistics`."""
+    """Launches `_row_statistics_kernel`; arguments as in `torch_rows.row_statistics`."""
     R, V = logits_RV.shape
     statistics_6R = torch.empty((6, R), dtype=torch.float32, device=logits_RV.device)
     shape = launch_shape(V, _warp_size(logits_RV.device))
@@ -140,7 +140,7 @@ def row_gradient(
     factors: Factors,
     transform: LogitTransform,
 ) -> None:
-    """Launches `_row_gradient_kernel`; arguments as in `chunked_torch.row_gradient`."""
+    """Launches `_row_gradient_kernel`; arguments as in `torch_rows.row_gradient`."""
     R, V = logits_RV.shape
     shape = launch_shape(V, _warp_size(logits_RV.device))
     has_pull = factors.pull_R is not None

@@ -1,0 +1,1 @@
+"""What is done to a row of logits, in PyTorch and in Triton."""
