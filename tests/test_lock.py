@@ -348,7 +348,7 @@ def test_a_full_disk_is_said_once(
 def test_a_process_ends_while_it_holds_a_lock(tmp_path: Path):
     """Also where Python's exit is what lets go of it."""
     code = (
-        "import sys; from pathlib import Path; from grao_fast import heartbeat, lock\n"
+        "import sys; from pathlib import Path; from grao_fast.system import heartbeat, lock\n"
         "heartbeat.BEAT = 0.001; held = lock.only_run_in(Path(sys.argv[1])); held.__enter__()"
     )
     done = subprocess.run(
