@@ -2,17 +2,18 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python benchmarks/table.py --keep run.json cpu  # -> benchmarks/results/*-cpu.json
-    python benchmarks/table.py  # results/*.json -> README.md, docs/results/{*.md,tokens-*.png}
+    python benchmarks/table.py  # results/*.json -> README.md, docs/**/*.md, docs/results/*.png
 
-A table stands in README.md, or in a document of docs/results, between `<!-- table: NAME -->` and
-`<!-- end -->`, NAME being a file of benchmarks/results: the benchmark's and the machine's. No
-figure in it is written by hand.
+A table stands in README.md, or in a page of docs, between `<!-- table: NAME -->` and
+`<!-- end -->`, where benchmarks/results/NAME.json holds what was measured: NAME is that of the
+benchmark and of the machine. No figure in it is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any
 
 from token_plots import PANELS, draw
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
-DOCS = HERE.parent / "docs" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_LINK = re.compile(r"\]\(((?:docs|benchmarks)/[^)]+)\)")
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -57,7 +59,7 @@ def keep(run: Path, machine: str) -> list[Path]:
     return written
 
 
-# From benchmarks/results to Markdown
+# From benchmarks/results to Markdown, with links from the repository's root
 
 
 def time_table(name: str, result: Result) -> str:
@@ -180,13 +182,17 @@ MAKERS: dict[str, Callable[[str, Result], str]] = {
 }
 
 
-def write_tables(text: str) -> str:
-    """A document with every table made anew."""
+def write_tables(text: str, folder: Path = ROOT) -> str:
+    """The text of a document in `folder`, with every table made anew."""
+
+    def relative(link: re.Match[str]) -> str:
+        return f"]({Path(os.path.relpath(ROOT / link[1], folder)).as_posix()})"
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
         result = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"{match[1]}{MAKERS[name.split('-')[0]](name, result)}\n{match[3]}"
+        table = MAKERS[name.split("-")[0]](name, result)
+        return f"{match[1]}{_LINK.sub(relative, table)}\n{match[3]}"
 
     return _BLOCK.sub(fill, text)
 
@@ -261,11 +267,11 @@ def main() -> None:
     if arguments.keep:
         written = keep(Path(arguments.keep[0]), arguments.keep[1])
     else:
-        written = [p for p in (README, *DOCS.glob("*.md")) if _BLOCK.search(p.read_text())]
+        written = [p for p in (README, *DOCS.rglob("*.md")) if _BLOCK.search(p.read_text())]
         for path in written:
-            path.write_text(write_tables(path.read_text()))
+            path.write_text(write_tables(path.read_text(), path.parent))
         for path in RESULTS.glob("tokens-*.json"):
-            written += draw(path.stem, json.loads(path.read_text()), DOCS)
+            written += draw(path.stem, json.loads(path.read_text()), DOCS / "results")
     for path in written:
         print(f"wrote {path}")
 

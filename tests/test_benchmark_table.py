@@ -88,9 +88,17 @@ def test_no_figure_in_the_readme_was_written_by_hand() -> None:
 
 
 def test_no_figure_of_the_families_was_written_by_hand() -> None:
-    text = (ROOT / "docs" / "results" / "families.md").read_text()
-    assert "<!-- table: families-cpu -->\n| float32 |" in text
-    assert table.write_tables(text) == text
+    path = ROOT / "docs" / "results" / "families.md"
+    assert "<!-- table: families-cpu -->\n| float32 |" in path.read_text()
+    assert table.write_tables(path.read_text(), path.parent) == path.read_text()
+
+
+def test_links_of_a_table_are_relative_to_its_document() -> None:
+    marked = "<!-- table: tokens-cpu -->\n<!-- end -->"
+    assert "](docs/results/tokens-cpu-time.png)" in table.write_tables(marked)
+    text = table.write_tables(marked, ROOT / "docs")
+    assert "](results/tokens-cpu-time.png)" in text
+    assert "[benchmarks/results/tokens-cpu.json](../benchmarks/results/tokens-cpu.json)" in text
 
 
 def test_documents_with_tables_are_filled_and_others_left(tmp_path: Path, monkeypatch) -> None:
