@@ -1,84 +1,139 @@
-"""The README's examples, run as they stand there, on files that bear the names they use."""
+"""Every Python example of README.md and docs runs, and what they link to and name exists."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import sums, write_jsonl
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = r"```{language}\n(.*?)```"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples" / "harmless" / "README.md",
+]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+RUNS = re.compile(r"<!-- tested: (\w+) -->\n```(?:python|json)\n(.*?)```", re.DOTALL)
+EXAMPLES = {name: code for text in TEXTS.values() for name, code in RUNS.findall(text)}
+LONG = ("train", "trl")  # these start from files
+SHORT = sorted(EXAMPLES.keys() - {"row", "kernels", *LONG})
 
 
-def block(name: str, language: str = "python") -> str:
-    """The code block that the comment `<!-- tested: name -->` stands above."""
-    found = re.search(
-        rf"<!-- tested: {name} -->\n" + BLOCK.format(language=language), README, re.DOTALL
-    )
-    assert found, f"README.md has no block marked {name}"
-    return found[1]
-
-
-def execute(source: str) -> dict[str, object]:
-    names: dict[str, object] = {"__name__": "readme"}
-    exec(compile(source, "README.md", "exec"), names)
+def execute(source: str, **names: Any) -> dict[str, Any]:
+    exec(compile(source, "example", "exec"), names)
     return names
 
 
-def test_every_python_block_is_run() -> None:
-    python = re.findall(BLOCK.format(language="python"), README, re.DOTALL)
-    assert python == [block("train"), block("kernels"), block("trl")]
+def test_every_python_example_is_marked_to_be_run() -> None:
+    for name, text in TEXTS.items():
+        marked = [code for _, code in RUNS.findall(text)]
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            assert code in marked, f"{name}: {code}"
+    assert sum(len(RUNS.findall(text)) for text in TEXTS.values()) == len(EXAMPLES)
 
 
-def test_train_example(
-    tmp_path: Path,
-    tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize("name", SHORT)
+def test_short_example(name: str) -> None:
+    assert execute(EXAMPLES[name])
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and data under the names that the README's examples use."""
+    row, rows = json.loads(EXAMPLES["row"]), sums(8)
+    assert row.keys() == rows[0].keys()
     shutil.copytree(tiny_model, tmp_path / "Qwen/Qwen2.5-0.5B-Instruct")
-    rows = sums(24)
-    assert json.loads(block("row", "json")).keys() == rows[0].keys()
-    write_jsonl(tmp_path / "problems.jsonl", [json.loads(block("row", "json")), *rows])
+    write_jsonl(tmp_path / "problems.jsonl", [row, *rows])
     write_jsonl(tmp_path / "held-out.jsonl", rows[:4])
     monkeypatch.chdir(tmp_path)
-    source = block("train")
+    return tmp_path
+
+
+def test_train_example(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = EXAMPLES["train"]
     assert len([line for line in source.splitlines() if line.strip()]) <= 16
-    result = execute(source)["result"]
-    assert result.steps == 20  # type: ignore[attr-defined]
-    assert (tmp_path / "aligned/final/model.safetensors").is_file()
+    assert execute(source)["result"].steps == 2  # nine rows in steps of eight
+    assert (working_folder / "aligned/final/model.safetensors").is_file()
     assert re.search(r"RAS \d\.\d\d -> \d\.\d\d, NAG -?\d\.\d\d", capsys.readouterr().out)
 
 
-def test_kernel_example() -> None:
-    names = execute(block("kernels"))
-    result, hidden = names["result"], names["hidden_TD"]
-    total = result.exploration + result.imitation + result.alignment  # type: ignore[attr-defined]
-    assert total.item() == pytest.approx(-result.loss.item(), abs=1e-4)  # type: ignore[attr-defined]
-    assert hidden.grad.isfinite().all()  # type: ignore[attr-defined]
-
-
-def test_trl_example(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_example(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    shutil.copytree(tiny_model, tmp_path / "Qwen/Qwen2.5-0.5B-Instruct")
-    write_jsonl(tmp_path / "problems.jsonl", [json.loads(block("row", "json")), *sums(7)])
-    monkeypatch.chdir(tmp_path)
     # GRPOConfig asks for bfloat16, which Transformers takes a machine without a GPU to lack.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    trainer = execute(block("trl"))["trainer"]
-    assert trainer.state.global_step == 20  # type: ignore[attr-defined]
-    assert "objective/imitation" in trainer.state.log_history[0]  # type: ignore[attr-defined]
+    (reward,) = (n for n in ast.parse(EXAMPLES["train"]).body if isinstance(n, ast.FunctionDef))
+    trainer = execute(EXAMPLES["trl"], **execute(ast.unparse(reward)))["trainer"]
+    assert trainer.state.global_step > 1
+    assert "objective/imitation" in trainer.state.log_history[0]
 
 
-def test_links_and_commands_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_kernel_example() -> None:
+    names = execute(EXAMPLES["kernels"])
+    result = names["result"]
+    total = result.exploration + result.imitation + result.alignment
+    assert total.item() == pytest.approx(-result.loss.item(), abs=1e-4)
+    assert names["hidden_TD"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=TEXTS)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, section = re.sub(r"\s+", "", target).partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings]
+            assert section in slugs, target
+
+
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", README))
+    assert linked == {name for name in TEXTS if name.startswith("docs/")}
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS.keys() - {"CHANGELOG.md"}))  # it tells of what was
+def test_names_of_modules_and_paths_of_files_exist(name: str) -> None:
+    for dotted in set(re.findall(r"\bgrao_fast(?:\.\w+)+", TEXTS[name])):
+        resolve(dotted)
+    quoted = re.findall(
+        r"`((?:grao_fast|kernels|benchmarks|tests|docs|examples|\.ci)/[\w./-]*)`", TEXTS[name]
+    )
+    for path in quoted:
+        assert (ROOT / path).exists(), path
+
+
+def resolve(dotted: str) -> None:
+    """Fail unless `dotted` is a module, or an attribute of one."""
+    module, attributes = dotted, []
+    while not is_module(module):
+        module, _, last = module.rpartition(".")
+        attributes.insert(0, last)
+    found: Any = importlib.import_module(module)
+    for attribute in attributes:
+        assert hasattr(found, attribute), dotted
+        found = getattr(found, attribute)
+
+
+def is_module(dotted: str) -> bool:
+    try:
+        return find_spec(dotted) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_the_two_commands_are_those_that_continuous_integration_runs() -> None:
+    commands = re.findall(r"^    (pip install .+ && .+)$", README, re.MULTILINE)
+    assert commands == ["pip install . && grao-fast demo", 'pip install -e ".[test]" && pytest']
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert re.findall(r"^    (pip install \S+ && grao-fast demo)$", README, re.MULTILINE)
-    assert '    pip install -e ".[test]" && pytest\n' in README
-    assert 'pip install -e ".[test]" && pytest\n' in ci
+    assert commands[1] + "\n" in ci and '\n(cd "$work" && grao-fast demo)' in ci
