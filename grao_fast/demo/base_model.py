@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -55,18 +55,19 @@ def imitate(
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Mapping[str, str]],
     *,
-    steps: int,
+    steps: Iterable[int],
     seed: int,
-) -> Iterator[float]:
-    """Train on the references alone: the cross-entropy of their tokens, end included.
+) -> list[float]:
+    """Train on the references alone, by the cross-entropy of their tokens, the end included.
 
-    Yields the loss of every step as it is done.
+    Returns the loss of every step. `steps` is a range, or a progress bar around one.
     """
     input_BL, label_BL = _encode(tokenizer, rows)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    losses = []
     model.train()
-    for _ in range(steps):
+    for _ in steps:
         chosen = torch.randint(len(rows), (_BATCH_SIZE,), generator=generator)
         logits_BLV = model(input_ids=input_BL[chosen]).logits[:, :-1]
         loss = cross_entropy(
@@ -76,7 +77,8 @@ def imitate(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        yield loss.item()
+        losses.append(loss.item())
+    return losses
 
 
 def _encode(

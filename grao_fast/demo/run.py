@@ -127,12 +127,8 @@ def run_demo(
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=seed)
 
-    def show(losses: Iterator[float], what: str, steps: int) -> None:
-        for _ in track(losses, what, total=steps, console=progress):
-            pass
-
-    losses = imitate(model, tokenizer, rows, steps=_PRETRAINING_STEPS, seed=seed)
-    show(losses, "imitate", _PRETRAINING_STEPS)
+    steps = track(range(_PRETRAINING_STEPS), "imitate", console=progress)
+    imitate(model, tokenizer, rows, steps=steps, seed=seed)
     base, imitator = copy.deepcopy(model), copy.deepcopy(model)
     result = train(
         model,
@@ -144,8 +140,8 @@ def run_demo(
         metric=in_place,
         output_dir=output_dir,
     )
-    losses = imitate(imitator, tokenizer, rows, steps=max_steps, seed=seed + 1)
-    show(losses, "imitate alone, to compare", max_steps)
+    steps = track(range(max_steps), "imitate alone, to compare", console=progress)
+    imitate(imitator, tokenizer, rows, steps=steps, seed=seed + 1)
     imitation = evaluate(
         imitator,
         held_out,
