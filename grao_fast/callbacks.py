@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grao_fast.system.errors import UserError
+
 if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
     from grao_fast.evaluation.evaluate import EvaluationResult
@@ -32,11 +34,11 @@ class Callback:
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """ValueError where one is a class, or lacks what a run calls."""
     if not isinstance(callbacks, Sequence):
-        raise ValueError(f"callbacks must be a list of callbacks, got {callbacks!r}")
+        raise UserError(f"callbacks must be a list of callbacks, got {callbacks!r}")
     for callback in callbacks:
         if isinstance(callback, type):
             name = callback.__name__
-            raise ValueError(f"callbacks holds the class {name}: pass an instance, {name}()")
+            raise UserError(f"callbacks holds the class {name}: pass an instance, {name}()")
         for hook in (name for name in vars(Callback) if name.startswith("on_")):
             _check_hook(callback, hook)
 
@@ -44,10 +46,10 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 def _check_hook(callback: Callback, hook: str) -> None:
     base = "derive its class from grao_fast.callbacks.Callback"
     if not callable(getattr(callback, hook, None)):
-        raise ValueError(f"callback {callback!r} has no {hook}: {base}")
+        raise UserError(f"callback {callback!r} has no {hook}: {base}")
     taken = list(inspect.signature(getattr(Callback, hook)).parameters)[1:]
     try:
         inspect.signature(getattr(callback, hook)).bind(*taken)
     except TypeError as error:
         takes = f"{hook}({', '.join(taken)})"
-        raise ValueError(f"callback {callback!r} cannot be called as {takes}: {base}") from error
+        raise UserError(f"callback {callback!r} cannot be called as {takes}: {base}") from error

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.field_types import check_types
 
 Statistics = Literal["group", "samples"]
@@ -182,46 +183,46 @@ class GRAOConfig:
             _check_at_least(field, getattr(self, field), _AT_LEAST[field])
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(
+                raise UserError(
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
                 )
         for tracker in self.report_to:
             if not isinstance(getattr(tracker, "name", tracker), str):
-                raise ValueError(f"report_to takes trackers of accelerate, got {tracker!r}")
+                raise UserError(f"report_to takes trackers of accelerate, got {tracker!r}")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.vllm_server_api_key_env or "_"):
-            raise ValueError(  # without the value, which may be the key
+            raise UserError(  # without the value, which may be the key
                 "vllm_server_api_key_env takes the name of an environment variable, not the key"
             )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
-            raise ValueError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
+            raise UserError(f'device must be "cpu", "cuda" or "cuda:N"; got {self.device!r}')
         for name in ("adam_beta1", "adam_beta2"):
             if not getattr(self, name) < 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be below 1, got {getattr(self, name)}")
         for name in ("epsilon", "vllm_gpu_memory_utilization"):
             if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at most 1, got {getattr(self, name)}")
         for name in (
             "reward_timeout",
             "vllm_gpu_memory_utilization",
             "vllm_importance_sampling_clip_max",
         ):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0, got 0")
+                raise UserError(f"{name} must be above 0, got 0")
         _check_effect(self)
         if self.warmup_steps and self.lr_scheduler_type == "constant":
-            raise ValueError(
+            raise UserError(
                 f"warmup_steps={self.warmup_steps} has no effect on lr_scheduler_type='constant'; "
                 "use 'constant_with_warmup'"
             )
         if self.temperature <= 0:
-            raise ValueError(
+            raise UserError(
                 f"temperature must be above 0, got {self.temperature}: greedy samples of one "
                 "prompt are all the same, so their group teaches nothing"
             )
         if self.seed > _LARGEST_SEED:
-            raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
+            raise UserError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(
+            raise UserError(
                 f"max_steps must be positive, or -1 for num_train_epochs; got {self.max_steps}"
             )
 
@@ -251,7 +252,7 @@ class GRAOConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}"
             )
         return cls(**values)
@@ -330,9 +331,9 @@ def _check_effect(config: GRAOConfig) -> None:
         value = getattr(config, name)
         for other, wanted in needed.items():
             if value != getattr(GRAOConfig, name) and getattr(config, other) != wanted:
-                raise ValueError(f"{name}={value!r} has no effect without {other}={wanted!r}")
+                raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
     if config.num_iterations == 1 and config.clip != (GRAOConfig.epsilon, GRAOConfig.epsilon):
-        raise ValueError(
+        raise UserError(
             "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
         )
 
@@ -341,4 +342,4 @@ def _check_at_least(name: str, value: float | None, minimum: float) -> None:
     if value is None:
         return
     if not math.isfinite(value) or value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise UserError(f"{name} must be at least {minimum}, got {value}")

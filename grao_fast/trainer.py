@@ -38,6 +38,7 @@ from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import Tracker, check_trackers
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.system import interruption
+from grao_fast.system.errors import one_line
 from grao_fast.system.files import clear_left_overs, write_file, write_folder
 from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.system.lock import only_run_in
@@ -61,7 +62,7 @@ from grao_fast.training.memory import token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps
 from grao_fast.training.results import TrainResult, samples, write_summary
-from grao_fast.training.saver import SaveError, Saver, one_line
+from grao_fast.training.saver import SaveError, Saver
 from grao_fast.training.state import (
     DataStream,
     load_optimizer,

@@ -179,20 +179,14 @@ def test_errors_of_options_need_neither_torch_nor_transformers(folder: Path) -> 
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    ("bug", "error"),
-    [("json.loads('{')", json.JSONDecodeError), ("range(0, 1, 0)", ValueError)],
-    ids=["out of a library", "out of a builtin"],
-)
-def test_bugs_keep_their_traceback(
-    bug: str, error: type[ValueError], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bugs_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import grao_fast.trainer
 
-    ours = {"__name__": "grao_fast.trainer", "json": json}
-    exec(f"def train(**options): {bug}", ours)
-    monkeypatch.setattr(grao_fast.trainer, "train", ours["train"])
-    with pytest.raises(error):
+    def train(**options: Any) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(grao_fast.trainer, "train", train)
+    with pytest.raises(json.JSONDecodeError):
         main(TRAIN.split())
 
 

@@ -309,7 +309,7 @@ def test_an_engine_in_a_plain_script_stays_the_policys(models, tmp_path: Path, n
 def test_an_engine_that_cannot_start_is_one_line(models, tmp_path: Path):
     done = run_script(models["tied"], tmp_path, ENGINE.format(10_000))
     assert done.returncode != 0
-    assert "ValueError: vLLM's engine did not start: " in done.stderr.strip().splitlines()[-1]
+    assert "UserError: vLLM's engine did not start: " in done.stderr.strip().splitlines()[-1]
 
 
 def test_weights_go_by_vllms_own_routes_where_it_was_started_for_them(

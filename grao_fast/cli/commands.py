@@ -21,10 +21,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from grao_fast import __version__
-from grao_fast.cli.messages import explain, is_users_fault, one_line
+from grao_fast.cli.messages import explain
 from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, train_command
 from grao_fast.cli.yaml_files import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
+from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.interruption import Preempted
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import VisibleFormatter, visible
@@ -56,7 +57,7 @@ def _main(arguments: list[str]) -> int:
     try:
         for file in config_files(arguments):
             check_no_key_twice(file)
-    except ValueError as error:
+    except UserError as error:
         return _fail(str(error))
     try:
         parsed = parser.parse_args(arguments)
@@ -81,9 +82,9 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _say(_how_to_resume("interrupted", arguments, options))
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not is_users_fault(error):
-            raise
+    except UserError as error:
+        return _fail(one_line(error) + (f" ({error.place})" if error.place else ""))
+    except (OSError, FloatingPointError) as error:  # of files, and of training that diverges
         return _fail(one_line(error))
     return 0
 
@@ -157,12 +158,12 @@ def _lora_config(
     """peft.LoraConfig, or None where no rank is given and every parameter is trained."""
     if r is None:
         if lora_alpha is not None or lora_dropout or target_modules != "all-linear":
-            raise ValueError("options under --peft need --peft.r, the rank of LoRA's matrices")
+            raise UserError("options under --peft need --peft.r, the rank of LoRA's matrices")
         return None
     try:
         from peft import LoraConfig
     except ImportError:
-        raise ValueError('--peft.r needs peft: pip install "grao-fast[peft]"') from None
+        raise UserError('--peft.r needs peft: pip install "grao-fast[peft]"') from None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r,

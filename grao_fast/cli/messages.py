@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import dis
-import os
 import re
-import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
+
+from grao_fast.system.visible import squeezed
 
 
 def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
@@ -47,7 +46,7 @@ def explain(message: str, command: str, hints: dict[str, Any], commands: Sequenc
         name = key[1].removeprefix(f"{command}.")
         return f"{name} must be {describe(hints[name])}, got {value[1]!r}"
     message = message.replace('Parser key "config":', "--config:")
-    return " ".join(message.replace('"<unicode string>"', "the config file").split())
+    return squeezed(message.replace('"<unicode string>"', "the config file"))
 
 
 def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
@@ -67,35 +66,3 @@ def describe(hint: Any) -> str:
     if origin in (list, tuple):
         return f"a list [{describe(arguments[0])}, ...]"
     return {bool: "true, false", str: "text", float: "a number", int: "an integer"}[hint]
-
-
-def is_users_fault(error: BaseException) -> bool:
-    """Whether an error tells the user what to change, so that its message is all they need.
-
-    Files are the user's. Any other error is where a `raise` of this package made it on purpose; one
-    that comes out of a library or a builtin is a bug, ours or theirs: its traceback is wanted.
-    """
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    assert trace is not None, "the error has been caught"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    return _is_ours(trace.tb_frame) and dis.opname[instruction] == "RAISE_VARARGS"
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without its line breaks; for a reward that failed, where it did."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    # By name: importing the class would bring in torch, only to say that a file is missing.
-    if type(error).__name__ == "RewardError" and error.__cause__ is not None:
-        for frame, line in traceback.walk_tb(error.__cause__.__traceback__):
-            file = frame.f_code.co_filename
-            if not _is_ours(frame) and os.path.isfile(file):
-                return f"{text} ({file}, line {line})"
-    return text
-
-
-def _is_ours(frame: types.FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").split(".")[0] == "grao_fast"

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from grao_fast.system.errors import UserError
+
 
 def config_files(arguments: Sequence[str]) -> list[str]:
     """The files that --config names on a command line."""
@@ -29,7 +31,7 @@ def check_no_key_twice(file: str) -> None:
         root = yaml.compose(text)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise UserError(
             f"--config {file}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
             "convert the file, as with iconv -f ISO-8859-1 -t UTF-8"
         ) from error
@@ -38,7 +40,7 @@ def check_no_key_twice(file: str) -> None:
     lines: dict[str, int] = {}
     for key, line in _keys(root, ""):
         if key in lines:
-            raise ValueError(
+            raise UserError(
                 f"--config {file}: the key {key!r} stands twice, in lines {lines[key]} and {line}: "
                 "keep one"
             )

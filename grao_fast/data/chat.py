@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2.exceptions import TemplateError
 
 from grao_fast.data.fields import REASONING, Messages
+from grao_fast.system.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, 
 Written = Literal["rendered", "no prefix", "in part"]
 
 
-class TemplateRefusal(ValueError):
+class TemplateRefusal(UserError):
     """The chat template does not render a conversation; the message is its own words, one line."""
 
 
@@ -151,9 +152,9 @@ class Chat:
                 messages, tokenize=False, **{"add_generation_prompt": False} | how, **self.options
             )
         except _REFUSALS as error:
-            words = " ".join(str(error).split())[:_LONGEST_REFUSAL]
+            reason = one_line(error, _LONGEST_REFUSAL)
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-            raise TemplateRefusal(kind + words) from error
+            raise TemplateRefusal(kind + reason) from error
         return str(text)
 
 

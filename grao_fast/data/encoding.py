@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from grao_fast.data.chat import Chat, TemplateRefusal
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.fields import Messages
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Encoder:
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token")
+            raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.end_ids = {*eos_token_ids, cast(int, tokenizer.eos_token_id)}
         self.max_reference_length = max_reference_length
@@ -125,7 +126,7 @@ class Encoder:
         if self._refusals:
             row, words = self._refusals[0]
             more = f" (and {len(self._refusals) - 1} more of {self._rows})"
-            raise ValueError(
+            raise UserError(
                 f"example {row}{more if len(self._refusals) > 1 else ''}: the chat template "
                 f"refuses the prompt or its answer: {words}; give it the turns that it asks for, "
                 "or another chat template"
@@ -190,7 +191,7 @@ class Encoder:
                 reference = reference.rstrip()
             return prompt, reference
         if self.tokenizer.chat_template is None and self.chat.options.get("chat_template") is None:
-            raise ValueError(
+            raise UserError(
                 f"example {row}: the prompt is a list of messages, and the tokenizer has no chat "
                 "template: set tokenizer.chat_template, or give the prompts as text"
             )

@@ -33,6 +33,7 @@ from grao_fast.data.fields import (
     shared_prefix,
 )
 from grao_fast.data.sources import Rows, read_rows
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, visible_errors
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def load_examples(
     rows = read_rows(dataset, split=split)
     columns = _Columns.of(rows)
     if require_references and columns.reference is None:
-        raise ValueError(
+        raise UserError(
             f"{rows.name} has no reference answers: it has {', '.join(rows.columns)}, and a "
             f"reference is taken from {', '.join(REFERENCE_COLUMNS)}; rename the column that "
             "holds the answers"
@@ -110,9 +111,9 @@ def load_examples(
         )  # fmt: skip
         examples = [example for example in examples if example.reference is not None]
         if not examples:
-            raise ValueError(f"every transcript of {rows.name} ends in a blank answer")
+            raise UserError(f"every transcript of {rows.name} ends in a blank answer")
     elif require_references and blank == len(examples):
-        raise ValueError(f"every row of {rows.name} has a blank reference in `{columns.reference}`")
+        raise UserError(f"every row of {rows.name} has a blank reference in `{columns.reference}`")
     elif columns.reference is not None and blank:
         logger.warning(
             "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
@@ -134,14 +135,14 @@ class _Columns:
         present = rows.columns
         for name in RESERVED_COLUMNS:
             if name in present:
-                raise ValueError(
+                raise UserError(
                     f"{rows.name} has a column `{name}`, a name that rewards are called with: "
                     f"rename the column"
                 )
         prompt = "prompt" if "prompt" in present else None
         reference = next((name for name in REFERENCE_COLUMNS if name in present), None)
         if prompt is None and reference != "chosen":
-            raise ValueError(
+            raise UserError(
                 f"{rows.name} has no column `prompt`; it has {', '.join(present)}. Needed: "
                 "`prompt` with `reference`, `completion` or `chosen`, or a `chosen` that holds "
                 "its prompt"
@@ -150,7 +151,7 @@ class _Columns:
         transcripts = prompt is None and isinstance(first, str) and is_hh_transcript(first)
         plain = prompt is None and isinstance(first, str) and not transcripts
         if plain and "rejected" not in present:
-            raise ValueError(
+            raise UserError(
                 f"{rows.name} has `chosen` as text, and neither `prompt` nor `rejected` to tell "
                 f"where its prompt ends; it has {', '.join(present)}"
             )
@@ -176,23 +177,23 @@ class _Columns:
         chosen = row.get("chosen")
         if self.transcripts:
             if not isinstance(chosen, str):
-                raise ValueError(f"{where} must be a transcript, got {type(chosen).__name__}")
+                raise UserError(f"{where} must be a transcript, got {type(chosen).__name__}")
             return parse_hh_transcript(chosen, where)
         if isinstance(chosen, str):
             rejected = row.get("rejected")
             if not isinstance(rejected, str):
-                raise ValueError(
+                raise UserError(
                     f"{where} is text, so `rejected` must be; got {type(rejected).__name__}"
                 )
             text = shared_prefix(chosen, rejected)
             if not text.strip():
-                raise ValueError(
+                raise UserError(
                     f"{where} and `rejected` share no prompt: give it in a column `prompt`"
                 )
             return text, read_reference(chosen[len(text) :], where)
         messages = read_messages(chosen, where)
         if len(messages) == 1:
-            raise ValueError(f"{where} holds an answer and no prompt before it")
+            raise UserError(f"{where} holds an answer and no prompt before it")
         return messages[:-1], read_reference(messages[-1:], where)
 
 
@@ -235,9 +236,9 @@ def encode_examples(
             what to set); nothing left.
     """
     if not examples:
-        raise ValueError("there are no examples to encode")
+        raise UserError("there are no examples to encode")
     if context_length is not None and max_new_tokens >= context_length:
-        raise ValueError(
+        raise UserError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's "
             f"{context_length} tokens: lower it"
         )
@@ -266,7 +267,7 @@ def encode_examples(
             dropped, len(examples), max_prompt_length,
         )  # fmt: skip
     if not encoded:
-        raise ValueError(
+        raise UserError(
             f"none of {len(examples)} prompts has at most max_prompt_length={max_prompt_length} "
             f"tokens; the shortest has {min(len(row.prompt) for row in ids)}"
         )
@@ -286,7 +287,7 @@ def check_tokens(
     if beyond:
         token = last[beyond[0]]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"example {beyond[0]}{more} of {len(rows)}: token {token}, "
             f"{tokenizer.convert_ids_to_tokens(token)!r}, is beyond the model's embedding of "
             f"{embedding_rows} rows: call model.resize_token_embeddings({len(tokenizer)}) and save "
@@ -298,18 +299,18 @@ def _check_fit(
     row: int, prompt: int, reference: int, context_length: int | None, max_new_tokens: int
 ) -> None:
     if prompt == 0:
-        raise ValueError(f"example {row}: the prompt has no tokens")
+        raise UserError(f"example {row}: the prompt has no tokens")
     if context_length is None:
         return
     room = context_length - prompt
     if room < max_new_tokens:
-        raise ValueError(
+        raise UserError(
             f"example {row}: a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} do "
             f"not fit the model's {context_length}: lower max_new_tokens, or set "
             f"max_prompt_length={context_length - max_new_tokens} to drop such prompts"
         )
     if room < reference:
-        raise ValueError(
+        raise UserError(
             f"example {row}: a prompt of {prompt} tokens and a reference of {reference} do not fit "
             f"the model's {context_length}: set max_reference_length={max_new_tokens} to cut "
             f"references"

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from grao_fast.system.errors import UserError
+
 Messages = list[dict[str, Any]]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # a message's, under any of these keys
@@ -29,7 +31,7 @@ def check_text(value: Any, where: str, within: tuple[int, ...] = ()) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: character {error.start} is {value[error.start]!a}, half a "
                 f"surrogate pair and no text; repair the row or leave it out"
             ) from error
@@ -44,7 +46,7 @@ def read_prompt(value: Any, where: str) -> str | Messages:
     """A prompt: text that is not blank, or messages."""
     if isinstance(value, str):
         if not value.strip():
-            raise ValueError(f"{where} is empty")
+            raise UserError(f"{where} is empty")
         return value
     return read_messages(value, where)
 
@@ -61,12 +63,12 @@ def read_reference(
         return value if value and value.strip() else None
     turns = _without_prompt(read_messages(value, where), prompt)
     if turns[-1]["role"] != "assistant":
-        raise ValueError(f"{where} must end in an assistant turn, got role {turns[-1]['role']!r}")
+        raise UserError(f"{where} must end in an assistant turn, got role {turns[-1]['role']!r}")
     more = (
         "several turns" if len(turns) > 1 else next(map("`{}`".format, beside_text(turns[0])), "")
     )
     if more and isinstance(prompt, str):
-        raise ValueError(
+        raise UserError(
             f"{where} has {more}, which only a chat template can write: give the prompt as "
             "messages too"
         )
@@ -108,13 +110,13 @@ def read_messages(value: Any, where: str) -> Messages:
     An assistant's turn with tool calls or reasoning needs no content.
     """
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise ValueError(f"{where} must be text or messages, got {type(value).__name__}")
+        raise UserError(f"{where} must be text or messages, got {type(value).__name__}")
     if not value:
-        raise ValueError(f"{where} holds no messages")
+        raise UserError(f"{where} holds no messages")
     messages = []
     for position, message in enumerate(value):
         if not isinstance(message, Mapping):
-            raise ValueError(
+            raise UserError(
                 f"{where}, message {position} must be a dict with `role` and `content`, "
                 f"got {type(message).__name__}"
             )
@@ -125,7 +127,7 @@ def read_messages(value: Any, where: str) -> Messages:
             needed = ["content"] if "content" in present else []
         for key in needed:
             if not isinstance(present.get(key), str):
-                raise ValueError(
+                raise UserError(
                     f"{where}, message {position}: `{key}` must be text, "
                     f"got {type(message.get(key)).__name__}"
                 )
@@ -155,7 +157,7 @@ def parse_hh_transcript(text: str, where: str) -> tuple[Messages, str | None]:
     before, *parts = _TURN.split("\n\n" + text.strip())
     roles = [_ROLES[name] for name in parts[0::2]]
     if before.strip() or "assistant" not in roles:
-        raise ValueError(f"{where} is no transcript of '\\n\\nHuman:' and '\\n\\nAssistant:' turns")
+        raise UserError(f"{where} is no transcript of '\\n\\nHuman:' and '\\n\\nAssistant:' turns")
     end = len(roles) - roles[::-1].index("assistant")  # the last answer ends the transcript
     turns: Messages = []
     for position, (role, content) in enumerate(
@@ -167,7 +169,7 @@ def parse_hh_transcript(text: str, where: str) -> tuple[Messages, str | None]:
             turns.append({"role": role, "content": content})
     *prompt, answer = turns
     if not prompt:
-        raise ValueError(f"{where} has no Human turn before its last answer")
+        raise UserError(f"{where} has no Human turn before its last answer")
     return prompt, answer["content"] or None
 
 

@@ -20,6 +20,8 @@ from typing import IO, Any, cast
 
 from fsspec.compression import compr
 
+from grao_fast.system.errors import UserError
+
 Row = dict[str, Any]
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
@@ -94,16 +96,16 @@ def _read_table(reader: Any, name: str) -> list[Row]:
                 header = cells
                 twice = next((c for c in header if c and header.count(c) > 1), None)
                 if twice is not None:
-                    raise ValueError(f"{name} has several columns called `{twice}`: rename them")
+                    raise UserError(f"{name} has several columns called `{twice}`: rename them")
                 continue
             if len(cells) != len(header):
-                raise ValueError(
+                raise UserError(
                     f"{name}, line {reader.line_num} has {len(cells)} cells, and the header "
                     f"{len(header)}"
                 )
             rows.append({key: cell for key, cell in zip(header, cells, strict=True) if key})
     except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num} is not CSV: {error}") from error
+        raise UserError(f"{name}, line {reader.line_num} is not CSV: {error}") from error
     return rows
 
 
@@ -117,7 +119,7 @@ def _read_document(text: str, decoder: json.JSONDecoder, name: str, field: str |
         end = _skip_blank(text, end)
     if field is not None:
         if len(values) != 1 or not isinstance(values[0], dict) or field not in values[0]:
-            raise ValueError(f"{name} is not one JSON object with the key `{field}`")
+            raise UserError(f"{name} is not one JSON object with the key `{field}`")
         values = [values[0][field]]
     rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
     return [_checked(row, f"{name}, row {index}") for index, row in enumerate(rows)]
@@ -153,21 +155,21 @@ def _naming(name: str, first_line: int) -> Iterator[None]:
     try:
         yield
     except RecursionError as error:
-        raise ValueError(
+        raise UserError(
             f"{name}, line {first_line} or after it: lists or objects nest too deep to be read"
         ) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise ValueError(
+        raise UserError(
             f"{name}, line {line} is not JSON: {error.msg} (character {error.colno})"
         ) from error
     except _KeyTwice as error:
-        raise ValueError(f"{name}, line {first_line} or after it: {error}") from error
+        raise UserError(f"{name}, line {first_line} or after it: {error}") from error
 
 
 def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
+        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
     return row
 
 
@@ -180,14 +182,14 @@ def _open(path: str, name: str) -> Iterator[IO[bytes]]:
             with zipfile.ZipFile(path) as archive:
                 files = len(archive.namelist())
             if files != 1:
-                raise ValueError(f"{name} holds {files} files: unpack it, and give the folder")
+                raise UserError(f"{name} holds {files} files: unpack it, and give the folder")
         with open(path, "rb") as raw:
             if compression == "zstd":
                 yield _uncompress_zstd(raw, name)
             else:
                 yield cast("IO[bytes]", compr[compression](raw, mode="rb") if compression else raw)
     except _DAMAGED as error:
-        raise ValueError(f"cannot read {name}: {error}") from error
+        raise UserError(f"cannot read {name}: {error}") from error
 
 
 def _uncompress_zstd(raw: IO[bytes], name: str) -> IO[bytes]:
@@ -195,16 +197,16 @@ def _uncompress_zstd(raw: IO[bytes], name: str) -> IO[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(f"cannot read {name}: zstd needs `pip install zstandard`") from error
+        raise UserError(f"cannot read {name}: zstd needs `pip install zstandard`") from error
     left, parts = raw.read(), []
     while left:
         frame = zstandard.ZstdDecompressor().decompressobj()
         try:
             parts.append(frame.decompress(left))
         except zstandard.ZstdError as error:
-            raise ValueError(f"cannot read {name}: {error}") from error
+            raise UserError(f"cannot read {name}: {error}") from error
         if not frame.eof:
-            raise ValueError(f"cannot read {name}: it ends within compressed data")
+            raise UserError(f"cannot read {name}: it ends within compressed data")
         left = frame.unused_data
     return io.BytesIO(b"".join(parts))
 
@@ -218,7 +220,7 @@ def _lines(file: Iterable[bytes], name: str, encoding: str) -> Iterator[tuple[in
             yield number, line.decode(encoding)
         except UnicodeDecodeError as error:
             guess = "UTF-16" if number == 1 and line.startswith(_UTF16) else "ISO-8859-1"
-            raise ValueError(
+            raise UserError(
                 f"{name}, line {number}: byte {error.start} (0x{line[error.start]:02x}) is not "
                 f"{encoding.upper()}; convert the file, as with iconv -f {guess} -t UTF-8"
             ) from error

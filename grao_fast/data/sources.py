@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data.files import COMPRESSIONS, read_csv, read_json
+from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def read_rows(
         source = _load(name, split)
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
-            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
+            raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
         source = source[split]
     if isinstance(source, datasets.Dataset):
         # with_format(None): rows as plain Python, whatever view the caller had set.
@@ -71,15 +72,15 @@ def read_rows(
     elif isinstance(source, Sequence):
         for index, row in enumerate(source):
             if not isinstance(row, Mapping):
-                raise ValueError(f"row {index} must be a dict, got {type(row).__name__}")
+                raise UserError(f"row {index} must be a dict, got {type(row).__name__}")
         rows = Rows(name, list(dict.fromkeys(key for row in source for key in row)), source)
     else:
-        raise ValueError(
+        raise UserError(
             "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts; "
             f"got {type(source).__name__}"
         )
     if len(rows.rows) == 0:
-        raise ValueError(f"{name} is empty: it has no rows")
+        raise UserError(f"{name} is empty: it has no rows")
     return rows
 
 
@@ -111,7 +112,7 @@ def _load(name: str, split: str) -> Any:
     path = Path(name).expanduser()
     exists = path.exists()
     if not exists and _looks_like_path(name):
-        raise ValueError(f"dataset {name!r}: no such file or folder")
+        raise UserError(f"dataset {name!r}: no such file or folder")
     reader = _reader(path) if path.is_file() else ""
     if reader in _TEXT_READERS:
         return _TEXT_READERS[reader](str(path), name=name)
@@ -141,9 +142,9 @@ def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
         yield
     except (DatasetsError, OSError, ValueError) as error:
         # OSError: unreadable files, and a hub that cannot be reached or does not know the id.
-        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        cause = first_line(error.__cause__ or error)
         kind = "" if exists else " (no such file; taken for a hub id)"
-        raise ValueError(f"cannot load dataset {name!r}{kind}, split {split!r}: {cause}") from error
+        raise UserError(f"cannot load dataset {name!r}{kind}, split {split!r}: {cause}") from error
 
 
 def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dict[str, Any]]:
@@ -152,7 +153,7 @@ def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dic
 
     splits = builder.config.data_files or {}
     if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
     options = _reader_options(builder.config)
     rows: list[dict[str, Any]] = []
     for file in splits[split]:
@@ -170,7 +171,7 @@ def _reader_options(config: BuilderConfig) -> dict[str, Any]:
         if field.name in _NOT_OF_THE_FORMAT or value == field.default:
             continue
         if field.name not in _FORMAT_OPTIONS:
-            raise ValueError(
+            raise UserError(
                 f"the dataset's card sets {field.name}={value!r}, which is not known here: "
                 "load it with datasets.load_dataset, and give what that returns"
             )
@@ -187,7 +188,7 @@ def _reader(path: Path) -> str:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _READERS:
-        raise ValueError(
+        raise UserError(
             f"no reader for files called {path.name!r}; there is one for {', '.join(_READERS)}, "
             f"compressed or not"
         )

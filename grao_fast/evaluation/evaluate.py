@@ -36,6 +36,7 @@ from grao_fast.models.attention.frequencies import hold_frequencies, longest_con
 from grao_fast.models.checks import gives_models_back
 from grao_fast.reporting.tables import results_table
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.system.errors import UserError
 from grao_fast.system.files import write_file
 from grao_fast.system.interruption import stoppable
 from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
@@ -124,9 +125,9 @@ def evaluate_completions(
     """
     for name, texts in (("completions", completions), ("baseline", baseline)):
         if texts is not None and len(texts) != len(examples):
-            raise ValueError(f"{name} must hold {len(examples)} texts, got {len(texts)}")
+            raise UserError(f"{name} must hold {len(examples)} texts, got {len(texts)}")
     if not examples:
-        raise ValueError("there is nothing to evaluate: no examples")
+        raise UserError("there is nothing to evaluate: no examples")
     examples = [replace(each, reference=answer_text(each.reference)) for each in examples]
     scores = _score(resolve_reward(reward), examples, completions, baseline, reward_type)
     if metric is not None:
@@ -197,7 +198,7 @@ def evaluate(
     # Neither gradients nor packing: what cannot be trained can still be evaluated.
     config = config or GRAOConfig()
     if config.use_vllm:
-        raise ValueError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
+        raise UserError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
     config = config.replace(
         gradient_checkpointing=False,
         share_prefix=False,
@@ -269,7 +270,7 @@ def _answer(
 
 def _result_folder(folder: Path) -> Path:
     if (folder / METRICS_FILE).exists():
-        raise ValueError(
+        raise UserError(
             f"output_dir {str(folder)!r} is that of a training run, whose {COMPLETIONS_FILE} would "
             f"be overwritten: choose another"
         )

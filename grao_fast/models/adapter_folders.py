@@ -15,11 +15,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from grao_fast.models.adapters import (
     DEFAULT,
+    UNLOADABLE,
     check_adapter_config,
     differing_keys,
-    one_line,
     said_twice,
 )
+from grao_fast.system.errors import UserError, explained
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -59,13 +60,13 @@ def find_adapter(path: str) -> AdapterFolder | None:
     if not names:
         return None
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"model {path!r} holds several adapters ({', '.join(names)}): give the folder of one, "
             "or load them with peft and pass the PeftModel"
         )
     config = config or str(Path(path) / names[0] / _CONFIG)
     if any(weights for pattern in _WEIGHTS for weights in Path(path).glob(pattern)):
-        raise ValueError(
+        raise UserError(
             f"model {path!r} holds the weights of a model and {_CONFIG}: move {_CONFIG} away to "
             "use the model, or give a folder with the adapter alone"
         )
@@ -75,7 +76,7 @@ def find_adapter(path: str) -> AdapterFolder | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         base = revision = None
     if not base or not isinstance(base, str):
-        raise ValueError(
+        raise UserError(
             f"adapter {path!r} does not say which base model it is of: name it as "
             f"base_model_name_or_path in {_CONFIG}, or load both and pass the PeftModel"
         )
@@ -101,12 +102,12 @@ def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
         ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
     """
     if not is_peft_available():
-        raise ValueError(
+        raise UserError(
             f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
         )
     from peft import PeftConfig
 
-    with one_line(f"cannot read the configuration of adapter {adapter.path!r}"):
+    with explained(f"cannot read the configuration of adapter {adapter.path!r}", *UNLOADABLE):
         config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
         check_adapter_config(config)
     config.inference_mode = not trained
@@ -121,7 +122,8 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
     """
     from peft import get_peft_model, load_peft_weights
 
-    with one_line(f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"):
+    what = f"cannot put adapter {adapter.path!r} on base model {adapter.base!r}"
+    with explained(what, *UNLOADABLE):
         weights = load_peft_weights(adapter.path, device="cpu", **adapter.subfolder)
         _fit_vocabulary(model, weights)
         with warnings.catch_warnings():
@@ -140,7 +142,7 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
     missing = [key for key in loaded.missing_keys if state[key].data_ptr() not in found]
     unexpected = set(loaded.unexpected_keys) - said_twice(weights)
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"adapter {adapter.path!r} does not fit base model {adapter.base!r}: "
             f"{differing_keys(missing, unexpected)}"
         )
@@ -169,7 +171,7 @@ def _fit_vocabulary(model: Any, weights: Mapping[str, Tensor]) -> None:
         return
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if not tied and "output" not in rows:
-        raise ValueError(
+        raise UserError(
             f"its embeddings have {rows['input']} rows, and it holds no head of as many"
         )
     model.resize_token_embeddings(rows["input"], mean_resizing=False)

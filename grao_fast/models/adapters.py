@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_peft_available
 
+from grao_fast.system.errors import UserError, explained
+
 DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
+# What peft, safetensors and torch raise for an adapter that cannot be loaded.
+UNLOADABLE = (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 # Options of an adapter that change nothing of what it computes once its weights are drawn, or that
 # the names of what is trained say better.
 _NOT_COMPUTED = (
@@ -52,24 +56,24 @@ def is_peft_model(model: Any) -> bool:
 def check_adapter_config(peft_config: Any) -> None:
     """Refuse what is no adapter of a language model, or cannot be packed, or loaded again."""
     if isinstance(peft_config, type) or not hasattr(peft_config, "peft_type"):
-        raise ValueError(
+        raise UserError(
             "peft_config must be a configuration of peft, such as LoraConfig, got "
             f"{type(peft_config).__name__}"
         )
     if peft_config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(
+        raise UserError(
             f"the adapter's task_type is {str(peft_config.task_type).removeprefix('TaskType.')}, "
             "and must be CAUSAL_LM, of a causal language model"
         )
     if peft_config.is_prompt_learning:
-        raise ValueError(
+        raise UserError(
             f"{type(peft_config).__name__} prepends virtual tokens, which packed prompts cannot "
             "hold; use a LoRA-like adapter"
         )
     init = getattr(peft_config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith("pissa_niter"):
         # peft puts a saved adapter on a base out of which it takes what it then draws anew
-        raise ValueError(
+        raise UserError(
             f"init_lora_weights={init!r} takes out of the base model what it draws at random, and "
             "what is trained fits no other draw: use 'pissa', which takes the same each time (for "
             "an adapter that is trained, save_pretrained(path_initial_model_for_weight_conversion))"
@@ -85,14 +89,14 @@ def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
     model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if not is_peft_model(model):
         if (trained or peft_config is not None) and _tuner_layers(model):
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} still holds the layers of an adapter, of an earlier "
                 "peft_config or of load_adapter: load the model anew, or pass its PeftModel "
                 "(`result.model` of a run) without peft_config to continue that adapter"
             )
         return
     if peft_config is not None:
-        raise ValueError(
+        raise UserError(
             f"the model is a {type(model).__name__} already, whose adapter a peft_config would "
             f"wrap and lose: {_MERGE_OR_CONTINUE}"
         )
@@ -103,12 +107,12 @@ def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
         type(layer).__name__ != "ParamWrapper" and len(_tuner_layers(layer)) > 1
         for layer in _tuner_layers(model)
     ):
-        raise ValueError(
+        raise UserError(
             "the model is an adapter within an adapter, of which only the outer one would be "
             "saved: merge the inner one first (merge_and_unload), or load the base model anew"
         )
     if trained and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "no parameter of the adapter is trainable, as it was loaded for inference: load it "
             "with PeftModel.from_pretrained(..., is_trainable=True), or give its folder as model"
         )
@@ -130,7 +134,7 @@ def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
     try:
         return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
-        raise ValueError(f"the adapter does not fit {name}: {error}") from error
+        raise UserError(f"the adapter does not fit {name}: {error}") from error
 
 
 def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
@@ -141,16 +145,6 @@ def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
         for key, other in plain.items()
         if other != key and other in weights and torch.equal(weights[key], weights[other])
     }
-
-
-@contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """peft's and torch's reasons, of several lines, as one."""
-    try:
-        yield
-    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{what}: {reason[:300]}") from error
 
 
 def differing_keys(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -183,7 +177,7 @@ def check_all_saved(model: Any) -> None:
         if parameter.requires_grad and parameter.data_ptr() not in saved
     ]
     if left:
-        raise ValueError(
+        raise UserError(
             f"{left[0]}{f' and {len(left) - 1} more' if left[1:] else ''} would be trained, and is "
             "not saved with the adapter: freeze it (requires_grad_(False)), or name its module in "
             "modules_to_save"
@@ -203,14 +197,14 @@ def load_adapters(model: Any, folder: Path) -> None:
     pairs = []
     for name in model.peft_config:
         path = folder if name == DEFAULT else folder / name
-        with one_line(f"cannot load adapter {name!r} of {str(folder)!r}"):
+        with explained(f"cannot load adapter {name!r} of {str(folder)!r}", *UNLOADABLE):
             saved = load_peft_weights(str(path), device="cpu")
         own = adapter_state(model, name)
         places = whole | own
         missing = own.keys() - saved.keys()
         unexpected = saved.keys() - places.keys() - said_twice(saved)
         if missing or unexpected:
-            raise ValueError(
+            raise UserError(
                 f"adapter {name!r} of {str(folder)!r} is not this run's: it "
                 f"{differing_keys(missing, unexpected)}"
             )
@@ -218,7 +212,7 @@ def load_adapters(model: Any, folder: Path) -> None:
             if key not in places:
                 continue
             if value.shape != places[key].shape:
-                raise ValueError(
+                raise UserError(
                     f"adapter {name!r} of {str(folder)!r} is not this run's: {key} has shape "
                     f"{tuple(value.shape)}, here {tuple(places[key].shape)}"
                 )

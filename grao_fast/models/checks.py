@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grao_fast.models.attention.frequencies import release_frequencies
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -31,12 +32,6 @@ CANNOT = (
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def in_a_line(error: Exception) -> str:
-    """The first line of what an error says; its type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
 
 
 def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
@@ -60,7 +55,7 @@ def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
 def _check_given(name: str, model: object) -> None:
     if not isinstance(model, (str, Path, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise ValueError(
+        raise UserError(
             f"{name} must be a folder, a hub id or a causal language model of Transformers, got "
             f"{what}"
         )
@@ -96,27 +91,25 @@ def plain_model(model: nn.Module) -> nn.Module:
             if isinstance(inside, nn.Module)
             else "load one with AutoModelForCausalLM"
         )
-        raise ValueError(
-            f"model is a {name}, not a causal language model of Transformers: {remedy}"
-        )
+        raise UserError(f"model is a {name}, not a causal language model of Transformers: {remedy}")
     if inner.config.is_encoder_decoder:
-        raise ValueError(
+        raise UserError(
             f"{name} has an encoder and a decoder, where a causal language model is needed"
         )
     if inner.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+        raise UserError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
     compiled = [path for path, layer in model.named_modules() if hasattr(layer, "_orig_mod")]
     if compiled:
-        raise ValueError(
+        raise UserError(
             f"{compiled[0]} of {name} is compiled, and weights saved from within torch.compile's "
             "wrapper have other names: pass the model before its layers are compiled"
         )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             f"parameters of {name} have no values (device meta): load it with from_pretrained"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             f"the parameters of {name} were made inside torch.inference_mode, and cannot be "
             "trained: load it outside"
         )
@@ -132,7 +125,7 @@ def check_weights(model: nn.Module) -> None:
     }
     for name, extreme_2 in extremes.items():
         if not bool(extreme_2.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name!r} of {type(model).__name__} holds NaN or infinite numbers: the "
                 "model would answer with them alone; load weights that are whole"
             )

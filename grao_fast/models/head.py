@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from grao_fast.system.errors import UserError
+
 # Names of a factor of the logits, and of their cap, in configs of Transformers.
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -41,7 +43,7 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     """ValueError, with the remedy, where the loss would not be the model's own."""
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise ValueError(
+        raise UserError(
             f"the language-model head of {type(causal_lm).__name__} is a {type(head).__name__}, "
             "where a plain Linear is needed; leave lm_head out of target_modules and "
             "modules_to_save, and load it unquantised"

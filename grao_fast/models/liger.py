@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -24,10 +25,10 @@ def use_liger_layers(causal_lm: PreTrainedModel) -> None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ValueError('use_liger_kernel needs pip install "grao-fast[liger]"') from error
+        raise UserError('use_liger_kernel needs pip install "grao-fast[liger]"') from error
     model_type = causal_lm.config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself only logs this
-        raise ValueError(
+        raise UserError(
             f"use_liger_kernel: Liger has no layers for model type {model_type!r}; leave it out"
         )
     _apply_liger_kernel_to_instance(

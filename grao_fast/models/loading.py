@@ -20,6 +20,7 @@ from grao_fast.models.adapters import alters_base, check_adapter_config, check_m
 from grao_fast.models.checks import plain_model
 from grao_fast.models.liger import use_liger_layers
 from grao_fast.system.digests import digest_tensors
+from grao_fast.system.errors import UserError, first_line
 
 _NONE_IF_ABSENT = {
     "_raise_exceptions_for_gated_repo": False,
@@ -33,7 +34,7 @@ def existing_path(name: str | Path) -> str:
     text = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
     looks_like_path = isinstance(name, Path) or text.startswith((".", "/")) or text.count("/") > 1
     if looks_like_path and not Path(text).is_dir():
-        raise ValueError(f"model folder {text!r} does not exist; give a folder or a hub id")
+        raise UserError(f"model folder {text!r} does not exist; give a folder or a hub id")
     return text
 
 
@@ -77,7 +78,7 @@ def load_model(
         path = existing_path(model)
         adapter = find_adapter(path)
         if adapter is not None and peft_config is not None:
-            raise ValueError(
+            raise UserError(
                 f"model {path!r} is an adapter, and peft_config would put another on its base and "
                 "lose it: leave peft_config out to continue the adapter, or merge it first "
                 "(merge_and_unload, save_pretrained) and give the merged model"
@@ -125,7 +126,7 @@ def _load(name: str, *, dtype: torch.dtype, revision: str | None) -> nn.Module:
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         more = f" and {len(absent) - 1} more" if absent[1:] else ""
-        raise ValueError(
+        raise UserError(
             f"model {name!r} holds no {absent[0]}{more} of the shapes that its config.json wants: "
             "give the folder of a whole causal language model"
         )
@@ -141,12 +142,12 @@ def _base_of(adapter: AdapterFolder) -> str:
     try:
         base = existing_path(adapter.base)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"adapter {adapter.path!r} is of base model {adapter.base!r}, which does not exist "
             "here: name its place as base_model_name_or_path in adapter_config.json"
         ) from None
     if find_adapter(base) is not None:
-        raise ValueError(
+        raise UserError(
             f"adapter {adapter.path!r} is of base model {base!r}, which is itself an adapter: "
             "merge that one first (merge_and_unload, save_pretrained) and name the merged model "
             "as base_model_name_or_path in adapter_config.json"
@@ -157,7 +158,7 @@ def _base_of(adapter: AdapterFolder) -> str:
 def _tokenizer_of_module(model: nn.Module) -> PreTrainedTokenizerBase:
     name = getattr(model, "name_or_path", "")
     if not name:
-        raise ValueError("a model given as a module needs its tokenizer: pass tokenizer=...")
+        raise UserError("a model given as a module needs its tokenizer: pass tokenizer=...")
     return _load_tokenizer(name, name)
 
 
@@ -171,7 +172,7 @@ def _load_tokenizer(path: str, base: str) -> PreTrainedTokenizerBase:
 
 def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} has no eos_token; set tokenizer.eos_token"
         )
     return tokenizer
@@ -184,9 +185,8 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"model {name!r} brings code of its own, which is not run from a name: load model "
                 "and tokenizer yourself with trust_remote_code=True, and pass both"
             ) from error
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot load model {name!r}: {reason}") from error
+        raise UserError(f"cannot load model {name!r}: {first_line(error)}") from error

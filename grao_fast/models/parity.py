@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from grao_fast.data.packing import Group
 from grao_fast.kernels.checks import resolve_backend
 from grao_fast.models.attention import attending
-from grao_fast.models.checks import CANNOT, in_a_line
+from grao_fast.models.checks import CANNOT
+from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
             leak = _leak(policy, prompt, suffixes) if policy.share_prefix else 0.0
         its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
     except CANNOT as error:
-        raise ValueError(f"{name} cannot run as a policy: {in_a_line(error)}; {remedy}") from error
+        raise UserError(f"{name} cannot run as a policy: {first_line(error)}; {remedy}") from error
     finally:
         policy.model.train(training)
     # 16-bit forward passes of different shapes differ by their rounding
@@ -67,19 +68,19 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     tolerance = _TOLERANCE_16_BITS if sixteen_bits else _TOLERANCE
     off, largest = 0.0, float(its_own[0].abs().max())
     if any(bool((~values.isfinite()).any()) for values in its_own):
-        raise ValueError(
+        raise UserError(
             f"{name} gives logits or gradients that are NaN or infinite, though its parameters are "
             "not: look at its buffers and its dtype, and at the device's kernels"
         )
     if leak > (tolerance if sixteen_bits else _LEAK) * largest:
-        raise ValueError(
+        raise UserError(
             f"{name}: in one row with others, a sequence sees their tokens: its logits move by "
             f"{leak:.3g} with them, where the largest is {largest:.3g}; {remedy}"
         )
     for what, actual, expected in zip(("logits", "gradients"), ours, its_own, strict=False):
         error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
         if not error <= tolerance * largest:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {what} from its hidden states differ from its own by {error:.3g} where "
                 f"the largest is {largest:.3g}; {remedy}"
             )

@@ -30,6 +30,7 @@ from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
 from grao_fast.sampling.proof import check_sampler
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -200,7 +201,7 @@ def load_policy(
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {config.device!r} but no CUDA device is available")
+        raise UserError(f"device is {config.device!r} but no CUDA device is available")
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from grao_fast.data.packing import MicroBatch
 from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.system.errors import UserError
 from grao_fast.system.interruption import as_outside, held
 
 
@@ -63,7 +64,7 @@ class Router:
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         missing = [name for name in names if not hasattr(causal_lm, name)]
         if not hasattr(module, "load_balancing_loss_func") or missing:
-            raise ValueError(
+            raise UserError(
                 f"{type(causal_lm).__name__} has output_router_logits set, but "
                 f"{missing[0] if missing else 'load_balancing_loss_func'} is not where other "
                 "mixtures of experts have it; set model.config.output_router_logits = False"

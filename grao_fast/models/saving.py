@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
 
@@ -98,9 +99,9 @@ def _refused(name: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # of any kind: classes may be the user's own
-        raise ValueError(
+        raise UserError(
             f"{name} cannot be saved, so that training it would be for nothing; change what its "
-            f"save_pretrained names: {_one_line(error)}"
+            f"save_pretrained names: {one_line(error, _REASON_LENGTH)}"
         ) from error
 
 
@@ -112,8 +113,9 @@ def _check_generation(generation: GenerationConfig | None) -> None:
     try:
         generation.validate()
     except ValueError as error:
-        raise ValueError(
-            f"the model's generation_config could not be loaded again: {_one_line(error)}"
+        reason = one_line(error, _REASON_LENGTH)
+        raise UserError(
+            f"the model's generation_config could not be loaded again: {reason}"
         ) from error
     logger.warning(
         "the model's %s is saved as it stands, though it is not valid: %s",
@@ -129,10 +131,6 @@ def _refusal(generation: GenerationConfig) -> str | None:
         reasons = str(error).removeprefix("GenerationConfig is invalid:").strip().splitlines()
         return reasons[0].removeprefix("- ")
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
 
 
 def _stand_ins(model: nn.Module) -> dict[str, Tensor]:

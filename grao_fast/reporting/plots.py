@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lines import METRICS_FILE, read_lines
 from grao_fast.system.visible import visible_errors
@@ -55,7 +56,7 @@ def plot_run(output_dir: str | Path) -> list[Path]:
     folder = Path(output_dir).expanduser()
     path = folder / METRICS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {METRICS_FILE}: give the output_dir of a run")
+        raise UserError(f"{folder} holds no {METRICS_FILE}: give the output_dir of a run")
     rows = read_lines(path)
     figures = {
         "reward.png": _reward(rows),
@@ -69,7 +70,7 @@ def plot_run(output_dir: str | Path) -> list[Path]:
                 FigureCanvasAgg(figure).print_png(folder / name)
             written.append(folder / name)
     if not written:
-        raise ValueError(f"{path} holds nothing to plot yet")
+        raise UserError(f"{path} holds nothing to plot yet")
     return written
 
 

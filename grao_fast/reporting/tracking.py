@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.reporting.console import Display
+from grao_fast.system.errors import UserError
 from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
 from grao_fast.system.visible import get_logger
 
@@ -135,12 +136,12 @@ def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
+            raise UserError(
                 f"report_to does not know {name!r}; it takes "
                 f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
             )
         if name not in available:
-            raise ValueError(
+            raise UserError(
                 f"report_to={name!r} needs its package: pip install {_PIP_NAME.get(name, name)}"
             )
 

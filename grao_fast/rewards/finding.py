@@ -8,23 +8,29 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.interruption import is_interrupt
 from grao_fast.system.visible import visible_lines
 
 RewardFunction = Callable[..., Any]
 
+# Folders of the code that calls or imports a user's code.
+_CALLERS = (Path(__file__).parents[1], Path(importlib.__file__).parent)
 
-class RewardError(ValueError):
+
+class RewardError(UserError):
     """A reward that cannot be found, cannot be called, fails, or returns what no reward can be."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, place: str | None = None) -> None:
         super().__init__(visible_lines(message))
+        self.place = place
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def running(what: str) -> Iterator[None]:
     except BaseException as error:  # any kind: it is the user's code
         if is_interrupt(error):
             raise
-        raise RewardError(f"{what} raised {_in_words(error)}") from error
+        raise RewardError(f"{what} raised {_in_words(error)}", _place(error)) from error
 
 
 @contextmanager
@@ -61,6 +67,15 @@ def _ending_children(process: int) -> Iterator[None]:
     finally:
         if os.getpid() != process:
             os._exit(status if isinstance(status, int) else 1)
+
+
+def _place(error: BaseException) -> str | None:
+    """File and line of the first call that left this package; None where no file was called."""
+    for call in traceback.extract_tb(error.__traceback__):
+        path = Path(call.filename)
+        if path.is_file() and not any(map(path.is_relative_to, _CALLERS)):
+            return f"{path}, line {call.lineno}"
+    return None
 
 
 def _in_words(error: BaseException) -> str:

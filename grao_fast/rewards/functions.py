@@ -33,6 +33,7 @@ from grao_fast.rewards.finding import (
     select_arguments,
 )
 from grao_fast.rewards.values import LARGEST
+from grao_fast.system.errors import UserError
 
 __all__ = ["GroupScores", "Reward", "RewardError", "resolve_reward"]
 
@@ -135,7 +136,7 @@ class Reward:
         """
         groups, samples = len(examples), len(completions[0])
         if len(completions) != groups or any(len(group) != samples for group in completions):
-            raise ValueError(
+            raise UserError(
                 f"completions must be {groups} groups of one size, got groups of "
                 f"{[len(group) for group in completions]}"
             )

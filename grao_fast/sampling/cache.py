@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from grao_fast.models.checks import CANNOT, in_a_line
+from grao_fast.models.checks import CANNOT
 from grao_fast.models.router import no_router_loss
+from grao_fast.system.errors import UserError, first_line
 
 # Tokens that a layer makes room for when it has none left.
 _ROOM = 32
@@ -132,7 +133,7 @@ def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
         with autocast, no_router_loss(model):
             output = model(input_ids=ids, use_cache=True)
     except CANNOT as error:
-        raise ValueError(f"{type(model).__name__} cannot run: {in_a_line(error)}") from error
+        raise UserError(f"{type(model).__name__} cannot run: {first_line(error)}") from error
     finally:
         model.train(training)
     held = dict(output.items())

@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from grao_fast.models.checks import CANNOT, in_a_line
+from grao_fast.models.checks import CANNOT
 from grao_fast.sampling.cache import Kept
 from grao_fast.sampling.generate import GenerateSampler, bears_padding
 from grao_fast.sampling.model_sampler import ModelSampler
 from grao_fast.sampling.transformers import TransformersSampler
+from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -31,14 +32,14 @@ def choose_sampler(
         return TransformersSampler(model, static_cache=static_cache, **options)
     name, what = type(model).__name__, kept.state or "no keys and values"
     if static_cache:
-        raise ValueError(
+        raise UserError(
             f"{name} keeps {what}, which a cache of fixed size is not made for here: set "
             'cache_implementation="dynamic"'
         )
     try:
         pads = bears_padding(model)
     except CANNOT as error:
-        raise ValueError(f"{name} cannot be sampled by generate: {in_a_line(error)}") from error
+        raise UserError(f"{name} cannot be sampled by generate: {first_line(error)}") from error
     logger.info(
         "%s keeps %s: it samples by Transformers' generate, %s",
         name,
@@ -51,7 +52,7 @@ def choose_sampler(
 def check_sharing(model: PreTrainedModel, kept: Kept) -> None:
     """ValueError where a suffix would see more of the row than its group's prompt and itself."""
     if kept.state is not None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} carries a state from token to token ({kept.state}), which "
             "would run through all that is packed in one row: set share_prefix=False"
         )

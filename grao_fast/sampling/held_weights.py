@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from grao_fast.sampling.changes import HEAD, Change, Negated, is_tied, parts
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -136,13 +137,13 @@ class HeldWeights:
 
     def _refusal(
         self, policy: Policy, seen: _Comparison, bound: float, change: Change | None
-    ) -> ValueError:
+    ) -> UserError:
         stale = seen.stale
         if change is not None and not stale:
             stale = _stale_parts(policy, self._ids(policy), seen.off_n, change)
         which = ", ".join(stale[:4]) + (f" and {len(stale) - 4} more" if len(stale) > 4 else "")
         tied = is_tied(policy.causal_lm) and HEAD in stale
-        return ValueError(
+        return UserError(
             f"{self._name} does not hold the policy's weights: their log-probs differ by "
             f"{seen.nats:.2g} nats a token where rounding explains {bound:.2g}"
             + (f"; it kept its own {which}" if stale else "")

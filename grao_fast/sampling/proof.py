@@ -9,7 +9,8 @@ import torch
 from grao_fast.data.packing import Group, pad
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.one_pass.live_rows import to_device
-from grao_fast.models.checks import CANNOT, in_a_line
+from grao_fast.models.checks import CANNOT
+from grao_fast.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from grao_fast.models.policy import Policy
@@ -43,15 +44,15 @@ def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
     try:
         difference = measure_sampler(policy, temperature=temperature)
     except CANNOT as error:
-        raise ValueError(
-            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {in_a_line(error)}"
+        raise UserError(
+            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {first_line(error)}"
         ) from error
     sixteen_bits = policy.autocast_dtype is not None or policy.causal_lm.dtype != torch.float32
     off, allowed = difference.off, difference.allowed
     if sixteen_bits:
         off, allowed = difference.mean, _MEAN_16_BITS
     if not off <= allowed:
-        raise ValueError(
+        raise UserError(
             f"{name}: log-probs of {type(policy.sampler).__name__} differ from the policy's own by "
             f"{off:.3g} nats, where rounding explains {allowed:.3g}; this model is not supported"
         )

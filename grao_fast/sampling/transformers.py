@@ -18,6 +18,7 @@ from grao_fast.sampling import Completion
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.system.errors import UserError
 
 # Lengths of static caches are multiples of this: every new one is compiled anew.
 _STATIC_BLOCK = 256
@@ -103,7 +104,7 @@ class TransformersSampler(ModelSampler):
         if not self.static_cache:
             return self.model, cache, mask
         if any(type(layer) is not GrowingLayer for layer in cache.layers):
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} has layers that do not attend to all tokens, which "
                 'a cache of fixed size is not made for here: set cache_implementation="dynamic"'
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grao_fast.models.saving import save_pretrained
+from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lock import LOCK_FILE, only_run_in
 
@@ -41,7 +42,7 @@ class WeightFolder:
         try:
             self._root = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cannot write to vllm_sync_dir {parent!r}: {error.strerror}; name a folder that "
                 "this process and vLLM's see under the same path"
             ) from error

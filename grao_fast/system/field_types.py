@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from grao_fast.system.errors import UserError
+
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -27,7 +29,7 @@ def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
     if get_origin(hint) in (Literal, tuple) or not hints:
         hints = [hint]
         if value is None:
-            raise ValueError(
+            raise UserError(
                 f"{name} must be {_kind(hint)}, got None: leave it out for its default, {default!r}"
             )
     if value is None:
@@ -37,7 +39,7 @@ def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
         return value
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ValueError(f"{name} takes a list, got {value!r}")
+            raise UserError(f"{name} takes a list, got {value!r}")
         element = get_args(hint)[0]
         return tuple(
             each if element is str else _typed(name, each, element, default=default)
@@ -47,7 +49,7 @@ def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
         value = value.item()
     of_type = isinstance(value, (int, float) if hint is float else hint)
     if not of_type or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{name} must be {_kind(hint)}, got {value!r}")
+        raise UserError(f"{name} must be {_kind(hint)}, got {value!r}")
     return value
 
 

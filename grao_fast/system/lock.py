@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from grao_fast.system.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -96,7 +98,7 @@ def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
                     os.close(descriptor)  # let go meanwhile
                     continue
             if lives is not False:
-                raise ValueError(
+                raise UserError(
                     _in_use(path, heartbeat.holder_at(path) or holder, seen=bool(lives))
                 )
             if holder:
@@ -111,7 +113,7 @@ def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
                 # a third machine, that has watched as long, may have written at the same moment
                 time.sleep(heartbeat.LOOK)
                 if (other := heartbeat.holder_at(path)) != mine:
-                    raise ValueError(_in_use(path, other, seen=True))
+                    raise UserError(_in_use(path, other, seen=True))
         except BaseException:
             os.close(descriptor)
             raise
@@ -128,7 +130,7 @@ def _lock(descriptor: int, path: Path) -> bool:
         deadline = time.monotonic() + _PATIENCE
         while not (holder := _read(descriptor)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        raise ValueError(_in_use(path, holder, seen=False)) from None
+        raise UserError(_in_use(path, holder, seen=False)) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

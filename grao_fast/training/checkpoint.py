@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.files import delete, sealed_files, verify_folder
 from grao_fast.system.visible import get_logger
 
@@ -25,7 +26,7 @@ _RESULTS = re.compile(r"(metrics|completions|eval-\d+)\.jsonl|(summary|baseline)
 ResumeFrom = str | Path | bool | None
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, torn or of another run."""
 
 
@@ -41,7 +42,7 @@ def verify(path: Path) -> None:
     try:
         for name in (STATE, OPTIMIZER):
             if name not in sealed_files(path):
-                raise ValueError(f"its manifest names no {name}")
+                raise UserError(f"its manifest names no {name}")
         verify_folder(path)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {str(path)!r} is torn: {error}") from error
@@ -106,7 +107,7 @@ def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
             )
         return checkpoint
     if not isinstance(resume_from, (str, Path)) or not str(resume_from):
-        raise ValueError(
+        raise UserError(
             'resume_from_checkpoint takes a checkpoint\'s folder, True, "auto" or None, got '
             f"{resume_from!r}"
         )

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import Example
+from grao_fast.system.errors import UserError
 
 
 def check_one_process() -> None:
     """Refuse a launcher that starts several processes: each would train a model of its own."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
-        raise ValueError(
+        raise UserError(
             f"grao_fast.train runs in one process, and a launcher started {processes} "
             "(WORLD_SIZE); start it with plain python"
         )
@@ -32,7 +33,7 @@ def writable_folder(output_dir: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
         ) from error
     return output.absolute()
@@ -47,7 +48,7 @@ def check_references(
     for name, rows in (("dataset", examples), ("eval_dataset", eval_examples or [])):
         absent = [i for i, example in enumerate(rows) if example.reference is None]
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which a "
                 'pairwise reward compares with; leave them out or use reward_type="pointwise"'
             )
@@ -58,8 +59,8 @@ def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, config: GRAOCo
     if has_eval_dataset:
         return
     if has_metric:
-        raise ValueError("metric is measured on eval_dataset: pass one, or leave metric out")
+        raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
     if config.eval_steps is not None:
-        raise ValueError(
+        raise UserError(
             f"eval_steps={config.eval_steps} needs an eval_dataset: pass one, or leave it out"
         )

@@ -33,6 +33,7 @@ from grao_fast.data.examples import Encoded
 from grao_fast.data.packing import Group
 from grao_fast.kernels.checks import workspace_bytes
 from grao_fast.models.policy import Policy
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 from grao_fast.training.step import micro_batch_loss
 
@@ -67,7 +68,7 @@ def token_budget(
             budget = config.memory_budget_mib * _MIB
         fitting = most_that_fit(peak, budget, most)
         if fitting == 0:
-            raise ValueError(_too_large(shape, peak(1), budget))
+            raise UserError(_too_large(shape, peak(1), budget))
     tokens = fitting * shape.group().size.tokens(share_prefix=policy.share_prefix)
     logger.info(
         "micro-batches of up to %d tokens: %d of the largest group take %.0f of %.0f MiB",

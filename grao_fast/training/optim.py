@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from grao_fast.config import GRAOConfig
+from grao_fast.system.errors import UserError
 
 
 def count_steps(config: GRAOConfig, *, prompts: int, prompts_per_step: int) -> int:
@@ -22,10 +23,10 @@ def adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
     """AdamW over what is trainable; matrices decay, norms and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("the model has no trainable parameter; unfreeze it or pass peft_config")
+        raise UserError("the model has no trainable parameter; unfreeze it or pass peft_config")
     dtype = next((p.dtype for p in trainable if p.dtype != torch.float32), None)
     if dtype is not None:
-        raise ValueError(
+        raise UserError(
             f"trainable parameters are {dtype}, in which steps of {config.learning_rate:g} are "
             "lost to rounding: load the model with dtype=torch.float32 (on CUDA, passes compute in "
             "bfloat16 all the same)"

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import checkpoint_path, delete_old
 
@@ -92,8 +93,3 @@ class Saver:
     def _save(self, path: Path, step: int, *, bare: bool = False) -> None:
         self._write(path, step, bare)
         self.checkpoint, self.step = path, step
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, or its name, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from grao_fast.data.examples import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, visible_errors
 
 logger = get_logger(__name__)
@@ -35,7 +36,7 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
         return
     listed = ", ".join(columns)
     if "prompt" not in columns:
-        raise ValueError(
+        raise UserError(
             f"{name} has no column `prompt`: its columns are {listed}; "
             + (
                 "map trl.extract_prompt over it, which takes the prompt out of `chosen`"
@@ -45,7 +46,7 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
         )
     column = reference_column(columns)
     if column is None and needs_references:
-        raise ValueError(
+        raise UserError(
             f"{name} has no reference answers: its columns are {listed}; add "
             f"{', '.join(REFERENCE_COLUMNS[:-1])} or {REFERENCE_COLUMNS[-1]}"
         )
@@ -55,11 +56,11 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
     if not isinstance(dataset, Dataset):
         return
     if len(dataset) == 0:
-        raise ValueError(f"{name} has no rows")
+        raise UserError(f"{name} has no rows")
     rows = enumerate(dataset.select_columns(["prompt", column]))
     absent = sum(read_row(row, f"{name}, row {n}")[1] is None for n, row in rows)
     if absent == len(dataset) and needs_references:
-        raise ValueError(f"every row of {name} has a blank reference in `{column}`")
+        raise UserError(f"every row of {name} has a blank reference in `{column}`")
     if absent:
         logger.warning(
             "%d of %d rows of %s have a blank reference in `%s`: they count as having none",

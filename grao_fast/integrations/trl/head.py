@@ -23,6 +23,7 @@ from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.sampling import Sampler
+from grao_fast.system.errors import UserError
 
 Objective = Callable[[PreTrainedModel, Tensor], Any]
 
@@ -52,7 +53,7 @@ def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> i
     """How many tokens the model has an embedding of; ValueError if padding is none of them."""
     rows = len(causal_lm_of(model).get_input_embeddings().weight)
     if tokenizer.pad_token_id >= rows:
-        raise ValueError(
+        raise UserError(
             f"the padding token {tokenizer.pad_token!r} is beyond the model's embedding of {rows} "
             "rows: set tokenizer.pad_token=tokenizer.eos_token"
         )

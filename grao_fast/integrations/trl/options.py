@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from trl.trainer.grpo_config import GRPOConfig
 
+from grao_fast.system.errors import UserError
+
 # Fields of GRPOConfig that GRAO's objective leaves no room for, or whose other values are not
 # written here.
 _ONLY = {
@@ -32,25 +34,25 @@ def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
     options: GRPOTrainer's keyword arguments.
     """
     if args is None:
-        raise ValueError('GRAOTrainer needs args=GRPOConfig(..., loss_type="grpo")')
+        raise UserError('GRAOTrainer needs args=GRPOConfig(..., loss_type="grpo")')
     for name, only in _ONLY.items():
         value = getattr(args, name)
         if value != only:
-            raise ValueError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
+            raise UserError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
     if args.beta != 0.0 and args.use_bias_correction_kl:
-        raise ValueError(
+        raise UserError(
             f"beta={args.beta} asks for a KL term, and use_bias_correction_kl=True (TRL's default) "
             "to multiply it by the ratio, which GRAOTrainer does not: set "
             "use_bias_correction_kl=False"
         )
     if args.deepspeed_plugin is not None:
-        raise ValueError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
+        raise UserError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
     for name in ("tools", "environment_factory"):
         if options.get(name):
-            raise ValueError(f"GRAOTrainer has no {name}: leave it out")
+            raise UserError(f"GRAOTrainer has no {name}: leave it out")
     peft_config = options.get("peft_config")
     if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
+        raise UserError(
             f"{type(peft_config).__name__} prepends virtual tokens, for which GRAOTrainer's rows "
             "leave no room: use a LoRA-like adapter"
         )
@@ -61,7 +63,7 @@ def check_kl_policy(model: str | nn.Module, args: GRPOConfig, options: dict[str,
     if args.beta == 0.0 or isinstance(model, str) or options.get("peft_config") is not None:
         return
     if not hasattr(model, "peft_config") and not getattr(model.config, "_name_or_path", ""):
-        raise ValueError(
+        raise UserError(
             f"beta={args.beta} holds the policy to the model that it began as, which TRL loads "
             "again by model.config._name_or_path, and that is empty: save the model and pass its "
             "folder, or set beta=0.0"

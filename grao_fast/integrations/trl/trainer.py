@@ -47,6 +47,7 @@ from grao_fast.kernels.advantage import (
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.kernels.linear_ce import WeightedTerms
 from grao_fast.models.policy import causal_lm_of
+from grao_fast.system.errors import UserError
 from grao_fast.training.metrics import group_metrics, held_ratios
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
@@ -114,9 +115,9 @@ class GRAOTrainer(GRPOTrainer):
         }
         super().__init__(model, reward_funcs, args, train_dataset, **options)
         if self._is_vlm:
-            raise ValueError("GRAOTrainer is for text: pass a tokenizer as processing_class")
+            raise UserError("GRAOTrainer is for text: pass a tokenizer as processing_class")
         if self.aux_loss_enabled:
-            raise ValueError(
+            raise UserError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, and GRAOTrainer has no "
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
             )
@@ -164,7 +165,7 @@ class GRAOTrainer(GRPOTrainer):
         references = read_references(rows, self._encoder, self._embedding_rows)
         output = super()._generate_and_score_completions(inputs)
         if "tool_mask" in output:
-            raise ValueError("rollout_func gave an env_mask, which GRAOTrainer does not know: "
+            raise UserError("rollout_func gave an env_mask, which GRAOTrainer does not know: "
                              "leave it out")  # fmt: skip
         reference_rewards_N = self._score_references(rows, references, B, G)
         samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
@@ -172,7 +173,7 @@ class GRAOTrainer(GRPOTrainer):
         check_finite_rewards("rewards", rewards_NK)
         self._has_scored |= not bool(rewards_NK.isnan().all())
         if not self._has_scored:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(self.reward_func_names)} gave None or NaN for every sample and every "
                 "reference of the first batch: return numbers, and None where there is none to give"
             )

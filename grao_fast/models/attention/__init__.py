@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from grao_fast.data.packing import Segment
 from grao_fast.models.attention import flex, sdpa
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -52,7 +53,7 @@ def packed_attention(
     """Transformers' attention signature; returns (1, L, H, d) and no weights."""
     for name, given in (("attention sinks", s_aux), ("a position bias", position_bias)):
         if given is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(module).__name__} uses {name}, which a shared prefix cannot serve; "
                 "set share_prefix=False"
             )
@@ -77,7 +78,7 @@ def _refuse_window_of_mask(module: nn.Module) -> None:
     for name in _WINDOWS:
         window = getattr(getattr(module, "config", None), name, None)
         if window is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(module).__name__} applies {name}={window} through its mask alone, which a "
                 "shared prefix does not use; set share_prefix=False"
             )
@@ -118,14 +119,14 @@ def choose_attention(
     if not share_prefix:
         return _unshared(causal_lm, device, backend)
     if backend == "flash_attention_2":
-        raise ValueError(
+        raise UserError(
             'attention_backend="flash_attention_2" cannot serve a shared prefix: merging its two '
             "parts needs a gradient of the log-sum-exp that flash-attn does not give; "
             'use "flex", or set share_prefix=False'
         )
     why_not = _why_not_flex(causal_lm, device, recompute=recompute)
     if backend == "flex" and why_not:
-        raise ValueError(f'attention_backend="flex": {why_not}; use "sdpa" or "auto"')
+        raise UserError(f'attention_backend="flex": {why_not}; use "sdpa" or "auto"')
     if backend == "auto" and why_not and device.type == "cuda":
         logger.info("attention in SDPA's parts, not FlexAttention: %s", why_not)
     return "grao_parts" if backend == "sdpa" or why_not else "grao_flex"
@@ -159,7 +160,7 @@ def _why_not_flex(
 
 def _unshared(causal_lm: PreTrainedModel, device: torch.device, backend: str) -> str | None:
     if backend == "flex":
-        raise ValueError(
+        raise UserError(
             'attention_backend="flex" serves a shared prefix, and share_prefix is False; '
             'use "auto", "sdpa" or "flash_attention_2"'
         )
@@ -172,7 +173,7 @@ def _unshared(causal_lm: PreTrainedModel, device: torch.device, backend: str) ->
         with attending(causal_lm, backend):
             return backend
     except (ImportError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f'attention_backend="{backend}" cannot serve {type(causal_lm).__name__}: {error}; '
             'pip install "grao-fast[flash]" for flash-attn, or use "auto"'
         ) from error

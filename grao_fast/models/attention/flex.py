@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from grao_fast.data.packing import Segment
 from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.system.errors import UserError
 
 BLOCK = 128
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ def attend(
     Raises ValueError on dropout, which FlexAttention does not have.
     """
     if dropout:
-        raise ValueError(
+        raise UserError(
             f"attention dropout is {dropout}, which FlexAttention does not have; "
             'set attention_backend="sdpa", or the dropout in the model\'s config to 0'
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grao_fast.sampling.vllm.requests import LOGPROBS_MODE, import_optional
+from grao_fast.system.errors import UserError, first_line
 
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
 
@@ -48,11 +49,11 @@ class VLLMClient:
         try:
             return getattr(self._client, verb)(url, cast_to=object, **body)
         except self._openai.NotFoundError as error:
-            raise ValueError(
-                f"{url} is not there; start the server as: {SERVE} ({_reason(error)})"
+            raise UserError(
+                f"{url} is not there; start the server as: {SERVE} ({first_line(error)})"
             ) from error
         except self._openai.AuthenticationError as error:
-            raise ValueError(
+            raise UserError(
                 f"{url} asks for another API key: set vllm_server_api_key_env to the name of the "
                 "environment variable that holds the server's --api-key"
             ) from error
@@ -62,8 +63,8 @@ class VLLMClient:
                 f"{SERVE}, or set vllm_server_base_url"
             ) from error
         except self._openai.APIStatusError as error:
-            failure = ConnectionError if error.status_code >= 500 else ValueError
-            raise failure(f"{url}: {_reason(error)}") from error
+            failure = ConnectionError if error.status_code >= 500 else UserError
+            raise failure(f"{url}: {first_line(error)}") from error
 
     def has(self, path: str) -> bool:
         """Whether the server has a route for a GET there."""
@@ -130,13 +131,8 @@ def api_key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not (key := os.environ.get(variable)):
-        raise ValueError(
+        raise UserError(
             f"vllm_server_api_key_env names the environment variable {variable!r}, which is not "
             "set: set it to the server's --api-key"
         )
     return key
-
-
-def _reason(error: Any) -> str:
-    """The first line of what the server said."""
-    return str(error.message).strip().split("\n")[0][:500]

@@ -12,15 +12,16 @@ import torch
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
 from grao_fast.sampling.vllm.requests import (
+    FAILURES,
     LOGPROBS_MODE,
     checked,
     import_optional,
-    one_line,
     prompt_seeds,
     sampling_options,
     scoring_options,
 )
 from grao_fast.sampling.weights import WeightFolder
+from grao_fast.system.errors import explained
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -85,12 +86,12 @@ class VLLMColocatedSampler:
         if self._engine is None:
             self._engine = self._start(folder, policy.autocast_dtype or policy.causal_lm.dtype)
             return
-        with one_line("engine did not take over the weights"):
+        with explained("vLLM's engine did not take over the weights", *FAILURES):
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
             self._engine.reset_prefix_cache()
 
     def _start(self, folder: str, dtype: torch.dtype) -> Any:
-        with one_line("engine did not start"), _in_this_process():
+        with explained("vLLM's engine did not start", *FAILURES), _in_this_process():
             return self._vllm.LLM(
                 model=folder,
                 dtype=dtype,
@@ -142,7 +143,7 @@ class VLLMColocatedSampler:
         return [float(at[token].logprob) for at, token in behind_first]
 
     def _generate(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> list[Any]:
-        with one_line("engine failed while it sampled"):
+        with explained("vLLM's engine failed while it sampled", *FAILURES):
             return self._engine.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
                 [self._vllm.SamplingParams(**each, detokenize=False) for each in options],

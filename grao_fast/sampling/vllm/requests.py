@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from grao_fast.sampling import Completion
+from grao_fast.system.errors import UserError
 
 LOGPROBS_MODE = "processed_logprobs"
 
 # What vLLM raises for a device, model or option that it cannot serve.
-_FAILURES = (
+FAILURES = (
     AssertionError,
     AttributeError,
     ImportError,
@@ -71,16 +71,16 @@ def checked(
 ) -> Completion:
     """What vLLM returned, as a `Completion`; ValueError where it cannot be one."""
     if not token_ids:
-        raise ValueError("vLLM returned no token ids; version 0.22 or later is needed")
+        raise UserError("vLLM returned no token ids; version 0.22 or later is needed")
     if logprobs is None or len(logprobs) != len(token_ids):
         had = "none" if logprobs is None else len(logprobs)
-        raise ValueError(f"vLLM returned {len(token_ids)} tokens with {had} log-probs")
+        raise UserError(f"vLLM returned {len(token_ids)} tokens with {had} log-probs")
     values = [math.nan if value is None else float(value) for value in logprobs]
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"vLLM returned a log-prob that is not finite: {values}")
+        raise UserError(f"vLLM returned a log-prob that is not finite: {values}")
     finished = token_ids[-1] in eos_ids
     if not finished and len(token_ids) != max_new_tokens:
-        raise ValueError(
+        raise UserError(
             f"vLLM cut a completion after {len(token_ids)} of {max_new_tokens} tokens: start it "
             "with --generation-config vllm, or lower max_new_tokens"
         )
@@ -92,15 +92,4 @@ def import_optional(name: str, *, extra: str, option: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f'{option} needs {name}: pip install "grao-fast[{extra}]"') from error
-
-
-@contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """vLLM's failures, many lines long, as a ValueError of one that names the cause."""
-    try:
-        yield
-    except _FAILURES as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = said[0] if said else "no reason given"
-        raise ValueError(f"vLLM's {what}: {type(error).__name__}: {reason[:500]}") from error
+        raise UserError(f'{option} needs {name}: pip install "grao-fast[{extra}]"') from error

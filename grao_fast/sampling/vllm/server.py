@@ -19,6 +19,7 @@ from grao_fast.sampling.vllm.requests import (
     scoring_options,
 )
 from grao_fast.sampling.weights import WeightFolder
+from grao_fast.system.errors import UserError
 from grao_fast.system.threads import DaemonExecutor
 from grao_fast.system.visible import get_logger
 
@@ -79,14 +80,14 @@ class VLLMServerSampler:
         for card in served:
             if model in (card["id"], card.get("root")):
                 return card["id"], card.get("max_model_len")
-        raise ValueError(
+        raise UserError(
             f"the vLLM server at {self.base_url} serves {[card['id'] for card in served]}, not "
             f"{model!r}: serve it, or set vllm_server_model to the name it has there"
         )
 
     def _check_logprobs_mode(self, mode: str) -> None:
         if mode != LOGPROBS_MODE:
-            raise ValueError(
+            raise UserError(
                 f"the vLLM server at {self.base_url} gives {mode}, which are not those of the "
                 f"distribution it samples from: start it with --logprobs-mode {LOGPROBS_MODE}"
             )
@@ -117,7 +118,7 @@ class VLLMServerSampler:
             # What it remembers of prompts was computed with the old weights.
             answer = self.client.call("post", "/reset_prefix_cache")
         if isinstance(answer, dict) and answer.get("success") is False:
-            raise ValueError(
+            raise UserError(
                 f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, as "
                 "it serves others at the same time: give it to this run alone"
             )
@@ -191,7 +192,7 @@ class VLLMServerSampler:
         (choice,) = self._complete(ids, scoring_options())
         of_tokens = choice.get("prompt_logprobs")
         if of_tokens is None:
-            raise ValueError(
+            raise UserError(
                 f"the vLLM server at {self.base_url} scores no prompts: version 0.22 or later is "
                 "needed"
             )
@@ -204,7 +205,7 @@ class VLLMServerSampler:
         self, choices: list[dict[str, Any]], num_generations: int, max_new_tokens: int
     ) -> list[Completion]:
         if len(choices) != num_generations:
-            raise ValueError(
+            raise UserError(
                 f"the vLLM server returned {len(choices)} completions of a prompt, not the "
                 f"{num_generations} it was asked for"
             )

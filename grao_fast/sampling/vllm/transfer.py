@@ -14,8 +14,9 @@ from torch import Tensor
 
 from grao_fast.sampling.changes import Change, Negated
 from grao_fast.sampling.vllm.client import VLLMClient
-from grao_fast.sampling.vllm.requests import one_line
+from grao_fast.sampling.vllm.requests import FAILURES
 from grao_fast.sampling.weights import merged
+from grao_fast.system.errors import explained
 
 if TYPE_CHECKING:
     from grao_fast.models.policy import Policy
@@ -34,7 +35,7 @@ class WeightTransfer:
     def __init__(self, client: VLLMClient, *, backend: str, model: str) -> None:
         self.model, self._base_url = model, client.base_url
         self._weights = _source()
-        with one_line("weight transfer did not start"):
+        with explained("vLLM's weight transfer did not start", *FAILURES):
             self._sender: Any = importlib.import_module(_FACTORY).WeightTransferTrainerFactory
             self._sender = self._sender.trainer_init(
                 BACKENDS[backend](client), client=_Routes(client), source=self._weights
@@ -42,7 +43,7 @@ class WeightTransfer:
 
     def give(self, policy: Policy) -> None:
         self._weights.take(policy)
-        with one_line("weight transfer failed"):
+        with explained("vLLM's weight transfer failed", *FAILURES):
             self._sender.send_weights()
         self._weights.tensors = {}
 

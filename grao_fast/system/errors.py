@@ -1,0 +1,49 @@
+"""Errors that a user can act on, and error messages on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grao_fast.system.visible import squeezed
+
+_LONGEST_REASON = 300  # characters of a library's message; some quote whole conversations
+
+
+class UserError(ValueError):
+    """An error that the user can correct: an option, a file, a dataset, a model or a reward.
+
+    The message names the value and the remedy, so the command line prints it without a traceback.
+    Any other ValueError is a bug.
+
+    place: file and line of the user's code that raised; None unless such code did.
+    """
+
+    place: str | None = None
+
+
+def one_line(error: BaseException, longest: int | None = None) -> str:
+    """The message of an error on one line, or the name of its type where it has no message.
+
+    longest: the number of characters after which the message is cut; None: never.
+    """
+    return squeezed(str(error))[:longest] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; see `one_line`."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return squeezed(lines[0]).rstrip(".")[:_LONGEST_REASON]
+
+
+@contextmanager
+def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn a library's errors of these kinds into a UserError: `what`, the type, the message.
+
+    A UserError within keeps its message, behind `what`.
+    """
+    try:
+        yield
+    except kinds as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{what}: {kind}{one_line(error, _LONGEST_REASON)}") from error
