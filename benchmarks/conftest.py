@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import replay
+from batches import DEVICE
 from measure import load_average, machine_facts
-from problem import DEVICE
 
 LOAD = load_average()  # before the benchmarks make their own
 

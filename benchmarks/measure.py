@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from batches import Batch, exact_weights, one_group
 from peers import Peer
-from problem import Batch, exact_weights, one_group
 from torch import Tensor
 
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
@@ -191,7 +191,7 @@ def gate(peers: Iterable[Peer], batch: Batch) -> None:
 
     Raises:
         AssertionError: fewer than half of the dtype's digits are right: an error above sqrt(eps)
-            of the largest true value. How accurate each is, test_accuracy.py tells.
+            of the largest true value. How accurate each is, bench_accuracy.py tells.
     """
     small = one_group(batch)
     true_outputs: dict[bool, Outputs] = {}

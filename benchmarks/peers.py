@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from batches import SEQUENCE_ROWS, Batch
 from packaging.version import Version
-from problem import SEQUENCE_ROWS, Batch
 from torch import Tensor
 
 from grao_fast.kernels import linear_grao_loss

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from batches import Batch
 from measure import Measured
 from peers import Peer
-from problem import Batch
 
 PRESENT: set[str] = set()
 ABSENT: dict[str, str] = {}  # label -> why, for the summary and the JSON

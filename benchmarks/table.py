@@ -42,12 +42,12 @@ def keep(run: Path, machine: str) -> list[Path]:
         raise SystemExit(f"{run} holds no benchmark")
     rows: dict[str, list[Row]] = {}
     for row in report["benchmarks"]:
-        name = Path(row["fullname"].split("::")[0]).stem.removeprefix("test_")
+        name = Path(row["fullname"].split("::")[0]).stem.removeprefix("bench_")
         rows.setdefault(name, []).append(row["extra_info"])
     written = []
     for name, own in rows.items():
         result = {
-            "command": f"pytest benchmarks/test_{name}.py --benchmark-only",
+            "command": f"pytest benchmarks/bench_{name}.py --benchmark-only",
             "date": report["datetime"][:10],
             "machine": report["machine_info"]["facts"],
             "absent": report["absent"],

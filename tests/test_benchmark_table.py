@@ -3,37 +3,19 @@ batches that the benchmarks are run on are what they say."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import table
+import token_plots
 import torch
+from batches import make_batch
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 
-# Last: `problem` of tests/kernels and of benchmarks are not the same.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import table
-import token_plots
-
 ROOT = Path(__file__).parents[1]
-
-
-def load(name: str) -> ModuleType:
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-problem = load("problem")
 
 
 def row(**facts: Any) -> dict[str, Any]:
@@ -64,7 +46,7 @@ def kept(rows: dict[str, list[dict[str, Any]]], folder: Path, monkeypatch) -> li
             "FLCE": "GPUs only",
         },
         "benchmarks": [
-            {"fullname": f"benchmarks/test_{name}.py::test", "extra_info": own}
+            {"fullname": f"benchmarks/bench_{name}.py::test", "extra_info": own}
             for name, several in rows.items()
             for own in several
         ],
@@ -232,7 +214,7 @@ def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> N
 
 @pytest.mark.parametrize("live", [1.0, 0.5, 0.25, 0.1])
 def test_batches_have_the_share_of_live_rows_they_were_asked_for(live: float) -> None:
-    batch = problem.make_batch((2048, 8, 31), torch.float32, "cpu", live=live)
+    batch = make_batch((2048, 8, 31), torch.float32, "cpu", live=live)
     assert int((batch.weight_T != 0).sum()) == round(live * 2048)
     ours = linear_grao_loss(*batch[:5]).loss
     weighted = linear_weighted_cross_entropy(*batch[:3], batch.weight_T).loss
@@ -244,6 +226,6 @@ def test_batches_have_the_share_of_live_rows_they_were_asked_for(live: float) ->
 
 def test_batches_refuse_parts_of_groups() -> None:
     with pytest.raises(ValueError, match="multiple of 256, whole groups, got 300"):
-        problem.make_batch((300, 8, 31), torch.float32, "cpu")
+        make_batch((300, 8, 31), torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"live must be in \(0, 1\], got 0"):
-        problem.make_batch((256, 8, 31), torch.float32, "cpu", live=0)
+        make_batch((256, 8, 31), torch.float32, "cpu", live=0)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from families import SIZES, family_model
+from family_sides import PACKED, REPEATED, compare_family, off
+from step_problem import Case, make_model, make_rollout, useful_tokens
 from transformers import AttentionInterface
 
 from grao_fast.models.attention import packed_attention, sdpa
-
-# Last: `problem` of tests/kernels and of benchmarks are not the same.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from family_sides import PACKED, REPEATED, compare_family, off
-from step_problem import Case, make_model, make_rollout, useful_tokens
 
 CASE = Case(prompts=2, samples=3, prompt_tokens=9, response_tokens=8)
 ROLLOUT = make_rollout(CASE, SIZES["vocab_size"])

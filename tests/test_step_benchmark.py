@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-# Last: `problem` of tests/kernels and of benchmarks are not the same.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from step_problem import MODELS, Case, make_model, make_prompts, make_rollout, useful_tokens
 from step_sides import TRL, Ours, grao_weights, naive_gradient
 

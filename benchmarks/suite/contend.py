@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from batches import Batch, make_batch, one_group
 from measure import Measured, Outputs, errors, interleave, outputs, truth
 from peers import OURS, PEERS, Peer
-from problem import Batch, make_batch, one_group
 from torch import Tensor
 
 from suite.runner import Run, attempt, free_memory

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 import torch
+from batches import SHAPES
 from measure import machine_facts, seconds, three_gemms
-from problem import SHAPES
 
 from suite.checkout import ROOT
 from suite.contend import device_batch

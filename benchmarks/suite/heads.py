@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from batches import SHAPES
 from peers import OURS, PEERS
-from problem import SHAPES
 
 from suite.contend import contend, device_batch, verdict
 from suite.runner import Run, free_memory

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from batches import Batch, exact_weights
 from measure import Outputs, errors, peak_extra_mib, seconds, truth
 from peers import PEERS
-from problem import Batch, exact_weights
 from torch import Tensor
 
 from grao_fast.kernels import linear_grao_loss

@@ -1,7 +1,7 @@
 """Per model family: packed groups give the gradient of repeated prompts, and compute fewer tokens.
 
-    pytest benchmarks/test_families.py --benchmark-only
-    GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/test_families.py --benchmark-only -m real
+    pytest benchmarks/bench_families.py --benchmark-only
+    GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/bench_families.py --benchmark-only -m real
 
 The families, two layers with random weights each, are those of the tests. `family_sides.py` says
 what is compared.
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from batches import DEVICE
+from families import FAMILIES, family_model
 from family_sides import PACKED, REPEATED, compare_family
-from problem import DEVICE
 from replay import clock, report
 from step_problem import Case, make_model, make_rollout
 from step_race import Contender, take_turns
@@ -28,11 +27,6 @@ from grao_fast.data.examples import Encoded, Example
 from grao_fast.kernels import group_advantages
 from grao_fast.sampling import Completion
 from grao_fast.training.step import Rollout
-
-# Last: what both folders have is the benchmarks'.
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
-from families import FAMILIES, family_model
 
 CONTENDERS = {
     PACKED: Contender(PACKED, "grao-fast, shared prompts"),

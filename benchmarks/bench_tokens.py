@@ -1,6 +1,6 @@
 """How time and memory grow with the tokens of a batch, every row live.
 
-    pytest benchmarks/test_tokens.py --benchmark-only
+    pytest benchmarks/bench_tokens.py --benchmark-only
 
 A contender that runs out of memory says so and at how many tokens.
 """
@@ -8,9 +8,9 @@ A contender that runs out of memory says so and at how many tokens.
 from __future__ import annotations
 
 import pytest
+from batches import DEVICE, DTYPES, SHAPES, make_batch
 from measure import measure
 from peers import PEERS
-from problem import DEVICE, DTYPES, SHAPES, make_batch
 from replay import clock, facts, report
 
 TOKENS = {"cuda": [2**power for power in range(10, 17)], "cpu": [256, 512, 1024, 2048]}[DEVICE]

@@ -1,6 +1,6 @@
 """The loss of an LM head, forward and backward, every row live: ours, every peer, and the floor.
 
-    pytest benchmarks/test_linear_grao.py --benchmark-only
+    pytest benchmarks/bench_linear_grao.py --benchmark-only
 
 All take turns. `gemm_ratio` in extra_info is the time over that of the three bare GEMMs of the
 same round, `peak_extra_mib` the memory beyond the inputs.
@@ -9,9 +9,9 @@ same round, `peak_extra_mib` the memory beyond the inputs.
 from __future__ import annotations
 
 import pytest
+from batches import DEVICE, DTYPES, SHAPES, make_batch, shape_name
 from measure import measure
 from peers import PEERS
-from problem import DEVICE, DTYPES, SHAPES, make_batch, shape_name
 from replay import clock, facts, report
 
 ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]

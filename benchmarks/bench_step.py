@@ -1,7 +1,7 @@
 """A whole optimiser step, and a whole sampling phase, ours beside TRL's GRPOTrainer.
 
-    pytest benchmarks/test_step.py --benchmark-only
-    GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/test_step.py --benchmark-only -m real
+    pytest benchmarks/bench_step.py --benchmark-only
+    GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/bench_step.py --benchmark-only -m real
 
 One model, the same prompts, sequences, rewards and settings on both sides, and the same gradient;
 `step_sides.py` says how. Cases differ from the first in one thing: the ratio of prompt to response,
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from problem import DEVICE
+from batches import DEVICE
 from replay import clock, report
 from step_problem import Case, make_model, make_prompts
 from step_race import (

@@ -1,6 +1,6 @@
 """Largest errors of every contender against float64, on the same inputs.
 
-    pytest benchmarks/test_accuracy.py --benchmark-only
+    pytest benchmarks/bench_accuracy.py --benchmark-only
 
 An error is relative to the largest true value of its output, that of the loss to the sum of its
 terms' sizes. "flat" logits have unit variance, as at random initialisation; "peaked" ones give the
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import DEVICE, DTYPES, SHAPES, Batch, make_batch
 from measure import errors, outputs, truth
 from peers import PEERS
-from problem import DEVICE, DTYPES, SHAPES, Batch, make_batch
 from replay import PRESENT, facts, names, skip
 
 TOKENS = 512

@@ -1,6 +1,6 @@
 """Time and memory where only some rows count: prompts, and groups whose rewards are all equal.
 
-    pytest benchmarks/test_occupancy.py --benchmark-only
+    pytest benchmarks/bench_occupancy.py --benchmark-only
 
 All shares take turns in one race. The floor is that of all rows.
 """
@@ -8,9 +8,9 @@ All shares take turns in one race. The floor is that of all rows.
 from __future__ import annotations
 
 import pytest
+from batches import DEVICE, DTYPES, SHAPES, make_batch
 from measure import measure
 from peers import PEERS
-from problem import DEVICE, DTYPES, SHAPES, make_batch
 from replay import clock, facts, report
 
 SHARES = (1.0, 0.5, 0.25)
