@@ -106,10 +106,10 @@ def test_every_page_of_docs_is_linked_from_the_readme() -> None:
 def test_names_of_modules_and_paths_of_files_exist(name: str) -> None:
     for dotted in set(re.findall(r"\bgrao_fast(?:\.\w+)+", TEXTS[name])):
         resolve(dotted)
-    quoted = re.findall(
-        r"`((?:grao_fast|kernels|benchmarks|tests|docs|examples|\.ci)/[\w./-]*)`", TEXTS[name]
-    )
-    for path in quoted:
+    folders = r"(?:grao_fast|kernels|benchmarks|tests|docs|examples|\.ci)"
+    quoted = re.findall(rf"`({folders}/[\w./-]*)`", TEXTS[name])
+    run = re.findall(rf"(?:pytest|python|bash) ({folders}/\S+?)(?=[\s`])", TEXTS[name])
+    for path in quoted + run:
         assert (ROOT / path).exists(), path
 
 
