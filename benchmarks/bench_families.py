@@ -23,7 +23,8 @@ from step_problem import Case, make_model, make_rollout
 from step_race import Contender, take_turns
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from grao_fast.data.examples import Encoded, Example
+from grao_fast.data.encoding import Encoded
+from grao_fast.data.examples import Example
 from grao_fast.kernels import group_advantages
 from grao_fast.sampling import Completion
 from grao_fast.training.step import Rollout

@@ -132,7 +132,8 @@ def make_prompts(case: Case, vocab: int, *, seed: int = 0) -> list[list[int]]:
 
 def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Rollout:
     """Groups as a sampler and a reward would leave them: G samples and a reference, scored."""
-    from grao_fast.data.examples import Encoded, Example
+    from grao_fast.data.encoding import Encoded
+    from grao_fast.data.examples import Example
     from grao_fast.sampling import Completion
     from grao_fast.training.step import Rollout
 

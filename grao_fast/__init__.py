@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
-    from grao_fast.data.examples import Example, load_examples
+    from grao_fast.data import Example, load_examples
     from grao_fast.evaluation.evaluate import EvaluationResult, evaluate, evaluate_completions
     from grao_fast.reporting.plots import plot_run
     from grao_fast.system.interruption import Preempted
@@ -36,13 +36,13 @@ __all__ = [
 
 _MODULE_OF = {
     "EvaluationResult": "evaluation.evaluate",
-    "Example": "data.examples",
+    "Example": "data",
     "GRAOConfig": "config",
     "Preempted": "system.interruption",
     "TrainResult": "trainer",
     "evaluate": "evaluation.evaluate",
     "evaluate_completions": "evaluation.evaluate",
-    "load_examples": "data.examples",
+    "load_examples": "data",
     "plot_run": "reporting.plots",
     "train": "trainer",
 }

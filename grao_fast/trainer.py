@@ -17,13 +17,8 @@ from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import (
-    Encoded,
-    Example,
-    check_templates,
-    encode_examples,
-    load_examples,
-)
+from grao_fast.data.encoding import Encoded, Limits, check_templates, encode_examples
+from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.evaluate import EvaluationResult
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.models.attention.frequencies import (
@@ -420,11 +415,13 @@ def _encode(
     return encode_examples(
         examples,
         policy.tokenizer,
-        context_length=policy.context_length,
-        max_new_tokens=config.max_new_tokens,
-        max_prompt_length=config.max_prompt_length,
-        max_reference_length=config.max_reference_length,
+        Limits(
+            max_new_tokens=config.max_new_tokens,
+            context_length=policy.context_length,
+            max_prompt_length=config.max_prompt_length,
+            max_reference_length=config.max_reference_length,
+            embedding_rows=policy.embedding_rows,
+        ),
         eos_token_ids=policy.eos_token_ids,
-        embedding_rows=policy.embedding_rows,
         trained=trained,
     )

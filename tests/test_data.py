@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grao_fast.data.examples import Example, encode_examples, load_examples
+from grao_fast.data.encoding import Encoded, Limits, encode_examples
+from grao_fast.data.examples import Example, load_examples
 
 HH = Path(__file__).parents[2] / "shared/data/hh-rlhf/harmless-base"
 TEMPLATE = (
@@ -274,8 +275,8 @@ def test_transcripts_that_end_in_a_blank_answer_are_left_out(
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (transcript("Ha"), "row 1, `chosen` is no transcript"),
-        ("hello", "row 1, `chosen` is no transcript"),
+        (transcript("Ha"), "row 1, `chosen` is not a transcript"),
+        ("hello", "row 1, `chosen` is not a transcript"),
         (transcript("Aa"), "row 1, `chosen` has no Human turn"),
         (None, "row 1, `chosen` must be a transcript, got NoneType"),
     ],
@@ -303,9 +304,11 @@ def test_real_hh_data() -> None:
 # ---- encoding
 
 
-def encode(examples: list[Example], tokenizer: PreTrainedTokenizerFast, **options: object) -> list:
-    options = {"context_length": 16, "max_new_tokens": 4, **options}
-    return encode_examples(examples, tokenizer, **options)
+def encode(
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast, **limits: int | None
+) -> list[Encoded]:
+    limits = {"context_length": 16, "max_new_tokens": 4, **limits}
+    return encode_examples(examples, tokenizer, Limits(**limits))
 
 
 def test_encode(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -399,11 +402,7 @@ def test_a_reference_ends_as_the_chat_template_ends_a_turn(tiny_model):
 
     def ends(eos_token_ids: set[int]) -> list[int]:
         encoded = encode_examples(
-            load_examples(rows),
-            tokenizer,
-            context_length=None,
-            max_new_tokens=4,
-            eos_token_ids=eos_token_ids,
+            load_examples(rows), tokenizer, Limits(max_new_tokens=4), eos_token_ids=eos_token_ids
         )
         return [item.reference_ids[-1] for item in encoded]
 

@@ -127,7 +127,7 @@ def test_zstandard_is_named_where_it_is_missing(
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 10**5, "line 2 or after it: .* nest too deep"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 10**5, "line 2 or after: .* nested too deeply"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": ', "line 3 is not JSON: Expecting value .character 7"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x\n', "line 2 is not JSON: .* .character 9"),
         ("a.jsonl", b'{"a": ', "line 1 is not JSON"),
@@ -137,8 +137,8 @@ def test_zstandard_is_named_where_it_is_missing(
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "line 1: byte 0 .* -f UTF-16"),
         ("a.json", b'[{"a": 1},\n {"a": 2},\n 3]', "row 2 must be a JSON object, got int"),
         ("a.json", b'[{"a": 1},\n {"a": 2,}]', "line 2 is not JSON"),
-        ("a.csv", b"a,b\n1,2\n1\n", "line 3 has 1 cells, and the header 2"),
-        ("a.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, and the header 2"),
+        ("a.csv", b"a,b\n1,2\n1\n", "line 3 has 1 cells, but the header has 2"),
+        ("a.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, but the header has 2"),
         ("a.csv", b'a,b\n1,"2\n3\n', "line 3 is not CSV: unexpected end of data"),
         ("a.csv", b"a,a\n1,2\n", "several columns called `a`"),
         ("a.csv", b"a,b\n1,caf\xe9\n", "line 2: byte 5 .* is not UTF-8"),

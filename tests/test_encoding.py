@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grao_fast.data.decoding import completion_texts
-from grao_fast.data.examples import Encoded, encode_examples, load_examples
+from grao_fast.data.encoding import Encoded, Limits, encode_examples
+from grao_fast.data.examples import load_examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -59,14 +60,20 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-def encode(rows: list[dict], tokenizer: Any, *, ends: tuple[str, ...] = (), **options: Any) -> Any:
+def encode(
+    rows: list[dict],
+    tokenizer: Any,
+    *,
+    ends: tuple[str, ...] = (),
+    trained: bool = True,
+    **limits: int,
+) -> list[Encoded]:
     return encode_examples(
         load_examples(rows),
         tokenizer,
-        context_length=None,
-        max_new_tokens=4,
+        Limits(max_new_tokens=4, **limits),
         eos_token_ids=tokenizer.convert_tokens_to_ids(list(ends)),
-        **options,
+        trained=trained,
     )
 
 
@@ -217,7 +224,7 @@ def test_an_end_of_turn_that_is_no_end_for_the_model(caplog) -> None:
     tokenizer = character_tokenizer(*SPECIAL, chat_template=CHATML)
     (encoded,) = encode([{"prompt": [user("hi")], "reference": "ok"}], tokenizer)
     assert (written(encoded, tokenizer), encoded.reference_text) == ("ok<|im_end|><eos>", "ok")
-    assert "ends a turn with <|im_end|>, at which samples of this model do not stop" in caplog.text
+    assert "ends a turn with <|im_end|>, which does not end samples of this model" in caplog.text
 
 
 @pytest.mark.parametrize("reference", ["ok", "ok<eos>", "ok<eos>\n", "ok<eos><eos>"])
@@ -242,15 +249,14 @@ def test_what_is_not_as_rendered_is_said_once_with_row_and_number(caplog) -> Non
     with caplog.at_level(logging.WARNING):
         encode([{"prompt": "text", "reference": "b"}, *rows], tokenizer, ends=("<|im_end|>",))
     assert [r.message.split(")")[0] for r in caplog.records] == [
-        "3 of 4 prompts are not how the chat template begins prompt and reference together "
-        "(example 1 is the first"
+        "for 3 of 4 examples (first: example 1"
     ]
     caplog.clear()
     encode(
         [{"prompt": f"ok?{' ' * n}", "reference": "yes"} for n in (0, 1)], sentencepiece("first")
     )
-    assert "the last tokens of 1 of 2 prompts" in caplog.text
-    assert "example 1 is the first" in caplog.text
+    assert "the last tokens of 1 of 2 prompts would merge with" in caplog.text
+    assert "first: example 1" in caplog.text
 
 
 def test_references_that_the_tokenizer_alters_are_counted(caplog) -> None:
@@ -258,7 +264,7 @@ def test_references_that_the_tokenizer_alters_are_counted(caplog) -> None:
     references = ["a b", "\u00fc", "a\u00fc", " b "]
     encoded = encode([{"prompt": "hi ", "reference": r} for r in references], tokenizer)
     assert [item.reference_text for item in encoded] == ["a b", "<unk>", "a<unk>", " b "]
-    assert "cannot write 2 of 4 references as they are (example 1 is the first)" in caplog.text
+    assert "cannot represent 2 of 4 references exactly (first: example 1)" in caplog.text
 
 
 def test_references_with_an_end_inside_are_counted(caplog) -> None:
@@ -266,8 +272,8 @@ def test_references_with_an_end_inside_are_counted(caplog) -> None:
     references = ["a", "a<|im_end|>b", [assistant("a"), user("b"), assistant("c")]]
     rows = [{"prompt": [user("hi")], "reference": reference} for reference in references]
     encode(rows, tokenizer, ends=("<|im_end|>",))
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "1 of 3 references hold an end-of-sequence token before their end (example 1 is the first)"
+    assert [record.message.split(")")[0] for record in caplog.records] == [
+        "1 of 3 references contain an end-of-sequence token before their end (first: example 1"
     ]
 
 
@@ -286,7 +292,7 @@ def test_a_template_that_refuses_is_quoted_on_one_line() -> None:
 
 def test_a_template_that_wants_content_in_parts_is_refused() -> None:
     parts = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves out what an assistant says as text"):
+    with pytest.raises(ValueError, match="leaves out assistant content that is given as text"):
         chat("b", parts)
 
 

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import Encoded, Example
+from grao_fast.data.encoding import Encoded
+from grao_fast.data.examples import Example
 from grao_fast.kernels import group_advantages
 from grao_fast.models import policy
 from grao_fast.models.attention import flex

@@ -11,7 +11,8 @@ from test_trainer import CONFIG, ROWS, StopAt, lines, run, same_bits
 from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import encode_examples, load_examples
+from grao_fast.data.encoding import Limits, encode_examples
+from grao_fast.data.examples import load_examples
 from grao_fast.models.policy import load_policy
 from grao_fast.training import memory
 from grao_fast.training.optim import adamw
@@ -65,7 +66,7 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
 def probe(tiny_model, config: GRAOConfig):
     policy = load_policy(tiny_model, config=config)
     prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, context_length=512, max_new_tokens=8
+        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=512)
     )
     return policy, prompts
 

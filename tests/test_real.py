@@ -100,12 +100,14 @@ def test_a_step_is_the_naive_formula():
 
     Relative 2e-4 in the max norm of each tensor: 30 layers of float32 in another order.
     """
-    from grao_fast.data.examples import encode_examples
+    from grao_fast.data.encoding import Limits, encode_examples
 
     policy = load_policy(MODEL, config=CONFIG)
     examples = load_examples(rows("train", 4))
     prompts = encode_examples(
-        examples, policy.tokenizer, context_length=2048, max_new_tokens=12, max_reference_length=24
+        examples,
+        policy.tokenizer,
+        Limits(max_new_tokens=12, context_length=2048, max_reference_length=24),
     )
     first = DataStream(len(prompts), 1, 0).batch(0)
     rollout = sample_and_score(

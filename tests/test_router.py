@@ -12,7 +12,8 @@ from test_trainer import CONFIG, ROWS
 from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import encode_examples, load_examples
+from grao_fast.data.encoding import Limits, encode_examples
+from grao_fast.data.examples import load_examples
 from grao_fast.data.packing import pack
 from grao_fast.models.policy import Policy, load_policy
 from grao_fast.rewards import resolve_reward
@@ -84,7 +85,7 @@ def test_its_gradient_reaches_the_router(tiny_model):
 def test_a_step_reports_it(tiny_model):
     policy = load("Qwen3Moe", tiny_model, CONFIG)
     prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, context_length=64, max_new_tokens=8
+        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=64)
     )
 
     def rising(prompts, completions):  # this model's answers say nothing: any that differ will do

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import encode_examples, load_examples
+from grao_fast.data.encoding import Limits, encode_examples
+from grao_fast.data.examples import load_examples
 from grao_fast.kernels import reference
 from grao_fast.models.policy import load_policy
 from grao_fast.rewards import resolve_reward
@@ -89,7 +90,7 @@ def test_it_learns(tiny_model, tmp_path: Path):
 def step_groups(tiny_model, config: GRAOConfig):
     policy = load_policy(tiny_model, config=config)
     prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, context_length=512, max_new_tokens=8
+        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=512)
     )
     rollout = sample_and_score(policy, resolve_reward(letters), prompts, config, seed=5)
     return policy, rollout, to_groups(rollout, beta=config.beta, lam=config.lam)

@@ -1,1 +1,10 @@
-"""Data: prompts with reference answers, from a source to packed micro-batches."""
+"""Data: from a source to packed micro-batches.
+
+Users import `Example` and `load_examples`, also from `grao_fast` itself. The modules, in order:
+`sources` and `files` give rows, `fields` and `examples` give examples, `chat`, `encoder` and
+`encoding` give token ids, `decoding` gives the text that is scored, `packing` gives micro-batches.
+"""
+
+from grao_fast.data.examples import Example, load_examples
+
+__all__ = ["Example", "load_examples"]

@@ -1,13 +1,14 @@
-"""Prompts of messages, and the turns that answer them, as a chat template writes them.
+"""Renders prompts of messages, and the turns that answer them, through a chat template.
 
-A prompt is rendered with the header of the turn that follows it; one that ends in an assistant's
-turn is left open instead, and what follows continues that turn. An answer is what the template
-writes behind its prompt when it renders both together, up to the end of the last turn.
+A prompt is rendered with the generation prompt, the header of the assistant's turn. A prompt that
+ends in an assistant's turn is left open instead, and the answer continues that turn. The text of an
+answer is what the template adds to the prompt when it renders both together, up to the end of the
+last turn.
 
-Where the template writes the two together otherwise than the prompt alone, or leaves out a part of
-the answer, a plain answer is its own text and the template's end of a turn. This is so of templates
-that strip reasoning from turns, or open `<think>` in the header alone; what the header has opened
-the answer does not open again.
+Some templates render a conversation differently from its prompt alone: they strip the reasoning of
+earlier turns, or write `<think>` only in the generation prompt. If the rendered conversation does
+not start with the rendered prompt, or lacks a part of the answer, an answer of one turn is its own
+text plus the template's end of turn. A tag that the generation prompt opens is not opened again.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ if TYPE_CHECKING:
 
 _MARK = "@@answer@@"
 _OPEN_TAG = re.compile(r"([<\[◁](?:think|thinking|thought|reasoning)[>\]▷])\s*\Z", re.IGNORECASE)
-_LONGEST_REFUSAL = 300  # characters; Transformers quotes the whole conversation
-# What code of a template, or of Transformers around it, raises of messages that it cannot render.
+_LONGEST_REFUSAL = 300  # characters of an error; Transformers quotes the whole conversation
+# What a template, or Transformers around it, raises for messages that it cannot render.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
-
-# How an answer came about: as the template writes it behind its prompt; otherwise, as the prompt is
-# not how the template begins both; or without a part that the template leaves out.
+# How the text of an answer was found: it follows the rendered prompt ("rendered"), the rendered
+# conversation does not start with the prompt ("no prefix"), or it lacks some of the answer
+# ("in part").
 Written = Literal["rendered", "no prefix", "in part"]
 
 
 class TemplateRefusal(UserError):
-    """The chat template does not render a conversation; the message is its own words, one line."""
+    """A chat template that cannot render a conversation; the message is the template's own."""
 
 
 class Chat:
     """A tokenizer's chat template.
 
     Args:
-        end_texts: texts of the tokens that end a completion.
-        continues: whether a prompt that ends in an assistant's turn is continued; False opens
-            another turn.
-        options: for `apply_chat_template`.
+        end_texts: the texts of the tokens that end a completion.
+        continues: True if the answer continues an assistant's turn that ends the prompt; False if
+            it is a new turn.
+        options: further arguments for `apply_chat_template`.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Chat:
         self._closing: str | None = None
 
     def prompt(self, messages: Messages) -> str:
-        """The text of a prompt, ready to be answered. Raises TemplateRefusal."""
+        """Return the text of a prompt, generation prompt included. Raises TemplateRefusal."""
         if self._continued(messages):
             return self._render(messages, continue_final_message=True)
         return self._render(messages, add_generation_prompt=True)
@@ -73,7 +74,10 @@ class Chat:
     def answer(
         self, messages: Messages, prompt_text: str, reference: str | Messages
     ) -> tuple[str, Written]:
-        """What a reference adds to `prompt(messages)`. Raises TemplateRefusal."""
+        """Return the text that a reference adds to `prompt_text`, and how it was found.
+
+        prompt_text: `prompt(messages)`. Raises TemplateRefusal.
+        """
         turns = [{"role": "assistant", "content": reference}]
         if not isinstance(reference, str):
             turns = list(reference)
@@ -83,7 +87,7 @@ class Chat:
         written: Written = "no prefix"
         if whole.startswith(prompt_text):
             text, written = self._closed(messages, whole[len(prompt_text) :]), "in part"
-        elif whole.startswith(prompt_text.rstrip()):  # but for blanks, it is
+        elif whole.startswith(prompt_text.rstrip()):  # a prefix but for trailing white space
             text = self._closed(messages, whole[len(prompt_text.rstrip()) :].lstrip())
 
         tag = _open_tag(prompt_text)
@@ -91,7 +95,7 @@ class Chat:
         contents[0], opens_again = _without_tag(contents[0], tag)
         kept = text is not None and _holds(text, contents)
         if kept and opens_again:
-            kept = _squeezed(text or "").startswith(_squeezed(contents[0]))
+            kept = without_blanks(text or "").startswith(without_blanks(contents[0]))
         if text is not None and kept and _holds(text, _beside(turns)):
             return text, "rendered" if written == "in part" else written
         one_turn = len(turns) == 1 and not turns[0].get("tool_calls")
@@ -106,12 +110,12 @@ class Chat:
         return text, written
 
     def closing(self, messages: Messages) -> str:
-        """What the template keeps behind the last turn's text: the end of the turn."""
+        """Return the text with which the template ends an assistant's turn."""
         if self._closing is None:
             whole = self._render(self._joined(messages, [{"role": "assistant", "content": _MARK}]))
             _, mark, closing = whole.rpartition(_MARK)
             if not mark:
-                raise TemplateRefusal("it leaves out what an assistant says as text")
+                raise TemplateRefusal("it leaves out assistant content that is given as text")
             self._closing = closing
         return self._kept(self._closing)
 
@@ -125,7 +129,7 @@ class Chat:
         return [*messages[:-1], {**messages[-1], **turns[0], "content": content}, *turns[1:]]
 
     def _closed(self, messages: Messages, text: str) -> str:
-        """A rendered answer without what the template writes behind the end of its last turn."""
+        """Cut what the template writes after the end of an answer's last turn."""
         kept = self.closing(messages)
         assert self._closing is not None
         if text.endswith(self._closing):
@@ -137,7 +141,7 @@ class Chat:
         return closing[: min(ends)] if ends else closing.rstrip()
 
     def _without_end(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """A turn's content without the end-of-sequence tokens that its text ends in."""
+        """Return a turn's content without end-of-sequence tokens at its end, as a new field."""
         content = turn.get("content")
         if not isinstance(content, str):
             return {}
@@ -159,12 +163,12 @@ class Chat:
 
 
 def _contents(turns: Messages) -> list[str]:
-    """The texts of the assistant's turns, and at least one."""
+    """The contents of the assistant's turns; one empty text if there are none."""
     return [t.get("content", "") for t in turns if t["role"] == "assistant"] or [""]
 
 
 def _beside(turns: Messages) -> list[str]:
-    """What the assistant's turns hold beside texts: reasoning, and the names of tools they call."""
+    """What the assistant's turns hold besides content: reasoning, and the names of called tools."""
     beside = []
     for turn in turns:
         beside += [turn[key] for key in REASONING if key in turn]
@@ -173,31 +177,31 @@ def _beside(turns: Messages) -> list[str]:
     return [text for text in beside if isinstance(text, str)]
 
 
-def _holds(text: str, parts: list[str]) -> bool:
-    """Whether a text holds others, blanks aside, which templates trim and add."""
-    squeezed = _squeezed(text)
-    return all(_squeezed(part) in squeezed for part in parts)
+def _holds(text: str, others: list[str]) -> bool:
+    """Whether a text contains all others, white space aside, which templates trim and add."""
+    return all(without_blanks(other) in without_blanks(text) for other in others)
 
 
-def _squeezed(text: str) -> str:
+def without_blanks(text: str) -> str:
+    """A text without its white space."""
     return "".join(text.split())
 
 
 def _open_tag(prompt_text: str) -> str:
-    """The tag of reasoning that ends a prompt, as `<think>`; empty where none does."""
+    """The reasoning tag, such as `<think>`, that a prompt ends in; empty if it ends in none."""
     found = _OPEN_TAG.search(prompt_text)
     return found[1] if found else ""
 
 
 def _without_tag(text: str, tag: str) -> tuple[str, bool]:
-    """A text without the tag that it opens again, and whether it does."""
+    """A text without a leading `tag`, and whether it had one."""
     if not tag or not text.lstrip().startswith(tag):
         return text, False
     return text.lstrip().removeprefix(tag).removeprefix("\n"), True
 
 
 def _shared_length(prompt_text: str, whole: str) -> int:
-    """How much two texts share, up to a blank or the end of a tag: `<th` is not a share."""
+    """Length of the common prefix of two texts, cut back to white space or the end of a tag."""
     pairs = enumerate(zip(prompt_text, whole, strict=False))
     length = next((place for place, (a, b) in pairs if a != b), min(len(prompt_text), len(whole)))
     while length and not (prompt_text[length - 1].isspace() or prompt_text[length - 1] in ">]"):

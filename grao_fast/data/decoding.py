@@ -1,4 +1,4 @@
-"""From token ids to the text that is scored, of samples and of references."""
+"""Decodes the token ids of samples and references into the text that rewards score."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from grao_fast.data.chat import Chat, TemplateRefusal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens of a prompt that a completion is decoded behind. One tells whether a word begins with a
-# space; a few more hold most characters whose bytes are tokens.
+# A completion is decoded after this many last tokens of its prompt. One token decides whether the
+# first word keeps its space; four hold most characters that are several byte tokens.
 _CONTEXT = 4
 
 
 def ending_ids(
     tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
 ) -> frozenset[int]:
-    """Tokens that end a completion, or, by the chat template, an assistant's turn.
+    """Tokens that end a completion, and those that end an assistant's turn in the chat template.
 
-    A base model's template may end turns with a token that is no end-of-sequence token of the
-    model: a completion then goes on behind it, mostly to that token.
+    The template of a base model may end turns with a token that is not among the model's
+    end-of-sequence tokens. A completion then runs on past it, usually to the tokenizer's EOS.
     """
     ends = {*eos_token_ids, cast(int, tokenizer.eos_token_id)}
     if tokenizer.chat_template is None:
@@ -43,15 +43,15 @@ def completion_texts(
     completions: Sequence[Sequence[int]],
     end_ids: Collection[int],
 ) -> list[str]:
-    """What completions say behind their prompts, without the tokens of `ending_ids` at their end.
+    """Decode completions without the tokens of `end_ids` at their end.
 
-    Samples and references are scored as this text. Other special tokens stay in it, `<think>` and
-    the tags of tool calls among them. It is what a completion adds to its prompt's text, so that a
-    first word keeps the space that SentencePiece drops at the beginning of a text.
+    Rewards see this text, of samples and references alike. Other special tokens, such as `<think>`
+    and the tags of tool calls, stay in it. A completion is decoded after the end of its prompt, so
+    that its first word keeps the space that SentencePiece drops at the start of a text.
     """
     contexts = [tuple(prompt[-_CONTEXT:]) for prompt in prompts]
     before = _decode_distinct(tokenizer, contexts)
-    # a context that begins within a character gives way to the whole prompt
+    # if the context starts inside a character, decode after the whole prompt
     torn = {context for context, text in before.items() if "\ufffd" in text}
     if torn:
         pairs = zip(prompts, contexts, strict=True)
@@ -69,15 +69,15 @@ def completion_texts(
         prefix = before[context]
         if text.startswith(prefix):
             texts.append(text[len(prefix) :])
-        else:  # a decoder that rewrites what comes before, as WordPiece's "do not" to "don't"
+        else:  # the decoder rewrites the context too, as WordPiece turns "do not" into "don't"
             texts += _decode(tokenizer, [body])
     return texts
 
 
 def _decode_distinct(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[int, ...]]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[tuple[int, ...]]
 ) -> dict[tuple[int, ...], str]:
-    distinct = list(dict.fromkeys(rows))
+    distinct = list(dict.fromkeys(ids))
     return dict(zip(distinct, _decode(tokenizer, distinct), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""What the fields of a dataset's row mean: text, messages, and HH transcripts.
+"""Reads the fields of a row: text, messages, and HH transcripts.
 
-Every function takes `where`, the row and column as an error should name them, and raises
-ValueError on what it cannot read.
+Every function takes `where`, the name of the row and column for errors, and raises ValueError for
+a field that it cannot read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grao_fast.system.errors import UserError
 
 Messages = list[dict[str, Any]]
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # a message's, under any of these keys
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message's reasoning
 
 _ASKING = ("user", "system", "developer")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -23,17 +23,17 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def check_text(value: Any, where: str, within: tuple[int, ...] = ()) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and no tokenizer or file can.
+    """Raise ValueError for lone surrogates, which JSON can hold and no tokenizer or file can.
 
-    within: identities of the lists and objects around the value: data may hold itself.
+    within: identities of the containers around the value, since a row may contain itself.
     """
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where}: character {error.start} is {value[error.start]!a}, half a "
-                f"surrogate pair and no text; repair the row or leave it out"
+                f"{where}: character {error.start} is {value[error.start]!a}, half a surrogate "
+                f"pair, which is not text: repair the row or leave it out"
             ) from error
     elif isinstance(value, (Mapping, list, tuple)) and id(value) not in within:
         within = (*within, id(value))
@@ -43,7 +43,7 @@ def check_text(value: Any, where: str, within: tuple[int, ...] = ()) -> None:
 
 
 def read_prompt(value: Any, where: str) -> str | Messages:
-    """A prompt: text that is not blank, or messages."""
+    """Read a prompt: text that is not blank, or messages."""
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{where} is empty")
@@ -54,10 +54,10 @@ def read_prompt(value: Any, where: str) -> str | Messages:
 def read_reference(
     value: Any, where: str, prompt: str | Messages | None = None
 ) -> str | Messages | None:
-    """A reference: text, or messages that are more than one answer's text; None where it is blank.
+    """Read a reference: text, or messages if it is more than the text of one answer.
 
-    Of messages, those that repeat the prompt are left out. The others are the turns that follow it,
-    with tool calls and reasoning, and end in an assistant's turn.
+    Returns None for a blank reference. Messages that repeat the prompt are left out; the others are
+    the turns that follow it, with tool calls and reasoning, and end in an assistant's turn.
     """
     if value is None or isinstance(value, str):
         return value if value and value.strip() else None
@@ -69,7 +69,7 @@ def read_reference(
     )
     if more and isinstance(prompt, str):
         raise UserError(
-            f"{where} has {more}, which only a chat template can write: give the prompt as "
+            f"{where} has {more}, which only a chat template can render: give the prompt as "
             "messages too"
         )
     if more or (turns[0].keys() - {"role", "content"} and not isinstance(prompt, str)):
@@ -78,12 +78,12 @@ def read_reference(
 
 
 def beside_text(message: Mapping[str, Any]) -> list[str]:
-    """The keys of a message, other than its content, under which it holds what a model has said."""
+    """The keys of a message that hold output of a model other than its content."""
     return [key for key in (*REASONING, "tool_calls") if message.get(key)]
 
 
 def _without_prompt(messages: Messages, prompt: str | Messages | None) -> Messages:
-    """The turns that follow the prompt, where messages begin with it."""
+    """Messages without the prompt that they begin with."""
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     start, skipped = (_after_system(m) for m in (messages, asked))
     shared = len(asked) - skipped
@@ -93,21 +93,21 @@ def _without_prompt(messages: Messages, prompt: str | Messages | None) -> Messag
     ]
     if shared and len(messages) - start > shared and all(same):
         return messages[start + shared :]
-    # A prompt in other words: the answer is what follows the last question.
+    # The prompt is worded differently: the answer is what follows the last question.
     last = max((n for n, m in enumerate(messages[:-1]) if m["role"] in _ASKING), default=-1)
     return messages[last + 1 :] if messages[0]["role"] in _ASKING else messages
 
 
 def _after_system(messages: Messages) -> int:
-    """How many turns of the system's a conversation begins with."""
+    """The number of system and developer turns that a conversation begins with."""
     roles = [message["role"] for message in messages]
     return next((n for n, role in enumerate(roles) if role not in _ASKING[1:]), len(roles))
 
 
 def read_messages(value: Any, where: str) -> Messages:
-    """A conversation: one or more dicts with `role` and `content` as text.
+    """Read a conversation: one or more dicts with `role` and `content` as text.
 
-    An assistant's turn with tool calls or reasoning needs no content.
+    The content may be missing from an assistant's turn with tool calls or reasoning.
     """
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise UserError(f"{where} must be text or messages, got {type(value).__name__}")
@@ -120,7 +120,7 @@ def read_messages(value: Any, where: str) -> Messages:
                 f"{where}, message {position} must be a dict with `role` and `content`, "
                 f"got {type(message).__name__}"
             )
-        # Arrow gives every message the keys of all messages, with None where there was none.
+        # Arrow gives every message the keys of all messages, and None for those it did not have.
         present = {key: item for key, item in message.items() if item is not None}
         needed = ["role", "content"]
         if present.get("role") == "assistant" and beside_text(present):
@@ -136,32 +136,34 @@ def read_messages(value: Any, where: str) -> Messages:
 
 
 def answer_text(reference: str | Messages | None) -> str | None:
-    """The text of a reference that no tokenizer has seen: of messages, the last turn's."""
+    """The text of a reference that has not been tokenised; of messages, the last content."""
     if reference is None or isinstance(reference, str):
         return reference
     return reference[-1].get("content", "")
 
 
 def is_hh_transcript(text: str) -> bool:
-    """Whether a text reads as one of Anthropic's HH transcripts."""
+    """Whether a text looks like a transcript of Anthropic's HH data."""
     return text.lstrip().startswith(("Human:", "Assistant:"))
 
 
 def parse_hh_transcript(text: str, where: str) -> tuple[Messages, str | None]:
     """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." into prompt messages and the last answer.
 
-    The published data holds a few transcripts in which a speaker takes two turns running (6 of
-    the 1,700 we looked at): they are one turn of two paragraphs, as many chat templates insist
-    that roles alternate. Blank turns are left out; a blank last answer is None.
+    In a few transcripts of the published data (6 of the 1,700 we looked at) a speaker takes two
+    turns in a row. These are joined, as paragraphs of one turn, since many chat templates require
+    alternating roles. Blank turns are left out; a blank last answer is None.
     """
-    before, *parts = _TURN.split("\n\n" + text.strip())
-    roles = [_ROLES[name] for name in parts[0::2]]
+    before, *rest = _TURN.split("\n\n" + text.strip())
+    roles = [_ROLES[name] for name in rest[0::2]]
     if before.strip() or "assistant" not in roles:
-        raise UserError(f"{where} is no transcript of '\\n\\nHuman:' and '\\n\\nAssistant:' turns")
+        raise UserError(
+            f"{where} is not a transcript of '\\n\\nHuman:' and '\\n\\nAssistant:' turns"
+        )
     end = len(roles) - roles[::-1].index("assistant")  # the last answer ends the transcript
     turns: Messages = []
     for position, (role, content) in enumerate(
-        zip(roles[:end], map(str.strip, parts[1::2][:end]), strict=True)
+        zip(roles[:end], map(str.strip, rest[1::2][:end]), strict=True)
     ):
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".rstrip()
@@ -174,11 +176,11 @@ def parse_hh_transcript(text: str, where: str) -> tuple[Messages, str | None]:
 
 
 def shared_prefix(chosen: str, rejected: str) -> str:
-    """The text that two answers begin with, up to the last whole word and without its space."""
+    """The common beginning of two texts, up to its last whole word, without trailing spaces."""
     end = 0
     while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
         end += 1
-    # Answers that begin alike ("The", "This") must not lend their first letters to the prompt.
+    # Stop at white space: of answers "The" and "This", "Th" is not part of the prompt.
     while 0 < end < len(chosen) and not chosen[end - 1].isspace():
         end -= 1
     while end > 0 and chosen[end - 1] == " ":  # the space belongs to the answer's first token

@@ -1,8 +1,8 @@
-"""Rows of JSON and CSV files, every value as the file has it.
+"""Reads the rows of JSON and CSV files, with every value exactly as in the file.
 
-`datasets` reads these formats into typed columns: text that looks like a date becomes one, "None"
-and "NA" in a CSV file are lost, 00501 becomes 501, and an object gains the keys of all others in
-its column. Here a JSON value is what JSON says it is, and a CSV cell is text.
+`datasets` reads these formats into typed columns: text that looks like a date becomes a date,
+"None" and "NA" in a CSV file become null, 00501 becomes 501, and an object gains the keys of all
+others in its column. Here a JSON value keeps its JSON type, and a CSV cell is text.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ Row = dict[str, Any]
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131072
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module's default is 131072
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 
 def read_json(
     path: str, *, name: str = "", encoding: str = "utf-8", field: str | None = None
 ) -> list[Row]:
-    """Rows of JSON Lines, or of one JSON array of objects.
+    """Read the rows of a JSON Lines file, or of one JSON array of objects.
 
     Args:
-        path: a file, compressed or not.
-        name: what errors call it, and what tells its compression; the path by default.
-        encoding: of the text; a byte order mark of UTF-8 is no part of it.
-        field: where the file is one object, the key under which it holds the rows.
+        path: the file, compressed or not.
+        name: the file's name for errors, whose extension tells the compression; default: path.
+        encoding: the encoding of the text; a UTF-8 byte order mark is skipped.
+        field: if the file is one object, the key of its rows.
 
     Raises:
-        ValueError: a file that cannot be read, or a line that is no text, no JSON or no object.
+        ValueError: the file cannot be read, or a line is not text, not JSON or not an object.
     """
     name = name or path
     decoder = json.JSONDecoder(object_pairs_hook=_object)
@@ -70,10 +70,10 @@ def read_json(
 def read_csv(
     path: str, *, name: str = "", encoding: str = "utf-8", delimiter: str = ","
 ) -> list[Row]:
-    """Rows of a CSV file with a header; every cell is text, an empty one the empty text.
+    """Read the rows of a CSV file with a header; every cell is text, possibly empty.
 
-    Columns without a name, such as an index that was written beside a table, are left out.
-    Arguments and errors are those of `read_json`.
+    Columns without a name, such as the index that pandas writes, are left out. Arguments and errors
+    are those of `read_json`.
     """
     name = name or path
     limit = csv.field_size_limit(_LONGEST_CELL)
@@ -82,7 +82,7 @@ def read_csv(
             texts = (line for _, line in _lines(file, name, encoding))
             return _read_table(csv.reader(texts, delimiter=delimiter, strict=True), name)
     finally:
-        csv.field_size_limit(limit)  # the limit is the whole process's
+        csv.field_size_limit(limit)  # the limit holds for the whole process
 
 
 def _read_table(reader: Any, name: str) -> list[Row]:
@@ -100,7 +100,7 @@ def _read_table(reader: Any, name: str) -> list[Row]:
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"{name}, line {reader.line_num} has {len(cells)} cells, and the header "
+                    f"{name}, line {reader.line_num} has {len(cells)} cells, but the header has "
                     f"{len(header)}"
                 )
             rows.append({key: cell for key, cell in zip(header, cells, strict=True) if key})
@@ -110,7 +110,7 @@ def _read_table(reader: Any, name: str) -> list[Row]:
 
 
 def _read_document(text: str, decoder: json.JSONDecoder, name: str, field: str | None) -> list[Row]:
-    """Rows of one array, or of objects over several lines that follow each other."""
+    """Rows of one array, or of consecutive objects that may span lines."""
     values: list[Any] = []
     end = _skip_blank(text, 0)
     while end < len(text):
@@ -136,7 +136,7 @@ def _rest(line: str, lines: Iterator[tuple[int, str]]) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object. Of a key that it has twice, nobody can say which value is meant."""
+    """Return a JSON object; a repeated key, whose value is ambiguous, raises _KeyTwice."""
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -151,12 +151,12 @@ class _KeyTwice(ValueError):
 
 @contextmanager
 def _naming(name: str, first_line: int) -> Iterator[None]:
-    """The decoder's errors with the file's name and the line in it."""
+    """Raise the decoder's errors as UserErrors that name the file and the line."""
     try:
         yield
     except RecursionError as error:
         raise UserError(
-            f"{name}, line {first_line} or after it: lists or objects nest too deep to be read"
+            f"{name}, line {first_line} or after: lists or objects are nested too deeply to be read"
         ) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
@@ -164,7 +164,7 @@ def _naming(name: str, first_line: int) -> Iterator[None]:
             f"{name}, line {line} is not JSON: {error.msg} (character {error.colno})"
         ) from error
     except _KeyTwice as error:
-        raise UserError(f"{name}, line {first_line} or after it: {error}") from error
+        raise UserError(f"{name}, line {first_line} or after: {error}") from error
 
 
 def _checked(row: Any, where: str) -> Row:
@@ -175,7 +175,7 @@ def _checked(row: Any, where: str) -> Row:
 
 @contextmanager
 def _open(path: str, name: str) -> Iterator[IO[bytes]]:
-    """A file's bytes, uncompressed; a damaged archive is a ValueError that names it."""
+    """Open a file for reading, decompressed. Raises ValueError, with its name, if it is damaged."""
     compression = COMPRESSIONS.get(PurePath(name).suffix.lower())
     try:
         if compression == "zip":
@@ -193,26 +193,26 @@ def _open(path: str, name: str) -> Iterator[IO[bytes]]:
 
 
 def _uncompress_zstd(raw: IO[bytes], name: str) -> IO[bytes]:
-    """All frames of a Zstandard file; the library's own readers end at the first, whole or not."""
+    """Read all frames of a Zstandard file; the library's own readers stop after the first."""
     try:
         import zstandard
     except ImportError as error:
         raise UserError(f"cannot read {name}: zstd needs `pip install zstandard`") from error
-    left, parts = raw.read(), []
+    left, contents = raw.read(), []
     while left:
         frame = zstandard.ZstdDecompressor().decompressobj()
         try:
-            parts.append(frame.decompress(left))
+            contents.append(frame.decompress(left))
         except zstandard.ZstdError as error:
             raise UserError(f"cannot read {name}: {error}") from error
         if not frame.eof:
-            raise UserError(f"cannot read {name}: it ends within compressed data")
+            raise UserError(f"cannot read {name}: it ends in the middle of compressed data")
         left = frame.unused_data
-    return io.BytesIO(b"".join(parts))
+    return io.BytesIO(b"".join(contents))
 
 
 def _lines(file: Iterable[bytes], name: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and texts of a file's lines, their ends included."""
+    """Yield the number, from 1, and the text of every line, with its line break."""
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")

@@ -1,14 +1,15 @@
-"""Groups of sequences -> packed micro-batches.
+"""Packs groups of sequences into micro-batches: tensors for one forward and backward pass.
 
-A group is one prompt and its K = G + 1 continuations: G samples, then the reference. Its layout is
+A group is one prompt and its K = G + 1 continuations: G samples, then the reference. It is laid out
+as
 
-    [prompt, o_1, ..., o_G, y]      positions: 0..P-1, then P, P+1, ... anew for every continuation
+    [prompt, o_1, ..., o_G, y]      positions 0..P-1, then P, P+1, ... again in every continuation
 
-so that the prompt is computed once; several groups stand one behind the other in one row, without
-padding. The last prompt position predicts the first token of every continuation of its group, so
-the rows that enter the language-model head repeat it.
+so that the prompt is computed once. Groups follow each other in one row, without padding. The last
+position of the prompt predicts the first token of every continuation, so the rows that enter the
+language-model head contain that position once for each.
 
-Suffixes of names: B rows of L tokens, T rows of the head (each predicts a token), N groups,
+Suffixes of names: B rows of L tokens, T rows of the head (one for each predicted token), N groups,
 K sequences of a group, P tokens of a prompt.
 """
 
@@ -31,9 +32,9 @@ class Group:
         prompt_ids: P tokens, at least one.
         sequence_ids: K lists, the reference last; an empty list is an absent sequence.
         rewards_K: float64 on the CPU; NaN for an absent sequence.
-        live_K: bool on the CPU, the sequences that the objective asks for.
-        sampler_logprobs: of every token of the samples, in the order of sequence_ids, as the
-            sampler gave them; what comes behind, as the reference does, has none.
+        live_K: bool on the CPU, True for sequences with a nonzero weight in the objective.
+        sampler_logprobs: log-probs under the sampler of every token of the first sequences, in the
+            order of sequence_ids; the others, such as the reference, have none.
     """
 
     prompt_ids: list[int]
@@ -44,13 +45,13 @@ class Group:
 
     @cached_property
     def live_sequences(self) -> list[int]:
-        """Indices of the sequences that need a forward pass: live and not empty."""
+        """Indices of the sequences that need a forward pass: those live and not empty."""
         live = self.live_K.tolist()
         return [k for k, ids in enumerate(self.sequence_ids) if ids and live[k]]
 
     @cached_property
     def size(self) -> Size:
-        """Of its forward pass; no rows for a dead group, which needs none."""
+        """Size of the group's forward pass; zero for a dead group, which needs none."""
         lengths = [len(self.sequence_ids[k]) for k in self.live_sequences]
         P = len(self.prompt_ids)
         return Size(len(lengths), P + max(lengths), P + sum(lengths)) if lengths else Size(0, 0, 0)
@@ -58,7 +59,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a forward pass: its live sequences, the longest with its prompt, and tokens packed."""
+    """Size of a forward pass.
+
+    sequences: the number of live sequences.
+    longest: tokens of the longest sequence, its prompt included.
+    packed: tokens of all sequences, with every prompt counted once.
+    """
 
     sequences: int
     longest: int
@@ -69,13 +75,13 @@ class Size:
         return Size(self.sequences + other.sequences, longest, self.packed + other.packed)
 
     def tokens(self, *, share_prefix: bool) -> int:
-        """Tokens computed: packed behind shared prompts, or padded to the longest row."""
+        """Tokens of the pass: packed with shared prompts, or padded to the longest sequence."""
         return self.packed if share_prefix else self.sequences * self.longest
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one group stands in the packed row: a prefix, then suffixes that each see it."""
+    """The place of one group in a packed row: a prefix, then suffixes that each attend to it."""
 
     start: int
     prefix_length: int
@@ -88,16 +94,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole groups for one forward and backward pass; every tensor is on the CPU.
+    """Whole groups for one forward and backward pass; all tensors are on the CPU.
 
     input_ids_BL, position_ids_BL: int64, the rows of the forward pass.
     attention_mask_BL: int64, 0 on padding; None for a packed row.
-    segments: where the groups stand in a packed row; None for padded rows.
-    place_NT: for each group int64, the places in the flattened rows of its tokens, its prompt once.
-    row_T: int64, the place in the flattened (B * L) rows whose hidden state predicts target_T.
+    segments: the places of the groups in a packed row; None for padded rows.
+    place_NT: for each group, int64 indices of its tokens in the flattened rows, its prompt once.
+    row_T: int64, indices in the flattened (B * L) rows of the hidden states that predict target_T.
     target_T: int64 token ids.
     sequence_T: int64, n * K + k of every target, for `linear_grao_loss`.
-    sampler_logprob_T: float32, log-prob of every target under the sampler; NaN where it has none.
+    sampler_logprob_T: float32, log-prob of every target under the sampler; NaN if unknown.
     rewards_NK: float64; n counts the groups of this micro-batch.
     """
 
@@ -116,10 +122,10 @@ class MicroBatch:
 def split_by_tokens(
     groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True
 ) -> Iterator[list[Group]]:
-    """Whole groups, longest first, filled up to `max_tokens` each; dead groups are left out.
+    """Split groups into lists of at most `max_tokens` each; dead groups are left out.
 
-    The longest group comes first so that a run which does not fit the memory says so at once. A
-    group of more than `max_tokens` stands alone.
+    The longest groups come first, so that a run which does not fit in memory fails at once. A group
+    of more than `max_tokens` makes a list of its own.
     """
 
     def tokens(size: Size) -> int:
@@ -140,7 +146,7 @@ def split_by_tokens(
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:
-    """Lay live groups out in one packed row, every prompt once, no padding."""
+    """Lay out live groups in one packed row, with every prompt once and no padding."""
     input_ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
@@ -152,7 +158,7 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
         live = [group.sequence_ids[k] for k in group.live_sequences]
         for ids in live:
             first = len(input_ids)
-            # the last prompt token predicts the first token; the others predict their successors
+            # the last prompt token predicts the first token, every other token its successor
             rows += [start + P - 1, *range(first, first + len(ids) - 1)]
             input_ids += ids
             positions += range(P, P + len(ids))
@@ -169,7 +175,7 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
 
 
 def pad(groups: Sequence[Group], *, pad_token_id: int) -> MicroBatch:
-    """Lay live sequences out in right-padded rows of their own, the prompt repeated in each."""
+    """Lay out live sequences in right-padded rows, one each, with the prompt repeated."""
     size = sum((group.size for group in groups), start=Size(0, 0, 0))
     B, L = size.sequences, size.longest
     input_ids = torch.full((B, L), pad_token_id)
@@ -200,7 +206,7 @@ def pad(groups: Sequence[Group], *, pad_token_id: int) -> MicroBatch:
 
 
 def _targets(groups: Sequence[Group]) -> dict[str, Tensor]:
-    """What the head predicts, in the order of the rows of `pack` and `pad`."""
+    """The fields of MicroBatch with one value for each target, in the order of `pack` and `pad`."""
     K = len(groups[0].sequence_ids)
     targets: list[int] = []
     sequences: list[int] = []

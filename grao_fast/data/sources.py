@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, the hub, `datasets` objects and lists."""
+"""Reads rows from a source: a file, a folder, the hub, a `datasets` object or a list."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _READERS = {
     ".csv": "csv",
     ".arrow": "arrow",
 }
-# `datasets` would turn text into dates, numbers and missing values.
+# Formats that are read here, since `datasets` would turn text into dates, numbers and nulls.
 _TEXT_READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {"json": read_json, "csv": read_csv}
-# Of the options in a dataset's card: what the readers call them, and what says nothing of a format.
+# Options in a dataset's card: their names as arguments of the readers, and those that do not
+# concern the format.
 _FORMAT_OPTIONS = {
     "encoding": "encoding",
     "field": "field",
@@ -37,13 +38,13 @@ _FORMAT_OPTIONS = {
     "delimiter": "delimiter",
 }
 _NOT_OF_THE_FORMAT = {"name", "version", "data_dir", "data_files", "description", "features"}
-# "org/name-2.5" is a hub id, "name.jsonl" a file: an extension starts with a letter.
+# An extension starts with a letter: "name.jsonl" is a file, "org/name-2.5" is a hub id.
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataset's rows, its columns, and the name that errors call it by."""
+    """The rows of a dataset, its columns, and its name for errors."""
 
     name: str
     columns: list[str]
@@ -53,7 +54,7 @@ class Rows:
 def read_rows(
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
 ) -> Rows:
-    """Read all rows of a dataset into memory. Raises ValueError where there are none."""
+    """Read all rows of a dataset into memory. Raises ValueError if there are none."""
     import datasets
 
     source: Any = dataset
@@ -66,7 +67,7 @@ def read_rows(
             raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
         source = source[split]
     if isinstance(source, datasets.Dataset):
-        # with_format(None): rows as plain Python, whatever view the caller had set.
+        # with_format(None): plain Python values, whatever format the caller had set
         rows = [_without_padding(row) for row in source.with_format(None).to_list()]
         rows = Rows(name, source.column_names, rows)
     elif isinstance(source, Sequence):
@@ -76,7 +77,7 @@ def read_rows(
         rows = Rows(name, list(dict.fromkeys(key for row in source for key in row)), source)
     else:
         raise UserError(
-            "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts; "
+            "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts, "
             f"got {type(source).__name__}"
         )
     if len(rows.rows) == 0:
@@ -85,10 +86,10 @@ def read_rows(
 
 
 def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's, its messages and tools without the keys that are None.
+    """Remove the keys that are None from the messages and tools of an Arrow row.
 
-    Arrow gives every object of a column the keys of all others: a tool call would seem to have the
-    arguments of every other tool. An object that a reward asks for stays as Arrow has it.
+    Arrow gives every object in a column the keys of all others, so that a tool call would seem to
+    have the arguments of every other tool. Other columns stay as Arrow has them.
     """
     return {
         name: _without_none(value) if name == "tools" or _are_messages(value) else value
@@ -124,8 +125,8 @@ def _load(name: str, split: str) -> Any:
         builder = datasets.load_dataset_builder(str(path) if exists else name)
         if builder.name == "cache":
             logger.warning(
-                "%s is read as `datasets` has kept it, for want of a connection: of JSON and CSV, "
-                "text that looks like a date or a number may have become one", name,
+                "%s is read from the cache of `datasets`, as the hub cannot be reached: if it was "
+                "JSON or CSV, text that looks like a date or number may have become one", name,
             )  # fmt: skip
         if builder.name not in _TEXT_READERS:
             builder.download_and_prepare()
@@ -135,20 +136,20 @@ def _load(name: str, split: str) -> Any:
 
 @contextmanager
 def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
-    """The reasons of `datasets` for not loading, many lines long, as one that names the dataset."""
+    """Raise the errors of `datasets` as a UserError of one line that names dataset and split."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:
-        # OSError: unreadable files, and a hub that cannot be reached or does not know the id.
+        # OSError: a file cannot be read, or the hub cannot be reached or does not know the id
         cause = first_line(error.__cause__ or error)
         kind = "" if exists else " (no such file; taken for a hub id)"
         raise UserError(f"cannot load dataset {name!r}{kind}, split {split!r}: {cause}") from error
 
 
 def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a split of which `datasets` says that it is JSON or CSV files, and where they are."""
+    """Read the rows of a split that consists of JSON or CSV files, which `datasets` has located."""
     from datasets import DownloadManager
 
     splits = builder.config.data_files or {}
@@ -164,7 +165,7 @@ def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dic
 
 
 def _reader_options(config: BuilderConfig) -> dict[str, Any]:
-    """What a dataset's card says of the format of its files."""
+    """The arguments for the reader that a dataset's card gives."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -172,8 +173,8 @@ def _reader_options(config: BuilderConfig) -> dict[str, Any]:
             continue
         if field.name not in _FORMAT_OPTIONS:
             raise UserError(
-                f"the dataset's card sets {field.name}={value!r}, which is not known here: "
-                "load it with datasets.load_dataset, and give what that returns"
+                f"the dataset's card sets {field.name}={value!r}, which is not supported: load the "
+                "dataset with datasets.load_dataset and pass the result"
             )
         options[_FORMAT_OPTIONS[field.name]] = value
     return options
@@ -189,7 +190,7 @@ def _reader(path: Path) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _READERS:
         raise UserError(
-            f"no reader for files called {path.name!r}; there is one for {', '.join(_READERS)}, "
+            f"no reader for files called {path.name!r}: convert it to {', '.join(_READERS)}, "
             f"compressed or not"
         )
     return _READERS[suffixes[-1]]

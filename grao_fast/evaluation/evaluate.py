@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from grao_fast.config import GRAOConfig, RewardType
-from grao_fast.data.examples import Example, check_templates, encode_examples, load_examples
+from grao_fast.data.encoding import Limits, check_templates, encode_examples
+from grao_fast.data.examples import Example, load_examples
 from grao_fast.data.fields import answer_text
 from grao_fast.evaluation.bootstrap import bootstrap_intervals
 from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
@@ -252,11 +253,13 @@ def _answer(
     encoded = encode_examples(
         examples,
         policy.tokenizer,
-        context_length=policy.context_length,
-        max_new_tokens=config.max_new_tokens,
-        max_prompt_length=config.max_prompt_length,
+        Limits(
+            max_new_tokens=config.max_new_tokens,
+            context_length=policy.context_length,
+            max_prompt_length=config.max_prompt_length,
+            embedding_rows=policy.embedding_rows,
+        ),
         eos_token_ids=policy.eos_token_ids,
-        embedding_rows=policy.embedding_rows,
         trained=False,
     )
     hold_frequencies(policy.causal_lm, longest_context((), encoded, config.max_new_tokens))

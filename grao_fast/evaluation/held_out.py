@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import Encoded
+from grao_fast.data.encoding import Encoded
 from grao_fast.evaluation.evaluate import EvaluationResult, evaluate_completions
 from grao_fast.models.policy import Policy
 from grao_fast.rewards import Reward

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import Encoded
+from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
 from grao_fast.kernels.checks import workspace_bytes
 from grao_fast.models.policy import Policy

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.examples import Encoded
+from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group, MicroBatch, split_by_tokens
 from grao_fast.kernels import (
     GRAOLoss,

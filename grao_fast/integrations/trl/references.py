@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grao_fast.data.encoding import Encoder
-from grao_fast.data.examples import REFERENCE_COLUMNS, check_tokens
+from grao_fast.data.encoder import Encoder
+from grao_fast.data.encoding import check_tokens
+from grao_fast.data.examples import REFERENCE_COLUMNS
 from grao_fast.data.fields import Messages, read_prompt, read_reference
 from grao_fast.system.visible import visible_errors
 

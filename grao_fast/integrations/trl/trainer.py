@@ -18,7 +18,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
-from grao_fast.data.encoding import Encoder
+from grao_fast.data.encoder import Encoder
 from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
     answer_objectives,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
-    from grao_fast.data.examples import Encoded
+    from grao_fast.data.encoding import Encoded
 
 logger = get_logger(__name__)
 
