@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from tiny import sums, write_jsonl
 
+from grao_fast.cli.commands import build_parser
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -137,3 +139,12 @@ def test_the_two_commands_are_those_that_continuous_integration_runs() -> None:
     assert commands == ["pip install . && grao-fast demo", 'pip install -e ".[test]" && pytest']
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert commands[1] + "\n" in ci and '\n(cd "$work" && grao-fast demo)' in ci
+
+
+def test_commands_have_the_options_that_are_shown() -> None:
+    _, commands = build_parser()
+    shown = re.findall(r"^    grao-fast (\w+)((?:.*\\\n)*.*)$", "\n".join(TEXTS.values()), re.M)
+    assert {name for name, _ in shown} == set(commands)
+    for name, arguments in shown:
+        known = commands[name].hints.keys() | {"config"}
+        assert set(re.findall(r"--([\w.]+)", arguments)) <= known, arguments
