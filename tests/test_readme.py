@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import json
 import re
@@ -27,7 +28,7 @@ README = TEXTS["README.md"]
 RUNS = re.compile(r"<!-- tested: (\w+) -->\n```(?:python|json)\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: code for text in TEXTS.values() for name, code in RUNS.findall(text)}
 LONG = ("train", "trl")  # these start from files
-SHORT = sorted(EXAMPLES.keys() - {"row", "kernels", *LONG})
+SHORT = sorted(EXAMPLES.keys() - {"row", "kernels", "rewards", *LONG})
 
 
 def execute(source: str, **names: Any) -> dict[str, Any]:
@@ -46,6 +47,13 @@ def test_every_python_example_is_marked_to_be_run() -> None:
 @pytest.mark.parametrize("name", SHORT)
 def test_short_example(name: str) -> None:
     assert execute(EXAMPLES[name])
+
+
+def test_rewards_of_the_example() -> None:
+    names = execute(EXAMPLES["rewards"])
+    short, long = ([{"role": "assistant", "content": "a" * length}] for length in (25, 50))
+    assert asyncio.run(names["brevity"]([short, long])) == [-0.25, -0.5]
+    assert names["better"]([short, long, long], [long, long, short]) == [-1.0, 0.0, 1.0]
 
 
 @pytest.fixture
