@@ -205,7 +205,7 @@ def test_async_failures_are_named_and_leave_nothing_unawaited() -> None:
     ("result", "message"),
     [
         ([1.0], "reward bad returned 1 values for 6 completions"),
-        (None, "returned a NoneType, where a list of 6 numbers"),
+        (None, "returned a NoneType: it must return a list of 6 numbers"),
         (1.0, "returned a float"),
         ({"a": 1}, "returned a dict"),
         (np.zeros(6), r"returned a ndarray.*call .tolist\(\)"),

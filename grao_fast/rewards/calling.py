@@ -1,4 +1,4 @@
-"""Calling reward functions: at the same time, on copies of their own, and not for ever."""
+"""Calls reward functions: concurrently, each with its own copy of the data, with a time limit."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ Results = dict[int, Any]
 class Caller:
     """Calls functions on the same rows, each with deep copies of the arguments that it takes.
 
-    A single function runs in the calling thread, unless there is a time limit. Of several, the
-    async ones run in one event loop, every other in a thread, all at the same time. Threads share
-    the global generators of Python, NumPy and torch: where one has moved meanwhile, all are put
-    back, and the functions run again one after another, and so from then on, as a run that resumes
-    must draw what it would have drawn. A function that fails in a thread is called once more in the
-    calling one, and stays there where that helps: some work in the main thread only.
+    A single function runs in the calling thread, unless there is a time limit. Several functions
+    run concurrently: the async ones in one event loop, every other one in a thread of its own.
 
-    timeout: seconds that a call may take; None: as many as it likes. Every call is then in a
-        thread, as nothing else can be left while it runs.
+    Two kinds of functions cannot run in threads. Random numbers drawn from the global generators of
+    Python, NumPy or torch would depend on the order of the threads, and a resumed run must draw the
+    same ones; so if a call moves a generator, all generators are restored and the functions are
+    called again one after another, then and from then on. Some functions work only in the main
+    thread; so a function that fails in a thread is called again in the calling thread, and is
+    called there from then on if that succeeds.
+
+    timeout: the most seconds that a call may take; None: no limit. With a limit every call runs in
+        a thread, as only a thread can be abandoned.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], *, timeout: float | None) -> None:
@@ -52,21 +55,23 @@ class Caller:
         self.names = [function_name(function) for function in functions]
         self._async = [i for i, function in enumerate(functions) if _is_async(function)]
         self._sync = [i for i in range(len(functions)) if i not in self._async]
-        # in the calling thread
+        # functions that run in the calling thread
         self._here = set(self._sync) if len(self._sync) == 1 else set()
         self._together = len(self._sync) + bool(self._async) > 1
 
     def call(self, offered: Mapping[str, Any], labels: Sequence[str]) -> list[list[float]]:
-        """One list of floats a function, NaN where it returned None.
+        """Return one list of floats for each function, with NaN for None.
 
-        Raises RewardError naming the function, the first where several fail, and, where one value
-        is wrong, that value and its row as `labels` calls it.
+        offered: the arguments that functions can take, by name; lists of one item for each row.
+        labels: names of the rows for errors.
+
+        Raises RewardError that names the first function that fails, and a wrong value and its row.
         """
         for function in self.functions:
             select_arguments(function, offered)
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # whatever a reward sets it to
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # restored if a reward changes it
             results = self._at_once(offered) if self._together else self._in_turn(offered)
-        check()  # a reward that caught a signal's exception has not scored
+        check()  # a reward may have caught the exception of a signal, and returned no real scores
         return [check_values(name, results[i], labels) for i, name in enumerate(self.names)]
 
     def _in_turn(self, offered: Mapping[str, Any]) -> Results:
@@ -112,7 +117,9 @@ class Caller:
             return self._from_now_on_in_turn(offered)
         for i, error in errors.items():
             results[i] = self._call_here(i, offered)
-            logger.warning("%s; in the calling thread it does not, and stays there", error)
+            logger.warning(
+                "%s; in the calling thread it succeeds, and is called there from now on", error
+            )
             self._here.add(i)
         self._together = len(self._here) < len(self._sync) or bool(self._async)
         return results
@@ -120,9 +127,9 @@ class Caller:
     def _from_now_on_in_turn(self, offered: Mapping[str, Any]) -> Results:
         self._together = False
         logger.warning(
-            "one of the rewards %s draws from a global generator while others run: from now on "
-            "they run one after another, so that the run can be repeated. With a generator of its "
-            "own, such as random.Random(0), they could run at the same time",
+            "one of the rewards %s draws from a global random generator: from now on they run one "
+            "after another, so that the run is reproducible. To run them concurrently, draw from a "
+            "generator of its own, such as random.Random(0)",
             ", ".join(self.names),
         )
         return self._in_turn(offered)
@@ -140,7 +147,7 @@ class Caller:
             result = function(**arguments)
         if not inspect.isawaitable(result):
             return result
-        # not known to be async before it was called
+        # a plain function that returned a coroutine
         loop = AsyncCalls({i: lambda: self._await(i, result)})
         if _in_a_loop():
             in_thread(_as_here(loop.run))
@@ -165,18 +172,18 @@ class Caller:
             return outcome.result(left)
         except LoopStoppedError as error:
             raise RewardError(
-                f"reward {self.names[i]} did not end, as an async reward stopped the event loop: "
-                f"{error}"
+                f"reward {self.names[i]} did not finish, because an async reward stopped the event "
+                f"loop: {error}"
             ) from None
         except futures.TimeoutError:
             raise RewardError(
                 f"reward {self.names[i]} took longer than reward_timeout={self.timeout:g} seconds: "
-                "raise it, or give a time limit to what the reward waits for"
+                "raise it, or set a time limit on what the reward waits for"
             ) from None
 
 
 def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a function takes; every row its own, though rows of a prompt are alike."""
+    """The arguments that a function takes, copied for every row, even for rows of one prompt."""
     return {
         name: [own_copy(value) for value in values]
         for name, values in select_arguments(function, offered).items()
@@ -184,12 +191,12 @@ def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict
 
 
 def _is_async(function: RewardFunction) -> bool:
-    call = getattr(type(function), "__call__", None)  # noqa: B004, it is to be looked at
+    call = getattr(type(function), "__call__", None)  # noqa: B004, its kind matters
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _in_a_loop() -> bool:
-    """Whether an event loop runs in this thread, as in a notebook: another cannot."""
+    """Whether an event loop runs in this thread, as in a notebook, so that no other one can."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -198,7 +205,7 @@ def _in_a_loop() -> bool:
 
 
 def _as_here(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` for another thread, with what torch keeps for each: grad mode and CUDA device."""
+    """Return `function` for another thread, with this thread's grad mode and CUDA device."""
     grad = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 

@@ -1,4 +1,4 @@
-"""Copies of a dataset's values, for functions that may change what they are given."""
+"""Copies the values of a dataset, for functions that may change their arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 _IMMUTABLE = (str, int, float, bool, type(None), bytes, complex)
-# What a class that cannot be copied raises: locks, sockets, tensors inside a graph.
+# What copy.deepcopy raises for locks, sockets, tensors inside a graph and the like.
 _UNCOPYABLE = (
     TypeError,
     ValueError,
@@ -20,15 +20,15 @@ _UNCOPYABLE = (
 
 
 def own_copy(value: Any) -> Any:
-    """A deep copy of a value, down to objects that cannot be copied, which are passed as they are.
+    """Return a deep copy of a value; objects within it that cannot be copied are shared.
 
-    Text and numbers are not copied, as nothing can change them.
+    Text and numbers are not copied, since they are immutable.
     """
     return _copy(value, {})
 
 
 def _copy(value: Any, copied: dict[int, Any]) -> Any:
-    """`copied` has what was copied on the way here, by identity: data may hold itself."""
+    """copied: copies so far, by the identity of the original, since data may contain itself."""
     kind = type(value)
     if kind in _IMMUTABLE:
         return value

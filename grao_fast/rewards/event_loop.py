@@ -1,4 +1,4 @@
-"""Async functions at the same time in one event loop, which can be left though one hangs."""
+"""Runs async functions concurrently in one event loop that can be abandoned if one hangs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from grao_fast.system.threads import DaemonExecutor
 
-_THREADS = 32  # of asyncio.to_thread: as many as Python allows at the most
-_GOODBYE = 1.0  # seconds that what is cancelled gets to close its connections
+_THREADS = 32  # for asyncio.to_thread, Python's own maximum
+_GRACE = 1.0  # seconds that cancelled tasks have to close their connections
 
 
 class LoopStoppedError(RuntimeError):
-    """A function stopped the loop that it ran in, before all had ended."""
+    """An async function stopped its event loop before all functions had finished."""
 
 
 class AsyncCalls:
     """Calls of async functions, by number, and their outcomes.
 
-    `asyncio.run` waits for what it cancels and for the threads of `asyncio.to_thread`, for ever
-    where these hang. `run` waits for the outcomes and no longer.
+    Unlike `asyncio.run`, which also waits for cancelled tasks and for the threads of
+    `asyncio.to_thread`, and so hangs if these do, `run` waits only for the outcomes.
     """
 
     def __init__(self, calls: Mapping[int, Callable[[], Awaitable[Any]]]) -> None:
@@ -30,14 +30,14 @@ class AsyncCalls:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> None:
-        """Await all in a loop of this thread, which must run none. Errors are in the outcomes."""
+        """Await all calls in a new loop; this thread must run none. Errors go to `outcomes`."""
         loop = self._loop = asyncio.new_event_loop()
         threads = DaemonExecutor(_THREADS)
         loop.set_default_executor(threads)
         tasks = [loop.create_task(self._settle(i)) for i in self._calls]
         try:
             loop.run_until_complete(asyncio.wait(tasks))
-        except RuntimeError as error:  # asyncio's own word for it
+        except RuntimeError as error:  # raised by asyncio if the loop was stopped
             for outcome in self.outcomes.values():
                 if not outcome.done():
                     outcome.set_exception(LoopStoppedError(str(error)))
@@ -49,30 +49,36 @@ class AsyncCalls:
         outcome = self.outcomes[i]
         try:
             result = await self._calls[i]()
-        except Exception as error:  # of any kind: whoever waits for the outcome raises it
-            if not outcome.done():  # else the loop was stopped meanwhile
+        except Exception as error:  # of any kind: raised again by whoever waits for the outcome
+            if not outcome.done():  # it is done if the loop was stopped meanwhile
                 outcome.set_exception(error)
         else:
             if not outcome.done():
                 outcome.set_result(result)
 
     def abandon(self) -> None:
-        """Cancel what still runs, from another thread; does not wait for it."""
+        """Cancel the calls that still run, from another thread, without waiting for them."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return
         try:
-            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-        except RuntimeError:  # it was closed this moment
+            loop.call_soon_threadsafe(_cancel_all, loop)
+        except RuntimeError:  # the loop was closed meanwhile
             return
 
 
-def _leave(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel what is left, give it a moment, and close the loop."""
-    left = asyncio.all_tasks(loop)
-    for task in left:
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+    """Cancel the tasks of a loop and return them."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
         task.cancel()
-    if left:
-        loop.run_until_complete(asyncio.wait(left, timeout=_GOODBYE))
+    return tasks
+
+
+def _leave(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel the remaining tasks, wait for them briefly, and close the loop."""
+    remaining = _cancel_all(loop)
+    if remaining:
+        loop.run_until_complete(asyncio.wait(remaining, timeout=_GRACE))
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()

@@ -1,4 +1,4 @@
-"""Finding reward functions by name, and telling what they can be called with."""
+"""Finds reward functions by name, and tells which arguments they take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CALLERS = (Path(__file__).parents[1], Path(importlib.__file__).parent)
 
 
 class RewardError(UserError):
-    """A reward that cannot be found, cannot be called, fails, or returns what no reward can be."""
+    """A reward that cannot be found or called, that fails, or that returns wrong values."""
 
     def __init__(self, message: str, place: str | None = None) -> None:
         super().__init__(visible_lines(message))
@@ -35,11 +35,11 @@ class RewardError(UserError):
 
 @contextmanager
 def running(what: str) -> Iterator[None]:
-    """Code of the user's runs inside: whatever it raises comes out as a RewardError.
+    """Raise whatever the user's code inside raises as a RewardError, `what` raised ...
 
-    So do SystemExit, asyncio.CancelledError and a KeyboardInterrupt of its own, which would end the
-    run in silence. A signal's does not. A child that the code forks ends where the code does, or
-    there would be two of the run.
+    This includes SystemExit, asyncio.CancelledError and a KeyboardInterrupt that the code raises
+    itself, which would end the run silently, but not the KeyboardInterrupt of a signal. A child
+    process that the code forks exits here; otherwise it would continue the run beside its parent.
     """
     process = os.getpid()
     try:
@@ -47,7 +47,7 @@ def running(what: str) -> Iterator[None]:
             yield
     except RewardError:
         raise
-    except BaseException as error:  # any kind: it is the user's code
+    except BaseException as error:  # of any kind: it is the user's code
         if is_interrupt(error):
             raise
         raise RewardError(f"{what} raised {_in_words(error)}", _place(error)) from error
@@ -83,22 +83,22 @@ def _in_words(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # of any kind: an exception of the user's own, too
-        return f"{kind}, whose message cannot be had"
+        return f"{kind}, whose message cannot be printed"
     return f"{kind}: {text}" if text else kind
 
 
 def find_function(spec: str | RewardFunction) -> RewardFunction:
-    """The callable that "package.module:function" or "path/file.py:function" names.
+    """Return the function that "package.module:function" or "path/file.py:function" names.
 
-    A callable is returned as it is. Raises RewardError where there is none, or it is a class, or
-    its signature cannot take `completions` by name.
+    A callable is returned as it is. Raises RewardError if there is no such function, if it is a
+    class, or if it takes no argument `completions`.
     """
     function: Any = _import(spec) if isinstance(spec, str) else spec
     name = repr(spec) if isinstance(spec, str) else function_name(function)
     if not callable(function):
         raise RewardError(f"reward {name} is not callable: it is a {type(function).__name__}")
     if inspect.isclass(function):
-        raise RewardError(f"reward {name} is a class: give an instance of it, or a function")
+        raise RewardError(f"reward {name} is a class: pass an instance of it, or a function")
     if not _accepts(function, "completions"):
         raise RewardError(
             f"reward {name} does not take `completions`: write it as "
@@ -137,7 +137,7 @@ def _import(spec: str) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Run a file once, as a module that dataclasses and pickle can find by its name."""
+    """Run a file once, as a module in sys.modules, where dataclasses and pickle look it up."""
     name = f"_grao_fast_file_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -147,19 +147,19 @@ def _load_file(path: Path) -> ModuleType:
     try:
         located.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]  # half a module must not answer the next call
+        del sys.modules[name]  # the next call must not find a half-run module
         raise
     return module
 
 
 def function_name(function: RewardFunction) -> str:
-    """The name that metrics and errors call a function by."""
+    """The name of a function in metrics and errors."""
     inner = getattr(function, "func", function)  # of a functools.partial
     return getattr(inner, "__name__", type(inner).__name__).strip("<>")
 
 
 def _parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
-    """Parameters that can be given by name (True: without a default), and whether ** takes any."""
+    """Return keyword parameters (True: required), and whether the function takes `**columns`."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
@@ -182,24 +182,21 @@ def _accepts(function: RewardFunction, name: str) -> bool:
 
 
 def select_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments offered by name, those that a function takes.
-
-    Raises RewardError where it needs one that is not offered.
-    """
+    """Return the offered arguments that a function takes. Raises RewardError if it needs others."""
     named, open_ended = _parameters(function)
     missing = [name for name, required in named.items() if required and name not in offered]
     if missing:
         raise RewardError(
             f"reward {function_name(function)} needs `{missing[0]}`, which the dataset does not "
-            f"have; it can take {', '.join(offered)}"
+            f"have: add that column, or take from {', '.join(offered)}"
         )
     return {name: value for name, value in offered.items() if open_ended or name in named}
 
 
 def require_references(function: RewardFunction) -> None:
-    """A pairwise reward compares with `references`, so it must take them."""
+    """Raise RewardError if a function takes no `references`, which a pairwise reward needs."""
     if not _accepts(function, "references"):
         raise RewardError(
-            f"reward {function_name(function)} does not take `references`, with which a pairwise "
-            f"reward compares: add the argument, or set reward_type='pointwise'"
+            f"reward {function_name(function)} does not take `references`, which a pairwise reward "
+            f"compares with: add the argument, or set reward_type='pointwise'"
         )

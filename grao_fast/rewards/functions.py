@@ -1,14 +1,17 @@
-"""Rewards for groups of completions.
+"""Scores groups of completions with one or more reward functions.
 
-A reward function is `f(prompts, completions, **columns) -> list[float | None]`, plain or async:
-one call holds all completions of a step, `prompts` and the dataset's other columns repeated to
-match. It takes by name what it wants of `prompts`, `completions`, `references` and the columns.
-Where prompts are messages, completions and references are too:
-[{"role": "assistant", "content": ...}]. None means that the function has no reward to give.
+A reward function is `f(prompts, completions, **columns) -> list[float | None]`, plain or async. One
+call scores all completions of a step; `prompts` and the other columns of the dataset are repeated
+to match. The function takes the arguments that it names, from `prompts`, `completions`,
+`references` and the columns. If prompts are messages, so are completions and references:
+[{"role": "assistant", "content": ...}]. It returns None for a completion that it cannot score.
 
-Several functions are summed, each times its weight; one that returns None is left out of a sum.
-They run at the same time, see `grao_fast.rewards.calling`. What a function is given is its own: a
-deep copy, down to objects that cannot be copied, in every row, which it may change as it likes.
+The reward is the weighted sum of all functions that did not return None. Functions run
+concurrently, see `grao_fast.rewards.calling`. Every function gets its own deep copy of every row,
+which it may change; only objects that cannot be copied are shared.
+
+Suffixes of names: N prompts, K = G + 1 sequences of a group, R rows (texts scored in one call),
+F functions.
 """
 
 from __future__ import annotations
@@ -35,16 +38,14 @@ from grao_fast.rewards.finding import (
 from grao_fast.rewards.values import LARGEST
 from grao_fast.system.errors import UserError
 
-__all__ = ["GroupScores", "Reward", "RewardError", "resolve_reward"]
-
 
 @dataclass(frozen=True)
 class GroupScores:
     """Rewards of a step.
 
-    rewards_NK: float64 on the CPU, K = G+1 with the reference last; NaN where there is none.
-    per_function: the mean of every function over the samples, references left out; NaN where a
-        function gave no reward at all.
+    rewards_NK: float64 on the CPU, the reference last; NaN for sequences without a reward.
+    per_function: the mean of every function over the samples, without the references; NaN if the
+        function scored none.
     """
 
     rewards_NK: Tensor
@@ -57,16 +58,17 @@ def resolve_reward(
     weights: Sequence[float] | None = None,
     timeout: float | None = None,
 ) -> Reward:
-    """Find the function or functions of a reward.
+    """Make a Reward of a function, or of several.
 
     Args:
-        spec: a callable, "package.module:function", "path/file.py:function", or a list of these.
-        weights: one for each function; all 1 by default.
-        timeout: seconds that one call of a function may take; None: as many as it likes.
+        spec: a callable, "package.module:function", "path/file.py:function", or a list of these; a
+            Reward keeps its functions.
+        weights: one weight for each function; default: all 1.
+        timeout: the most seconds that a call of a function may take; None: no limit.
 
     Raises:
-        RewardError: not found, not callable, a signature that cannot be called, or a wrong number
-            of weights.
+        RewardError: a function is not found, not callable, or takes no `completions`; or the number
+            of weights is wrong.
     """
     if isinstance(spec, Reward):
         if weights is None and timeout is None:
@@ -105,10 +107,10 @@ class Reward:
         self._caller = Caller(functions, timeout=timeout)
 
     def check(self, examples: Sequence[Example], *, reward_type: RewardType) -> None:
-        """Check, without calling them, that the functions can be called on these examples.
+        """Check that the functions can be called on these examples, without calling them.
 
-        Raises RewardError where a function needs a column that is not there, or a pairwise one
-        takes no `references`, or there is no reference at all to compare with.
+        Raises RewardError if a function needs a column that the dataset lacks, if a pairwise one
+        takes no `references`, or if no example has a reference to compare with.
         """
         offered = _arguments(examples[:1], [""], [""], _column_names(examples))
         for function in self.functions:
@@ -117,7 +119,7 @@ class Reward:
             select_arguments(function, offered)
         if reward_type == "pairwise" and all(example.reference is None for example in examples):
             raise RewardError(
-                "reward_type='pairwise' compares completions with references, and the dataset has "
+                "reward_type='pairwise' compares completions with references, but the dataset has "
                 "none: add a column `reference`, or set reward_type='pointwise'"
             )
 
@@ -128,11 +130,11 @@ class Reward:
         *,
         reward_type: RewardType,
     ) -> GroupScores:
-        """Score G completions of every example, and its reference.
+        """Score G completions of every example, and its reference. Raises RewardError.
 
         "pointwise": samples and references are scored alike, in one call. "pairwise": samples are
-        scored against `references`, and the reference's own reward is 0; a group without a
-        reference has no rewards. Raises RewardError.
+        compared with their reference, whose own reward is 0; a group without a reference has no
+        rewards.
         """
         groups, samples = len(examples), len(completions[0])
         if len(completions) != groups or any(len(group) != samples for group in completions):
@@ -140,7 +142,8 @@ class Reward:
                 f"completions must be {groups} groups of one size, got groups of "
                 f"{[len(group) for group in completions]}"
             )
-        cells, texts, labels = [], [], []  # cell n*K + k of rewards_NK, the text to score there
+        # of every row: its index n * K + k in rewards_NK, its text, its name for errors
+        cells, texts, labels = [], [], []
         for n, (example, group) in enumerate(zip(examples, completions, strict=True)):
             if reward_type == "pairwise" and example.reference is None:
                 continue
@@ -168,7 +171,7 @@ class Reward:
         return GroupScores(rewards_NK, dict(zip(self.names, means, strict=True)))
 
     def score(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-        """Score one completion of every example, pointwise; NaN where there is no reward."""
+        """Score one completion of every example, pointwise; NaN for no reward."""
         references = [example.reference for example in examples]
         labels = [f"completion {row}" for row in range(len(examples))]
         scores_FR = self._call(examples, completions, references, "pointwise", labels)
@@ -182,10 +185,10 @@ class Reward:
         *,
         reward_type: RewardType,
     ) -> list[float]:
-        """R(o, other): above 0 where the completion is the better one; NaN where there is none.
+        """Return R(o, other), positive if the completion is better than `other`; NaN for no reward.
 
-        "pairwise": the functions are called with the others as `references`. "pointwise": the
-        difference R(o) - R(other), both scored in one call.
+        "pairwise": the functions get the others as `references`. "pointwise": the difference
+        R(o) - R(other), both scored in one call.
         """
         if reward_type == "pairwise":
             labels = [f"pair {row}" for row in range(len(examples))]
@@ -203,7 +206,7 @@ class Reward:
         reward_type: RewardType,
         labels: Sequence[str],
     ) -> Tensor:
-        """scores_FR of every function on every row, float64; NaN for None."""
+        """Return scores_FR, the float64 score of every function for every row; NaN for None."""
         if reward_type == "pairwise":
             for function in self.functions:
                 require_references(function)
@@ -214,13 +217,14 @@ class Reward:
         return torch.tensor(values, dtype=torch.float64)
 
     def _sum(self, scores_FR: Tensor, labels: Sequence[str]) -> Tensor:
+        """Return the weighted sum of the functions for every row; NaN for rows without a score."""
         weights_F1 = torch.tensor(self.weights, dtype=torch.float64)[:, None]
         total_R = (weights_F1 * scores_FR).nansum(dim=0)
         if bool((total_R.abs() > LARGEST).any()):
             row = int(total_R.abs().argmax())
             raise RewardError(
                 f"the weighted sum of the rewards {', '.join(self.names)} is {total_R[row]:g} for "
-                f"{labels[row]}: beyond {LARGEST:g} no mean and deviation can be taken; lower "
+                f"{labels[row]}: beyond {LARGEST:g} mean and deviation overflow; lower "
                 "reward_weights"
             )
         return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
@@ -232,6 +236,8 @@ def _arguments(
     references: Sequence[str | None],
     columns: Sequence[str],
 ) -> dict[str, list[Any]]:
+    """The arguments that functions can take, by name: lists of one item for each row."""
+
     def as_prompt(example: Example, text: str | None) -> Any:
         if text is None or isinstance(example.prompt, str):
             return text

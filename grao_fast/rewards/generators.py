@@ -1,4 +1,4 @@
-"""The generators that a process shares: Python's, NumPy's and torch's."""
+"""Records and restores the global random generators of Python, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GlobalGenerators:
-    """Where the global generators stand, to tell whether someone drew, and to go back."""
+    """A snapshot of the states of the global random generators."""
 
     python: Any
     numpy: Any
@@ -22,12 +22,12 @@ class GlobalGenerators:
 
     @classmethod
     def now(cls) -> GlobalGenerators:
-        """Where they stand now."""
+        """Take a snapshot."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def moved(self) -> bool:
-        """Whether one stands elsewhere now."""
+        """Whether random numbers have been drawn since the snapshot."""
         now = GlobalGenerators.now()
         return (
             self.python != now.python
@@ -38,7 +38,7 @@ class GlobalGenerators:
         )
 
     def restore(self) -> None:
-        """Put them back."""
+        """Set all generators back to the snapshot."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)

@@ -1,4 +1,4 @@
-"""What a reward function may return: one number, or None, for every completion."""
+"""Checks what a reward function returns: one number, or None, for every completion."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 from grao_fast.rewards.finding import RewardError
 
-# Squares of a group's deviations and sums of them stay far from float64's largest number.
+# Below this, sums of squared deviations cannot overflow float64.
 LARGEST = 1e100
 
 _LONGEST = 120  # characters of a value in an error
 
 
 def check_values(name: str, values: Any, labels: Sequence[str]) -> list[float]:
-    """A function's rewards as floats, NaN for None; a RewardError names what can be none.
+    """Return a function's rewards as floats, with NaN for None; others raise RewardError.
 
-    Numbers of NumPy and tensors without dimensions are numbers, True is 1 and False 0.
+    NumPy's numbers and tensors without dimensions count as numbers, True as 1 and False as 0.
     """
     rows = len(labels)
     if not isinstance(values, (list, tuple)):
         raise RewardError(
-            f"reward {name} returned a {type(values).__name__}, where a list of {rows} numbers is "
-            f"needed" + ("; call .tolist() on it" if hasattr(values, "tolist") else "")
+            f"reward {name} returned a {type(values).__name__}: it must return a list of {rows} "
+            f"numbers" + ("; call .tolist() on it" if hasattr(values, "tolist") else "")
         )
     if len(values) != rows:
         raise RewardError(
@@ -51,17 +51,17 @@ def _check_value(name: str, value: Any, label: str) -> float:
         )
     if abs(number) > LARGEST:
         raise RewardError(
-            f"reward {name} returned {_short(number)} for {label}: beyond {LARGEST:g} no mean and "
-            f"deviation can be taken; scale it down"
+            f"reward {name} returned {_short(number)} for {label}: beyond {LARGEST:g} mean and "
+            f"deviation overflow; scale it down"
         )
     return float(number)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, int):  # Python refuses to print integers of more than 4300 digits
+    if isinstance(value, int):  # Python does not print integers of more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except Exception:  # of any kind: a class of the user's own
-        return "what cannot be printed"
+    except Exception:  # of any kind: the class may be the user's own
+        return "a value that cannot be printed"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
