@@ -207,7 +207,7 @@ def test_a_dead_holder_on_another_machine_gives_way(
     monkeypatch.setattr(fcntl, "flock", flock)
     written(tmp_path, **ELSEWHERE)  # without a beat, as a version that had none wrote it
     with only_run_in(tmp_path):
-        assert "whether process 7 on elsewhere lives: waiting up to 0.2 s" in caplog.text
+        assert "whether process 7 on elsewhere is alive: waiting up to 0.2 s" in caplog.text
         assert "taken over from process 7 on elsewhere, which is dead" in caplog.text
     with beating(tmp_path, **ELSEWHERE):
         time.sleep(0.05)
@@ -377,7 +377,7 @@ def test_without_locks_the_process_is_looked_up(
 ):
     monkeypatch.setattr(fcntl, "flock", no_flock)
     with only_run_in(tmp_path):
-        assert "runs that start at once are not kept apart" in caplog.text
+        assert "runs that start at the same moment may share the folder" in caplog.text
         assert exit_status(fork(lambda: only_run_in(tmp_path).__enter__())) == REFUSED
     taken_and_killed(tmp_path)
     with only_run_in(tmp_path):

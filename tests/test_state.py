@@ -130,7 +130,7 @@ def test_config_rejects_what_cannot_be_right():
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"statistics": "all"}, "statistics must be one of group, samples; got 'all'"),
-        ({"report_to": "wandb"}, "report_to takes a list"),
+        ({"report_to": "wandb"}, "report_to must be a list"),
         ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
         ({"adam_beta1": 1.5}, "adam_beta1 must be below 1, got 1.5"),
         ({"max_new_tokens": 5e2}, "max_new_tokens must be an integer, got 500.0"),

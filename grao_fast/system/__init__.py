@@ -1,1 +1,1 @@
-"""What a run needs of the machine: signals, threads, streams, files, locks, a terminal."""
+"""The system: signals, threads, streams, files, locks, digests, errors, and safe text."""

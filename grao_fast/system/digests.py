@@ -1,4 +1,4 @@
-"""Digests of data and of weights: equal where the content is, in any process and on any day."""
+"""Computes digests of data and weights that depend on their content alone, in every process."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of these, the text says all that there is.
+# Types whose text is their whole content.
 _AS_TEXT = (date, time, timedelta, Decimal, Fraction, UUID, PurePath, range, slice)
 _LENGTH = 16  # hexadecimal digits of a digest
-_CHUNK = 1 << 19  # elements of a tensor that are summed at once
+_CHUNK = 1 << 19  # elements of a tensor in one sum
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _SPREAD = 0x1E3779B97F4A7C15
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
-    """A digest of plain data, by its content.
+    """Return a digest of plain data, by its content.
 
-    Keys of mappings and elements of sets count in any order; tuples count as lists, NumPy's numbers
-    as Python's, NaN as itself. Arrays, tensors and pictures count by shape, type and elements, data
-    classes by the fields that they are compared by. An object of another kind counts by its type
-    alone: its text or its address would be another one in the next process.
+    The order of mappings and sets does not matter. A tuple equals a list, a NumPy number equals
+    Python's, and NaN equals NaN. Arrays, tensors and images are compared by shape, type and
+    elements, dataclasses by their fields with compare=True. Any other object counts by its type
+    alone, since its text may contain an address, which differs between processes.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -44,7 +44,7 @@ def digest_rows(rows: Iterable[Any]) -> str:
 
 
 def _canonical(value: Any, within: tuple[int, ...]) -> bytes:
-    """Bytes that are equal where values are; `within`: ids of the containers around the value."""
+    """Return bytes that are equal for equal values; within: ids of the containers around one."""
     if isinstance(value, enum.Enum):
         return _tagged(_type_name(value), str(value.name).encode())
     if value is None or isinstance(value, bool):
@@ -58,10 +58,10 @@ def _canonical(value: Any, within: tuple[int, ...]) -> bytes:
     if isinstance(value, Tensor):
         value = _as_array(value)
     if isinstance(value, (np.ndarray, np.generic)):
-        # an array of objects holds addresses
+        # the bytes of an array of objects would be addresses
         if value.ndim == 0 or value.dtype.hasobject:
             plain = value.tolist()
-            if isinstance(plain, np.generic):  # Python has no number as long
+            if isinstance(plain, np.generic):  # such as longdouble, which Python lacks
                 return _tagged(_type_name(value), str(plain).encode())
             return _canonical(plain, within)
         shape = f"{value.dtype.str}{value.shape}"
@@ -82,16 +82,16 @@ def _container(value: Any, within: tuple[int, ...]) -> bytes:
     within = (*within, id(value))
     if isinstance(value, Mapping):
         items = [(_canonical(key, within), _canonical(item, within)) for key, item in value.items()]
-        return _tagged("mapping", *(part for pair in sorted(items) for part in pair))
+        return _tagged("mapping", *(each for pair in sorted(items) for each in pair))
     if isinstance(value, Set):
         return _tagged("set", *sorted(_canonical(item, within) for item in value))
     if isinstance(value, Sequence):
         return _tagged("list", *(_canonical(item, within) for item in value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.compare]
-        parts = (_canonical(getattr(value, name), within) for name in fields)
-        return _tagged(_type_name(value), *parts)
-    image = sys.modules.get("PIL.Image")  # there can be no picture before it is imported
+        values = (_canonical(getattr(value, name), within) for name in fields)
+        return _tagged(_type_name(value), *values)
+    image = sys.modules.get("PIL.Image")  # not imported: then the value is not an image
     if image is not None and isinstance(value, image.Image):
         return _tagged("image", f"{value.mode}{value.size}".encode(), value.tobytes())
     if isinstance(value, type) or hasattr(value, "__qualname__"):  # a class or a function
@@ -99,9 +99,9 @@ def _container(value: Any, within: tuple[int, ...]) -> bytes:
     return _tagged(_type_name(value))
 
 
-def _tagged(tag: str, *parts: bytes) -> bytes:
-    """Parts with their lengths, so that no two lists of parts give the same bytes."""
-    return b"".join(len(part).to_bytes(8, "little") + part for part in (tag.encode(), *parts))
+def _tagged(tag: str, *fields: bytes) -> bytes:
+    """Concatenate fields with their lengths, so that different fields never give the same bytes."""
+    return b"".join(len(field).to_bytes(8, "little") + field for field in (tag.encode(), *fields))
 
 
 def _real(number: float) -> bytes:
@@ -123,10 +123,10 @@ def _qualified(named: Any) -> bytes:
 
 @torch.no_grad()
 def digest_tensors(tensors: Mapping[str, Tensor], *, exact: bool = False) -> str:
-    """A digest of every element of named tensors, made where they lie.
+    """Return a digest of all elements of named tensors, computed on their device.
 
-    Floating-point elements count as rounded to bfloat16, so that weights loaded in 32 and in 16
-    bits are known as the same; with `exact`, by their bits. Memory that tensors share is read once.
+    Floating-point elements are rounded to bfloat16 first, so that weights loaded in 32 and in 16
+    bits have the same digest; with `exact`, their bits are used. Shared memory is read once.
     """
     digest = hashlib.sha256()
     seen: dict[Any, str] = {}
@@ -141,19 +141,19 @@ def digest_tensors(tensors: Mapping[str, Tensor], *, exact: bool = False) -> str
 
 
 def _sums(tensor: Tensor, *, exact: bool) -> list[int]:
-    """A sum of the elements of every chunk, weighted by place.
+    """Return, for every chunk, the sum of its elements weighted by position.
 
-    In integers that wrap around, which add up to the same on every device and in every order.
+    The sums are integers that wrap around: equal on every device and in every order of summation.
     """
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     place = torch.arange(min(_CHUNK, flat.numel()), device=flat.device)
-    weight = place * _SPREAD | 1  # odd and far apart, so that an exchange of two shows
+    weight = place * _SPREAD | 1  # odd and far apart, so that swapped elements change the sum
     sums = []
-    for part in flat.split(_CHUNK):
-        if part.is_floating_point():
-            part = part if exact else part.to(torch.bfloat16)
-            part = part.view(_INTEGERS[part.element_size()])
-        sums.append((part.to(torch.int64) * weight[: part.numel()]).sum())
+    for chunk in flat.split(_CHUNK):
+        if chunk.is_floating_point():
+            chunk = chunk if exact else chunk.to(torch.bfloat16)
+            chunk = chunk.view(_INTEGERS[chunk.element_size()])
+        sums.append((chunk.to(torch.int64) * weight[: chunk.numel()]).sum())
     return torch.stack(sums).tolist() if sums else []

@@ -1,4 +1,4 @@
-"""Whether the values of a dataclass of options are of their fields' types."""
+"""Checks that the values of a dataclass of options have their fields' types."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 
 def check_types(options: Any) -> None:
-    """Refuse values that are not of their field's type, such as the text "false" for a bool.
+    """Raise ValueError for values of another type than their field's, such as "false" for a bool.
 
-    An int serves as a float, a bool as neither. Numbers of NumPy and the like become Python's, and
-    lists become tuples. Of a field that takes one of several words, only None is checked.
+    An int is accepted as a float, a bool as neither. NumPy's numbers are replaced by Python's, and
+    lists by tuples. A field of several words (Literal) is only checked not to be None.
     """
     hints = get_type_hints(type(options))
     for field in dataclasses.fields(options):
@@ -39,7 +39,7 @@ def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
         return value
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise UserError(f"{name} takes a list, got {value!r}")
+            raise UserError(f"{name} must be a list, got {value!r}")
         element = get_args(hint)[0]
         return tuple(
             each if element is str else _typed(name, each, element, default=default)

@@ -1,9 +1,9 @@
-"""Files and folders that are whole or not there, whatever moment the process dies at.
+"""Writes files and folders atomically: whenever the process dies, they are whole or absent.
 
-What is being written has a name of its own beside the one it will have, is flushed to disk, and is
-renamed last; what gives way, or is deleted, is renamed first. All these names begin with
-`.grao-fast-`, so that what a killed run leaves is known from what is the user's, and is cleared by
-the next one. A folder is sealed by a manifest with the size and SHA-256 sum of every file in it.
+Contents are written under a temporary name in the same folder, flushed to disk, and renamed at the
+end; a file or folder that is replaced or deleted is renamed first. All temporary names begin with
+`.grao-fast-`, so that the next run can recognise and delete what a killed run has left. A folder
+contains a manifest with the size and SHA-256 sum of each of its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 NEW = ".grao-fast-new-"  # being written
-_OLD = ".grao-fast-old-"  # whole; gives way to what replaces it
+_OLD = ".grao-fast-old-"  # whole; about to be replaced
 _GONE = ".grao-fast-gone-"  # being deleted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,10 +32,10 @@ _PROBE_BYTES = 1 << 16
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file, or leave the one that is there."""
+    """Write a text file atomically; if that fails, an existing file is unchanged."""
     beside = path.with_name(NEW + path.name)
     with named_when_full(beside, path):
-        # a lone surrogate becomes JSON's own escape for it
+        # backslashreplace turns a lone surrogate into JSON's escape for it
         with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
         _flush(beside)
@@ -44,10 +44,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill` on an empty folder, seal it with a manifest, and rename it to `path`.
+    """Call `fill` on an empty folder, add a manifest, and rename the folder to `path`.
 
     Raises:
-        OSError: there is no room for it, which names the file and the room there is.
+        OSError: the disk is full; the message names the file and the free space.
     """
     clear_left_overs(path.parent)
     new, old = path.with_name(NEW + path.name), path.with_name(_OLD + path.name)
@@ -55,7 +55,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         new.mkdir(parents=True)
         fill(new)
         _seal(new)
-    if os.path.lexists(path):  # never without a whole folder, under one name or the other
+    if os.path.lexists(path):  # at every moment, a whole folder has one of the two names
         os.rename(path, old)
     os.rename(new, path)
     _flush(path.parent)
@@ -63,7 +63,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def clear_left_overs(folder: Path) -> None:
-    """Undo or finish what a killed process was at in a folder; what is not its own stays."""
+    """Undo or complete what a killed process began in a folder; other files are left alone."""
     for gone in list(folder.glob(f"{_GONE}*")):
         _delete_gone(gone)
     for old in list(folder.glob(f"{_OLD}*")):
@@ -76,10 +76,10 @@ def clear_left_overs(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file or folder, where there is one, without a moment at which half of it is left.
+    """Delete a file or folder, if it exists, so that it is never seen half deleted.
 
-    What cannot be deleted now, as NFS cannot delete the folder of a file that is open, keeps a name
-    of its own until `clear_left_overs` can.
+    If it cannot be deleted now, as on NFS while one of its files is open, it keeps a temporary name
+    until `clear_left_overs` deletes it.
     """
     if not os.path.lexists(path):
         return
@@ -94,18 +94,18 @@ def _delete_gone(gone: Path) -> None:
         _remove(gone)
     except OSError as error:
         logger.warning(
-            "%s cannot be deleted (%s), and is left for the next save to delete",
+            "%s cannot be deleted (%s): the next save will delete it",
             gone, error.strerror,
         )  # fmt: skip
 
 
 def verify_folder(path: Path) -> None:
-    """Raise ValueError, which says why, unless a folder holds what its manifest says."""
+    """Raise ValueError, with the reason, unless a folder's files match its manifest."""
     for name, (size, digest) in _read_manifest(path).items():
         file = path / name
         try:
             if not file.is_file():
-                raise ValueError(f"{name} is {'no file' if file.exists() else 'missing'}")
+                raise ValueError(f"{name} is {'not a file' if file.exists() else 'missing'}")
             if file.stat().st_size != size or _sha256(file) != digest:
                 raise ValueError(f"{name} differs from its {MANIFEST}")
         except OSError as error:
@@ -113,20 +113,20 @@ def verify_folder(path: Path) -> None:
 
 
 def sealed_files(path: Path) -> set[str]:
-    """The names in a folder's manifest; ValueError where there is none that can be read."""
+    """Return the names in a folder's manifest. Raises ValueError if it cannot be read."""
     return set(_read_manifest(path))
 
 
 @contextmanager
 def named_when_full(beside: Path, path: Path) -> Iterator[None]:
-    """Say so where writing fails for want of room, whichever library was at it.
+    """Raise errors of any library that come from a full disk as an OSError that says so.
 
     Args:
-        beside: what is written; a half of it is removed.
-        path: its name when it is whole.
+        beside: the file or folder being written; it is deleted if that fails.
+        path: its final name, for the message.
 
     Raises:
-        OSError: in place of an error that came of a full disk, a quota or a limit of size.
+        OSError: instead of an error caused by a full disk, a quota or a limit on file sizes.
     """
     try:
         yield
@@ -141,12 +141,12 @@ def named_when_full(beside: Path, path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"{reason} while {name} was written in {str(path.parent)!r} ({free / 2**20:.1f} MiB "
-            "are free without it): what was saved before is whole; make room"
+            "are free without it): make room; what was saved before is intact"
         ) from error
 
 
 def _why_full(error: BaseException) -> str | None:
-    """The system's words for want of room, where an error or what it came of has them."""
+    """Return the system's message for a full disk if an error, or a cause of it, has one."""
     link: BaseException | None = error
     while link is not None:
         for code in _FULL:
@@ -157,7 +157,7 @@ def _why_full(error: BaseException) -> str | None:
 
 
 def _refusal_of_more(folder: Path) -> str | None:
-    """The same for errors that do not say, as PyTorch's: whether the disk takes a little more."""
+    """Return the message for a full disk if it takes no more data; PyTorch's errors do not say."""
     probe = folder / f"{NEW}probe"
     try:
         with probe.open("wb", buffering=0) as file:
@@ -171,7 +171,7 @@ def _refusal_of_more(folder: Path) -> str | None:
 
 
 def _last_written(folder: Path) -> str:
-    """The file that was being written, as what follows a folder's name."""
+    """The file that was written last, as a suffix to the name of its folder."""
     last = max(_files(folder), key=lambda file: file.stat().st_mtime_ns, default=None)
     return "" if last is None else f"/{last.relative_to(folder).as_posix()}"
 
@@ -190,7 +190,7 @@ def _seal(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and digest of every file, by its name below the folder."""
+    """Return the size and digest of every file, by its path in the folder."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}

@@ -1,8 +1,8 @@
-"""A file's heartbeat: a number that a thread of its holder counts up shows that the holder lives.
+"""Keeps a counter in a lock file, by which other machines can tell that its holder is alive.
 
-Another machine cannot look the process up, but it can watch the file: a holder that is silent for
-several beats is dead. A process that is suspended (SIGSTOP) is silent too; when it goes on and
-finds its file taken over, it says so.
+A thread of the holder increments the counter. A process on another machine cannot look up the
+holder, but can watch the file: a holder that is silent for several beats is taken for dead. So is a
+process that is suspended (SIGSTOP); if its file was taken over, it logs that when it continues.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-BEAT = 15.0  # seconds from one sign of life to the next
-SILENCE = 60.0  # seconds without one after which a holder is dead
-LOOK = 1.0  # seconds from one look for such a sign to the next
-_LENGTH = 512  # of the file: a beat overwrites it whole, so that it is never shorter meanwhile
+BEAT = 15.0  # seconds between two beats
+SILENCE = 60.0  # seconds without a beat after which a holder is taken for dead
+LOOK = 1.0  # seconds between two looks at the file
+_LENGTH = 512  # bytes of the file, constant so that a beat overwrites it whole
 
 
 def beat(path: Path, mine: dict[str, Any], released: threading.Lock) -> None:
-    """Write into the lock file that its holder lives, until `released` can be acquired.
+    """Write beats into a lock file until `released` can be acquired.
 
-    By a descriptor of its own, that it has read its holder's name from: whatever happens meanwhile
-    (the file is deleted, made anew, taken over), it writes into no other file.
+    Every beat opens the file and reads the holder's name through the same descriptor, so that it
+    never writes into a file of another holder, even if the lock file is deleted, created again or
+    taken over meanwhile.
     """
     failed = False
     for count in itertools.count(1):
@@ -60,13 +61,14 @@ def beat(path: Path, mine: dict[str, Any], released: threading.Lock) -> None:
 
 
 def beats(path: Path, holder: dict[str, Any]) -> bool:
-    """Whether a lock file changes, or goes, while it is watched.
+    """Watch a lock file, and return whether it changes or disappears within SILENCE seconds.
 
-    It is opened anew for each look, as NFS asks a server for what other machines have written. Only
-    the file is compared, never the clocks of two machines.
+    The file is opened again for every look, since NFS fetches other machines' writes on opening.
+    Only contents are compared, never the clocks of two machines.
     """
     logger.warning(
-        "%s: cannot see from here whether process %s on %s lives: waiting up to %g s for a sign",
+        "%s: cannot tell from this machine whether process %s on %s is alive: waiting up to %g s "
+        "for a heartbeat",
         path, holder.get("pid"), holder.get("host"), SILENCE,
     )  # fmt: skip
     deadline = time.monotonic() + SILENCE
@@ -81,14 +83,14 @@ def beats(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def holder_at(path: Path) -> dict[str, Any]:
-    """Who has written the file that is there now; empty where there is none."""
+    """Return the holder that the lock file at `path` names; empty if there is no file."""
     with suppress(FileNotFoundError):
         return holder_in(path.read_bytes())
     return {}
 
 
 def holder_in(content: bytes) -> dict[str, Any]:
-    """Who has written a lock file; empty where nobody has to the end."""
+    """Return the holder that the content of a lock file names; empty if it is incomplete."""
     with suppress(ValueError):
         holder = json.loads(content)
         if isinstance(holder, dict):
@@ -98,5 +100,5 @@ def holder_in(content: bytes) -> dict[str, Any]:
 
 
 def content(holder: dict[str, Any], count: int) -> bytes:
-    """What a file holds whose holder has beaten `count` times."""
+    """The content of the lock file of a holder after `count` beats."""
     return json.dumps(holder | {"beat": count}).ljust(_LENGTH).encode()

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP.
+"""Handles signals that stop a run: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP.
 
-Python would raise in the middle of anything, or end the process where it stands. Here a signal
-raises `Stop` at once where what is under way can be done again (sampling, a reward, an evaluation,
-a gradient), and otherwise (an optimiser's step, a save) as soon as that is done.
+By default, Python raises KeyboardInterrupt between any two instructions, or the process ends at
+once. Here a signal raises `Stop`: immediately in work that can be repeated (sampling, a reward, an
+evaluation, a gradient), and at the end of work that cannot (an optimiser step, a save).
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ logger = get_logger(__name__)
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-_PATIENCE = 2.0  # seconds that code may take to let go
+_PATIENCE = 2.0  # seconds after which a signal is sent again to code that has not stopped
 
 
 class Preempted(SystemExit):
-    """A run was told to stop by SIGTERM or SIGHUP, and what it had done is saved.
+    """A run that SIGTERM or SIGHUP has stopped, after saving the steps that were done.
 
-    Uncaught it ends the process with `code`, 128 + the signal's number, as a shell would report it:
-    143 or 129, which is neither success nor failure. Run the same script again to go on.
+    Uncaught, it ends the process with `code`, 128 + the number of the signal: 143 or 129, as a
+    shell reports a process that a signal ended. To continue, run the same script again with
+    `resume_from_checkpoint="auto"`.
 
     signum: the signal.
-    checkpoint: where to go on from; None where no step was done.
+    checkpoint: the checkpoint to resume from; None if no step was done.
     """
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
@@ -51,9 +52,9 @@ class Preempted(SystemExit):
 
 
 class Stop(KeyboardInterrupt):
-    """Raised by a signal inside a run; what leaves the run is Preempted or KeyboardInterrupt.
+    """Raised by a signal inside a run, which then raises Preempted or KeyboardInterrupt itself.
 
-    A KeyboardInterrupt, since asyncio and well-behaved code let those through.
+    It is a KeyboardInterrupt because asyncio and other well-behaved code do not catch that.
     """
 
     def __init__(self, signum: int) -> None:
@@ -62,17 +63,17 @@ class Stop(KeyboardInterrupt):
 
 
 class Interruption:
-    """Takes note of signals while it is entered, and gives handlers back as they were.
+    """A context in which the signals that stop a run are handled, as this module describes.
 
-    Only the main thread gets signals: entered in another, or inside another Interruption, it does
-    nothing. A signal that is ignored (nohup, a shell's background job) stays ignored. A handler of
-    the caller's own is called when the run has saved what it had. Where signals raise is said by
-    `at_once`; a second Ctrl-C raises wherever it comes, and every other further signal changes
-    nothing, as the run is about to end.
+    On leaving, it restores the previous handlers, calls the one of a signal that came, and raises
+    KeyboardInterrupt or Preempted. Signals that are ignored (nohup, a shell's background job) stay
+    ignored. Only the main thread receives signals: entered in another thread, or inside another
+    Interruption, it does nothing. After a first signal, Ctrl-C raises at once, wherever it comes;
+    other signals have no further effect, as the run is about to end.
 
-    signum: the signal that came; None while there was none.
-    aborted: whether a Ctrl-C came after it: nothing more is to be saved.
-    checkpoint: set by the run, for what is raised.
+    signum: the signal that came; None if none has.
+    aborted: whether Ctrl-C came after it, so that nothing more is to be saved.
+    checkpoint: the checkpoint to resume from, which the run sets.
     """
 
     def __init__(self) -> None:
@@ -80,8 +81,8 @@ class Interruption:
         self.aborted = False
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
-        self._raises = False
-        self._outside: list[bool] = []  # what _raises was, outside of each mode that is entered
+        self._raises = False  # whether a signal raises now
+        self._outside: list[bool] = []  # the value of _raises outside of each mode entered
         self._insists = False
 
     def __enter__(self) -> Interruption:
@@ -91,7 +92,7 @@ class Interruption:
         _active = self
         for signum in _SIGNALS:
             previous = signal.getsignal(signum)
-            # None: it is handled outside of Python.
+            # None: the handler was not installed from Python
             if previous is not None and previous != signal.SIG_IGN:
                 self._previous[signum] = previous
                 signal.signal(signum, self._on_signal)
@@ -108,8 +109,8 @@ class Interruption:
         self._leave()
         if self.signum is None:
             return
-        # Also where the run had ended by then: the signal is not lost on the caller. Another error
-        # came of it, as when a judge's or a sampler's own process got it too.
+        # Raise even if the run ended normally, so that the caller learns of the signal. Another
+        # error is a consequence of the signal, as when a sampler's process received it too.
         if error is not None and not isinstance(error, Stop):
             logger.warning("%s after the signal: %s", type(error).__name__, error)
         own_handler = self._previous[self.signum]
@@ -126,14 +127,14 @@ class Interruption:
             signal.signal(signum, previous)
 
     def check(self) -> None:
-        """Raise Stop where a signal has come."""
+        """Raise Stop if a signal has come."""
         if self.signum is not None:
             raise Stop(self.signum)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-            with suppress(RuntimeError):  # there may be no thread to be had
+            with suppress(RuntimeError):  # the system may have no thread left
                 threading.Thread(target=self._insist, daemon=True).start()
         elif self._insists:
             self._insists = False
@@ -146,7 +147,7 @@ class Interruption:
             raise Stop(self.signum)
 
     def _insist(self) -> None:
-        """Send the signal again while code hangs: behind a `with` that joins a thread, say."""
+        """Send the signal again to code that hangs, as a `with` that joins a thread on exit."""
         main = threading.main_thread().ident
         assert main is not None and self.signum is not None
         while hasattr(signal, "pthread_kill"):  # Windows has none
@@ -159,7 +160,7 @@ class Interruption:
 
     @contextmanager
     def mode(self, raises: bool) -> Iterator[None]:
-        """Inside, signals raise at once, or are noted."""
+        """Let signals raise at once inside, or note them."""
         before = self._raises
         self._outside.append(before)
         try:
@@ -171,7 +172,7 @@ class Interruption:
         finally:
             self._raises = before
             self._outside.pop()
-        # Also where code inside has caught Stop and gone on.
+        # Raise again if code inside has caught Stop and continued.
         if raises or before:
             self.check()
 
@@ -180,7 +181,7 @@ _active: Interruption | None = None
 
 
 def stoppable(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: an Interruption is entered while the function runs; signals raise `at_once`."""
+    """Decorate a function to run inside an Interruption, with signals raising at once."""
 
     @functools.wraps(function)
     def stopped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -191,47 +192,51 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def held() -> AbstractContextManager[None]:
-    """Signals that come inside are noted, and raise on the way out."""
+    """A context for work that cannot be repeated: signals raise when it ends."""
     active = _here()
     return nullcontext() if active is None else active.mode(raises=False)
 
 
 def at_once() -> AbstractContextManager[None]:
-    """What is done inside can be done again, so that signals raise at once."""
+    """A context for work that can be repeated: signals raise at once."""
     active = _here()
     return nullcontext() if active is None else active.mode(raises=True)
 
 
 def as_outside() -> AbstractContextManager[None]:
-    """Inside `held`: signals raise at once where they do so outside of it.
+    """A context inside `held` in which signals raise at once if they did so outside of `held`.
 
-    For what must be put back, whatever comes: it is changed and put back in `held`, and used here.
+    For temporary changes that must be undone even if a signal comes: make and undo them in `held`,
+    and work with them in `as_outside`.
     """
     active = _here()
     return nullcontext() if active is None else active.mode(raises=active._outside[-1])
 
 
 def hold() -> None:
-    """What follows cannot be done again: the rest of an `at_once` is as `held`, to its end."""
+    """Make the rest of an `at_once` context like `held`, since it cannot be repeated."""
     active = _here()
     if active is not None:
         active._raises = False
 
 
 def check() -> None:
-    """Where a signal may raise: raise for one that has come, though code since has caught it."""
+    """Raise Stop again if a signal has come, and code since then has caught it.
+
+    Does nothing inside `held`.
+    """
     active = _here()
     if active is not None and active._raises:
         active.check()
 
 
 def is_aborted() -> bool:
-    """Whether nothing more is to be saved, as a Ctrl-C came after another signal."""
+    """Whether Ctrl-C came after another signal, so that nothing more is to be saved."""
     return _active is not None and _active.aborted
 
 
 def resumes_from(checkpoint: Path | None) -> None:
-    """Tell whoever is stopped which checkpoint to go on from."""
+    """Set the checkpoint from which a run that is stopped can be resumed."""
     if _active is not None:
         _active.checkpoint = checkpoint
 
@@ -241,16 +246,17 @@ def _here() -> Interruption | None:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an exception comes of a signal, and not of the code that it came out of."""
+    """Whether an exception was raised by a signal rather than by the code it came from."""
     if isinstance(error, Stop):
         return True
-    # Where no Interruption is entered, Python's own handler raises it in the main thread.
+    # Outside of an Interruption, Python's own handler raises KeyboardInterrupt in the main thread.
     in_main = threading.current_thread() is threading.main_thread()
     return isinstance(error, KeyboardInterrupt) and _active is None and in_main
 
 
-# A child that a reward or a sampler forks has the handlers of before, or `Pool.terminate`, which
-# sends SIGTERM, would wait for ever. Signals wait while it is forked, lest Python forget them.
+# A child process that a reward or a sampler forks gets the previous handlers back; otherwise
+# `Pool.terminate`, which sends SIGTERM, would wait forever. Signals are blocked during the fork,
+# since Python drops those that are pending in the child.
 _forking = threading.local()
 
 

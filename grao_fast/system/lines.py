@@ -1,7 +1,7 @@
-"""JSON lines files of a run: metrics.jsonl, completions.jsonl, the rows of an evaluation.
+"""Reads and writes JSON Lines files: metrics.jsonl, completions.jsonl, the rows of an evaluation.
 
-A line is written at once or not at all, so that only a process killed in the middle of one, or a
-damaged disk, leaves a line that cannot be read. Such lines are left out, and counted out loud.
+A line is written completely or not at all, unless the process is killed while writing it or the
+disk is damaged. Lines that cannot be read are skipped, with a warning that counts them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ COMPLETIONS_FILE = "completions.jsonl"
 
 
 class LineFile:
-    """A file of lines that grows while a run goes on.
+    """A file to which a run appends lines.
 
     Args:
-        path: of the file.
-        keep_to: lines of this step and those before it are kept, as they are; the run that goes on
-            from there writes the later ones itself. 0 begins the file anew.
+        path: the path of the file.
+        keep_to: the last step whose lines are kept; a run that resumes there writes the later ones
+            again. 0 starts the file afresh.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, *, keep_to: int) -> None:
@@ -48,7 +48,7 @@ class LineFile:
         rest = memoryview((_dump(row) + "\n").encode(errors="backslashreplace"))
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while rest:  # a disk that fills up takes a part
+            while rest:  # a disk that fills up takes only some of the bytes
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             with suppress(OSError):
@@ -56,11 +56,11 @@ class LineFile:
             free = shutil.disk_usage(self.path.parent).free / 2**20
             raise OSError(
                 f"{error.strerror} while a line was written to {str(self.path)!r} "
-                f"({free:.1f} MiB are free): the lines before it are whole"
+                f"({free:.1f} MiB are free): make room; the lines before it are intact"
             ) from error
 
     def flush(self) -> None:
-        """Return when all lines are on the disk."""
+        """Flush all lines to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class LineFile:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of lines that each have a step; what cannot be read is left out."""
+    """Read the rows of a file, which each have a step; lines that cannot be read are skipped."""
     return [row for _, row in _readable(Path(path))]
 
 
@@ -78,7 +78,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _readable(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and their rows. A torn last line, as a killed run leaves it, needs no word."""
+    """Return lines and their rows; an incomplete last line is skipped without a warning."""
     # not splitlines(), which also splits at U+2028 inside a string
     *lines, last = path.read_bytes().split(b"\n")
     read = [(number, line, _row(line)) for number, line in enumerate([*lines, last], start=1)]
@@ -92,7 +92,7 @@ def _readable(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A line as a row with a step, or None."""
+    """Parse a line as a row with a step; None if it is not one."""
     with suppress(ValueError, RecursionError):
         row = json.loads(line.decode())
         if isinstance(row, dict) and type(row.get("step")) is int:
@@ -105,7 +105,7 @@ def _dump(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Data that JSON has: no tuples, no NaN, no infinity."""
+    """Convert a value to types that JSON has: tuples to lists, NaN and infinity to null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

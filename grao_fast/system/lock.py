@@ -1,10 +1,10 @@
-"""One run in a folder at a time: a lock that says who holds it.
+"""Locks a folder for one run at a time, with a lock file that names its holder.
 
-The operating system's lock (flock) on a file is the truth: it ends with its process, however that
-dies, whichever container the process is in, and another process of the same number does not hold
-it. The file names the process and its machine, for the message, and for filesystems whose locks do
-not reach from one machine to another. A holder that cannot be seen from here is dead when its
-heartbeat in the file has stopped: it is taken over from, without anyone's help, and out loud.
+The operating system's lock (flock) on the file decides. It ends with its process, however that
+dies, also across containers, and is not confused by process ids that are used again. The file also
+names the process and its machine, for error messages, and for filesystems whose locks do not work
+between machines. A holder on another machine is taken for dead when its heartbeat in the file has
+stopped; the lock is then taken over, with a warning.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = get_logger(__name__)
 
 LOCK_FILE = ".grao-fast-lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-_PATIENCE = 1.0  # seconds in which a process that has just taken a lock writes down who it is
+_PATIENCE = 1.0  # seconds to wait for a process that has just locked the file to write its name
 
-_held: set[int] = set()  # descriptors; a forked child would hold the lock as long as it lives
+_held: set[int] = set()  # descriptors, closed in forked children, which would keep the lock
 
 
 def _let_go_in_child() -> None:
@@ -49,16 +49,15 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def only_run_in(folder: Path, *, watch: bool = True) -> Iterator[None]:
-    """Hold a folder's lock.
+    """Hold the lock of an existing folder.
 
     Args:
-        folder: an existing one.
-        watch: look, for up to a minute, whether a holder that cannot be seen from here, as on
-            another machine, shows that it lives. False: it is taken to live.
+        watch: watch the heartbeat of a holder on another machine, for up to a minute, to tell
+            whether it is alive; False: assume that it is.
 
     Raises:
-        ValueError: another run holds it.
-        OSError: the lock cannot be written.
+        ValueError: another run holds the lock.
+        OSError: the lock file cannot be written.
     """
     path = folder.absolute() / LOCK_FILE  # the run may change its working directory
     descriptor, mine = _take(path, watch)
@@ -70,10 +69,10 @@ def only_run_in(folder: Path, *, watch: bool = True) -> Iterator[None]:
         heart.start()
         yield
     finally:
-        if mine["pid"] == os.getpid():  # else this is a child that was forked meanwhile
-            # The thread is not waited for: Python's exit and its garbage collector come here too.
+        if mine["pid"] == os.getpid():  # not in a child that was forked meanwhile
+            # The thread is not joined, since Python's exit and garbage collector may run this.
             released.release()
-            # Deleted while it is held: afterwards it may be another's.
+            # Delete the file while it is locked: afterwards it may belong to another run.
             if heartbeat.holder_at(path) == mine:
                 path.unlink(missing_ok=True)
             _held.remove(descriptor)
@@ -81,13 +80,13 @@ def only_run_in(folder: Path, *, watch: bool = True) -> Iterator[None]:
 
 
 def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
-    """A descriptor of the locked file, and what has been written into it of this process."""
+    """Lock the file, write this process into it, and return its descriptor and that entry."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             works = _lock(descriptor, path)
             if works and not _is_still_at(descriptor, path):
-                os.close(descriptor)  # its last holder has deleted it: others would lock a new one
+                os.close(descriptor)  # deleted by its last holder: others would lock a new file
                 continue
             holder = _read(descriptor)
             lives = _lives(holder, flock_works=works) if holder else False
@@ -95,7 +94,7 @@ def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
             if unseen and watch:
                 lives = heartbeat.beats(path, holder)
                 if not _is_still_at(descriptor, path):
-                    os.close(descriptor)  # let go meanwhile
+                    os.close(descriptor)  # released meanwhile
                     continue
             if lives is not False:
                 raise UserError(
@@ -105,12 +104,12 @@ def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
                 logger.warning(
                     "%s: taken over from process %s on %s, which is %s",
                     path, holder.get("pid"), holder.get("host"),
-                    f"dead: no sign of life for {heartbeat.SILENCE:g} s" if unseen else "gone",
+                    f"dead: no heartbeat for {heartbeat.SILENCE:g} s" if unseen else "gone",
                 )  # fmt: skip
             mine = _me()
             _write(descriptor, path, mine)
             if unseen:
-                # a third machine, that has watched as long, may have written at the same moment
+                # another machine that watched as well may have written at the same moment
                 time.sleep(heartbeat.LOOK)
                 if (other := heartbeat.holder_at(path)) != mine:
                     raise UserError(_in_use(path, other, seen=True))
@@ -121,7 +120,7 @@ def _take(path: Path, watch: bool) -> tuple[int, dict[str, Any]]:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock a file. False where the filesystem has no locks, so that what it says has to do."""
+    """Lock a file, and return True; False if the filesystem has no locks."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "this system has no flock")
@@ -134,7 +133,10 @@ def _lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s (%s): runs that start at once are not kept apart", path, error.strerror)
+        logger.warning(
+            "%s cannot be locked (%s): runs that start at the same moment may share the folder",
+            path, error.strerror,
+        )  # fmt: skip
         return False
     return True
 
@@ -171,17 +173,16 @@ def _me() -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any], *, flock_works: bool) -> bool | None:
-    """Whether the process that wrote a lock file still runs, when its lock is not held.
+    """Whether the process that wrote an unlocked lock file still runs; None if that is unknown.
 
-    None where that cannot be seen from here: on another machine, as far as can be known, or, where
-    there are no locks, in another container.
+    It is unknown on another machine, and, on a filesystem without locks, in another container.
     """
     me = _me()
     same_host, same_boot = (me[key] == holder.get(key) for key in ("host", "boot"))
     if not same_host and (not same_boot or me["boot"] is None):
         return None
     if not same_boot:
-        return False  # on this machine, which has started anew since
+        return False  # this machine has been rebooted since
     if flock_works:
         return False
     if me["pid_namespace"] != holder.get("pid_namespace"):
@@ -190,7 +191,7 @@ def _lives(holder: dict[str, Any], *, flock_works: bool) -> bool | None:
 
 
 def _boot() -> str | None:
-    """What tells one start of a machine from another; None where the system does not say."""
+    """The id of the machine's current boot; None if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None
@@ -203,22 +204,22 @@ def _pid_namespace() -> str | None:
 
 
 def _start_of(pid: Any) -> str | None:
-    """When a process began, in clock ticks since the machine did; None where there is none."""
+    """The start time of a process, in clock ticks since boot; None if there is no such process."""
     with suppress(OSError):
-        # the name, in brackets, may hold spaces and brackets of its own
+        # the process name, in parentheses, may contain spaces and parentheses
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def _in_use(path: Path, holder: dict[str, Any], *, seen: bool) -> str:
-    """The refusal; `seen`: the holder has just shown that it lives."""
+    """The message of the error for a locked folder; seen: whether the holder is known to live."""
     if not holder:
-        return f"output_dir {str(path.parent)!r} is in use by another run: choose another"
+        return f"output_dir {str(path.parent)!r} is in use by another run: choose another folder"
     host = socket.gethostname()
     who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
     if (holder.get("host"), holder.get("pid")) == (host, os.getpid()):
         who = f"another run of this process ({os.getpid()})"
-    remedy = "wait for it, stop it, or choose another"
+    remedy = "wait for it, stop it, or choose another folder"
     if not seen and holder.get("boot") != _boot():
-        remedy = f"if that run is dead, which {host} cannot see, delete {str(path)!r}"
+        remedy = f"if that run is dead, which {host} cannot tell, delete {str(path)!r}"
     return f"output_dir {str(path.parent)!r} is in use by {who}: {remedy}"

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot fail: what is only shown never stops work."""
+"""Makes standard output and error tolerate failures, so that display never stops a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = get_logger(__name__)
 
 
 class LenientStream:
-    """A text stream whose failures cost what it would have shown, and nothing else.
+    """A text stream whose failures are logged once and otherwise ignored.
 
-    Terminals close, pipes break, disks fill up, and some encodings are of few characters.
+    Terminals close, pipes break, disks fill up, and some encodings lack characters.
     """
 
     def __init__(self, stream: Any, name: str) -> None:
@@ -27,11 +27,11 @@ class LenientStream:
         try:
             self._stream.write(text)
         except UnicodeEncodeError as error:
-            # not error.encoding, which is "charmap" for every code page
+            # the stream's encoding, since error.encoding is "charmap" for every code page
             encoding = getattr(self._stream, "encoding", None) or error.encoding
             encodable = text.encode(encoding, "backslashreplace").decode(encoding)
             self._try(lambda: self._stream.write(encodable))
-        except Exception as error:  # of any kind: a stream can be of anyone's making
+        except Exception as error:  # of any kind: the stream may be of any class
             self._fail(error)
         return len(text)
 
@@ -60,16 +60,16 @@ class LenientStream:
     def _fail(self, error: Exception) -> None:
         if self.failed:
             return
-        self.failed = True  # first, as the log may be written to this very stream
-        logger.warning("%s cannot be written, and is left out: %s", self._name, error)
+        self.failed = True  # before logging, which may write to this stream
+        logger.warning("%s cannot be written, and is ignored from now on: %s", self._name, error)
 
 
 @contextmanager
 def lenient_streams(*, to_the_end: bool = False) -> Iterator[None]:
-    """Inside, nothing that is written to standard output or error can fail.
+    """A context in which writing to standard output and error cannot fail.
 
-    to_the_end: also where Python itself, as it exits, writes what is left in a stream: one that
-        fails is closed. For a program, to which the streams belong.
+    to_the_end: redirect a stream that failed to nowhere, so that Python can flush it at exit. For a
+        program, which owns the streams.
     """
     _occupy_descriptors()
     before = sys.stdout, sys.stderr
@@ -89,23 +89,26 @@ _NAMES = ("standard output", "standard error")
 
 
 def lenient(stream: Any, name: str) -> LenientStream:
-    """The stream as one that cannot fail; `name` is what a warning calls it."""
+    """Wrap a stream so that it cannot fail; `name` is its name in the warning."""
     if isinstance(stream, LenientStream):
         return stream
-    # Python has none where the descriptor was closed when it started.
+    # sys.stdout is None if its descriptor was closed when Python started
     return LenientStream(open(os.devnull, "w") if stream is None else stream, name)
 
 
 def _occupy_descriptors() -> None:
-    """Open what is closed of 0, 1 and 2, or a file of the run gets what libraries write there."""
+    """Open descriptors 0, 1 and 2 if they are closed.
+
+    Otherwise a file of the run would get one of these numbers, and with it what libraries print.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _close(stream: LenientStream) -> None:
-    """Let the stream's descriptor lead nowhere, so that what is left in it can be written."""
-    with suppress(OSError, ValueError):  # it has none, or is closed
+    """Redirect the stream's descriptor to os.devnull, so that its buffer can be flushed."""
+    with suppress(OSError, ValueError):  # it has no descriptor, or is closed
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -1,7 +1,7 @@
-"""Threads that a process which ends does not wait for.
+"""Runs functions in daemon threads, which Python does not wait for at exit.
 
-`concurrent.futures` joins its threads when Python exits: a function that hangs in one of them would
-keep a run that has failed, or was told to stop, from ending.
+`concurrent.futures` joins its threads when Python exits, so that a function that hangs in one would
+keep a run from ending that has failed or was told to stop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class DaemonExecutor(ThreadPoolExecutor):
     """A ThreadPoolExecutor of daemon threads, which neither `with` nor Python's exit waits for.
 
-    Work sees the context variables of whoever submits it.
+    Functions run with the context variables of the caller of `submit`.
     """
 
     def __init__(self, max_workers: int) -> None:
@@ -38,7 +38,7 @@ class DaemonExecutor(ThreadPoolExecutor):
                 return
             try:
                 result = context.run(fn, *args, **kwargs)
-            except BaseException as error:  # of any kind: whoever waits for the result raises it
+            except BaseException as error:  # of any kind: raised again by Future.result
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -50,13 +50,13 @@ class DaemonExecutor(ThreadPoolExecutor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads when they have worked off what was submitted; returns at once."""
+        """End the threads when they have run what was submitted; return at once."""
         for _ in range(self._started):
             self._waiting.put(None)
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """The outcome of a call in a daemon thread of its own."""
+    """Call a function in a new daemon thread, and return its future."""
     executor = DaemonExecutor(1)
     outcome = executor.submit(function)
     executor.shutdown()

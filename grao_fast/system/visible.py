@@ -1,7 +1,7 @@
-"""Text of others, made safe to show.
+"""Escapes control characters in text from models, datasets and libraries before it is shown.
 
-What a model says and what a dataset holds can carry control characters. Written to a terminal raw
-they recolour it, retitle it, write its clipboard, overwrite lines, or turn their order around.
+Written to a terminal unescaped, they can change its colours and title, write to its clipboard,
+overwrite lines, or reverse the order of text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 _CONTROL = (*range(0x20), 0x7F, *range(0x80, 0xA0))
 _BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x2070))
 _SEPARATORS = (0x2028, 0x2029)
-_LONGEST_CHAIN = 100  # of causes, which could go round in a circle
+_LONGEST_CHAIN = 100  # causes of an error, which may form a cycle
 _SURROGATES = range(0xD800, 0xE000)
 
 
@@ -27,28 +27,28 @@ _IN_LINES = {code: text for code, text in _ESCAPES.items() if chr(code) not in "
 
 
 def visible(text: str) -> str:
-    r"""Text on one line, in which control characters are seen and not obeyed: "\x1b", "\n".
+    r"""Return text with control characters escaped, as in "\x1b" and "\n", on one line.
 
-    So are bidirectional marks, line separators and lone surrogates, which no encoding can write.
+    Bidirectional marks, line separators and lone surrogates are escaped too.
     """
     return text.translate(_ESCAPES | _BY_NAME)
 
 
 def visible_lines(text: str) -> str:
-    """As `visible`, of text that may have lines and tabs."""
+    """Return text as `visible` does, but keep line breaks and tabs."""
     return text.translate(_IN_LINES)
 
 
 def squeezed(text: str) -> str:
-    """Text on one line, every run of white space a single space, the rest `visible`."""
+    """Return text as `visible` does, with every run of white space as a single space."""
     return visible(" ".join(text.split()))
 
 
 @contextmanager
 def visible_errors() -> Iterator[None]:
-    """Errors that leave have messages that are `visible_lines`, and so have their causes.
+    """Escape, as `visible_lines` does, the messages of errors that leave, and of their causes.
 
-    They quote names, values and what libraries say of them, and end up on a terminal.
+    They quote names, values and messages of libraries, and are shown on a terminal.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def visible_errors() -> Iterator[None]:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formats log records, of whatever library, as `visible_lines`."""
+    """Formats log records of any library, escaped as by `visible_lines`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
@@ -72,7 +72,7 @@ class VisibleFormatter(logging.Formatter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """`logging.getLogger`, whose records are `visible_lines`, as they name what others named."""
+    """Return `logging.getLogger(name)`, with its records escaped as by `visible_lines`."""
     logger = logging.getLogger(name)
     logger.addFilter(_be_visible)
     return logger
