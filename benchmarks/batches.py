@@ -6,7 +6,7 @@ reference last.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ def make_batch(
         rewards_NK,
         exact_weights(sequence_T, rewards_NK).to(device, torch.float32),
     )
+
+
+def batch_facts(batch: Batch) -> dict[str, Any]:
+    """Shape and dtype, as results in JSON name them."""
+    (T, D), V = batch.hidden_TD.shape, batch.head_VD.shape[0]
+    return {"shape_TDV": [T, D, V], "dtype": str(batch.hidden_TD.dtype).removeprefix("torch.")}
 
 
 def shape_name(shape_TDV: tuple[int, int, int]) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import DEVICE, DTYPES, SHAPES, Batch, make_batch
+from batches import DEVICE, DTYPES, SHAPES, Batch, batch_facts, make_batch
 from measure import errors, outputs, truth
 from peers import PEERS
-from replay import PRESENT, facts, names, skip
+from replay import PRESENT, names, skip
 
 TOKENS = 512
 TARGET_LOGIT = 18.0  # over 49,152 others of about unit variance: p = 0.999
@@ -56,6 +56,6 @@ def test_largest_errors(benchmark, problem, variant: str) -> None:
     found = benchmark.pedantic(outputs, args=(peer, batch), rounds=1)
     benchmark.extra_info.update(
         names(peer)
-        | facts(batch)
+        | batch_facts(batch)
         | {"logits": logits, "errors": errors(found, true_outputs[peer.weighted])}
     )

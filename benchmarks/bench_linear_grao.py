@@ -9,10 +9,10 @@ same round, `peak_extra_mib` the memory beyond the inputs.
 from __future__ import annotations
 
 import pytest
-from batches import DEVICE, DTYPES, SHAPES, make_batch, shape_name
+from batches import DEVICE, DTYPES, SHAPES, batch_facts, make_batch, shape_name
 from measure import measure
 from peers import PEERS
-from replay import clock, facts, report
+from replay import clock, report
 
 ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, all rows live")
 def race(request):
     batch = make_batch(request.param, DTYPES[DEVICE], DEVICE)
     runs = {name: (peer, batch) for name, peer in PEERS.items()}
-    return measure(runs, rounds=ROUNDS), facts(batch)
+    return measure(runs, rounds=ROUNDS), batch_facts(batch)
 
 
 @pytest.mark.parametrize("variant", PEERS)
 def test_forward_and_backward(benchmark, race, variant: str) -> None:
-    measured, batch_facts = race
-    report(benchmark, measured, variant, PEERS[variant], batch_facts)
+    measured, facts = race
+    report(benchmark, measured, variant, PEERS[variant], facts)

@@ -8,10 +8,10 @@ All shares take turns in one race. The floor is that of all rows.
 from __future__ import annotations
 
 import pytest
-from batches import DEVICE, DTYPES, SHAPES, make_batch
+from batches import DEVICE, DTYPES, SHAPES, batch_facts, make_batch
 from measure import measure
 from peers import PEERS
-from replay import clock, facts, report
+from replay import clock, report
 
 SHARES = (1.0, 0.5, 0.25)
 # On the CPU those that say they leave out rows, and naive; the rest are too slow to be repeated.
@@ -27,11 +27,11 @@ def race():
         live: make_batch(SHAPES[DEVICE][0], DTYPES[DEVICE], DEVICE, live=live) for live in SHARES
     }
     runs = {f"{name} {live}": (PEERS[name], batches[live]) for name in VARIANTS for live in SHARES}
-    return measure(runs, rounds=ROUNDS), facts(batches[1.0])
+    return measure(runs, rounds=ROUNDS), batch_facts(batches[1.0])
 
 
 @pytest.mark.parametrize("live", SHARES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_and_backward(benchmark, race, variant: str, live: float) -> None:
-    measured, batch_facts = race
-    report(benchmark, measured, f"{variant} {live}", PEERS[variant], batch_facts | {"live": live})
+    measured, facts = race
+    report(benchmark, measured, f"{variant} {live}", PEERS[variant], facts | {"live": live})

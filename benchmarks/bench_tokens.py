@@ -8,10 +8,10 @@ A contender that runs out of memory says so and at how many tokens.
 from __future__ import annotations
 
 import pytest
-from batches import DEVICE, DTYPES, SHAPES, make_batch
+from batches import DEVICE, DTYPES, SHAPES, batch_facts, make_batch
 from measure import measure
 from peers import PEERS
-from replay import clock, facts, report
+from replay import clock, report
 
 TOKENS = {"cuda": [2**power for power in range(10, 17)], "cpu": [256, 512, 1024, 2048]}[DEVICE]
 VARIANTS = {
@@ -28,10 +28,10 @@ def race(request):
     _, D, V = SHAPES[DEVICE][0]
     batch = make_batch((request.param, D, V), DTYPES[DEVICE], DEVICE)
     runs = {name: (PEERS[name], batch) for name in VARIANTS}
-    return measure(runs, rounds=ROUNDS), facts(batch)
+    return measure(runs, rounds=ROUNDS), batch_facts(batch)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_and_backward(benchmark, race, variant: str) -> None:
-    measured, batch_facts = race
-    report(benchmark, measured, variant, PEERS[variant], batch_facts)
+    measured, facts = race
+    report(benchmark, measured, variant, PEERS[variant], facts)

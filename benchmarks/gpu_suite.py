@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_suite.py OUT                    # on a GPU; the results go to OUT
     python benchmarks/gpu_suite.py OUT --tiny             # tiny shapes; on a CPU too
-    python benchmarks/gpu_suite.py OUT --sections facts,widths
+    python benchmarks/gpu_suite.py OUT --sections facts,tests
 
 It needs torch, triton and pytest, and neither an install of this package nor the network; peers are
 timed where they are installed. OUT gets suite.json, written again after every section, and a log of

@@ -22,6 +22,11 @@ from torch import Tensor
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
+def quartiles(seconds: list[float]) -> dict[str, float | int]:
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"rounds": len(seconds), "median": median, "q1": q1, "q3": q3}
+
+
 class Measured(NamedTuple):
     """Seconds of each round, and those of the three bare GEMMs in the same round."""
 
@@ -31,13 +36,8 @@ class Measured(NamedTuple):
 
     def summary(self) -> dict[str, float | int | None]:
         """Median and quartiles, and the median over rounds of the ratio to the round's floor."""
-        q1, median, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
         ratios = [own / gemm for own, gemm in zip(self.seconds, self.floor_seconds, strict=True)]
-        return {
-            "rounds": len(self.seconds),
-            "median": median,
-            "q1": q1,
-            "q3": q3,
+        return quartiles(self.seconds) | {
             "gemm_seconds": statistics.median(self.floor_seconds),
             "gemm_ratio": statistics.median(ratios),
             "peak_extra_mib": self.peak_extra_mib,
@@ -48,6 +48,9 @@ class Outputs(NamedTuple):
     loss: Tensor
     dhidden_TD: Tensor
     dhead_VD: Tensor
+
+
+Truths = dict[bool, Outputs]  # by whether a loss is weighted
 
 
 def measure(
@@ -95,11 +98,16 @@ def outputs(peer: Peer, batch: Batch) -> Outputs:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], batch: Batch, rounds: int
+    functions: Mapping[str, Callable[[], object]],
+    batch: Batch,
+    rounds: int,
+    *,
+    goes_on: Callable[[int], bool] = lambda turn: True,
 ) -> dict[str, Measured]:
     """Every function in every round, and before them the three GEMMs of `batch`.
 
     Each round starts with another function, so that none has better neighbours than the rest.
+    `goes_on(turn)` is asked before each round, counted from 0, and may end them.
     """
     device = batch.hidden_TD.device
     names = list(functions)
@@ -107,6 +115,8 @@ def interleave(
     peaks: dict[str, list[float | None]] = {name: [] for name in names}
     floor = []
     for turn in range(rounds):
+        if not goes_on(turn):
+            break
         gemms = three_gemms(batch)  # made anew: their buffer must not take the others' memory
         if turn == 0:
             gemms()
@@ -187,23 +197,32 @@ def _resident_mib(field: str) -> float:
 
 
 def gate(peers: Iterable[Peer], batch: Batch) -> None:
-    """Loss and gradients of a batch's first live group against float64.
+    """Check loss and gradients of a batch's first live group against float64.
+
+    Raises:
+        AssertionError: as `checked_errors` does.
+    """
+    small, truths = one_group(batch), {}
+    for peer in peers:
+        checked_errors(peer, small, truths)
+
+
+def checked_errors(peer: Peer, batch: Batch, truths: Truths) -> dict[str, float]:
+    """Return a peer's errors on a small batch; `truths` keeps what is computed in float64.
 
     Raises:
         AssertionError: fewer than half of the dtype's digits are right: an error above sqrt(eps)
             of the largest true value. How accurate each is, bench_accuracy.py tells.
     """
-    small = one_group(batch)
-    true_outputs: dict[bool, Outputs] = {}
+    if peer.weighted not in truths:
+        truths[peer.weighted] = truth(batch, weighted=peer.weighted)
+    found = errors(outputs(peer, batch), truths[peer.weighted])
     allowed = torch.finfo(batch.hidden_TD.dtype).eps ** 0.5
-    for peer in peers:
-        if peer.weighted not in true_outputs:
-            true_outputs[peer.weighted] = truth(small, weighted=peer.weighted)
-        found = errors(outputs(peer, small), true_outputs[peer.weighted])
-        for name, error in found.items():
-            assert error <= allowed, (
-                f"{peer.name}: {name} is off by {error:.2g} of its size, {allowed:.2g} passes"
-            )
+    for name, error in found.items():
+        assert error <= allowed, (
+            f"{peer.name}: {name} is off by {error:.2g} of its size, {allowed:.2g} passes"
+        )
+    return found
 
 
 def truth(batch: Batch, *, weighted: bool = True, chunk_rows: int = 512) -> Outputs:

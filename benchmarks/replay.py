@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from batches import Batch
 from measure import Measured
 from peers import Peer
 
@@ -30,7 +29,7 @@ def report(
     race: tuple[dict[str, Measured], dict[str, str]],
     key: str,
     peer: Peer,
-    batch_facts: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
     """Hand one contender's rounds to pytest-benchmark, or skip with the reason of its absence."""
     measured, absences = race
@@ -44,7 +43,7 @@ def report(
         _now += next(durations)
 
     benchmark.pedantic(play, rounds=len(measured[key].seconds))
-    benchmark.extra_info.update(names(peer) | batch_facts | measured[key].summary())
+    benchmark.extra_info.update(names(peer) | facts | measured[key].summary())
 
 
 def skip(peer: Peer, reason: str) -> None:
@@ -54,12 +53,3 @@ def skip(peer: Peer, reason: str) -> None:
 
 def names(peer: Peer) -> dict[str, str]:
     return {"variant": peer.name, "label": peer.label}
-
-
-def facts(batch: Batch) -> dict[str, Any]:
-    """What the JSON says of a batch."""
-    T, D = batch.hidden_TD.shape
-    return {
-        "shape_TDV": [T, D, batch.head_VD.shape[0]],
-        "dtype": str(batch.hidden_TD.dtype).removeprefix("torch."),
-    }

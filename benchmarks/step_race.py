@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from measure import peak_extra_mib, seconds
+from measure import peak_extra_mib, quartiles, seconds
 from peers import _not_installed
 from step_problem import Case, make_rollout
 from step_sides import TRL, Ours, grao_weights, naive_gradient
@@ -49,13 +49,8 @@ class Timed(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """Median and quartiles of the time, and the median of the tokens a second."""
-        q1, median, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
         rates = [count / took for count, took in zip(self.tokens, self.seconds, strict=True)]
-        return {
-            "rounds": len(self.seconds),
-            "median": median,
-            "q1": q1,
-            "q3": q3,
+        return quartiles(self.seconds) | {
             "tokens_per_s": statistics.median(rates),
             "useful_tokens": statistics.median(self.tokens),
             "peak_extra_mib": self.peak_extra_mib,

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,13 +40,3 @@ def _origin(module: str) -> Path | None:
     except ModuleNotFoundError:
         return None
     return None if spec is None or spec.origin is None else Path(spec.origin).resolve()
-
-
-def load(name: str, path: str) -> ModuleType:
-    """The module in the file `path` of the checkout, under a name that hides no other."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / path)
-        assert spec is not None and spec.loader is not None, path
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

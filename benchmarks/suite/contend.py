@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from batches import Batch, make_batch, one_group
-from measure import Measured, Outputs, errors, interleave, outputs, truth
+from batches import Batch, batch_facts, make_batch, one_group
+from measure import Truths, checked_errors, interleave, outputs
 from peers import OURS, PEERS, Peer
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def contend(
         torch._dynamo.reset()  # or, after a few shapes, it would give up and not say so
     found: dict[str, dict[str, Any]] = {}
     run.report[where] = found
-    truths: dict[bool, Outputs] = {}
+    truths: Truths = {}
     for name in names:
         if not run.in_time(f"{name}, {where}"):
             continue
@@ -84,17 +84,11 @@ def verdict(run: Run, headline: str) -> str:
     return headline
 
 
-def _first_look(peer: Peer, batch: Batch, truths: dict[bool, Outputs]) -> dict[str, Any]:
+def _first_look(peer: Peer, batch: Batch, truths: Truths) -> dict[str, Any]:
     """Its errors, which must pass; or the reason for its absence."""
     if reason := peer.absence(batch):
         return {"reason": reason}
-    small = one_group(batch)
-    if peer.weighted not in truths:
-        truths[peer.weighted] = truth(small, weighted=peer.weighted)
-    found = errors(outputs(peer, small), truths[peer.weighted])
-    allowed = torch.finfo(batch.hidden_TD.dtype).eps ** 0.5  # as in measure.gate
-    if max(found.values()) > allowed:
-        raise AssertionError(f"errors {found} above {allowed:.2g}")
+    found = checked_errors(peer, one_group(batch), truths)
     outputs(peer, batch)  # compiles, and may find no memory
     return {"errors": found}
 
@@ -114,33 +108,10 @@ def _guarded(peer: Peer, batch: Batch, figures: dict[str, Any]) -> Callable[[], 
 def _take_turns(
     run: Run, where: str, functions: dict[str, Callable[[], object]], batch: Batch, rounds: int
 ) -> None:
-    rounds_of: dict[str, list[Measured]] = {name: [] for name in functions}
-    names = list(functions)
-    for turn in range(rounds):
-        # Quartiles take two rounds.
-        if turn >= 2 and not run.in_time(f"rounds {turn + 1} to {rounds}, {where}"):
-            break
-        start = turn % max(1, len(names))
-        order = names[start:] + names[:start]
-        turns = interleave({name: functions[name] for name in order}, batch, 1)
-        for name, measured in turns.items():
-            rounds_of[name].append(measured)
-    for name, each in rounds_of.items():
+    def goes_on(turn: int) -> bool:  # quartiles take two rounds
+        return turn < 2 or run.in_time(f"rounds {turn + 1} to {rounds}, {where}")
+
+    for name, measured in interleave(functions, batch, rounds, goes_on=goes_on).items():
         figures = run.report[where][name]
         if "reason" not in figures:
-            figures |= _joined(each).summary() | batch_facts(batch)
-
-
-def batch_facts(batch: Batch) -> dict[str, Any]:
-    """As in replay.facts."""
-    (T, D), V = batch.hidden_TD.shape, batch.head_VD.shape[0]
-    return {"shape_TDV": [T, D, V], "dtype": str(batch.hidden_TD.dtype).removeprefix("torch.")}
-
-
-def _joined(rounds: list[Measured]) -> Measured:
-    peaks = [each.peak_extra_mib for each in rounds if each.peak_extra_mib is not None]
-    return Measured(
-        [second for each in rounds for second in each.seconds],
-        [second for each in rounds for second in each.floor_seconds],
-        max(peaks, default=None),
-    )
+            figures |= measured.summary() | batch_facts(batch)

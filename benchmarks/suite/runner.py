@@ -27,7 +27,6 @@ import torch
 Value = TypeVar("Value")
 # Of a section's limit, what it plans to use: it looks at the clock between two pieces of work.
 _PLANNED = 0.7
-_MAX_LOGS = 6  # with suite.json and rest.log, eight files
 _LOG_CHARACTERS = 2**20
 
 
@@ -105,9 +104,8 @@ def _run_section(section: Section, out: Path, tiny: bool) -> dict[str, Any]:
             entry = {"status": "failed", "headline": how, "log": log, "report": report}
     log = entry.pop("log")
     if log:
-        entry["log"] = _log_name(out, section.name)
-        with (out / entry["log"]).open("a") as file:
-            file.write(f"== {section.name}\n{log[-_LOG_CHARACTERS:]}\n")
+        entry["log"] = f"{section.name}.log"
+        (out / entry["log"]).write_text(log[-_LOG_CHARACTERS:])
     return {"status": entry["status"], "seconds": round(time.monotonic() - start, 2), **entry}
 
 
@@ -175,11 +173,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _log_name(out: Path, section: str) -> str:
-    """A log of its own, while these are few."""
-    return f"{section}.log" if len(list(out.glob("*.log"))) < _MAX_LOGS else "rest.log"
 
 
 def table(suite: dict[str, Any]) -> str:

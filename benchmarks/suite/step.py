@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from batches import Batch, exact_weights
-from measure import Outputs, errors, peak_extra_mib, seconds, truth
+from measure import Outputs, errors, peak_extra_mib, quartiles, seconds, truth
 from peers import PEERS
 from torch import Tensor
 
@@ -72,8 +71,7 @@ def _take_turns(run: Run, functions: dict[str, Callable[[], Outputs]]) -> None:
         for name, function in functions.items():
             times[name].append(seconds(function, run.device))
     for name, each in times.items():
-        q1, median, q3 = statistics.quantiles(each, n=4, method="inclusive")
-        run.report[name] |= {"median": median, "q1": q1, "q3": q3, "rounds": len(each)}
+        run.report[name] |= quartiles(each)
 
 
 def step_batch(

@@ -19,7 +19,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
         rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")

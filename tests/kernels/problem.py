@@ -97,6 +97,7 @@ def assert_matches_specification(
     backend: str,
     device: str,
     scale: float = 1.0,
+    truth_on: str = "cpu",
     **extra: Any,
 ) -> dict[str, Tensor]:
     """Every output and gradient of ours against float64; both start from inputs in `dtype`."""
@@ -107,8 +108,8 @@ def assert_matches_specification(
         head_VD=problem.head_VD.to(dtype),
         bias_V=bias_V,
     )
-    truth = run(reference.grao_loss, problem, torch.float64, scale=scale)
-    naive = run(reference.grao_loss, problem, dtype, scale=scale)
+    truth = run(reference.grao_loss, problem, torch.float64, truth_on, scale)
+    naive = run(reference.grao_loss, problem, dtype, truth_on, scale)
     ours = run(linear_grao_loss, problem, dtype, device, scale, backend=backend, **extra)
     # The loss is the difference of terms that may be far larger: the five are one vector.
     scalars = [torch.stack([each[name] for name in SCALARS]) for each in (ours, naive, truth)]

@@ -74,12 +74,14 @@ def run(function, problem: Problem, dtype, device="cpu", **options) -> dict[str,
     return outputs | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def assert_matches_specification(problem, dtype, backend, device, **options) -> None:
+def assert_matches_specification(
+    problem, dtype, backend, device, truth_on="cpu", **options
+) -> None:
     rounded = {name: getattr(problem, name) for name in GRADIENTS}
     rounded = {name: None if x is None else x.to(dtype) for name, x in rounded.items()}
     problem = replace(problem, **rounded)
-    truth = run(naive_logprobs, problem, torch.float64)
-    naive = run(naive_logprobs, problem, dtype)
+    truth = run(naive_logprobs, problem, torch.float64, truth_on)
+    naive = run(naive_logprobs, problem, dtype, truth_on)
     ours = run(linear_logprobs, problem, dtype, device, entropy=True, backend=backend, **options)
     for name in truth:
         assert_accurate(name, ours[name], naive[name], truth[name], dtype)

@@ -24,7 +24,7 @@ def off_policy(problem: Problem, *names: str, **options) -> Problem:
     steps = torch.tensor([0.1, -0.5, 0.0, 0.5, -0.1, math.nan], dtype=torch.float64)
     T = logprob_T.numel()
     given = {
-        name: logprob_T + steps[(torch.arange(T) * (3 + NAMES.index(name))) // 2 % 6]
+        name: logprob_T + steps.to(logprob_T)[(torch.arange(T) * (3 + NAMES.index(name))) // 2 % 6]
         for name in names
     }
     return problem.with_options(**given, **options)

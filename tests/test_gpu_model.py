@@ -1,0 +1,56 @@
+"""FlexAttention as CUDA compiles it, beside SDPA in parts: the gradients of a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from step_problem import Case, make_model, make_rollout
+from torch import Tensor
+
+from grao_fast.config import GRAOConfig
+from grao_fast.models.policy import Policy, load_policy
+from grao_fast.training.step import Rollout, micro_batch_loss, to_groups
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+# Rows of one block of 128 tokens, of a few, and of many.
+CASES = [
+    Case(prompts=1, samples=2, prompt_tokens=12, response_tokens=10),
+    Case(prompts=1, samples=3, prompt_tokens=150, response_tokens=60),
+    Case(prompts=3, samples=4, prompt_tokens=90, response_tokens=130),
+    Case(prompts=4, samples=8, prompt_tokens=256, response_tokens=128),
+]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_flex_attention_gives_the_gradient_of_sdpa(recompute: bool) -> None:
+    model, tokenizer = make_model("attention", "cuda")
+    config = GRAOConfig(
+        device="cuda", attention_backend="flex", gradient_checkpointing=recompute, workspace_mib=64
+    )
+    policy = load_policy(model, config=config, tokenizer=tokenizer)
+    for case in CASES:
+        rollout = make_rollout(case, model.config.vocab_size)
+        flex = gradient(policy, rollout)
+        parts = gradient(replace(policy, attention="grao_parts"), rollout)
+        assert parts.any()
+        off = float((flex - parts).norm() / parts.norm())
+        assert off <= torch.finfo(torch.bfloat16).eps ** 0.5, case  # half of the digits
+
+
+def gradient(policy: Policy, rollout: Rollout) -> Tensor:
+    """The gradients of all parameters in one vector."""
+    groups = to_groups(rollout, beta=0.5, lam=0.6)
+    policy.model.zero_grad()
+    with policy.updating():
+        batch = policy.lay_out(groups)
+        micro_batch_loss(policy, batch, GRAOConfig(), num_prompts=len(groups)).loss.backward()
+    gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    return torch.cat([each.flatten() for each in gradients])
