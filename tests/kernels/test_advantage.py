@@ -6,10 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from grao_fast.kernels import advantage, group_advantages, reference, sequence_weights
+from grao_fast.kernels import advantage, reference
 
 NAN = math.nan
 GROUPS = [
@@ -71,29 +69,6 @@ def test_matches_specification(
     torch.testing.assert_close(advantages_NK.cpu(), truth_NK, **close)
     torch.testing.assert_close(terms_3NK.sum(0).cpu(), truth_weights_NK, **close)
     assert not terms_3NK[0, :, -1].any() and not terms_3NK[1, :, :-1].any()
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(
-    st.integers(2, 9).flatmap(
-        lambda K: st.lists(
-            st.lists(st.sampled_from([NAN, -1.0, 0.0, 0.1, 1.0]), min_size=K, max_size=K),
-            min_size=1,
-            max_size=4,
-        )
-    ),
-    st.sampled_from(STATISTICS),
-    st.sampled_from(REFERENCE_ADVANTAGES),
-)
-def test_any_rewards(groups: list, statistics: str, reference_advantage: str) -> None:
-    rewards_NK = torch.tensor(groups, dtype=torch.float64)
-    options = {"statistics": statistics, "reference_advantage": reference_advantage}
-    truth_NK = reference.group_advantages(rewards_NK, **options)
-    advantages_NK = group_advantages(rewards_NK, **options)
-    torch.testing.assert_close(advantages_NK, truth_NK, equal_nan=True)
-    torch.testing.assert_close(
-        sequence_weights(advantages_NK), reference.sequence_weights(truth_NK)
-    )
 
 
 def test_row_coefficients_are_means_over_sequences() -> None:
