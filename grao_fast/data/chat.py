@@ -68,8 +68,8 @@ class Chat:
     def prompt(self, messages: Messages) -> str:
         """Return the text of a prompt, generation prompt included. Raises TemplateRefusal."""
         if self._continued(messages):
-            return self._render(messages, continue_final_message=True)
-        return self._render(messages, add_generation_prompt=True)
+            return self._render(messages, continued=True)
+        return self._render(messages, generation_prompt=True)
 
     def answer(
         self, messages: Messages, prompt_text: str, reference: str | Messages
@@ -150,10 +150,16 @@ class Chat:
             content = content.rstrip().removesuffix(end)
         return {"content": content}
 
-    def _render(self, messages: Messages, **how: bool) -> str:
+    def _render(
+        self, messages: Messages, *, generation_prompt: bool = False, continued: bool = False
+    ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, **{"add_generation_prompt": False} | how, **self.options
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                continue_final_message=continued,
+                **self.options,
             )
         except _REFUSALS as error:
             reason = one_line(error, _LONGEST_REFUSAL)
