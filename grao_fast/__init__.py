@@ -1,8 +1,7 @@
 """grao-fast: Group Relative Alignment Optimization (arXiv 2508.07750) for language models.
 
-Exports load on first use (PEP 562): `import grao_fast` and `import grao_fast.kernels` bring in
-neither transformers nor the trainer, so the kernels cost no more than they need inside any other
-program.
+Exports are imported on first use (PEP 562): `import grao_fast` and `import grao_fast.kernels` load
+neither transformers nor the trainer, so that other programs can use the kernels alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m grao_fast`, the same program as `grao-fast`."""
+"""Runs `python -m grao_fast`, the same program as `grao-fast`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks into a run, for what `train` has no option for."""
+"""Defines callbacks, the hooks into a run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Subclass it, override what you need, pass instances as `callbacks=`."""
+    """Base class of callbacks: override the hooks you need, and pass instances as `callbacks=`."""
 
     def on_train_begin(self, policy: Policy, config: GRAOConfig) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:
-        """After every step, counted from 1; return True to end the run after it."""
+        """Called after every step, counted from 1; return True to end the run."""
 
     def on_evaluate(self, step: int, result: EvaluationResult) -> None:
-        """After every evaluation."""
+        """Called after every evaluation."""
 
     def on_save(self, step: int, path: Path) -> None:
-        """After every checkpoint."""
+        """Called after every checkpoint."""
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """ValueError where one is a class, or lacks what a run calls."""
+    """Raise ValueError if a callback is a class, or lacks a hook that a run calls."""
     if not isinstance(callbacks, Sequence):
         raise UserError(f"callbacks must be a list of callbacks, got {callbacks!r}")
     for callback in callbacks:

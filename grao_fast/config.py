@@ -1,7 +1,7 @@
-"""Everything a run can be told, in one flat frozen dataclass.
+"""Defines the options of a run, in one flat frozen dataclass.
 
-Names are TRL's and Transformers' where they have one. Defaults are those of the GRAO paper
-(arXiv 2508.07750, section 4) where it states them.
+Options have the names of TRL and Transformers if these have them, and the defaults of the GRAO
+paper (arXiv 2508.07750, section 4) if it states them.
 """
 
 from __future__ import annotations
@@ -32,86 +32,86 @@ class GRAOConfig:
     """Configuration of a GRAO run.
 
     Objective:
-        num_generations: G, completions sampled for every prompt.
+        num_generations: G, the number of completions sampled for every prompt.
         beta: weight of the imitation term, beta in Eq. 3.
         lam: weight of the alignment regulariser, lambda in Eq. 3.
-        statistics: rewards that enter mean and deviation: all G+1 ("group") or the G samples
-            ("samples", the literal Eq. 4).
-        reference_advantage: "signed" as in the paper, or "clip" to hold A_y at or above 0, so that
-            the imitation term never pushes a reference down that the samples beat; the
-            regulariser, by lam, still does.
-        reward_type: "pointwise", the reward scores samples and reference alike; "pairwise", it
-            compares a completion with the reference (+1, 0, -1), whose own reward is 0.
-        reward_weights: one weight for each reward function; all 1 by default.
-        reward_timeout: seconds that one call of a reward function, or of a metric, may take before
-            the run ends with an error; None: as many as it likes.
-        kl_coef: weight of the KL divergence from the policy that training began with; 0: none. What
-            is trained of it is kept as a copy, in memory and, of an adapter, in checkpoints.
+        statistics: the rewards whose mean and standard deviation normalise the advantages: all G+1
+            ("group"), or those of the G samples ("samples", the literal Eq. 4).
+        reference_advantage: "signed", as in the paper, or "clip" to keep A_y at or above 0, so that
+            the imitation term never lowers the probability of a reference that the samples beat;
+            the regulariser, weighted by lam, still does.
+        reward_type: "pointwise" if the reward scores samples and references alike; "pairwise" if it
+            compares a completion with its reference (+1, 0, -1), whose own reward is then 0.
+        reward_weights: one weight for each reward function; None: all 1.
+        reward_timeout: the most seconds that a call of a reward function or metric may take, after
+            which the run ends with an error; None: no limit.
+        kl_coef: weight of the KL divergence from the initial policy; 0: none. A copy of the initial
+            trained parameters is kept in memory and, for an adapter, in checkpoints.
 
     Generation:
-        temperature: of sampling, and of log pi in the objective.
-        max_new_tokens: tokens sampled for a completion, at the most.
-        max_prompt_length: prompts with more tokens are dropped (and counted); None: a prompt that
+        temperature: temperature of sampling, and of log pi in the objective.
+        max_new_tokens: the most tokens sampled for a completion.
+        max_prompt_length: prompts with more tokens are dropped, with a warning; None: a prompt that
             does not fit the model is an error.
-        max_reference_length: references are cut to this many tokens, and scored as they then are;
-            None: never cut.
-        generation_batch_size: sequences that Transformers decodes at once.
-        cache_implementation: "dynamic", ended samples leave the batch; "static", they stay, in a
-            cache of fixed size for which, on CUDA, a decoding step is compiled to CUDA graphs.
+        max_reference_length: references are cut to this many tokens before they are scored; None:
+            not cut.
+        generation_batch_size: the number of sequences that Transformers decodes at once.
+        cache_implementation: "dynamic" removes finished samples from the batch; "static" keeps them
+            in a cache of fixed size, for which a decoding step is compiled to CUDA graphs on CUDA.
 
     Sampling with vLLM:
-        use_vllm: sample with vLLM in place of Transformers. It gets the weights before the first
-            step and after each one.
-        vllm_mode: "server", a `vllm serve` that runs; "colocate", an engine on this machine.
-        vllm_server_base_url: where the server answers.
-        vllm_server_model: the name under which it serves the policy; None: the model's own.
+        use_vllm: sample with vLLM instead of Transformers. It receives the weights before the first
+            step and after every step.
+        vllm_mode: "server" for a running `vllm serve`; "colocate" for an engine in this process.
+        vllm_server_base_url: URL of the server.
+        vllm_server_model: the name under which the server serves the policy; None: the model's.
         vllm_server_api_key_env: the environment variable that holds the server's API key (never the
-            key itself, which configurations and checkpoints would keep); None: it asks for none.
-        vllm_sync_dir: folder in which weights are handed over, seen by the server under the same
-            path; None: one for temporary files. In memory (/dev/shm) it is the fastest.
-        vllm_gpu_memory_utilization: share of the device's memory that a colocated engine takes.
-        vllm_max_model_length: tokens of a prompt and its completion in a colocated engine; None:
-            the model's own.
-        vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of each
-            sampled token, which makes up for vLLM's other numerics; None: no weight.
+            key itself, which would be saved in configurations and checkpoints); None: no key.
+        vllm_sync_dir: folder through which weights are transferred, with the same path on the
+            server; None: a temporary folder. A folder in memory (/dev/shm) is fastest.
+        vllm_gpu_memory_utilization: share of the device's memory for a colocated engine.
+        vllm_max_model_length: the most tokens of a prompt and its completion in a colocated engine;
+            None: the model's limit.
+        vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of every
+            sampled token, which corrects for vLLM's different numerics; None: no weight.
 
     Optimisation:
-        prompts_per_step: prompts of one step.
-        num_iterations: updates on the samples of a step, at its learning rate. From the second on,
-            a sampled token's log-prob gives way to its clipped ratio to the policy that the step
-            began with.
+        prompts_per_step: the number of prompts in a step.
+        num_iterations: the number of updates on the samples of a step, all at its learning rate.
+            From the second on, the log-prob of a sampled token is replaced by its clipped ratio to
+            the policy at the start of the step.
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
-            None: as epsilon.
-        max_tokens_per_microbatch: token budget of one forward and backward pass; whole groups only.
-            None: as many as fit the memory, found before the first step.
+            None: equal to epsilon.
+        max_tokens_per_microbatch: token budget of a forward and backward pass over whole groups;
+            None: as many as fit in memory, measured before the first step.
         memory_budget_mib: memory in MiB for such a pass, besides parameters, gradients and AdamW's
-            moments. None: 8192 on a CPU, and on CUDA nine tenths of what is free.
-        share_prefix: compute each prompt once for its G+1 continuations. False repeats it, in
-            padded rows, for models that a shared prefix cannot serve: those with recurrent layers.
-        attention_backend: of updates. With a shared prefix, "flex" (FlexAttention, CUDA only) or
-            "sdpa" (in parts); "auto": the first on CUDA, the second elsewhere. Without one,
-            "sdpa" or "flash_attention_2" (CUDA only); "auto": as the model was loaded.
-        use_liger_kernel: on CUDA, Liger's layers (norms, rotary embeddings, MLPs) in place of the
-            model's own; on a CPU it is off, and said to be.
-        learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
-        lr_scheduler_type, warmup_steps: of the learning rate.
-        max_grad_norm: gradients are clipped to this norm.
-        num_train_epochs: passes over the dataset; ignored when max_steps is positive.
-        max_steps: steps of sampling and learning; -1 to go by num_train_epochs.
+            moments; None: 8192 on a CPU, and nine tenths of the free memory on CUDA.
+        share_prefix: compute each prompt once for its G+1 continuations; False repeats it in padded
+            rows, as models with recurrent layers require.
+        attention_backend: attention of updates. With a shared prefix: "flex" (FlexAttention, CUDA
+            only) or "sdpa" (group by group), and "auto" for flex on CUDA, else sdpa.
+            Without one: "sdpa" or "flash_attention_2" (CUDA only), and "auto" to keep the model's.
+        use_liger_kernel: replace the model's norms, rotary embeddings and MLPs by Liger's on CUDA;
+            ignored on a CPU, with a log line.
+        learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: options of AdamW.
+        lr_scheduler_type, warmup_steps: schedule of the learning rate.
+        max_grad_norm: the norm to which gradients are clipped.
+        num_train_epochs: passes over the dataset; ignored if max_steps is positive.
+        max_steps: the number of steps; -1 to use num_train_epochs.
         gradient_checkpointing: recompute activations in the backward pass.
-        bf16: autocast to bfloat16; None: where a CUDA device supports it. Parameters stay float32.
+        bf16: autocast to bfloat16; None: if a CUDA device supports it. Parameters stay float32.
         workspace_mib: memory in MiB for logits and their gradient; None: 512 on a CPU, else 2048.
-        device: "cpu", "cuda", "cuda:1"...; None: CUDA where there is one.
-        seed: of the data order, of sampling and of dropout.
+        device: "cpu", "cuda", "cuda:1"...; None: CUDA if available.
+        seed: seed of the data order, of sampling and of dropout.
 
     Evaluation, logging and saving:
-        eval_steps: evaluate every so many steps, besides start and end; None: start and end only.
-        logging_steps: a line of metrics every so many steps.
-        log_completions_steps: a table of samples every so many steps; 0: never.
-        save_steps: a checkpoint every so many steps, besides the end; 0: only the final model.
-        save_total_limit: checkpoints kept; None: all.
+        eval_steps: steps between evaluations, besides those at start and end; None: only those.
+        logging_steps: steps between lines of metrics.
+        log_completions_steps: steps between tables of samples; 0: none.
+        save_steps: steps between checkpoints; 0: only the final model is saved.
+        save_total_limit: the number of checkpoints to keep; None: all.
         report_to: experiment trackers of accelerate: "tensorboard", "wandb"...
-        disable_tqdm: no progress bar.
+        disable_tqdm: do not show a progress bar.
     """
 
     num_generations: int = 8
@@ -190,7 +190,7 @@ class GRAOConfig:
             if not isinstance(getattr(tracker, "name", tracker), str):
                 raise UserError(f"report_to takes trackers of accelerate, got {tracker!r}")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.vllm_server_api_key_env or "_"):
-            raise UserError(  # without the value, which may be the key
+            raise UserError(  # the value is not quoted, since it may be the key
                 "vllm_server_api_key_env takes the name of an environment variable, not the key"
             )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
@@ -216,8 +216,8 @@ class GRAOConfig:
             )
         if self.temperature <= 0:
             raise UserError(
-                f"temperature must be above 0, got {self.temperature}: greedy samples of one "
-                "prompt are all the same, so their group teaches nothing"
+                f"temperature must be above 0, got {self.temperature}: greedy samples of a prompt "
+                "are all equal, and so are their rewards, so that nothing is learned"
             )
         if self.seed > _LARGEST_SEED:
             raise UserError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
@@ -227,28 +227,28 @@ class GRAOConfig:
             )
 
     def replace(self, **changes: Any) -> GRAOConfig:
-        """A copy with some fields changed; an unknown field is a TypeError."""
+        """Return a copy with some fields changed. Raises TypeError for unknown fields."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data for JSON; a tracker given as an object, by its name."""
+        """Return the fields as data for JSON, with trackers by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         trackers = (t if isinstance(t, str) else t.name for t in self.report_to)
         return values | {"report_to": tuple(trackers)}
 
     @property
     def sampler_cap(self) -> float | None:
-        """Cap of the importance weights; None where samples are taken as the policy's own."""
+        """Cap of the importance weights; None if samples count as the policy's own."""
         return self.vllm_importance_sampling_clip_max if self.use_vllm else None
 
     @property
     def clip(self) -> tuple[float, float]:
-        """(low, high): ratios are held between 1 - low and 1 + high."""
+        """(low, high): ratios are clipped to [1 - low, 1 + high]."""
         return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GRAOConfig:
-        """The inverse of `to_dict`. Raises ValueError on a key that is not a field."""
+        """Make a GRAOConfig of the result of `to_dict`. Raises ValueError for unknown keys."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -310,7 +310,7 @@ _WITH_VLLM = {"use_vllm": True}
 _WITH_SERVER = {"use_vllm": True, "vllm_mode": "server"}
 _WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
 
-# What an option needs beside it to have an effect.
+# Options that have an effect only if other options have these values.
 _NEEDS: dict[str, dict[str, Any]] = {
     "cache_implementation": {"use_vllm": False},
     "memory_budget_mib": {"max_tokens_per_microbatch": None},
@@ -326,7 +326,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
 
 
 def _check_effect(config: GRAOConfig) -> None:
-    """Refuse what would have no effect."""
+    """Raise ValueError for options that would have no effect."""
     for name, needed in _NEEDS.items():
         value = getattr(config, name)
         for other, wanted in needed.items():

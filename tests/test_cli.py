@@ -1,4 +1,4 @@
-"""The command line: what it says when a call is wrong, and what it passes on when it is right."""
+"""Tests of the command line: its messages for wrong calls, and what it passes on for right ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIELDS = [field.name for field in dataclasses.fields(GRAOConfig)]
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder a user could stand in: a model, a dataset, rewards, and files that are wrong."""
+    """A working directory with a model, a dataset, rewards, and faulty files."""
     (tmp_path / "model").symlink_to(tiny_model)
     (tmp_path / "rewards.py").write_text(REWARDS)
     write_jsonl(tmp_path / "sums.jsonl", sums(4))
@@ -59,7 +59,7 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 TRAIN = "train --model ./model --dataset sums.jsonl --reward rewards.py:correct "
 
-# Before torch and transformers are needed at all.
+# Errors found before torch and transformers are imported.
 WRONG_OPTIONS = {
     "": "a command is needed: train, eval, plot, demo",
     "trian": r"no such command 'trian' \(did you mean train\?\)",
@@ -76,16 +76,16 @@ WRONG_OPTIONS = {
     TRAIN + "--temperature 0": "temperature must be above 0",
     TRAIN + "--config typo.yaml": r"unknown key 'lerning_rate' .* \(did you mean learning_rate\?\)",
     TRAIN + "--config torn.yaml": "parsing config: .* line 2",
-    TRAIN + "--config twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
+    TRAIN + "--config twice.yaml": "key 'peft.r' occurs twice, in lines 3 and 5: keep one",
     TRAIN + "--config latin.yaml": "config latin.yaml, line 2: byte 0xe9 is not UTF-8; convert",
-    TRAIN + "--config=twice.yaml": "key 'peft.r' stands twice, in lines 3 and 5: keep one",
+    TRAIN + "--config=twice.yaml": "key 'peft.r' occurs twice, in lines 3 and 5: keep one",
     TRAIN + "--config absent.yaml": "--config: File does not exist: .*absent.yaml",
     TRAIN + "--peft.lora_alpha 8": "need --peft.r",
     "eval --learning_rate 1": "unknown option --learning_rate",
     "demo --seed x": "seed must be an integer, got 'x'",
 }
 
-# Before a model is loaded.
+# Errors found before a model is loaded.
 WRONG_INPUTS = {
     TRAIN + "--dataset absent.jsonl": "absent.jsonl.*no such file",
     TRAIN + "--dataset empty.jsonl": "empty.jsonl",
@@ -105,8 +105,8 @@ WRONG_INPUTS = {
     "plot file": "holds no metrics.jsonl",
 }
 
-# Only the model or its samples can tell.
-WRONG_MEETINGS = {
+# Errors that need the model or its samples to be found.
+WRONG_TOGETHER = {
     TRAIN + "--model ./absent": "model folder './absent' does not exist",
     TRAIN + "--model notes": "cannot load model 'notes': ",
     TRAIN + "--model some/name": "cannot load model 'some/name': ",
@@ -141,7 +141,7 @@ def test_wrong_option(argv: str, folder: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("argv", WRONG_INPUTS, ids=short_name)
-def test_wrong_input_is_told_before_a_model_is_loaded(
+def test_wrong_input_is_reported_before_a_model_is_loaded(
     argv: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers
@@ -154,12 +154,12 @@ def test_wrong_input_is_told_before_a_model_is_loaded(
     assert re.search(WRONG_INPUTS[argv], line)
 
 
-@pytest.mark.parametrize("argv", WRONG_MEETINGS, ids=short_name)
-def test_wrong_meeting_of_model_and_data(
+@pytest.mark.parametrize("argv", WRONG_TOGETHER, ids=short_name)
+def test_model_and_data_that_do_not_go_together(
     argv: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = one_line_of_error(short_run(argv), capsys)
-    assert re.search(WRONG_MEETINGS[argv], line)
+    assert re.search(WRONG_TOGETHER[argv], line)
 
 
 def test_process_exits_with_2_and_a_single_line(folder: Path) -> None:
@@ -216,7 +216,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def passed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
-    """Runs a train command whose `train` only records what it was called with."""
+    """Run a train command with a `train` that only records its arguments."""
     import grao_fast.trainer
 
     def record(argv: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Datasets of every shape into examples, and examples into token ids."""
+"""Tests of reading datasets as examples, and of encoding examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ["<eos>", "<unk>", "user", "assistant", "system", *"abcdefgh"]
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, whose ids the tests can write down."""
+    """A tokenizer of whole words, whose ids the tests can spell out."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -103,7 +103,7 @@ def test_missing_path_is_no_hub_lookup(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 class HubDataset:
-    """What `datasets.load_dataset_builder` returns of a dataset of some rows in Parquet."""
+    """Stands in for the result of `datasets.load_dataset_builder` for a Parquet dataset."""
 
     name = "parquet"
 
@@ -192,7 +192,7 @@ def test_half_a_surrogate_pair_is_named() -> None:
     assert load_examples([{"prompt": "a\U0001f600", "reference": "b"}])
 
 
-def test_a_row_may_hold_itself() -> None:
+def test_a_row_may_contain_itself() -> None:
     row: dict[str, Any] = {"prompt": "a", "reference": "b"}
     row["rows"] = [row]
     (example,) = load_examples([row])
@@ -249,10 +249,10 @@ def transcript(*turns: str) -> str:
     [
         (("Ha", "Ab"), [user("a")], "b"),
         (("Ha", "Ab\n\nc", "Hd", "Ae"), [user("a"), assistant("b\n\nc"), user("d")], "e"),
-        (("Ha", "Ab", "Ac"), [user("a")], "b\n\nc"),  # two turns running are one
+        (("Ha", "Ab", "Ac"), [user("a")], "b\n\nc"),  # two turns in a row become one
         (("Ha", "Hb", "Ac"), [user("a\n\nb")], "c"),
-        (("Ha", "Ab", "H", "Ac"), [user("a")], "b\n\nc"),  # a blank turn is no turn
-        (("Ha", "Ab", "Hc"), [user("a")], "b"),  # the last answer ends it
+        (("Ha", "Ab", "H", "Ac"), [user("a")], "b\n\nc"),  # a blank turn is left out
+        (("Ha", "Ab", "Hc"), [user("a")], "b"),  # turns after the last answer are left out
         (("Ab", "Hc", "Ad"), [assistant("b"), user("c")], "d"),
     ],
 )
@@ -386,7 +386,7 @@ def test_an_eos_that_the_tokenizer_appends_to_prompts_is_removed(
 
 
 def test_a_reference_ends_as_the_chat_template_ends_a_turn(tiny_model):
-    """Gemma and Phi-3 end a turn with another token than the tokenizer's eos_token."""
+    """Gemma and Phi-3 end a turn with a token other than the tokenizer's eos_token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

@@ -1,4 +1,4 @@
-"""JSON and CSV files: every value comes out as the file has it, and what is damaged is named."""
+"""Tests of reading JSON and CSV files: values are unchanged, and damage is reported by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_text_stays_text(tmp_path: Path, name: str, mark: bytes) -> None:
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(mark + path.read_bytes())
-    for place in (path, tmp_path):  # a file, and the folder that holds it
+    for place in (path, tmp_path):  # a file, and the folder that contains it
         assert [example.columns["answer"] for example in load_examples(place)] == TEXTS
 
 
@@ -62,7 +62,7 @@ def test_objects_over_several_lines(tmp_path: Path) -> None:
 
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    cell = "x" * 200_000  # longer than the csv module's own limit
+    cell = "x" * 200_000  # longer than the csv module's default limit
     path.write_bytes(f",prompt,answer\r\n0,a?,{cell}\r\n1,b?,\r\n".encode())
     limit = csv.field_size_limit()
     assert read_csv(str(path)) == [{"prompt": "a?", "answer": cell}, {"prompt": "b?", "answer": ""}]

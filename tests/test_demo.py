@@ -1,4 +1,4 @@
-"""The demo: its task is what it says; a short run does it all; a whole one outdoes references."""
+"""Tests of the demo: its task, a short run, and, if slow tests are asked for, a whole one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests are equal where content is, in another process too, and differ where it does."""
+"""Tests of digests: equal for equal content, in every process, and different otherwise."""
 
 from __future__ import annotations
 
@@ -107,17 +107,17 @@ def test_other_content_has_another_digest(what: str):
     assert digest_rows([first]) != digest_rows([second])
 
 
-def test_pictures_count_by_their_pixels():
+def test_images_are_compared_by_their_pixels():
     assert digest_rows([picture(3)]) == digest_rows([picture(3)])
     assert digest_rows([picture(3)]) != digest_rows([picture(4)])
 
 
-def test_rows_count_in_order_and_one_by_one():
+def test_the_order_of_rows_matters():
     assert digest_rows(["a", "b"]) != digest_rows(["b", "a"])
     assert digest_rows(["a", "b"]) != digest_rows([["a", "b"]])
 
 
-def test_what_holds_itself_has_a_digest():
+def test_data_that_contains_itself_has_a_digest():
     ring: list = [1]
     ring.append(ring)
     other: list = [1]
@@ -126,7 +126,7 @@ def test_what_holds_itself_has_a_digest():
 
 
 def test_a_digest_is_the_same_in_every_process():
-    """Where hashes of texts, and so the order of sets, and addresses are others."""
+    """Hashes of texts, hence the order of sets, and addresses differ between processes."""
     row = {"s": set("abcdefghij"), "f": frozenset(map(str, range(9))), "o": object(), "c": int}
     assert digest_rows([row, {"b": 1, "a": NAN}]) == "4a25a61cf5c5de01"
 
@@ -135,7 +135,7 @@ def test_a_digest_is_the_same_in_every_process():
     "dtype", [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 )
 def test_every_element_and_its_place_count(dtype: torch.dtype):
-    size = (1 << 19) + 3  # more than is summed at once
+    size = (1 << 19) + 3  # more than one chunk
     tensor = torch.zeros(size, dtype=dtype)
     tensor[0] = 1
     digests = {digest_tensors({"a": tensor}), digest_tensors({"b": tensor})}
@@ -147,7 +147,7 @@ def test_every_element_and_its_place_count(dtype: torch.dtype):
     assert digest_tensors({"a": tensor}) == digest_tensors({"a": tensor.clone()})
 
 
-def test_weights_are_known_in_16_bits_as_in_32():
+def test_weights_have_the_same_digest_in_16_and_in_32_bits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 65, generator=generator)
     near = weight.clone()
@@ -163,7 +163,7 @@ def test_weights_are_known_in_16_bits_as_in_32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_last_bit_counts_where_it_is_to_be_exact(dtype: torch.dtype):
+def test_an_exact_digest_depends_on_the_last_bit(dtype: torch.dtype):
     near = torch.ones(3, dtype=dtype)
     near[1] += torch.finfo(dtype).eps
     near = {"a": near}

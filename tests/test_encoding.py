@@ -1,4 +1,4 @@
-"""References as token ids: what the model would have to write behind the prompt, and no more."""
+"""Tests of tokenising references: the tokens that a sample with the same text would have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Reasoning in its own field, or taken out of the content; the last turn always has a block of it.
+# Takes reasoning from its own field or out of the content; the last turn always has a block of it.
 QWEN3 = (
     "{% for m in messages %}{% set text = m.content or '' %}{% set why = m.reasoning_content %}"
     "{% if m.role == 'assistant' and '</think>' in text %}"
@@ -31,12 +31,12 @@ QWEN3 = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The header opens <think>; turns are written without what came before </think>.
+# The generation prompt opens <think>; turns are rendered without the text before </think>.
 OPENS_THINK = (
     "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
 )
-# The header opens <think>; a turn has a block of its reasoning field, and its content as it is.
+# The generation prompt opens <think>; a turn is a block of its reasoning field, then its content.
 FIELD_ONLY = (
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
@@ -82,7 +82,7 @@ def written(encoded: Encoded, tokenizer: Any) -> str:
 
 
 def chat(reference: Any, template: str, **options: Any) -> tuple[str, str | None]:
-    """What is trained on, and what is scored, behind one user turn."""
+    """Return the text that is trained on, and the one that is scored, after one user turn."""
     tokenizer = character_tokenizer(*SPECIAL, chat_template=template)
     rows = [{"prompt": [user("hi")], "completion": reference}]
     (encoded,) = encode(rows, tokenizer, ends=("<|im_end|>",), **options)
@@ -90,7 +90,7 @@ def chat(reference: Any, template: str, **options: Any) -> tuple[str, str | None
 
 
 def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that writes spaces as "\u2581", and one before a text."""
+    """A tokenizer that writes spaces as "\u2581", and adds one at the start of a text."""
     pieces = [
         "<unk>",
         "</s>",
@@ -127,7 +127,7 @@ def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
     [
         ([user("ok?")], ["yes", "</s>"]),
         ("ok?", ["yes", "</s>"]),
-        ("ok? ", ["yes", "</s>"]),  # the prompt's own tokens end in the space
+        ("ok? ", ["yes", "</s>"]),  # the prompt's tokens end in the space
         ("ok?\n", ["yes", "</s>"]),
     ],
 )
@@ -167,7 +167,7 @@ def test_prompt_and_reference_are_what_the_template_writes(template: str) -> Non
         (CHATML, "ok<eos>\n", "ok<|im_end|>", "ok"),
         (CHATML, " ok \n", " ok \n<|im_end|>", " ok \n"),
         (TRIMS, " ok \n", "ok<|im_end|>", "ok"),
-        # a block of reasoning, as the template writes it, once
+        # a block of reasoning, as the template renders it, once
         (QWEN3, "ok", "<think>\n\n</think>\n\nok<|im_end|>", "<think>\n\n</think>\n\nok"),
         (QWEN3, "<think>a</think>b", "<think>\na\n</think>\n\nb<|im_end|>", None),
         (QWEN3, [assistant("b", reasoning_content="a")],
@@ -195,7 +195,7 @@ def test_prompt_and_reference_are_what_the_template_writes(template: str) -> Non
           {"role": "tool", "content": "1"}, assistant("c")],
          "<tool_call>f</tool_call><|im_end|>\n<|im_start|>tool\n1<|im_end|>\n"
          "<|im_start|>assistant\n<think>\n\n</think>\n\nc<|im_end|>", None),
-        # no end of a turn but a line break
+        # a turn ends in a line break only
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant: {% endif %}", "ok\n", "ok\n<eos>", "ok\n"),
     ],
@@ -219,8 +219,8 @@ def test_a_prompt_that_ends_in_an_assistant_turn_is_continued(reference, expecte
     assert written(encoded, tokenizer) == expected
 
 
-def test_an_end_of_turn_that_is_no_end_for_the_model(caplog) -> None:
-    """A base model's: a sample goes on behind it, to the EOS; neither is part of what it says."""
+def test_an_end_of_turn_that_does_not_end_samples(caplog) -> None:
+    """The samples of a base model continue to the EOS; neither token is part of the scored text."""
     tokenizer = character_tokenizer(*SPECIAL, chat_template=CHATML)
     (encoded,) = encode([{"prompt": [user("hi")], "reference": "ok"}], tokenizer)
     assert (written(encoded, tokenizer), encoded.reference_text) == ("ok<|im_end|><eos>", "ok")
@@ -243,7 +243,7 @@ def test_a_prompt_that_holds_its_bos_gets_no_other() -> None:
     assert plain.reference_ids == with_bos.reference_ids
 
 
-def test_what_is_not_as_rendered_is_said_once_with_row_and_number(caplog) -> None:
+def test_exceptions_are_reported_once_with_example_and_count(caplog) -> None:
     tokenizer = character_tokenizer(*SPECIAL, chat_template=OPENS_THINK)
     rows = [{"prompt": [user("a")], "reference": "b"}] * 3
     with caplog.at_level(logging.WARNING):

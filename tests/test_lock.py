@@ -1,4 +1,4 @@
-"""One run in a folder at a time, whoever dies when."""
+"""Tests that one run at a time holds a folder, whichever process dies at whatever moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = 3
 
 
 def fork(body: Callable[[], None]) -> int:
-    """Run `body` in a child; it exits with 0, or with REFUSED where a ValueError ends it."""
+    """Run `body` in a child, which exits with 0, or with REFUSED for a ValueError."""
     pid = os.fork()
     if pid:
         return pid
@@ -47,7 +47,7 @@ def exit_status(pid: int) -> int:
 
 
 def taken_and_killed(folder: Path, inside: Callable[[], None] = lambda: None) -> int:
-    """The id of a process that took the lock, ran `inside`, and was killed."""
+    """Return the id of a process that took the lock, ran `inside`, and was killed."""
 
     def hold() -> None:
         with only_run_in(folder):
@@ -59,7 +59,7 @@ def taken_and_killed(folder: Path, inside: Callable[[], None] = lambda: None) ->
     return pid
 
 
-def test_of_two_that_start_at_once_one_runs(tmp_path: Path):
+def test_of_two_runs_that_start_at_once_one_runs(tmp_path: Path):
     for number in range(15):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -80,8 +80,8 @@ def test_of_two_that_start_at_once_one_runs(tmp_path: Path):
         assert list(folder.iterdir()) == []
 
 
-def test_one_after_the_other_both_run_whatever_the_moment(tmp_path: Path):
-    """A lock that is let go is not taken on a file that is no longer there."""
+def test_runs_one_after_another_all_run_whatever_the_moment(tmp_path: Path):
+    """A released lock is never taken on a file that has been deleted."""
 
     def run() -> None:
         deadline = time.monotonic() + 0.3
@@ -96,12 +96,12 @@ def test_one_after_the_other_both_run_whatever_the_moment(tmp_path: Path):
     assert [exit_status(pid) for pid in [fork(run) for _ in range(3)]] == [0, 0, 0]
 
 
-def test_who_holds_it_is_named(tmp_path: Path):
+def test_the_holder_is_named(tmp_path: Path):
     with only_run_in(tmp_path):
         with pytest.raises(ValueError, match=rf"another run of this process \({os.getpid()}\)"):
             only_run_in(tmp_path).__enter__()
         assert exit_status(fork(lambda: only_run_in(tmp_path).__enter__())) == REFUSED
-    with only_run_in(tmp_path):  # let go, by the refusal as well
+    with only_run_in(tmp_path):  # released, also by the refused attempt
         pass
     reader, writer = os.pipe()
 
@@ -123,7 +123,7 @@ def test_a_dead_holder_gives_way(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert (tmp_path / LOCK_FILE).exists()
     with caplog.at_level(logging.WARNING), only_run_in(tmp_path):
         assert f"taken over from process {pid}" in caplog.text
-    (tmp_path / LOCK_FILE).write_text("")  # killed before it was written down
+    (tmp_path / LOCK_FILE).write_text("")  # killed before it wrote its name
     with only_run_in(tmp_path):
         pass
 
@@ -195,7 +195,7 @@ def test_this_machine_before_it_started_anew_gives_way(tmp_path: Path):
     written(tmp_path, boot="another")
     with only_run_in(tmp_path):
         pass
-    written(tmp_path, host="another-container")  # of this machine, where the lock is the truth
+    written(tmp_path, host="another-container")  # on this machine, where the lock decides
     with only_run_in(tmp_path):
         pass
 
@@ -205,7 +205,7 @@ def test_a_dead_holder_on_another_machine_gives_way(
     tmp_path: Path, quick, flock, monkeypatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(fcntl, "flock", flock)
-    written(tmp_path, **ELSEWHERE)  # without a beat, as a version that had none wrote it
+    written(tmp_path, **ELSEWHERE)  # without a beat
     with only_run_in(tmp_path):
         assert "whether process 7 on elsewhere is alive: waiting up to 0.2 s" in caplog.text
         assert "taken over from process 7 on elsewhere, which is dead" in caplog.text
@@ -221,17 +221,19 @@ def test_a_living_holder_on_another_machine_is_named(
     tmp_path: Path, quick, flock, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(heartbeat, "SILENCE", 30.0)  # a loaded machine is slow, not dead
+    monkeypatch.setattr(heartbeat, "SILENCE", 30.0)  # a loaded machine may be slow
     with beating(tmp_path, **ELSEWHERE):
         with pytest.raises(ValueError, match=r"process 7 on elsewhere, since 20.*: wait for it"):
             only_run_in(tmp_path).__enter__()
         before = (tmp_path / LOCK_FILE).read_bytes()
         with pytest.raises(ValueError, match="delete"):  # at once
             only_run_in(tmp_path, watch=False).__enter__()
-        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes() != before)  # it is still its own
+        wait_until(
+            lambda: (tmp_path / LOCK_FILE).read_bytes() != before
+        )  # it still belongs to its holder
 
 
-def test_what_is_let_go_while_it_is_watched_is_taken(
+def test_a_lock_released_while_it_is_watched_is_taken(
     tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(heartbeat, "SILENCE", 30.0)
@@ -292,7 +294,7 @@ def test_the_beat_goes_on_until_the_release(tmp_path: Path, quick, monkeypatch):
         for _ in range(2):
             wait_until(lambda: count_of(tmp_path) > seen[-1])
             seen.append(count_of(tmp_path))
-        # a forked child holds nothing and shows no life
+        # a forked child holds no lock and beats no heart
         assert exit_status(fork(show_no_life)) == 0
     thread.join(10)
     assert not thread.is_alive()
@@ -300,7 +302,7 @@ def test_the_beat_goes_on_until_the_release(tmp_path: Path, quick, monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT", 600.0)
     with only_run_in(tmp_path):
         (thread,) = hearts() - others
-    thread.join(10)  # it does not wait for its next beat
+    thread.join(10)  # it does not wait for the next beat
     assert not thread.is_alive()
 
 
@@ -309,7 +311,7 @@ def show_no_life() -> None:
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_holder_whose_file_is_lost_says_so_once_and_leaves_the_next_one_alone(
+def test_a_holder_that_lost_its_file_warns_once_and_leaves_the_next_one_alone(
     tmp_path: Path, quick, taken: bool, caplog: pytest.LogCaptureFixture
 ):
     others = hearts()
@@ -329,7 +331,7 @@ def test_a_holder_whose_file_is_lost_says_so_once_and_leaves_the_next_one_alone(
     assert [json.loads(path.read_bytes())["pid"] for path in tmp_path.iterdir()] == [7] * taken
 
 
-def test_a_full_disk_is_said_once(
+def test_a_full_disk_is_logged_once(
     tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
 ):
     tried: list[int] = []
@@ -346,7 +348,7 @@ def test_a_full_disk_is_said_once(
 
 
 def test_a_process_ends_while_it_holds_a_lock(tmp_path: Path):
-    """Also where Python's exit is what lets go of it."""
+    """Python's exit releases the lock."""
     code = (
         "import sys; from pathlib import Path; from grao_fast.system import heartbeat, lock\n"
         "heartbeat.BEAT = 0.001; held = lock.only_run_in(Path(sys.argv[1])); held.__enter__()"
@@ -382,7 +384,7 @@ def test_without_locks_the_process_is_looked_up(
     taken_and_killed(tmp_path)
     with only_run_in(tmp_path):
         pass
-    written(tmp_path, started="1")  # a process of the same number that began at another time
+    written(tmp_path, started="1")  # a process with the same id that started at another time
     with only_run_in(tmp_path):
         pass
     written(tmp_path, **OTHER_CONTAINER)

@@ -1,4 +1,4 @@
-"""Plots of runs long, short and odd."""
+"""Tests of plots: of long and short runs, and of runs that lack metrics."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         ([step(1, **{f"objective/{c}": 0.0 for c in plots._COMPONENTS})], ["reward", "loss"]),
     ],
 )
-def test_what_there_is_no_metric_for_is_left_out(
+def test_plots_without_metrics_are_left_out(
     tmp_path: Path, rows: list[dict[str, Any]], names: list[str]
 ) -> None:
     assert [path.stem for path in plot_run(write(tmp_path, rows))] == names

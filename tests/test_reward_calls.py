@@ -1,4 +1,4 @@
-"""How reward functions are called: on copies, at the same time, with a limit, and to no harm."""
+"""Tests of calling reward functions: copies, concurrency, time limits, failures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score(spec: Any, examples: list[Example] = EXAMPLES, **options: Any) -> list
 # ---- copies
 
 
-def test_what_a_reward_does_to_its_arguments_stays_with_it() -> None:
+def test_changes_to_arguments_stay_in_the_reward() -> None:
     lock = threading.Lock()
     endless: list[Any] = []
     endless.append(endless)
@@ -51,7 +51,7 @@ def test_what_a_reward_does_to_its_arguments_stays_with_it() -> None:
     seen: list[Any] = []
 
     def vandal(prompts: Any, completions: Any, references: Any, **columns: Any) -> list[float]:
-        # what the rows hold, in a form that later changes do not reach
+        # the values now, unaffected by later changes
         row = {name: values[-1] for name, values in columns.items() if name != "endless"}
         seen.append(repr((prompts, completions, references, row)))
         assert columns["lock"][0]["held"][0] is lock  # it cannot be copied
@@ -78,8 +78,8 @@ def test_what_a_reward_does_to_its_arguments_stays_with_it() -> None:
     assert columns["list"] == [1, [2, 3]]
 
 
-def test_rows_of_one_prompt_are_not_one_object() -> None:
-    """The samples of a prompt share its row: what is done to one must not show in the next."""
+def test_rows_of_one_prompt_are_separate_objects() -> None:
+    """The samples of a prompt share its columns, but a change to one must not show in another."""
     lengths: list[int] = []
 
     def pops(completions: Any, answers: Any) -> list[float]:
@@ -94,7 +94,7 @@ def test_rows_of_one_prompt_are_not_one_object() -> None:
     assert lengths == [2, 2]
 
 
-# ---- what ends a reward must not end the run in silence
+# ---- failures: whatever ends a reward must not end the run silently
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -129,7 +129,7 @@ LEAVING = [
 @pytest.mark.parametrize("error", LEAVING, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", [raising, raising_async])
 @pytest.mark.parametrize("timeout", [None, 60.0])
-def test_whatever_a_reward_raises_is_its_error(
+def test_any_exception_of_a_reward_becomes_a_reward_error(
     kind: Callable[..., Any], error: BaseException, timeout: float | None
 ) -> None:
     name = "RuntimeError" if kind is raising_async and isinstance(error, StopIteration) else None
@@ -154,7 +154,7 @@ def test_a_reward_that_stops_its_event_loop_is_an_error(timeout: float | None) -
 
     with pytest.raises(RewardError, match="stops did not finish, because an async") as error:
         score(stops, timeout=timeout)
-    assert error.value.place is None  # no file of the user's failed
+    assert error.value.place is None  # no code of the user's raised
     with pytest.raises(RewardError, match="reward cancels raised CancelledError"):
         score(cancels, timeout=timeout)
 
@@ -183,7 +183,7 @@ def test_an_error_that_quotes_control_characters_shows_them() -> None:
 def test_a_child_that_a_reward_forks_ends_where_the_reward_does(
     leave: Callable[[], Any], status: int
 ) -> None:
-    """Or it would unwind the run, save, and unlock the folder, beside its parent."""
+    """Otherwise the child would continue the run: save, and unlock the folder."""
 
     def forks(completions: list[str]) -> list[float]:
         child = os.fork()
@@ -251,10 +251,10 @@ HANGING = [sleeps, sleeps_async, sleeps_in_a_thread, blocks_its_loop, ignores_be
 
 @pytest.mark.parametrize("hanging", HANGING, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("others", [[], [zero]], ids=["alone", "beside another"])
-def test_a_reward_that_hangs_is_named_and_does_not_keep_the_process(
+def test_a_reward_that_hangs_is_named_and_does_not_block_exit(
     hanging: Callable[..., Any], others: list[Any]
 ) -> None:
-    """In a process of its own, which ends as Python does: it joins threads that are no daemons."""
+    """Run in a child process, whose exit joins threads that are not daemons."""
 
     def child() -> None:
         message = f"reward {hanging.__name__} took longer than reward_timeout=0.05 seconds: raise"
@@ -269,7 +269,7 @@ def test_a_reward_that_hangs_is_named_and_does_not_keep_the_process(
     assert ended == 0
 
 
-def test_a_limit_that_is_kept_changes_nothing() -> None:
+def test_a_time_limit_does_not_change_results() -> None:
     draws: list[float] = []
 
     def drawing(completions: list[str]) -> list[float]:
@@ -283,10 +283,10 @@ def test_a_limit_that_is_kept_changes_nothing() -> None:
     assert draws[0] == draws[1]
 
 
-# ---- several at the same time
+# ---- concurrency
 
 
-def test_several_run_at_the_same_time_and_in_order() -> None:
+def test_several_run_concurrently_and_keep_their_order() -> None:
     meeting = threading.Barrier(3, timeout=20)
 
     def one(completions: list[str]) -> list[float]:
@@ -327,7 +327,7 @@ GENERATORS = {
 def test_rewards_that_draw_are_repeatable(
     draw: Callable[[], float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In whatever order threads come to draw: the values are those of one after another."""
+    """Whatever the order of threads, the values are those of calls one after another."""
 
     def draws(wait: float) -> Callable[..., list[float]]:
         def drawing(completions: list[str]) -> list[float]:
@@ -350,7 +350,7 @@ def test_rewards_that_draw_are_repeatable(
     assert caplog.text.count("draws from a global random generator") == 1
 
 
-def test_a_function_for_the_main_thread_alone_goes_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_for_the_main_thread_runs_in_it(caplog: pytest.LogCaptureFixture) -> None:
     def alarmed(completions: list[str]) -> list[float]:
         before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, before)
@@ -362,7 +362,7 @@ def test_a_function_for_the_main_thread_alone_goes_there(caplog: pytest.LogCaptu
     assert caplog.text.count("signal only works in main thread") == 1
 
 
-def test_gradients_are_as_off_as_where_the_reward_is_called() -> None:
+def test_the_grad_mode_is_that_of_the_caller() -> None:
     modes: list[bool] = []
 
     def mode(completions: list[str]) -> list[float]:
@@ -393,11 +393,11 @@ def test_numbers_of_every_kind(one: Any) -> None:
 @pytest.mark.parametrize(
     "value", [1.7e308, -1e101, 10**400, 10**5000], ids=["float", "negative", "int", "long"]
 )
-def test_numbers_no_deviation_can_be_taken_of(value: float) -> None:
+def test_numbers_whose_deviation_would_overflow(value: float) -> None:
     with pytest.raises(RewardError, match="for completion 1: beyond 1e\\+100 mean and deviation"):
         score(lambda completions: [0.0, value])
 
 
-def test_a_sum_no_deviation_can_be_taken_of() -> None:
+def test_a_sum_whose_deviation_would_overflow() -> None:
     with pytest.raises(RewardError, match="weighted sum of the rewards zero, lambda is 2e\\+108"):
         score([zero, lambda completions: [0.0, 1e100]], weights=[1, 2e8])

@@ -1,4 +1,4 @@
-"""Rewards: found, called with what they ask for, checked, summed, compared."""
+"""Tests of rewards: finding functions, their arguments, checks, sums and comparisons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def longer(completions: list[str], references: list[str]) -> list[float]:
-    """+1, 0 or -1: the longer one wins."""
+    """Return +1, 0 or -1: the longer text wins."""
     pairs = zip(completions, references, strict=True)
     return [float(np.sign(len(mine) - len(other))) for mine, other in pairs]
 
@@ -37,7 +37,7 @@ def pointwise(spec: Any, examples: list[Example] = EXAMPLES, **options: Any) -> 
     return scores.rewards_NK.tolist()
 
 
-# ---- what functions are called with
+# ---- arguments of functions
 
 
 def test_pointwise_scores_samples_and_references_in_one_call() -> None:
@@ -127,7 +127,7 @@ def test_weighted_sum_leaves_none_out() -> None:
     reward = resolve_reward([first, second], weights=[10, 0.5])
     scores = reward.score_groups(EXAMPLES, GROUPS, reward_type="pointwise")
     assert str(scores.rewards_NK.tolist()) == str([[0.5, 11.0, NAN], [NAN, 12.0, 12.5]])
-    # Means over samples, without the references "ref" and "refer" and without None.
+    # means over samples, without the references "ref" and "refer" and without None.
     assert scores.per_function == {"first": 1.0, "second": pytest.approx(7 / 3)}
 
 
@@ -162,7 +162,7 @@ def test_compare() -> None:
 def later(value: float, log: list[str], partner: str | None = None) -> Any:
     async def reward(completions: list[str], **columns: Any) -> list[float]:
         log.append("started")
-        while len(log) < 2:  # returns only if the other one runs at the same time
+        while len(log) < 2:  # returns only if the other one runs concurrently
             await asyncio.sleep(0)
         return [value] * len(completions)
 
@@ -198,7 +198,7 @@ def test_async_failures_are_named_and_leave_nothing_unawaited() -> None:
     assert isinstance(error.value.__cause__, KeyError)
 
 
-# ---- what functions may not do
+# ---- wrong functions and wrong values
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_ragged_groups_are_refused() -> None:
         Reward([length]).score_groups(EXAMPLES, [["a"], ["b", "c"]], reward_type="pointwise")
 
 
-# ---- where functions come from
+# ---- finding functions
 
 SOURCE = """
 from __future__ import annotations
@@ -270,7 +270,7 @@ def test_functions_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "my_rewards_of_test.py"
     path.write_text(SOURCE)
     assert pointwise(f"{path}:reward") == [[1, 2, 3], [3, 4, 5]]
-    # The file runs once, however many functions are taken from it.
+    # the file runs once for all of its functions
     assert pointwise([f"{path}:reward", f"{path}:loaded"])[0] == [2, 3, 4]
     monkeypatch.syspath_prepend(tmp_path)
     assert pointwise("my_rewards_of_test:reward") == [[1, 2, 3], [3, 4, 5]]

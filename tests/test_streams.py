@@ -1,4 +1,4 @@
-"""What is only shown never stops work, and shows no control character raw."""
+"""Tests that failing displays do not stop a run, and that control characters are escaped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from grao_fast.system.visible import VisibleFormatter, get_logger, squeezed, vis
 
 
 class Broken(io.StringIO):
-    """A stream of someone's own making."""
+    """A stream of a class of its own."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
-def test_streams_that_fail_stop_nothing_and_are_named_once(
+def test_failing_streams_stop_nothing_and_are_named_once(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("stdout", "stderr"):
@@ -79,7 +79,7 @@ def test_streams_that_fail_stop_nothing_and_are_named_once(
     said = 0 if make() is None else 1
     assert caplog.text.count("standard output cannot be written") == said
     assert caplog.text.count("standard error cannot be written") == said
-    for stream in filter(None, before):  # as Python does when it exits
+    for stream in filter(None, before):  # as Python does at exit
         if not stream.closed:
             stream.close()
 
@@ -87,7 +87,7 @@ def test_streams_that_fail_stop_nothing_and_are_named_once(
 @pytest.mark.parametrize(
     ("encoding", "has"), [("latin-1", "é"), ("cp1252", "€"), ("cp1251", "да"), ("iso8859-2", "ł")]
 )
-def test_what_an_encoding_does_not_have_is_escaped(
+def test_characters_that_an_encoding_lacks_are_escaped(
     monkeypatch: pytest.MonkeyPatch, encoding: str, has: str
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
@@ -100,7 +100,7 @@ def test_what_an_encoding_does_not_have_is_escaped(
 
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_console_that_fails_costs_no_line_of_the_files(
+def test_a_failing_console_does_not_affect_the_files(
     make: Callable[[], Any], terminal: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = Console(file=make(), force_terminal=terminal)
@@ -115,7 +115,7 @@ def test_a_console_that_fails_costs_no_line_of_the_files(
 
 
 def test_closed_descriptors_do_not_become_those_of_files(tmp_path: Path) -> None:
-    """Else the metrics' file takes the place of stderr, and libraries write into it."""
+    """Otherwise the metrics file gets the descriptor of stderr, and libraries write into it."""
 
     def child() -> None:
         for descriptor in range(3):
@@ -132,7 +132,7 @@ def test_closed_descriptors_do_not_become_those_of_files(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">&-", "2>&-", "| head -c 1"])
-def test_the_commands_status_is_that_of_its_work(where: str) -> None:
+def test_failing_streams_do_not_change_the_exit_status(where: str) -> None:
     command = f"{sys.executable} -m grao_fast --help {where}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,7 @@ def test_visible() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_tables_and_messages_show_what_is_hostile(terminal: bool, tmp_path: Path) -> None:
+def test_tables_and_messages_escape_control_characters(terminal: bool, tmp_path: Path) -> None:
     screen = Console(file=io.StringIO(), width=100, force_terminal=terminal, color_system=None)
     row = {
         **ROW,
@@ -194,7 +194,7 @@ def test_tables_and_messages_show_what_is_hostile(terminal: bool, tmp_path: Path
         "completions": [HOSTILE] * 3,
     }
     with tracker(tmp_path, show_progress=False, console=screen) as run:
-        run._display._shown = True  # without the bar, whose own codes move the cursor
+        run._display._shown = True  # without the bar, which moves the cursor
         run.log_completions(1, [row])
         run.message(HOSTILE)
     shown = screen.file.getvalue()  # type: ignore
@@ -203,7 +203,7 @@ def test_tables_and_messages_show_what_is_hostile(terminal: bool, tmp_path: Path
     assert read_lines(tmp_path / "completions.jsonl")[0]["reference"] == HOSTILE  # as it is
 
 
-def test_our_log_lines_and_errors_show_what_is_hostile(
+def test_log_lines_and_errors_escape_control_characters(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     get_logger("grao_fast.test").warning("a column %s, 100%%", HOSTILE)

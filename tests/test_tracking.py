@@ -1,4 +1,4 @@
-"""metrics.jsonl, completions.jsonl, trackers, and what is shown."""
+"""Tests of metrics.jsonl, completions.jsonl, trackers and the console."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("line", BROKEN.values(), ids=list(BROKEN))
-def test_broken_lines_are_left_out_and_said(
+def test_broken_lines_are_left_out_with_a_warning(
     tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -127,7 +127,7 @@ class Recorder(GeneralTracker):
         self.calls.append("finish")
 
 
-def test_trackers_are_told(tmp_path: Path) -> None:
+def test_trackers_receive_metrics(tmp_path: Path) -> None:
     recorder = Recorder()
     config = {"beta": 0.5, "report_to": ("a", "b"), "device": None}
     with tracker(tmp_path, report_to=[recorder], config=config) as run:
@@ -141,14 +141,14 @@ def test_trackers_are_told(tmp_path: Path) -> None:
     ]
 
 
-def test_trackers_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate.tracking
 
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
     (tmp_path / "metrics.jsonl").write_text("kept")
     with pytest.raises(ValueError, match="'comet_ml' needs its package: pip install comet-ml"):
         tracker(tmp_path, report_to=("comet_ml",))
-    with pytest.raises(ValueError, match="does not know 'tensorbored'; it takes aim, clearml"):
+    with pytest.raises(ValueError, match="does not know 'tensorbored': use one of aim, clearml"):
         tracker(tmp_path, report_to=("tensorbored",))
     assert (tmp_path / "metrics.jsonl").read_text() == "kept"
 
@@ -164,7 +164,7 @@ def test_nothing_is_shown_without_progress(
     assert "all groups are dead" in caplog.text
 
 
-def test_lines_of_text_where_there_is_no_terminal(tmp_path: Path) -> None:
+def test_lines_of_text_without_a_terminal(tmp_path: Path) -> None:
     screen = console()
     with tracker(tmp_path, show_progress=True, console=screen) as run:
         run.log(1, {"loss": 0.5, "reward": 0.123456})
@@ -180,7 +180,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.file.getvalue())
     assert re.search(r"2/4 +reward - +loss -", shown)
     assert re.search(r"3/4 +reward 0\.25 +loss 0\.5 +\d:\d\d:\d\d left", shown)
-    assert "step 3" not in shown  # the bar says it
+    assert "step 3" not in shown  # the bar shows it
 
 
 def test_table_of_samples(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_table_of_samples(tmp_path: Path) -> None:
     assert "samples of step 7" in shown
     assert "the [bold]reference[/bold] in two lines" in shown  # as text, not as markup
     assert " last" in shown
-    assert "first" not in shown  # of a long prompt the tail
+    assert "first" not in shown  # the end of a long prompt is shown
     assert shown.count("best") == shown.count("worst") == 2
     assert shown.count("sample ") == 1
     assert "fourth" not in shown

@@ -1,1 +1,1 @@
-"""The command line, `grao-fast`."""
+"""The command line, `grao-fast`: its commands, options, config files and messages."""

@@ -1,8 +1,8 @@
-"""The `grao-fast` command: train, eval, plot, demo.
+"""Runs the `grao-fast` command: train, eval, plot, demo.
 
-Whatever a user can get wrong is one line on stderr and exit code 2; a run that a signal stopped
-ends with 128 + the signal's number; anything else keeps its traceback. Nothing here imports torch
-or transformers until the options have been read and checked.
+An error that the user can correct is printed as one line on stderr, with exit code 2. A run that a
+signal stopped ends with 128 + the number of the signal. Any other error keeps its traceback. Torch
+and transformers are imported only after the options have been read and checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Options = dict[str, Any]
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-_GOODBYE = 5.0  # seconds for threads of rewards that hang, when the command has failed
+_GRACE = 5.0  # seconds after which a failed command ends, even if threads of rewards hang
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with lenient_streams(to_the_end=True):
         code = _main(arguments)
     if code and argv is None:
-        # Python waits for every thread of a pool as it exits, and one of a reward's may hang.
-        timer = threading.Timer(_GOODBYE, os._exit, (code,))
+        # Python waits for all threads of thread pools at exit, and a reward may hang in one.
+        timer = threading.Timer(_GRACE, os._exit, (code,))
         timer.daemon = True
         timer.start()
     return code
@@ -70,8 +70,8 @@ def _main(arguments: list[str]) -> int:
     log.setFormatter(VisibleFormatter(f"{PROGRAM}: %(message)s"))
     logging.basicConfig(handlers=[log])
     logging.getLogger("grao_fast").setLevel(logging.INFO)
-    # Rewards named as module:function lie where the user stands. Last, not first: a checkout's own
-    # folders must not hide installed packages.
+    # Rewards named as module:function are looked up in the working directory too. It comes last, so
+    # that folders of a checkout do not hide installed packages.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -84,7 +84,7 @@ def _main(arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
     except UserError as error:
         return _fail(one_line(error) + (f" ({error.place})" if error.place else ""))
-    except (OSError, FloatingPointError) as error:  # of files, and of training that diverges
+    except (OSError, FloatingPointError) as error:  # a file failed, or training diverged
         return _fail(one_line(error))
     return 0
 
@@ -103,10 +103,10 @@ def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
         return what
     checkpoints = list_checkpoints(Path(options["output_dir"]).expanduser())
     if not checkpoints:
-        return f"{what} before the first step was done; nothing to resume"
-    # The last --resume_from_checkpoint counts, so adding one also serves a run already resumed.
+        return f"{what} before the first step was done; there is nothing to resume"
+    # Of several --resume_from_checkpoint the last counts, so one more also works for a resumed run.
     again = shlex.join([PROGRAM, *arguments, "--resume_from_checkpoint", "true"])
-    return f"{what}; to go on from {checkpoints[0].name}: {again}"
+    return f"{what}; to resume from {checkpoints[0].name}: {again}"
 
 
 # Commands --------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _demo(options: Options) -> None:
 
 
 def _take_config(options: Options) -> Options:
-    """Take the fields of GRAOConfig out of options."""
+    """Remove the fields of GRAOConfig from options, and return them."""
     names = [field.name for field in dataclasses.fields(GRAOConfig) if field.name in options]
     return {name: options.pop(name) for name in names}
 
@@ -155,10 +155,10 @@ def _take_config(options: Options) -> Options:
 def _lora_config(
     r: int | None, lora_alpha: int | None, lora_dropout: float, target_modules: list[str] | str
 ) -> Any:
-    """peft.LoraConfig, or None where no rank is given and every parameter is trained."""
+    """Return a peft.LoraConfig; None without a rank, to train all parameters."""
     if r is None:
         if lora_alpha is not None or lora_dropout or target_modules != "all-linear":
-            raise UserError("options under --peft need --peft.r, the rank of LoRA's matrices")
+            raise UserError("options under --peft need --peft.r, the rank of the LoRA matrices")
         return None
     try:
         from peft import LoraConfig
@@ -174,7 +174,7 @@ def _lora_config(
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
-    """The parser of the whole command, and its subcommands by name."""
+    """Return the parser of the whole command, and its subcommands by name."""
     commands = {
         "train": train_command(_train),
         "eval": eval_command(_eval),
@@ -184,12 +184,12 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
         "demo": Command.new(
             _demo,
             "demo [options]",
-            "Align a tiny model on the spot: no download, no GPU, under three minutes.",
+            "Align a tiny model: no download, no GPU, under three minutes.",
         ),
     }
-    commands["plot"].add("output_dir", str, "folder of the run")
-    commands["demo"].add("--seed", int, "of everything random", default=0)
-    commands["demo"].add("--output_dir", str, "where to write", default="grao-demo")
+    commands["plot"].add_argument("output_dir", str, "folder of the run")
+    commands["demo"].add("--seed", int, "seed of everything random", default=0)
+    commands["demo"].add("--output_dir", str, "folder for the results", default="grao-demo")
 
     parser = parser_of(
         f"{PROGRAM} [--version] command ...",

@@ -1,4 +1,4 @@
-"""What the command says when something is wrong: one line, with the remedy."""
+"""Rewrites the parser's errors as one line that names the remedy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grao_fast.system.visible import squeezed
 
 
 def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
-    """A parser's complaint as one line.
+    """Return an error of the parser as one line.
 
     Args:
-        message: what jsonargparse says; may span lines and name its own classes.
-        command: the subcommand, or "" where none was recognised.
-        hints: type of each of its options.
+        message: jsonargparse's message, which may span lines and name its own classes.
+        command: the subcommand; "" if none was recognised.
+        hints: the types of the subcommand's options.
         commands: all subcommands.
     """
     where = f"{command} --help".lstrip()
@@ -50,12 +50,13 @@ def explain(message: str, command: str, hints: dict[str, Any], commands: Sequenc
 
 
 def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return " (did you mean ...?)" with the known word nearest to a wrong one; "" if none is."""
     found = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {prefix}{found[0]}?)" if found else ""
 
 
 def describe(hint: Any) -> str:
-    """A type in words: `int | None` is "int or null"."""
+    """Return a type in words: `int | None` is "an integer or null"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is type(None):
         return "null"

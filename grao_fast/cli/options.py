@@ -1,4 +1,4 @@
-"""The options of `grao-fast`, made from `GRAOConfig` and its docstring."""
+"""Builds the options of `grao-fast` from the fields and the docstring of `GRAOConfig`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PROGRAM = "grao-fast"
 Run = Callable[[dict[str, Any]], None]
 
 EXIT_STATUS = (
-    "Exit status: 0, done; 2, an error that one line explains; 1, an error with its "
-    "traceback; 143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP. A training run that is "
-    "stopped, or fails, leaves a checkpoint of the steps that are done, and with "
-    "--resume_from_checkpoint auto the same command begins or goes on."
+    "Exit status: 0, done; 2, an error that can be corrected, explained in one line; 1, any other "
+    "error, with a traceback; 143, 130 or 129, stopped by SIGTERM, Ctrl-C or SIGHUP. A training "
+    "run that is stopped, or fails, leaves a checkpoint of the steps that are done; with "
+    "--resume_from_checkpoint auto, the same command starts a run or resumes it."
 )
 
-# What GRAOConfig means to an evaluation; the other fields would be accepted and ignored.
+# The fields of GRAOConfig that affect an evaluation; options for the others would have no effect.
 EVALUATION_FIELDS = (
     "reward_type",
     "reward_weights",
@@ -37,7 +37,7 @@ EVALUATION_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: what runs it, its parser, and the type of every option."""
+    """A subcommand: the function that runs it, its parser, and the types of its options."""
 
     run: Run
     parser: ArgumentParser
@@ -47,14 +47,31 @@ class Command:
     def new(cls, run: Run, usage: str, description: str) -> Command:
         return cls(run, parser_of(f"{PROGRAM} {usage}", description), {})
 
-    def add(self, flag: str, hint: Any, help: str, *, group: Any = None, **settings: Any) -> None:
-        """Add an option, `--name`, or an argument, `name`, to the parser or to a group of it."""
-        help = help.replace("%", "%%")
-        (group or self.parser).add_argument(flag, type=hint, help=help, **settings)
-        self.hints[flag.removeprefix("--")] = hint
+    def add(
+        self,
+        name: str,
+        hint: Any,
+        help: str,
+        *,
+        group: Any = None,
+        default: Any = None,
+        required: bool = False,
+    ) -> None:
+        """Add an option (`--name`) to the parser, or to a group of it."""
+        settings: dict[str, Any] = {"required": True} if required else {"default": default}
+        self._add(name, hint, help, group or self.parser, settings)
+
+    def add_argument(self, name: str, hint: Any, help: str) -> None:
+        """Add a positional argument."""
+        self._add(name, hint, help, self.parser, {})
+
+    def _add(self, name: str, hint: Any, help: str, group: Any, settings: dict[str, Any]) -> None:
+        group.add_argument(name, type=hint, help=help.replace("%", "%%"), **settings)
+        self.hints[name.removeprefix("--")] = hint
 
 
 def parser_of(usage: str, description: str) -> ArgumentParser:
+    """Return a parser with the settings that all commands share."""
     return ArgumentParser(
         prog=PROGRAM,
         usage=usage,
@@ -66,27 +83,35 @@ def parser_of(usage: str, description: str) -> ArgumentParser:
 
 
 def train_command(run: Run) -> Command:
-    """`grao-fast train`: every field of GRAOConfig, and LoRA's under --peft."""
+    """Build `grao-fast train`, with all fields of GRAOConfig, and LoRA's under --peft."""
     command = Command.new(run, "train [options]", "Align a model by GRAO.")
     _add_run_options(command)
-    command.add("--eval_dataset", str | None, "evaluated before and after the run", default=None)
-    command.add("--output_dir", str, "where everything is written", default="grao-output")
+    command.add(
+        "--eval_dataset", str | None, "dataset to evaluate before and after the run", default=None
+    )
+    command.add("--output_dir", str, "folder for everything that is written", default="grao-output")
     command.add(
         "--resume_from_checkpoint",
         bool | str | None,
-        "a checkpoint's folder; true: the newest in output_dir; auto: that one, or to begin",
+        "folder of a checkpoint; true: the newest in output_dir; auto: the same if there is one",
         default=None,
     )
     for section, fields in field_help().items():
         _add_fields(command, section, fields)
-    lora = command.parser.add_argument_group("LoRA", "peft.LoraConfig; without a rank, no LoRA")
-    command.add("--peft.r", int | None, "rank", group=lora, default=None)
-    command.add("--peft.lora_alpha", int | None, "2 r by default", group=lora, default=None)
+    lora = command.parser.add_argument_group("LoRA", "peft.LoraConfig; used if a rank is given")
+    command.add("--peft.r", int | None, "rank of the matrices", group=lora, default=None)
+    command.add(
+        "--peft.lora_alpha",
+        int | None,
+        "updates are scaled by lora_alpha / r; null: 2 r",
+        group=lora,
+        default=None,
+    )
     command.add("--peft.lora_dropout", float, "dropout on LoRA's input", group=lora, default=0.0)
     command.add(
         "--peft.target_modules",
         list[str] | str,
-        "names of the layers that get one",
+        "names of the layers that LoRA adapts",
         group=lora,
         default="all-linear",
     )
@@ -94,15 +119,15 @@ def train_command(run: Run) -> Command:
 
 
 def eval_command(run: Run) -> Command:
-    """`grao-fast eval`."""
+    """Build `grao-fast eval`, with the EVALUATION_FIELDS of GRAOConfig."""
     command = Command.new(
         run,
         "eval [options]",
         "Compare a model's answers with the references (RAS) and with a base model's (NAG).",
     )
     _add_run_options(command)
-    command.add("--base_model", str | None, "the model before alignment, for NAG", default=None)
-    command.add("--output_dir", str | None, "where eval.json is written", default=None)
+    command.add("--base_model", str | None, "model before alignment, for NAG", default=None)
+    command.add("--output_dir", str | None, "folder for eval.json; null: none", default=None)
     for section, fields in field_help().items():
         kept = {name: text for name, text in fields.items() if name in EVALUATION_FIELDS}
         if kept:
@@ -114,17 +139,17 @@ def _add_run_options(command: Command) -> None:
     command.parser.add_argument(
         "--config",
         action="config",
-        help="YAML with any of the options below; of an option given twice, the later one counts",
+        help="YAML file with any of the options below; the last value of an option counts",
     )
-    command.add("--model", str, "hub id or folder, of a model or an adapter", required=True)
+    command.add("--model", str, "hub id or folder of a model or an adapter", required=True)
     command.add("--dataset", str, "hub id, file (jsonl, parquet...) or folder", required=True)
     command.add(
         "--reward",
         list[str] | str,
-        "package.module:function or file.py:function; a list of them is summed by reward_weights",
+        "package.module:function or file.py:function; several are summed with reward_weights",
         required=True,
     )
-    command.add("--metric", str | None, "a held-out metric, named like a reward", default=None)
+    command.add("--metric", str | None, "held-out metric, given like a reward", default=None)
 
 
 def _add_fields(command: Command, section: str, fields: dict[str, str]) -> None:
@@ -136,10 +161,10 @@ def _add_fields(command: Command, section: str, fields: dict[str, str]) -> None:
 
 
 def field_help() -> dict[str, dict[str, str]]:
-    """Section -> field -> what GRAOConfig's docstring says of it.
+    """Return the description of every field in GRAOConfig's docstring, by section and field.
 
-    The docstring's form is `Section:` at the margin, `name, name: text` below it, and the text's
-    further lines deeper still.
+    In the docstring, `Section:` stands at the margin, `name, name: text` one level deeper, and
+    further lines of the text deeper still.
     """
     sections: dict[str, dict[str, str]] = {}
     names: list[str] = []

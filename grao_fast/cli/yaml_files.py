@@ -1,4 +1,4 @@
-"""The file behind --config: what YAML itself lets pass."""
+"""Checks the file of --config for errors that YAML does not report: repeated keys, encodings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grao_fast.system.errors import UserError
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:
-    """The files that --config names on a command line."""
+    """Return the files that --config names on a command line."""
     following = pairwise(arguments)
     files = [value for flag, value in following if flag == "--config"]
     prefix = "--config="
@@ -21,10 +21,9 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 
 
 def check_no_key_twice(file: str) -> None:
-    """Raise ValueError, naming both lines, where a key stands twice: YAML takes the last.
+    """Raise ValueError if a key occurs twice, where YAML would take the last, or for wrong UTF-8.
 
-    So it does of a file that is not UTF-8. What cannot be read, or is no YAML, is left to the
-    parser of the options to report.
+    Files that cannot be read, or are not YAML, are left for the parser of the options to report.
     """
     try:
         text = Path(file).expanduser().read_bytes().decode()
@@ -41,14 +40,14 @@ def check_no_key_twice(file: str) -> None:
     for key, line in _keys(root, ""):
         if key in lines:
             raise UserError(
-                f"--config {file}: the key {key!r} stands twice, in lines {lines[key]} and {line}: "
+                f"--config {file}: the key {key!r} occurs twice, in lines {lines[key]} and {line}: "
                 "keep one"
             )
         lines[key] = line
 
 
 def _keys(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    """Keys, nested ones as `outer.inner`, which is how they may be written too; and their lines."""
+    """Yield keys and their lines; nested keys as `outer.inner`, which users may also write."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

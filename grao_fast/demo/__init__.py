@@ -1,4 +1,4 @@
-"""`grao-fast demo`: a tiny model, pretrained on flawed references and aligned past them by GRAO."""
+"""The demo: a tiny model is pretrained on flawed references, and GRAO trains it to beat them."""
 
 from __future__ import annotations
 

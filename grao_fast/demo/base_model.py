@@ -1,4 +1,4 @@
-"""The demo's model: a small Qwen3 over characters, and its pretraining by imitation."""
+"""Builds the demo's model, a small Qwen3 over characters, and pretrains it by imitation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grao_fast.demo.task import DIGITS, LENGTH
 _PAD, _EOS = "<pad>", "<eos>"
 _LEARNING_RATE = 1e-3
 _BATCH_SIZE = 64
-_IGNORED = -100  # the label that cross_entropy leaves out
+_IGNORED = -100  # the label that cross_entropy ignores
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: the digits, '=', and the end of an answer."""
+    """Return a tokenizer with one token a character: the digits, '=', and the end of an answer."""
     vocabulary = {token: i for i, token in enumerate([_PAD, _EOS, *DIGITS, "="])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token=_PAD))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -30,7 +30,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with 0.3 M parameters, all random."""
+    """Return a Qwen3 with 0.3 M random parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -84,7 +84,7 @@ def imitate(
 def _encode(
     tokenizer: PreTrainedTokenizerFast, rows: Sequence[Mapping[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of prompt, reference and end, all of one length; the prompt's are no labels."""
+    """Return tokens of prompt, reference and end, all of one length, and labels without prompts."""
     texts = [row["prompt"] + row["reference"] + _EOS for row in rows]
     input_BL = torch.tensor(tokenizer(texts)["input_ids"])
     label_BL = input_BL.clone()

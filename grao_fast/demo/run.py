@@ -1,7 +1,7 @@
-"""The demo from top to bottom: imitate, then explore; and the table that compares the two.
+"""Runs the demo: imitate references, align with GRAO, and compare the two in a table.
 
-Nothing is downloaded and two CPU cores are enough. The model is aligned and measured through
-`grao_fast.train` and `grao_fast.evaluate`, as any other is.
+Nothing is downloaded, and two CPU cores are enough. The model is aligned by `grao_fast.train` and
+measured by `grao_fast.evaluate`, like any other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grao_fast.evaluation.evaluate import EvaluationResult, evaluate
 from grao_fast.reporting.plots import plot_run
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import visible
-from grao_fast.trainer import train
+from grao_fast.trainer import TrainResult, train
 from grao_fast.training.checkpoint import check_fresh
 from grao_fast.training.inputs import writable_folder
 
@@ -43,15 +43,16 @@ answers has more digits in place. Can it outdo what it was shown?
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured on held-out prompts.
+    """The demo's results on held-out prompts.
 
-    reference_in_place: share of the references' digits that are where they belong.
-    before: of the pretrained model.
-    imitation: of that model after imitating references for as many steps more as GRAO ran.
-    after: of that model after GRAO.
-    output_dir, plots: of the run, and what was drawn into it.
+    reference_in_place: share of the references' digits that are in place.
+    before: results of the pretrained model.
+    imitation: results of that model after imitating references for as many more steps as GRAO ran.
+    after: results of that model after GRAO.
+    output_dir: the folder of the run.
+    plots: the files drawn in it.
 
-    The results' `metric` is the share of digits in place; their `nag` compares with `before`.
+    `metric` of the results is the share of digits in place; `nag` compares with `before`.
     """
 
     reference_in_place: float
@@ -62,12 +63,12 @@ class DemoResult:
     plots: list[Path]
 
     def table(self) -> Table:
-        """References, before and after; and imitation alone, so that steps are not the reason."""
+        """Return a table of references, before, after, and, for equal steps, imitation alone."""
         results = (self.before, self.imitation, self.after)
         table = Table(
             title=f"{self.after.prompts} held-out prompts, greedy answers, percent",
-            caption="reward: digits in place, less those of the reference\n"
-            "RAS: share better than the reference\nNAG: wins less losses against before",
+            caption="reward: digits in place minus those of the reference\n"
+            "RAS: share better than the reference\nNAG: wins minus losses against before",
             title_justify="left",
             caption_justify="left",
         )
@@ -85,14 +86,14 @@ class DemoResult:
 
 
 def exact(result: EvaluationResult, *, of: str = "completion") -> float:
-    """Share of the completions, or of the references, without a mistake."""
+    """Return the share of completions (or references) without a mistake."""
     right = sum(row[of] == solution(row["prompt"]) for row in result.rows)
     return right / len(result.rows)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second core, and lose much where it is busy."""
+    """Run torch on one thread; for such small matrices, more threads are no faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -109,9 +110,9 @@ def run_demo(
     """Pretrain, align and compare; print a table and the paths of the plots.
 
     Args:
-        output_dir: for the run's files, as `grao_fast.train` writes them, and the plots.
-        seed: of prompts, model, data order and sampling.
-        max_steps: of GRAO, and of the imitation that it is compared with.
+        output_dir: folder for the files of the run, as `grao_fast.train` writes them, and plots.
+        seed: seed of prompts, model, data order and sampling.
+        max_steps: steps of GRAO, and of the imitation that it is compared with.
 
     Raises:
         ValueError: max_steps is not positive, or output_dir holds results of another run.
@@ -119,7 +120,7 @@ def run_demo(
     """
     config = demo_config(max_steps=max_steps, seed=seed)
     check_fresh(writable_folder(output_dir))
-    # Progress goes to stderr, as that of any run does; what was found, to stdout.
+    # Progress goes to stderr, as in any run, and results go to stdout.
     progress, console = Console(stderr=True), Console()
     console.print(_INTRODUCTION, highlight=False)
     rows = make_rows(_TRAIN_PROMPTS + _HELD_OUT_PROMPTS, seed=seed)
@@ -151,10 +152,21 @@ def run_demo(
         tokenizer=tokenizer,
         metric=in_place,
     )
+    demo = _demo_result(held_out, imitation, result)
+    console.print(demo.table())
+    for path in demo.plots:
+        console.print(visible(str(path)), markup=False, highlight=False, soft_wrap=True)
+    return demo
+
+
+def _demo_result(
+    held_out: list[dict[str, str]], imitation: EvaluationResult, result: TrainResult
+) -> DemoResult:
+    """Draw the plots of the run, and gather the results."""
     prompts = [row["prompt"] for row in held_out]
     of_references = in_place(prompts, [row["reference"] for row in held_out])
     assert result.before is not None and result.after is not None  # there is an eval_dataset
-    demo = DemoResult(
+    return DemoResult(
         reference_in_place=sum(of_references) / len(of_references),
         before=result.before,
         imitation=imitation,
@@ -162,16 +174,12 @@ def run_demo(
         output_dir=result.output_dir,
         plots=plot_run(result.output_dir),
     )
-    console.print(demo.table())
-    for path in demo.plots:
-        console.print(visible(str(path)), markup=False, highlight=False, soft_wrap=True)
-    return demo
 
 
 def demo_config(*, max_steps: int, seed: int) -> GRAOConfig:
-    """The demo's options: the paper's objective, with a step size for 0.3 M parameters.
+    """Return the demo's options: the paper's objective, with a step size for 0.3 M parameters.
 
-    The reference's own advantage is clipped, as most samples beat it in the second half.
+    The reference's advantage is clipped, since most samples beat it in the second half.
     """
     return GRAOConfig(
         reward_type="pairwise",

@@ -1,12 +1,12 @@
-"""The demo's task: put eight digits in order, shown only by references that are always flawed.
+"""Defines the demo's task: sort eight digits, given only references that are always flawed.
 
     prompt     31415926=
     right      11234569
-    reference  11243560     the fourth and fifth digit have changed places, and one became 0
+    reference  11243560     the fourth and fifth digit are swapped, and one digit became 0
 
-The swap is at the same places in every reference: whoever imitates them learns it. The zeroed place
-differs from prompt to prompt. So five digits of eight are right in every reference. The reward says
-by how much one answer has more digits in place than another; it never shows the right one.
+The swap is at the same places in every reference, so a model that imitates them learns it; the
+place of the 0 varies. In every reference, five digits of eight are right. The reward is how many
+more digits one answer has in place than another; it never shows the right answer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SWAPPED = (3, 4)
 
 
 def solution(prompt: str) -> str:
-    """The digits of a prompt in order."""
+    """Return the digits of a prompt in order."""
     return "".join(sorted(prompt.rstrip("=")))
 
 
 def flawed(prompt: str, zeroed: int) -> str:
-    """The reference of a prompt: its solution with SWAPPED places swapped and one zeroed."""
+    """Return the reference of a prompt: its solution, two places SWAPPED and one set to 0."""
     digits = list(solution(prompt))
     first, second = SWAPPED
     digits[first], digits[second] = digits[second], digits[first]
@@ -34,7 +34,7 @@ def flawed(prompt: str, zeroed: int) -> str:
 
 
 def make_rows(count: int, *, seed: int) -> list[dict[str, str]]:
-    """Prompts that differ from each other, on which both flaws show, with their references."""
+    """Return distinct prompts on which both flaws show, with their references."""
     generator = random.Random(seed)
     references: dict[str, str] = {}
     while len(references) < count:
@@ -48,7 +48,7 @@ def make_rows(count: int, *, seed: int) -> list[dict[str, str]]:
 
 
 def in_place(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Share of the digits of each completion that are where they belong."""
+    """Return the share of the digits of each completion that are in place."""
     shares = []
     for prompt, completion in zip(prompts, completions, strict=True):
         right = solution(prompt)
@@ -60,6 +60,6 @@ def in_place(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 def better_sorted(
     prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]
 ) -> list[float]:
-    """The pairwise reward: by how much a completion has more digits in place than its reference."""
+    """Pairwise reward: the share of digits in place, minus that of the reference."""
     pairs = zip(in_place(prompts, completions), in_place(prompts, references), strict=True)
     return [completion - reference for completion, reference in pairs]

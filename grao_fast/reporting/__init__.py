@@ -1,1 +1,1 @@
-"""Reporting: trackers, tables, plots, the console."""
+"""Reporting: metrics files, the console, tables, plots, and experiment trackers."""

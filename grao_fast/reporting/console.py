@@ -1,4 +1,4 @@
-"""What a run shows: a bar, tables, lines of text. What is only shown never stops work."""
+"""Shows a run on the console: a progress bar, tables, messages. A failure here stops no run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ logger = get_logger(__name__)
 
 
 class Display:
-    """A run's bar, tables and lines on stderr; plain lines where that is no terminal.
+    """Shows progress bar, tables and messages on stderr; lines of text if that is not a terminal.
 
-    Text of others is made `visible`.
+    Control characters in text are escaped.
 
-    shown: False: messages go to `logging`, nothing else is shown.
+    shown: False to send messages to `logging` and show nothing else.
     """
 
     def __init__(
         self, *, total_steps: int, start_step: int, shown: bool, console: Console | None = None
     ) -> None:
         self._console = console or Console(stderr=True)
-        # rich answers a broken pipe by SystemExit
+        # rich raises SystemExit for a broken pipe
         self._console.file = cast(IO[str], lenient(self._console.file, "the console"))
         self._total_steps, self._shown = total_steps, shown
         self._failed = False
@@ -48,7 +48,7 @@ class Display:
             TimeRemainingColumn(),
             console=self._console,
             disable=not (shown and self._console.is_terminal),
-            speed_estimate_period=24 * 3600,  # steps may take minutes: rate all that is kept
+            speed_estimate_period=24 * 3600,  # seconds; steps may take minutes
         )
         self._task = self._progress.add_task(
             "", total=total_steps, completed=start_step, reward="-", loss="-"
@@ -56,7 +56,7 @@ class Display:
         self._try(self._progress.start)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Move the bar; without a bar, a line where there is a reward or a loss."""
+        """Advance the bar; without a terminal, print a line if there is a reward or a loss."""
         live: dict[str, Any] = {
             name: f"{metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics
         }
@@ -66,20 +66,20 @@ class Display:
             self._print(f"step {step}/{self._total_steps}  {shown}")
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table of a few samples."""
+        """Show a table of a few samples."""
         if self._shown and rows:
             self._try(lambda: self._console.print(completions_table(step, rows)))
 
     def message(self, text: str) -> None:
-        """A line for whoever watches: above the bar, or through `logging` where none is shown."""
+        """Print a line above the bar, or log it as a warning if nothing is shown."""
         if self._shown:
             self._print(visible_lines(text))
         else:
             logger.warning("%s", text)
 
     def close(self) -> None:
-        """Stop the bar; once more does nothing."""
-        if self._progress.live.is_started:  # else rich before 14.3 prints an empty line
+        """Stop the bar; calling it again does nothing."""
+        if self._progress.live.is_started:  # otherwise rich before 14.3 prints an empty line
             self._try(self._progress.stop)
 
     def _print(self, text: str) -> None:
@@ -88,7 +88,7 @@ class Display:
     def _try(self, show: Callable[[], Any]) -> None:
         try:
             show()
-        except Exception as error:  # of any kind: a console can be of anyone's making
+        except Exception as error:  # of any kind: the console may be of any class
             if not self._failed:
                 self._failed = True
-                logger.warning("the console fails, and is left out: %s", error)
+                logger.warning("the console fails, and is ignored from now on: %s", error)

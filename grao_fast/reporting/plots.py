@@ -1,10 +1,10 @@
-"""Plots of a run, drawn from its metrics.jsonl.
+"""Draws the plots of a run from its metrics.jsonl.
 
     reward.png      mean reward of the samples and of the references; evaluations; RAS and NAG
     loss.png        the loss, -J
     components.png  shares of |exploration|, |imitation| and |alignment|, the paper's Figure 5
 
-Raw values are drawn faint, a running mean over them; a step whose value is null is a gap.
+Raw values are drawn faintly, with a running mean on top; a null value is a gap.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from grao_fast.system.files import named_when_full
 from grao_fast.system.lines import METRICS_FILE, read_lines
 from grao_fast.system.visible import visible_errors
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, for colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 _GREY = "#666666"
 _SIZE_INCHES = (6.4, 3.8)
 _DPI = 150
 _SHORT_RUN = 8  # fewer points than this are not smoothed
-_RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill a panel
+_RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill the panel
 _COMPONENTS = {"exploration": _BLUE, "imitation": _ORANGE, "alignment": _GREEN}
 _RATES = {
     "eval/ras": ("RAS (beats the reference)", _GREEN, "o"),
@@ -45,10 +45,10 @@ def plot_run(output_dir: str | Path) -> list[Path]:
     """Draw the plots of a run into its folder.
 
     Args:
-        output_dir: of the run, with its metrics.jsonl.
+        output_dir: folder of the run, with its metrics.jsonl.
 
     Returns:
-        The files written. A plot for which there are no metrics is left out.
+        The files written. A plot without metrics is left out.
 
     Raises:
         ValueError: there is no metrics.jsonl, or it holds nothing to plot.
@@ -120,13 +120,13 @@ def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
     for row in rows:
         sizes = [abs(row[key]) if row.get(key) is not None else math.nan for key in keys]
         total = sum(sizes)
-        if not math.isnan(total) and total > 0:  # a step of dead groups only has no shares
+        if not math.isnan(total) and total > 0:  # all are 0 in a step with dead groups only
             steps.append(row["step"])
             shares.append([size / total for size in sizes])
     if not steps:
         return None
     figure, axes = _figure("Share of each component of the objective", "share of summed magnitudes")
-    # The mean of shares that sum to 1 sums to 1, so the smoothed areas still fill the plot.
+    # Means of shares that sum to 1 sum to 1, so the smoothed areas still fill the plot.
     smooth = [_running_mean(list(column)) for column in zip(*shares, strict=True)]
     if len(steps) == 1:  # an area needs a width
         steps = [steps[0], steps[0] + 1]
@@ -146,7 +146,7 @@ def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str) -> Series:
-    """The metric's steps and values; NaN, which draws a gap, where it was written as null."""
+    """Return the steps and values of a metric, with NaN, which is drawn as a gap, for null."""
     found = [(row["step"], row[key]) for row in rows if key in row]
     values = [math.nan if value is None else float(value) for _, value in found]
     if all(map(math.isnan, values)):
@@ -155,7 +155,7 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> Series:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of a tenth of the run, NaN left out; short runs as they are."""
+    """Average over a centred window of about a tenth of the run, without NaN; copy short runs."""
     reach = 0 if len(values) < _SHORT_RUN else 1 + len(values) // 25
     means = []
     for index in range(len(values)):
@@ -177,7 +177,7 @@ def _draw(axes: Axes, series: Series, label: str, colour: str) -> None:
 
 
 def _figure(title: str, ylabel: str, *, panels: int = 1) -> tuple[Any, ...]:
-    """A figure and its axes, one above the other; the last one carries the steps."""
+    """Return a figure and its axes, from top to bottom; the last one has the steps."""
     width, height = _SIZE_INCHES
     figure = Figure(figsize=(width, height * (1 + 0.6 * (panels - 1))), dpi=_DPI)
     figure.set_layout_engine("constrained")

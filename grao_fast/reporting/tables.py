@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Builds the tables that are shown on a terminal: samples of a step, results of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.text import Text
 
 from grao_fast.system.visible import squeezed
 
-_PROMPTS = 3  # in a table of samples
-_CHARACTERS = 240  # of a text in it
+_PROMPTS = 3  # prompts in a table of samples
+_CHARACTERS = 240  # characters of a text in it
 
 
 def completions_table(step: int, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The first few prompts of a step, each with its reference, best and worst completion.
+    """Return a table of a step's first prompts, with reference, best and worst completion of each.
 
-    `rows` as in `Tracker.log_completions`. Of completions without a reward the first is shown.
+    rows: as in `Tracker.log_completions`. Without rewards, the first completion is shown.
     """
     table = Table(title=f"samples of step {step}", title_justify="left", expand=True)
     table.add_column("", no_wrap=True)
@@ -60,25 +60,25 @@ def _best_and_worst(rewards: Sequence[float | None]) -> dict[str, int]:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A number for a cell, "-" where there is none."""
+    """Format a number for a cell; "-" for None and NaN."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """A prompt as text: messages as "role: content" lines."""
+    """Return a prompt as text, with messages as lines of "role: content"."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def head(text: str, characters: int = _CHARACTERS) -> str:
-    """The beginning of a text on one line, "..." where there is more."""
+    """Return the beginning of a text on one line, with "..." if it is cut."""
     line = squeezed(text)
     return line if len(line) <= characters else line[: characters - 3].rstrip() + "..."
 
 
 def tail(text: str, characters: int = _CHARACTERS) -> str:
-    """The end of a text on one line: of a prompt, the part that asks."""
+    """Return the end of a text on one line, which in a prompt is usually the question."""
     line = squeezed(text)
     return line if len(line) <= characters else "..." + line[len(line) - characters + 3 :].lstrip()
 
@@ -97,7 +97,7 @@ _RATES = {"ras", "ras_win_or_tie", "nag", "nag_wins"}
 def results_table(
     prompts: int, means: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
 ) -> Table:
-    """The results of an evaluation; rates in percent."""
+    """Return a table of the results of an evaluation, with rates in percent."""
     table = Table(title=f"{prompts} prompts, greedy", title_justify="left")
     table.add_column("")
     table.add_column("mean", justify="right")

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, completions.jsonl, the console, experiment trackers."""
+"""Reports a run to metrics.jsonl, completions.jsonl, the console and experiment trackers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _PIP_NAME = {"comet_ml": "comet-ml"}  # where pip's name differs from accelerate
 
 
 class Tracker:
-    """Writes down what a run reports, and shows it.
+    """Writes a run's metrics and samples to files and trackers, and shows them.
 
     Args:
-        output_dir: holds metrics.jsonl and completions.jsonl; made where it is missing.
+        output_dir: folder for metrics.jsonl and completions.jsonl; created if it is missing.
         report_to: accelerate's experiment trackers, by name ("tensorboard", "wandb"...) or as
             GeneralTracker objects.
         config: hyperparameters for those trackers.
         total_steps: length of the progress bar.
-        show_progress: the bar and the tables of samples, on stderr; lines of text where stderr is
-            no terminal. False: messages go to `logging`, nothing else is shown.
-        start_step: 0 starts the files anew; above, lines of later steps are removed from them, as
-            the run that resumes there writes its own.
+        show_progress: whether to show the bar and tables of samples on stderr, or lines of text if
+            stderr is not a terminal. False: messages go to `logging`, and nothing else is shown.
+        start_step: the step that a resumed run starts from, after which lines are removed from the
+            files; 0 starts the files afresh.
 
     Raises:
-        ValueError: an unknown tracker, or one whose package is not installed.
+        ValueError: a tracker is unknown, or its package is not installed.
         OSError: output_dir cannot be written.
     """
 
@@ -74,7 +74,7 @@ class Tracker:
         self._display.step(step, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write samples, a line for each prompt, and show a few in a table.
+        """Write samples, one line for each prompt, and show a few in a table.
 
         A row holds `prompt`, `reference` (text or None), `reference_reward`,
         `reference_advantage`, and the lists `completions`, `rewards` and `advantages`.
@@ -84,16 +84,16 @@ class Tracker:
         self._display.completions(step, rows)
 
     def message(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Show a line of text."""
         self._display.message(text)
 
     def flush(self) -> None:
-        """Return when all that was logged is on the disk, as checkpoints of these steps are."""
+        """Flush the files to the disk, so that they are as complete as the checkpoint."""
         self._metrics.flush()
         self._completions.flush()
 
     def close(self) -> None:
-        """Stop the bar, finish the trackers, close the files; once more does nothing."""
+        """Stop the bar, finish the trackers, close the files; calling it again does nothing."""
         self._display.close()
         self._tell(lambda tracker: tracker.finish())
         self._trackers = []
@@ -112,22 +112,22 @@ class Tracker:
         self.close()
 
     def _tell(self, tell: Callable[[GeneralTracker], Any]) -> None:
-        """Tell the experiment trackers; the run goes on where one fails, said once."""
+        """Call the experiment trackers; the failure of one is logged once, and ignored."""
         for number, tracker in enumerate(self._trackers):
             try:
                 tell(tracker)
-            except Exception as error:  # of any kind: it is another's code, and has only to show
+            except Exception as error:  # of any kind: trackers are not ours, and are not essential
                 if number not in self._failed:
                     self._failed.add(number)
                     logger.warning(
-                        "the tracker %s fails (%s: %s); %s has what it was told",
+                        "the tracker %s fails (%s: %s); %s has all metrics",
                         type(tracker).__name__, type(error).__name__, error,
                         METRICS_FILE,
                     )  # fmt: skip
 
 
 def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
-    """Raise ValueError where `report_to` names no tracker, or one that is not installed."""
+    """Raise ValueError if `report_to` names an unknown tracker, or one that is not installed."""
     names = [item for item in report_to if isinstance(item, str)]
     if not names:
         return
@@ -137,7 +137,7 @@ def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(
-                f"report_to does not know {name!r}; it takes "
+                f"report_to does not know {name!r}: use one of "
                 f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
             )
         if name not in available:
@@ -166,7 +166,7 @@ def _make_trackers(
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The types that every tracker takes; the rest as text."""
+    """Keep values of types that every tracker accepts; convert the others to text."""
     return {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in config.items()
