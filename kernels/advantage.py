@@ -1,15 +1,15 @@
-"""Rewards -> advantages -> the coefficient of every token, before the LM head runs.
+"""From rewards to advantages to the coefficient of every token, before the LM head runs.
 
-J is linear in the log-probs (arXiv 2508.07750, equations 2-4): with L(s) the mean log-prob of s,
+J is linear in the log-probs (arXiv 2508.07750, equations 2-4). With L(s) the mean log-prob of s,
 
     J = sum_i w_i L(o_i) + w_y L(y),    w_i = (1 + lam) A_i / G,
                                         w_y = beta A_y - (lam / G) sum_i A_i
 
-and each of its three terms is linear as well. So a row t of sequence s has three coefficients,
-one a term, and their sum c_t = w_s / (|s| * prompts) is all that the gradient needs.
+and each of its three terms is linear too. So a row t of sequence s has three coefficients, one a
+term; their sum c_t = w_s / (|s| * prompts) is all that the gradient needs.
 
 Shapes: N prompts, G samples a prompt, K = G + 1 with the reference last, S = N * K sequences, T
-rows. Terms come in the order exploration, imitation, alignment. NaN is an absent sequence.
+rows. Terms are in the order exploration, imitation, alignment. NaN is an absent sequence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_constant, check_number, resolve_backend
+from .checks import check_choice, check_constant, check_floating, check_number
 
 STATISTICS = ("group", "samples")
 REFERENCE_ADVANTAGES = ("signed", "clip")
@@ -26,17 +26,17 @@ REFERENCE_ADVANTAGES = ("signed", "clip")
 def group_advantages(
     rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "signed"
 ) -> Tensor:
-    """A = (r - mu) / sigma within each group; on a CUDA device, one launch.
+    """A = (r - mu) / sigma within each group.
 
     Args:
         rewards_NK: (N, K) floats, the reference's reward last; NaN where the sequence is absent.
-        statistics: rewards that make mu and the population's sigma: all present ones ("group"),
-            or the samples' ("samples", the literal Eq. 4).
+        statistics: the rewards behind mu and the population's sigma: all present ones ("group"),
+            or only the samples' ("samples", the literal Eq. 4).
         reference_advantage: "signed", or "clip" to hold A_y at or above 0.
 
     Returns:
-        (N, K) float64 for float64 rewards and float32 for others. NaN where absent. 0 throughout
-        a group whose rewards, those that make the statistics, are all equal or all absent.
+        (N, K), float64 for float64 rewards and float32 for others. NaN where absent; 0 throughout
+        a group whose rewards in the statistics are all equal or all absent.
 
     Raises:
         ValueError: wrong shape, dtype or option, or an infinite reward in a CPU tensor.
@@ -47,15 +47,11 @@ def group_advantages(
     check_finite_rewards("rewards_NK", rewards_NK)
     check_choice("statistics", statistics, STATISTICS)
     check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
-    if resolve_backend(None, rewards_NK.device) == "triton":
-        from .advantage_kernels import launch_group_advantages
-
-        return launch_group_advantages(rewards_NK, statistics, reference_advantage)
     return _group_advantages(rewards_NK, statistics, reference_advantage)
 
 
 def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
-    """w_i and w_y of J = sum_i w_i L(o_i) + w_y L(y); on a CUDA device, one launch.
+    """w_i and w_y of J = sum_i w_i L(o_i) + w_y L(y).
 
     Args:
         advantages_NK: (N, K) floats from `group_advantages`, NaN where absent.
@@ -75,10 +71,6 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
     check_finite_rewards("advantages_NK", advantages_NK)
     check_number("beta", beta)
     check_number("lam", lam)
-    if resolve_backend(None, advantages_NK.device) == "triton":
-        from .advantage_kernels import launch_sequence_terms
-
-        return launch_sequence_terms(advantages_NK, beta, lam).sum(0)
     return _sequence_terms(advantages_NK, beta, lam).sum(0)
 
 
@@ -89,32 +81,24 @@ def advantages_and_terms(
     reference_advantage: str,
     beta: float,
     lam: float,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages (N, K) and every sequence's three coefficients (3, N, K).
-
-    One launch for rewards on a device; rewards on the CPU stay there under either backend.
-    """
-    if backend == "triton" and rewards_NK.is_cuda:
-        from .advantage_kernels import launch_advantages_and_terms
-
-        return launch_advantages_and_terms(rewards_NK, statistics, reference_advantage, beta, lam)
+    """Advantages (N, K) and every sequence's three coefficients (3, N, K)."""
     advantages_NK = _group_advantages(rewards_NK, statistics, reference_advantage)
     return advantages_NK, _sequence_terms(advantages_NK, beta, lam)
 
 
 def sample_shares(rewards_NK: Tensor) -> Tensor:
-    """1 / G of each sample that is present, G of them; 0 of absent ones and of the references."""
+    """1 / G for each of a prompt's G present samples; 0 for absent ones and references."""
     present_NK = ~rewards_NK.isnan()
     present_NK[:, -1] = False
     return present_NK / present_NK.sum(1, keepdim=True).clamp(min=1)
 
 
 def row_coefficients(terms_CNK: Tensor, sequence_T: Tensor, num_prompts: float) -> Tensor:
-    """Each row's coefficients (C, T) in float32: its sequence's, over |s| * num_prompts.
+    """Each row's coefficients (C, T), float32: its sequence's, divided by |s| * num_prompts.
 
-    0 for a row of no sequence. A row whose coefficients cancel to 0 has no gradient and is not
-    computed, so that all of them are 0 there: the terms still sum to the loss.
+    They are 0 for a row of no sequence. A row whose coefficients cancel has no gradient and is not
+    computed; its coefficients are all set to 0, so that the terms still sum to the loss.
     """
     C, S = terms_CNK.shape[0], terms_CNK[0].numel()
     sequence_T = sequence_T.to(device=terms_CNK.device, dtype=torch.int64)
@@ -134,13 +118,12 @@ def check_rewards(name: str, rewards_NK: Tensor) -> None:
             f"{name} must be (N, G + 1) with G >= 1 samples and the reference last, "
             f"got {tuple(rewards_NK.shape)}"
         )
-    if not rewards_NK.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {rewards_NK.dtype}: call float()")
+    check_floating(name, rewards_NK)
     check_constant(name, rewards_NK)
 
 
 def check_finite_rewards(name: str, rewards_NK: Tensor) -> None:
-    """For a tensor on the CPU; elsewhere the host would have to wait."""
+    """ValueError for an infinite reward on the CPU; elsewhere the host would have to wait."""
     if rewards_NK.device.type == "cpu" and rewards_NK.isinf().any():
         n, k = rewards_NK.isinf().nonzero()[0].tolist()
         raise ValueError(

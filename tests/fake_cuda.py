@@ -45,14 +45,7 @@ _AUTOCAST: dict[str, torch.dtype | None] = {
 }
 # Pointers of Triton's kernels; others are to float32.
 _INT64 = {"target_ptr", "zero_ptr"}
-_ANY_FLOAT = {
-    "dlogits_ptr",
-    "gradient_ptr",
-    "out_ptr",
-    "rewards_ptr",
-    "advantages_ptr",
-    "terms_ptr",
-}
+_ANY_FLOAT = {"dlogits_ptr", "gradient_ptr", "out_ptr"}
 # PyTorch's guards of the current device, by c10::DeviceType.
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 _CUDA_GUARD, _META_GUARD = 1, 14
@@ -125,11 +118,8 @@ def fake_cuda(*, may_wait: bool = False, look: float | None = None) -> Iterator[
 def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched: what they would be launched with is checked."""
     rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
-    from grao_fast.kernels import advantage_kernels
-
-    for module in (rowwise, advantage_kernels):
-        for name in [each for each in vars(module) if each.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, _Launcher(getattr(module, name)))
+    for name in [each for each in vars(rowwise) if each.endswith("_kernel")]:
+        monkeypatch.setattr(rowwise, name, _Launcher(getattr(rowwise, name)))
     monkeypatch.setattr(rowwise, "runs_on", lambda device: device.type == "cuda")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from grao_fast.kernels.checks import logit_transform
+from grao_fast.kernels.checks import logit_constants
+from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
 from suite.facts import copy_rate, median_seconds
 from suite.runner import Run, free_memory
 
@@ -40,9 +41,9 @@ def rows(run: Run) -> str:
 def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any]:
     """In float32 the gradient takes the logits' place, as in the pass: next time it is read."""
     if run.device.type == "cuda":
-        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
+        from grao_fast.kernels.rows.triton_rows import policy_rows
     else:
-        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
+        from grao_fast.kernels.rows.torch_rows import policy_rows
     stride = -(-V // 64) * 64
     R = 8 if run.tiny else SLAB_BYTES // (4 * stride)
     logits_RS = torch.randn(R, stride, device=run.device)
@@ -50,19 +51,12 @@ def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any
     target_R = torch.randint(0, V, (R,), device=run.device)
     weight_R = torch.randn(R, device=run.device)
     logprob_R, target_grad_R = torch.empty(2, R, device=run.device)
-    transform = logit_transform(1.0, 1.0, None)
+    inputs = RowInputs(target_R, weight_R)
+    outputs = RowOutputs(logprob_R, target_grad_R=target_grad_R)
+    constants = logit_constants(1.0, 1.0, None)
 
     def launch() -> None:
-        weighted_ce_rows(
-            logits_RS[:, :V],
-            dlogits_RS[:, :V],
-            target_grad_R,
-            None,
-            target_R,
-            weight_R,
-            logprob_R,
-            transform,
-        )
+        policy_rows(logits_RS[:, :V], dlogits_RS[:, :V], None, inputs, outputs, constants)
 
     took = median_seconds(run, launch, calls=2 if run.tiny else 20, rounds=5)
     counted = BYTES_A_LOGIT[dtype] * R * V

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grao_fast.data.packing import Group
-from grao_fast.kernels.checks import resolve_backend
+from grao_fast.kernels.devices import resolve_backend
 from grao_fast.models.attention import attending
 from grao_fast.models.checks import CANNOT
 from grao_fast.system.errors import UserError, first_line

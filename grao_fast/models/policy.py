@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grao_fast.config import GRAOConfig
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.packing import Group, MicroBatch, pack, pad
-from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.kernels.devices import to_device
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import attending, choose_attention, keep_score_cap
 from grao_fast.models.attention.frequencies import hold_frequencies

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grao_fast.data.packing import MicroBatch
-from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.kernels.devices import to_device
 from grao_fast.system.errors import UserError
 from grao_fast.system.interruption import as_outside, held
 

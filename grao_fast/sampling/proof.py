@@ -8,7 +8,7 @@ import torch
 
 from grao_fast.data.packing import Group, pad
 from grao_fast.kernels import linear_logprobs
-from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.kernels.devices import to_device
 from grao_fast.models.checks import CANNOT
 from grao_fast.system.errors import UserError, first_line
 

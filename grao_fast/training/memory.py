@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
-from grao_fast.kernels.checks import workspace_bytes
+from grao_fast.kernels.devices import workspace_bytes
 from grao_fast.models.policy import Policy
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger

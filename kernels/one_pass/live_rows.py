@@ -1,4 +1,4 @@
-"""Which rows the pass computes, and what each of them weighs.
+"""Selects the rows that the pass computes, and brings their constants to the device.
 
 Shapes: T rows, L live ones, V vocabulary, C terms of the loss.
 """
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from ..checks import check_range
-from ..rows.off_policy import Policy
+from ..devices import to_device
+from ..rows.contract import RowInputs
+from ..rows.off_policy import OffPolicyRows
+from .options import PassInputs
 
 
 class LiveRows(NamedTuple):
     """The rows to compute, on the device. `index_L` is None where these are all T rows."""
 
     index_L: Tensor | None
-    target_L: Tensor
-    weight_L: Tensor
-    entropy_weight_L: Tensor | None
-    policy: Policy | None
+    row: RowInputs
     terms_CL: Tensor
-    live_L: Tensor | None  # which of these count after all; None where all do
+    live_L: Tensor | None  # which of the rows count; None where all do
 
     def take(self, hidden_TD: Tensor, start: int, stop: int) -> Tensor:
         """The hidden states of rows start to stop."""
@@ -31,7 +31,7 @@ class LiveRows(NamedTuple):
             return hidden_TD.index_select(0, self.index_L[start:stop])
         hidden_RD = hidden_TD[start:stop]
         if self.live_L is not None:
-            # 0 * NaN is NaN: what a dead row holds must not reach the head's gradient.
+            # Dead rows may hold NaN, and 0 * NaN would carry it into the head's gradient.
             return hidden_RD.where(self.live_L[start:stop, None], 0)
         return hidden_RD
 
@@ -42,47 +42,34 @@ class LiveRows(NamedTuple):
         return values_L.new_full((T,), torch.nan).index_copy_(0, self.index_L, values_L)
 
 
-def find_live_rows(
-    terms_CT: Tensor,
-    entropy_weight_T: Tensor | None,
-    policy: Policy | None,
-    target_T: Tensor,
-    V: int,
-    device: torch.device,
-) -> LiveRows:
-    """Terms on the CPU: dead rows are dropped here, at no cost to the device.
+def find_live_rows(inputs: PassInputs, V: int) -> LiveRows:
+    """The rows with a weight.
 
-    Terms on a device: which rows are dead is not known without waiting for it, so all are kept,
-    and the row function skips the dead.
+    Terms on the CPU: dead rows are dropped, at no cost to the device. Terms on a device: the host
+    would have to wait to learn which rows are dead, so all are kept, and the row function skips the
+    dead ones.
     """
-    terms_CT = terms_CT.float()
-    weight_T = terms_CT.sum(0)
-    live_T = weight_T != 0
+    device = inputs.hidden_TD.device
+    terms_CT, target_T, off_policy = inputs.terms_CT.float(), inputs.target_T, inputs.off_policy
+    entropy_weight_T = inputs.entropy_weight_T
     if entropy_weight_T is not None:
         entropy_weight_T = entropy_weight_T.float().contiguous()
-        live_T |= entropy_weight_T != 0
-    if policy is not None:
-        live_T |= policy.kl_coef_R != 0
-    index_L = live_L = None
-    row_T = None
+    weight_T = terms_CT.sum(0)
+    live_T = _is_live(weight_T, entropy_weight_T, off_policy)
+    index_L = live_L = kept = None
     if weight_T.device.type == "cpu":
         live = live_T.nonzero().squeeze(1)
         if live.numel() < weight_T.numel():
-            row_T = live
+            kept, index_L = live, to_device(live, device)
             weight_T, terms_CT = weight_T[live], terms_CT[:, live]
-            if entropy_weight_T is not None:
-                entropy_weight_T = entropy_weight_T[live]
-            index_L = to_device(live, device)
-            if policy is not None:
-                policy = policy._replace(
-                    logprob_3R=policy.logprob_3R[:, index_L], kl_coef_R=policy.kl_coef_R[live]
+            entropy_weight_T = None if entropy_weight_T is None else entropy_weight_T[live]
+            if off_policy is not None:
+                off_policy = off_policy._replace(
+                    logprob_3R=off_policy.logprob_3R[:, index_L],
+                    kl_coef_R=off_policy.kl_coef_R[live],
                 )
             target_T = target_T[live if target_T.device.type == "cpu" else index_L]
-        if target_T.device.type == "cpu":
-            remedy = ": rows without a target must have no weight"
-            check_range(
-                "target_T of the rows that count", target_T, 0, V, row_T=row_T, remedy=remedy
-            )
+        _check_targets(target_T, V, kept)
     elif device.type != "cpu":
         live_L = live_T
     weight_L = to_device(weight_T, device)
@@ -91,36 +78,49 @@ def find_live_rows(
         target_L = target_L.where(live_L, 0)
     if entropy_weight_T is not None:
         entropy_weight_T = to_device(entropy_weight_T, device)
-    if policy is not None:
-        policy = policy._replace(kl_coef_R=to_device(policy.kl_coef_R, device))
-    terms_CL = to_device(terms_CT, device)
-    return LiveRows(index_L, target_L, weight_L, entropy_weight_T, policy, terms_CL, live_L)
+    if off_policy is not None:
+        off_policy = off_policy._replace(kl_coef_R=to_device(off_policy.kl_coef_R, device))
+    row = RowInputs(target_L, weight_L, entropy_weight_T, off_policy)
+    return LiveRows(index_L, row, to_device(terms_CT, device), live_L)
 
 
-def normalised(rows: LiveRows, dtype: torch.dtype) -> tuple[LiveRows, Tensor]:
-    """For float16, the weights over a power of two that brings the largest to [1/2, 1).
+def _is_live(
+    weight_T: Tensor, entropy_weight_T: Tensor | None, off_policy: OffPolicyRows | None
+) -> Tensor:
+    live_T = weight_T != 0
+    if entropy_weight_T is not None:
+        live_T |= entropy_weight_T != 0
+    if off_policy is not None:
+        live_T |= off_policy.kl_coef_R != 0
+    return live_T
 
-    Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. A
-    power of two changes no other bit, and is given back when the gradients leave.
+
+def _check_targets(target_L: Tensor, V: int, row_L: Tensor | None) -> None:
+    """ValueError for a target outside of [0, V), if targets are on the CPU."""
+    if target_L.device.type == "cpu":
+        name, remedy = "target_T of the rows that count", ": rows without a target need weight 0"
+        check_range(name, target_L, 0, V, row_T=row_L, remedy=remedy)
+
+
+def normalised(row: RowInputs, dtype: torch.dtype) -> tuple[RowInputs, Tensor]:
+    """Inputs whose weights are divided by a scale, and the scale; 1 unless dtype is float16.
+
+    Token weights of 1e-6 times probabilities of 1e-3 would underflow in float16 gradients. The
+    scale is a power of two that brings the largest weight to [1/2, 1): it changes no other bit, and
+    the gradients are multiplied by it when they leave.
     """
-    one = rows.weight_L.new_ones(())
-    if dtype != torch.float16 or rows.weight_L.numel() == 0:
-        return rows, one
-    policy, entropy_weight_L = rows.policy, rows.entropy_weight_L
-    weights = [rows.weight_L, entropy_weight_L, None if policy is None else policy.kl_coef_R]
+    one = row.weight_R.new_ones(())
+    if dtype != torch.float16 or row.weight_R.numel() == 0:
+        return row, one
+    off_policy = row.off_policy
+    kl_coef_R = None if off_policy is None else off_policy.kl_coef_R
+    weights = [row.weight_R, row.entropy_weight_R, kl_coef_R]
     largest = torch.stack([each.abs().amax() for each in weights if each is not None]).amax()
     exponent = largest.frexp().exponent.clamp(-120, 120)  # 2^121 is finite
-    weight_L, entropy_weight_L, kl_coef_L = (
+    weight_R, entropy_weight_R, kl_coef_R = (
         None if each is None else torch.ldexp(each, -exponent) for each in weights
     )
-    if policy is not None:
-        policy = policy._replace(kl_coef_R=kl_coef_L)
-    rows = rows._replace(weight_L=weight_L, entropy_weight_L=entropy_weight_L, policy=policy)
-    return rows, torch.ldexp(one, exponent)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for, where there is one to make."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if off_policy is not None:
+        off_policy = off_policy._replace(kl_coef_R=kl_coef_R)
+    row = RowInputs(row.target_R, weight_R, entropy_weight_R, off_policy)
+    return row, torch.ldexp(one, exponent)

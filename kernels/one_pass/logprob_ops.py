@@ -1,7 +1,7 @@
 """Log-probs and entropies as operators of torch.library: the forward pass, and the backward one.
 
-    torch.ops.grao_fast.token_logprobs             log-probs, and entropies where asked for
-    torch.ops.grao_fast.token_logprobs_backward    their gradients: the one pass, with what comes in
+    torch.ops.grao_fast.token_logprobs             log-probs, and entropies on request
+    torch.ops.grao_fast.token_logprobs_backward    the one pass, weighted by incoming gradients
 
 Shapes: T rows, D width, V vocabulary.
 """
@@ -11,87 +11,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import LogitTransform, check_backend, without_autocast
-from ..vocab_parallel import shard_of
+from ..devices import check_backend, without_autocast
 from .derivatives import once_differentiable
-from .loop import Options, one_pass
-from .ops import LIBRARY, operator, rounded_gradients
+from .gradients import rounded_gradients
+from .loop import one_pass
+from .ops import LIBRARY, operator
+from .options import OPERANDS_SCHEMA, OPTIONS_SCHEMA, PassInputs, PassOptions, with_nones
 from .scale import scaled_gradient
 
 
-def _token_logprobs_fake(
-    hidden_TD,
-    head_VD,
-    bias_V,
-    target_T,
-    slope,
-    inner,
-    cap,
-    workspace_bytes,
-    backend,
-    dtype,
-    entropy,
-    group_name,
-    vocab_size,
-):
-    T = hidden_TD.shape[0]
+def _token_logprobs_fake(hidden_TD, *arguments):
+    T, entropy = hidden_TD.shape[0], PassOptions.from_flat(arguments).entropy
     logprob_T = hidden_TD.new_empty(T, dtype=torch.float32)
     return logprob_T, hidden_TD.new_empty(T if entropy else 0, dtype=torch.float32)
 
 
-@operator(_token_logprobs_fake)
+@operator(
+    f"token_logprobs({OPERANDS_SCHEMA}, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
+    _token_logprobs_fake,
+)
 def token_logprobs(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    bias_V: Tensor | None,
-    target_T: Tensor,
-    slope: float,
-    inner: float,
-    cap: float | None,
-    workspace_bytes: int,
-    backend: str,
-    dtype: torch.dtype,
-    entropy: bool,
-    group_name: str | None,
-    vocab_size: int,
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, *options
 ) -> tuple[Tensor, Tensor]:
-    """logprob_T and entropy_T, which is empty where it is not asked for."""
-    check_backend(backend, hidden_TD.device)
-    options = Options(
-        transform=LogitTransform(slope, inner, cap),
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        dtype=dtype,
-        wants=(False, False, False),
-        entropy=entropy,
-        shard=shard_of(group_name, vocab_size),
-    )
-    # Weights on the CPU: all rows count, and the host knows it.
+    """logprob_T, and entropy_T, which is empty unless asked for."""
+    told = PassOptions.from_flat(options)
+    check_backend(told.backend, hidden_TD.device)
+    # Weights on the CPU tell the host that all rows count.
     ones_1T = torch.ones(1, hidden_TD.shape[0], dtype=torch.float32)
     with without_autocast(hidden_TD.device):
-        result = one_pass(hidden_TD, head_VD, bias_V, target_T, ones_1T, options)
+        result = one_pass(PassInputs(hidden_TD, head_VD, bias_V, target_T, ones_1T), told)
     entropy_T = result.logprob_T.new_empty(0) if result.entropy_T is None else result.entropy_T
     return result.logprob_T, entropy_T
 
 
-def _token_logprobs_backward_fake(
-    hidden_TD,
-    head_VD,
-    bias_V,
-    target_T,
-    grad_logprob_T,
-    grad_entropy_T,
-    slope,
-    inner,
-    cap,
-    workspace_bytes,
-    backend,
-    dtype,
-    group_name,
-    vocab_size,
-    wants,
-):
-    operands = (hidden_TD, head_VD, bias_V)
+def _token_logprobs_backward_fake(hidden_TD, head_VD, bias_V, *arguments):
+    operands, wants = (hidden_TD, head_VD, bias_V), PassOptions.from_flat(arguments).wants
     return tuple(
         torch.empty_like(each, memory_format=torch.contiguous_format)
         if wanted
@@ -100,7 +54,11 @@ def _token_logprobs_backward_fake(
     )
 
 
-@operator(_token_logprobs_backward_fake)
+@operator(
+    f"token_logprobs_backward({OPERANDS_SCHEMA}, Tensor? grad_logprob_T, Tensor? grad_entropy_T, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _token_logprobs_backward_fake,
+)
 def token_logprobs_backward(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -108,63 +66,47 @@ def token_logprobs_backward(
     target_T: Tensor,
     grad_logprob_T: Tensor | None,
     grad_entropy_T: Tensor | None,
-    slope: float,
-    inner: float,
-    cap: float | None,
-    workspace_bytes: int,
-    backend: str,
-    dtype: torch.dtype,
-    group_name: str | None,
-    vocab_size: int,
-    wants: list[bool],
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, head and bias; empty where not wanted."""
-    options = Options(
-        transform=LogitTransform(slope, inner, cap),
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        dtype=dtype,
-        wants=(wants[0], wants[1], wants[2]),
-        entropy=grad_entropy_T is not None,
-        shard=shard_of(group_name, vocab_size),
-    )
+    told = PassOptions.from_flat(options)._replace(entropy=grad_entropy_T is not None)
     if grad_logprob_T is None:
         grad_logprob_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float32)
-    terms_1T = -grad_logprob_T[None]
+    inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, -grad_logprob_T[None], grad_entropy_T)
     with without_autocast(hidden_TD.device):
-        gradients = one_pass(
-            hidden_TD, head_VD, bias_V, target_T, terms_1T, options, grad_entropy_T
-        ).gradients
-    operands = (hidden_TD, head_VD, bias_V)
-    kept = rounded_gradients(gradients, operands, dtype)
-    if dtype != torch.float16:
+        gradients = one_pass(inputs, told).gradients
+    kept = rounded_gradients(gradients, inputs, told)
+    if told.dtype != torch.float16:
         return kept
     dhidden_TD, dhead_VD, dbias_V = (
         gradient
         if operand is None
-        else scaled_gradient(gradient, gradients.unscale, operand.dtype, backend)
-        for operand, gradient in zip(operands, kept, strict=True)
+        else scaled_gradient(gradient, gradients.unscale, operand.dtype, told.backend)
+        for operand, gradient in zip(inputs.operands, kept, strict=True)
     )
     return dhidden_TD, dhead_VD, dbias_V
 
 
 def _save_operands(ctx, inputs, output) -> None:
-    hidden_TD, head_VD, bias_V, target_T, *options, entropy, group_name, vocab_size = inputs
-    if not entropy:
+    ctx.options = PassOptions.from_flat(inputs)
+    if not ctx.options.entropy:
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_TD, head_VD, bias_V, target_T)
-    ctx.options = (*options, group_name, vocab_size)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.arguments = len(inputs)
 
 
 @once_differentiable
 def _logprob_gradients(ctx, grad_logprob_T, grad_entropy_T):
-    wants = list(ctx.needs_input_grad[:3])
+    wants = ctx.needs_input_grad[:3]
     gradients = token_logprobs_backward(
-        *ctx.saved_tensors, grad_logprob_T, grad_entropy_T, *ctx.options, wants
+        *ctx.saved_tensors,
+        grad_logprob_T,
+        grad_entropy_T,
+        *ctx.options._replace(wants=wants).flat(),
     )
     wanted = [each if want else None for each, want in zip(gradients, wants, strict=True)]
-    return *wanted, *[None] * 10
+    return with_nones(wanted, ctx.arguments)
 
 
 torch.library.register_autograd(

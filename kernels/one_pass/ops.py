@@ -1,19 +1,18 @@
-"""The one pass as operators of torch.library: opaque to compilers, with shapes and gradients known.
+"""The pass as operators of torch.library: opaque to compilers, with shapes and gradients known.
 
-    torch.ops.grao_fast.weighted_terms    the pass: loss, its parts, log-probs, and gradients
-    torch.ops.grao_fast.grao_terms        rewards to each row's coefficients
+    torch.ops.grao_fast.policy_loss    the pass: loss, terms, log-probs and gradients
+    torch.ops.grao_fast.grao_terms     from rewards to each row's coefficients
 
-They are what the public functions are made of. An operator runs as it is under `torch.compile`, so
-that values keep their bits, and what depends on values (which rows are dropped, what an index
-tensor on the CPU may hold) stays inside. They write to none of their inputs and outputs, backward
-included: a compiler may reuse the buffers, as `linear_ce.py` does in eager mode.
+The public functions call these. An operator runs as it is under `torch.compile`, so that values
+keep their bits, and everything that depends on values (which rows are dropped, the range of an
+index tensor on the CPU) stays inside. Operators, backward included, write to none of their inputs
+and outputs: a compiler may reuse the buffers, as `autograd.py` does in eager mode.
 
 Shapes: T rows, D width, V vocabulary, C terms of the loss, N prompts, K sequences of each.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -25,195 +24,105 @@ from ..advantage import (
     row_coefficients,
     sample_shares,
 )
-from ..checks import LogitTransform, check_backend, check_range, without_autocast
-from ..rows.off_policy import Policy
-from ..vocab_parallel import shard_of
+from ..checks import check_range
+from ..devices import check_backend, to_device, without_autocast
 from .derivatives import once_differentiable
-from .live_rows import to_device
-from .loop import Gradients, Options, one_pass
+from .gradients import kept_dtype, rounded_gradients
+from .loop import one_pass
+from .options import (
+    OPERANDS_SCHEMA,
+    OPTIONS_SCHEMA,
+    TERMS_SCHEMA,
+    PassInputs,
+    PassOptions,
+    dtypes_of,
+    with_nones,
+)
 
 LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
+OUTPUTS = 6  # of the pass: loss, terms_C, kl, logprob_T, entropy_T, top1_T; gradients follow
 
 
-def operator(fake: Callable, *, name: str | None = None) -> Callable[[Callable], Callable]:
-    """Registers a function as torch.ops.grao_fast.<its name>, with `fake` for its shapes.
+def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Registers a function as the operator that `schema` declares; `fake` gives its shapes.
 
-    As `torch.library.custom_op` does, whose first call would import the compiler: 1.3 s. The
-    operator does not have the function's keyword-only parameters.
+    It does what `torch.library.custom_op` does, whose first call imports the compiler: 1.3 s.
     """
+    name = schema.partition("(")[0]
 
     def register(function: Callable) -> Callable:
-        op_name = name or function.__name__
-        LIBRARY.define(op_name + _schema(function), tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(op_name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"grao_fast::{op_name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.grao_fast, op_name).default
+        LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"grao_fast::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.grao_fast, name).default
 
     return register
 
 
-def _schema(function: Callable) -> str:
-    signature = inspect.signature(function)
-    shown = [each for each in signature.parameters.values() if each.kind != each.KEYWORD_ONLY]
-    function.__signature__ = signature.replace(parameters=shown)
-    try:
-        return torch.library.infer_schema(function, mutates_args=())
-    finally:
-        del function.__signature__
+def _policy_loss_fake(*arguments):
+    inputs, options = PassInputs.from_flat(arguments), PassOptions.from_flat(arguments)
+    hidden_TD, head_VD, bias_V = inputs.operands
+    wants_hidden, wants_head, wants_bias = options.wants
 
-
-def _kept_dtype(operand: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient that was summed in float32: the operand's, unless a factor is still to come.
-
-    float16 gradients of normalised weights may lie outside of float16 until they are unscaled.
-    """
-    return torch.float32 if dtype == torch.float16 else operand.dtype
-
-
-def _weighted_terms_fake(
-    hidden_TD,
-    head_VD,
-    bias_V,
-    target_T,
-    terms_CT,
-    policy_3T,
-    kl_coef_T,
-    bounds,
-    slope,
-    inner,
-    cap,
-    workspace_bytes,
-    backend,
-    dtype,
-    entropy,
-    top1,
-    group_name,
-    vocab_size,
-    head_grad_float32,
-    wants,
-):
-    def empty(wanted, shape, kept):
-        return hidden_TD.new_empty(shape, dtype=kept) if wanted else hidden_TD.new_empty(0)
+    def empty(shape, dtype=torch.float32, wanted=True):
+        return hidden_TD.new_empty(shape, dtype=dtype) if wanted else hidden_TD.new_empty(0)
 
     T = hidden_TD.shape[:1]
+    head_dtype = torch.float32 if options.head_float32 else kept_dtype(head_VD, options.dtype)
+    bias_dtype = None if bias_V is None else kept_dtype(bias_V, options.dtype)
     return (
-        empty(True, (), torch.float32),
-        empty(True, terms_CT.shape[:1], torch.float32),
-        empty(True, (), torch.float32),
-        empty(True, T, torch.float32),
-        empty(entropy, T, torch.float32),
-        empty(top1, T, torch.float32),
-        empty(wants[0], hidden_TD.shape, hidden_TD.dtype),
-        empty(
-            wants[1],
-            head_VD.shape,
-            torch.float32 if head_grad_float32 else _kept_dtype(head_VD, dtype),
-        ),
-        empty(wants[2], head_VD.shape[:1], None if bias_V is None else _kept_dtype(bias_V, dtype)),
-        empty(True, (), torch.float32),
+        empty(()),
+        empty(inputs.terms_CT.shape[:1]),
+        empty(()),
+        empty(T),
+        empty(T, wanted=options.entropy),
+        empty(T, wanted=options.top1),
+        empty(hidden_TD.shape, hidden_TD.dtype, wants_hidden),
+        empty(head_VD.shape, head_dtype, wants_head),
+        empty(head_VD.shape[:1], bias_dtype, wants_bias),
+        empty(()),
     )
 
 
-def run_weighted_terms(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    bias_V: Tensor | None,
-    target_T: Tensor,
-    terms_CT: Tensor,
-    policy_3T: Tensor | None,
-    kl_coef_T: Tensor | None,
-    bounds: list[float],
-    slope: float,
-    inner: float,
-    cap: float | None,
-    workspace_bytes: int,
-    backend: str,
-    dtype: torch.dtype,
-    entropy: bool,
-    top1: bool,
-    group_name: str | None,
-    vocab_size: int,
-    head_grad_float32: bool,
-    wants: list[bool],
-    *,
-    head_grad_VD: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts_C, kl, logprob_T, entropy_T, top1_T, the gradients of hidden, head and bias, and
-    what multiplies these.
+def run_policy_loss(
+    inputs: PassInputs, options: PassOptions, head_grad_VD: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """loss, terms_C, kl, logprob_T, entropy_T, top1_T, gradients of hidden, head, bias, unscale.
 
-    What is not asked for, a gradient that is not among `wants`, is empty. `policy_3T` and
-    `kl_coef_T` come together, or neither; `bounds` are low, high and cap of `Policy`. With
-    a group's name, head and bias are this process's part of `vocab_size`. The head's gradient is in
-    its own dtype, or with `head_grad_float32` in float32, for a sum that goes on. Only the
-    function, not the operator, takes `head_grad_VD`, to which it adds that gradient.
+    What is not asked for is empty. Gradients are still to be multiplied by `unscale`. The operator
+    cannot take `head_grad_VD`, to which the head's gradient is added.
     """
-    check_backend(backend, hidden_TD.device)
-    options = Options(
-        transform=LogitTransform(slope, inner, cap),
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        dtype=dtype,
-        wants=(wants[0], wants[1], wants[2]),
-        entropy=entropy,
-        top1=top1,
-        shard=shard_of(group_name, vocab_size),
-    )
-    policy = None
-    if policy_3T is not None and kl_coef_T is not None:
-        policy_3T = to_device(policy_3T, hidden_TD.device).contiguous()
-        policy = Policy(policy_3T, kl_coef_T.contiguous(), *bounds)
-    with without_autocast(hidden_TD.device):
-        *outputs, gradients = one_pass(
-            hidden_TD,
-            head_VD,
-            bias_V,
-            target_T,
-            terms_CT,
-            options,
-            policy=policy,
-            head_grad_VD=head_grad_VD,
+    device = inputs.hidden_TD.device
+    check_backend(options.backend, device)
+    if inputs.off_policy is not None:
+        off_policy = inputs.off_policy._replace(
+            logprob_3R=to_device(inputs.off_policy.logprob_3R, device).contiguous(),
+            kl_coef_R=inputs.off_policy.kl_coef_R.contiguous(),
         )
-    loss, parts_C, kl, *values_T = outputs
-    values_T = (hidden_TD.new_empty(0) if each is None else each for each in values_T)
-    dgradients = rounded_gradients(
-        gradients, (hidden_TD, head_VD, bias_V), dtype, head_float32=head_grad_float32
-    )
-    return loss, parts_C, kl, *values_T, *dgradients, gradients.unscale
+        inputs = inputs._replace(off_policy=off_policy)
+    with without_autocast(device):
+        *outputs, gradients = one_pass(inputs, options, head_grad_VD)
+    outputs = (inputs.hidden_TD.new_empty(0) if each is None else each for each in outputs)
+    return *outputs, *rounded_gradients(gradients, inputs, options), gradients.unscale
 
 
-weighted_terms = operator(_weighted_terms_fake, name="weighted_terms")(run_weighted_terms)
-
-
-def rounded_gradients(
-    gradients: Gradients,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    dtype: torch.dtype,
-    *,
-    head_float32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of hidden, head and bias, in the dtype in which they are kept; empty where not wanted."""
-    hidden_TD, head_VD, bias_V = operands
-    nothing = hidden_TD.new_empty
-    dhidden_TD, dhead_VD, dbias_V, _ = gradients
-    if dhead_VD is not None and not head_float32:
-        dhead_VD = dhead_VD.to(_kept_dtype(head_VD, dtype))
-    if dbias_V is not None and bias_V is not None:
-        dbias_V = dbias_V.to(_kept_dtype(bias_V, dtype))
-    return (
-        nothing(0) if dhidden_TD is None else dhidden_TD,
-        nothing(0) if dhead_VD is None else dhead_VD,
-        nothing(0) if dbias_V is None else dbias_V,
-    )
+@operator(
+    f"policy_loss({OPERANDS_SCHEMA}, {TERMS_SCHEMA}, {OPTIONS_SCHEMA}) -> "
+    f"({', '.join(['Tensor'] * (OUTPUTS + 4))})",
+    _policy_loss_fake,
+)
+def policy_loss(*arguments):
+    return run_policy_loss(PassInputs.from_flat(arguments), PassOptions.from_flat(arguments))
 
 
 def _save_gradients(ctx, inputs, output) -> None:
-    hidden_TD, head_VD, bias_V, *_, wants = inputs
     ctx.mark_non_differentiable(*output[1:])
-    # Nothing the size of the head is filled with zeros to say that its gradient has none.
+    # Without this, autograd would fill a buffer of the head's size with zeros for its gradient.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[6:])
-    ctx.wants = wants
-    ctx.dtypes = [None if each is None else each.dtype for each in (hidden_TD, head_VD, bias_V)]
+    ctx.save_for_backward(*output[OUTPUTS:])
+    ctx.wants = PassOptions.from_flat(inputs).wants
+    ctx.dtypes = dtypes_of(PassInputs.from_flat(inputs).operands)
+    ctx.arguments = len(inputs)
 
 
 @once_differentiable
@@ -224,28 +133,15 @@ def _scale_gradients(ctx, grad_loss, *_grad_constants):
         (gradient.float() * scale).to(dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return *scaled, *[None] * 17
+    return with_nones(scaled, ctx.arguments)
 
 
 torch.library.register_autograd(
-    "grao_fast::weighted_terms",
-    _scale_gradients,
-    setup_context=_save_gradients,
-    lib=LIBRARY,
+    "grao_fast::policy_loss", _scale_gradients, setup_context=_save_gradients, lib=LIBRARY
 )
 
 
-def _grao_terms_fake(
-    rewards_NK,
-    sequence_T,
-    beta,
-    lam,
-    statistics,
-    reference_advantage,
-    num_prompts,
-    kl_coef,
-    backend,
-):
+def _grao_terms_fake(rewards_NK, sequence_T, *_options):
     kept = torch.float64 if rewards_NK.dtype == torch.float64 else torch.float32
     T = sequence_T.shape[0]
     return (
@@ -255,7 +151,11 @@ def _grao_terms_fake(
     )
 
 
-@operator(_grao_terms_fake)
+@operator(
+    "grao_terms(Tensor rewards_NK, Tensor sequence_T, float beta, float lam, str statistics, "
+    "str reference_advantage, float? num_prompts, float kl_coef) -> (Tensor, Tensor, Tensor)",
+    _grao_terms_fake,
+)
 def grao_terms(
     rewards_NK: Tensor,
     sequence_T: Tensor,
@@ -265,7 +165,6 @@ def grao_terms(
     reference_advantage: str,
     num_prompts: float | None,
     kl_coef: float,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages (N, K), each row's coefficients (3, T) of the terms of J, and of the KL, (T,)."""
     check_finite_rewards("rewards_NK", rewards_NK)
@@ -279,7 +178,6 @@ def grao_terms(
         reference_advantage=reference_advantage,
         beta=beta,
         lam=lam,
-        backend=backend,
     )
     terms_3T = row_coefficients(terms_3NK, sequence_T, num_prompts)
     if kl_coef == 0:

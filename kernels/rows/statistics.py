@@ -1,10 +1,10 @@
-"""A row between its two passes: what the sums over its logits come to, and what they lead to.
+"""The sums over a row's logits, and what follows from them: log-prob, entropy, gradient factors.
 
-    Statistics                 sums over a vocabulary, or over one process's part of it
+    Statistics                 sums over a vocabulary, or over one process's shard of it
     Outcome                    log-prob, entropy and top-1 hit, from the sums over the whole
     Factors, TargetGradient    what the gradient of a row is made of, besides its logits
 
-The Triton kernel that has a whole row does the same arithmetic itself, in `triton_functions.py`.
+The Triton kernel that reads whole rows has the same arithmetic in `triton_functions.py`.
 Shapes: R rows; all are float32.
 """
 
@@ -15,20 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import LogitTransform
-from .off_policy import Policy, row_coefficient
+from .contract import LogitConstants, RowInputs, RowOutputs
+from .off_policy import row_coefficient
 
 
 class Statistics(NamedTuple):
-    """With gap = z - peak. The last three are there for the entropy, and unset without it.
+    """Sums with gap = z - peak. The last three serve the entropy, and are unset without it.
 
-    Targets and peaks are kept out of the sums: 1 - p of a target that is nearly certain, and the
-    log of a total that is nearly 1, then have all their digits.
+    The target is kept out of `others` and the peaks out of `rest`, so that 1 - p of a nearly
+    certain target, and the log of a total near 1, keep full precision.
     """
 
     peak_R: Tensor  # max z
-    target_z_R: Tensor  # -inf where the target is in another part of the vocabulary
-    others_R: Tensor  # sum of exp(gap) but the target's
+    target_z_R: Tensor  # -inf where the target is in another shard
+    others_R: Tensor  # sum of exp(gap) over all tokens but the target
     rest_R: Tensor  # sum of exp(gap) below the maximum
     ties_R: Tensor  # how often the maximum occurs
     spread_R: Tensor  # sum of exp(gap) gap
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """dlogits = exp(z - peak) (scale - pull (z - peak - mean_gap)) dz/dx, but for the target's."""
+    """dlogits = exp(z - peak) (scale - pull (z - peak - mean_gap)) dz/dx, except at the target."""
 
     peak_R: Tensor
     scale_R: Tensor  # weight / sum of exp(gap)
@@ -50,24 +50,24 @@ class Factors(NamedTuple):
 
 
 class TargetGradient(NamedTuple):
-    """The target's element of dlogits, which is kept apart from the others, in float32.
+    """The target's element of dlogits, kept in float32 and apart from the others.
 
-    It outweighs them all: rounded to 16 bits, or summed up together with them, it would lose digits
-    that are worth more than they are. `grad_R` is weight (p - 1) dz/dx, a quotient and a product,
-    each rounded, and dlogits then holds 0; or, where p is below 1/1024, -weight dz/dx without that
-    rounding, and dlogits holds the rest.
+    It is the largest element by far: rounding it to 16 bits, or summing it with the others, costs
+    more than the others are worth. Where p < 1/1024, `grad_R` is -weight dz/dx, which needs no
+    rounding, and dlogits holds the rest, weight p dz/dx. Elsewhere `grad_R` is all of it,
+    weight (p - 1) dz/dx, and dlogits holds 0.
     """
 
     grad_R: Tensor
-    whole_R: Tensor  # bool: whether it is all of it
+    whole_R: Tensor  # bool: whether grad_R is all of the target's gradient
 
 
-# others / exp(gap of the target), from which on the target's p stays among the others.
+# Where others / exp(target's gap) reaches this, dlogits holds the target's p: p < 1/1024.
 APART_FROM = 1024.0
 
 
 def row_outcome(statistics: Statistics, entropy: bool, top1: bool) -> Outcome:
-    """log p[target] and, where asked for, -sum p log p and whether no token is likelier."""
+    """log p[target] and, on request, -sum p log p and 1 where no token is likelier."""
     peak_R, target_z_R, others_R, rest_R, ties_R, spread_R = statistics
     target_gap_R = target_z_R - peak_R
     target_exp_R = target_gap_R.exp()
@@ -86,16 +86,12 @@ def row_outcome(statistics: Statistics, entropy: bool, top1: bool) -> Outcome:
 
 
 def row_factors(
-    statistics: Statistics,
-    logprob_R: Tensor,
-    weight_R: Tensor,
-    entropy_weight_R: Tensor | None,
-    policy: Policy | None,
-    transform: LogitTransform,
+    statistics: Statistics, logprob_R: Tensor, inputs: RowInputs, constants: LogitConstants
 ) -> tuple[Factors, TargetGradient]:
-    """Of a row of this weight; a policy turns it into the row's coefficient by its log-prob."""
-    if policy is not None:
-        weight_R = row_coefficient(weight_R, logprob_R, policy)
+    """What each row's gradient is made of; a form turns its weight into a coefficient first."""
+    weight_R, entropy_weight_R = inputs.weight_R, inputs.entropy_weight_R
+    if inputs.off_policy is not None:
+        weight_R = row_coefficient(weight_R, logprob_R, inputs.off_policy)
     gap_R = statistics.target_z_R - statistics.peak_R
     target_exp_R = gap_R.exp()
     scale_R = weight_R / (target_exp_R + statistics.others_R)
@@ -104,35 +100,25 @@ def row_factors(
     if entropy_weight_R is not None:
         total_R = statistics.rest_R + statistics.ties_R
         pull_R, mean_gap_R = entropy_weight_R / total_R, statistics.spread_R / total_R
-        # Of a target that is as good as impossible, -inf * 0 would be NaN.
+        # The gap of an impossible target is -inf, and -inf * 0 is NaN.
         pulled_R = target_exp_R * (gap_R.clamp(min=-128) - mean_gap_R)
         whole_grad_R = whole_grad_R - pull_R * pulled_R
     whole_R = statistics.others_R < APART_FROM * target_exp_R
-    slope_R = transform.slope
-    if transform.cap is not None:
-        slope_R = transform.slope * (1 - (statistics.target_z_R / transform.cap).square())
+    slope_R = constants.slope
+    if constants.cap is not None:
+        slope_R = constants.slope * (1 - (statistics.target_z_R / constants.cap).square())
     target = TargetGradient(torch.where(whole_R, whole_grad_R, -weight_R) * slope_R, whole_R)
     return Factors(statistics.peak_R, scale_R, pull_R, mean_gap_R), target
 
 
-def mark_dead(
-    outcome: Outcome, weight_R: Tensor, entropy_weight_R: Tensor | None, policy: Policy | None
-) -> None:
-    """NaN, in place, for rows of which all weights are 0."""
-    dead_R = weight_R == 0
-    if entropy_weight_R is not None:
-        dead_R &= entropy_weight_R == 0
-    if policy is not None:
-        dead_R &= policy.kl_coef_R == 0
-    for values_R in outcome:
-        if values_R is not None:
-            values_R.masked_fill_(dead_R, torch.nan)
-
-
-def store(
-    outcome: Outcome, logprob_R: Tensor, entropy_R: Tensor | None, top1_R: Tensor | None
-) -> None:
-    """Write an outcome where the caller wants it."""
-    for out_R, values_R in zip((logprob_R, entropy_R, top1_R), outcome, strict=True):
+def store(outcome: Outcome, inputs: RowInputs, outputs: RowOutputs) -> None:
+    """Write an outcome to where the caller wants it, as NaN in dead rows."""
+    dead_R = inputs.weight_R == 0
+    if inputs.entropy_weight_R is not None:
+        dead_R &= inputs.entropy_weight_R == 0
+    if inputs.off_policy is not None:
+        dead_R &= inputs.off_policy.kl_coef_R == 0
+    wanted = (outputs.logprob_R, outputs.entropy_R, outputs.top1_R)
+    for out_R, values_R in zip(wanted, outcome, strict=True):
         if out_R is not None and values_R is not None:
-            out_R.copy_(values_R)
+            out_R.copy_(values_R.masked_fill_(dead_R, torch.nan))

@@ -1,4 +1,4 @@
-"""The arithmetic that row kernels share, as Triton device functions."""
+"""Arithmetic shared by the row kernels, as Triton device functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _log1p(x):
 
 @triton.jit
 def _transform(x, slope, inner, cap, HAS_CAP: tl.constexpr):
-    """z and dz/dx of a logit x that has its bias; see LogitTransform."""
+    """z and dz/dx of a logit x, bias included; see LogitConstants."""
     if HAS_CAP:
         value, derivative = _tanh(x * inner)
         z = value * cap
@@ -48,9 +48,9 @@ def _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS: tl.constex
 
 @triton.jit
 def _online_softmax(peak, others, z, counts):
-    """Running maximum, and sum of exp(z - maximum) where `counts`, with one more block of z."""
+    """Running maximum, and sum of exp(z - maximum) where `counts`, after one more block of z."""
     new_peak = tl.maximum(peak, tl.max(z, 0))
-    # Where all logits so far are -inf, any finite base keeps the sum at 0.
+    # While all logits so far are -inf, any finite base keeps the sum at 0.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     block = tl.sum(tl.where(counts, tl.exp(z - base), 0.0), 0)
     return new_peak, others * tl.exp(peak - base) + block
@@ -71,7 +71,7 @@ def _add_block(
     peak, others, rest, ties, spread, x, columns, target, V, slope, inner, cap,
     HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The running statistics of a row (see Statistics) with one more block of its logits."""
+    """A row's running statistics (see Statistics) after one more block of its logits."""
     z, _dz = _transform(x, slope, inner, cap, HAS_CAP)
     z = tl.where(columns < V, z, float("-inf"))
     if HAS_ENTROPY:
@@ -103,7 +103,7 @@ def _store_gradient(
     dlogits_ptr, x, columns, zero, V, row_stride, peak, scale, pull, mean_gap, slope, inner, cap,
     HAS_CAP: tl.constexpr, HAS_PULL: tl.constexpr,
 ):  # fmt: skip
-    """A block of the gradient, rounded once as it leaves; 0 in column `zero` and from V on."""
+    """Store a block of the gradient, rounded once; 0 in column `zero` and from V on."""
     z, dz = _transform(x, slope, inner, cap, HAS_CAP)
     dlogits = scale * tl.exp(z - peak) * dz
     if HAS_PULL:
@@ -115,14 +115,15 @@ def _store_gradient(
 
 @triton.jit
 def _gap(z, peak):
-    """z - peak, no lower than where its exponential is 0 anyway: 0 * -inf would be NaN."""
+    """z - peak, clamped where its exponential is 0 anyway, since 0 * -inf is NaN."""
     return tl.maximum(z - peak, -128.0)
 
 
 @triton.jit
 def _online_entropy(peak, rest, ties, spread, z):
-    """With one more block of z, of gap = z - maximum: the sum of exp(gap) below the maximum, how
-    often that occurs, and the sum of exp(gap) gap. `peak` is still that of the blocks before.
+    """rest, ties and spread (see Statistics) after one more block of z.
+
+    `peak` is the maximum of the blocks before this one.
     """
     new_peak = tl.maximum(peak, tl.max(z, 0))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -142,35 +143,12 @@ def _online_entropy(peak, rest, ties, spread, z):
 def _entropy(rest, ties, spread):
     """-sum p log p = log(total) - E[gap], and E[gap].
 
-    The peaks stay out of the sum: the log of a total that is nearly 1 then has all its digits.
+    The peaks stay out of the sum, so that the log of a total near 1 keeps full precision.
     """
     total = rest + ties
     one_peak = (ties == 1.0) & (rest < 1.0)
     log_total = tl.where(one_peak, _log1p(tl.where(one_peak, rest, 0.0)), tl.log(total))
     return log_total - spread / total, spread / total
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1, to float32 precision near 0."""
-    series = x * (1 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x / 120))))
-    return tl.where(tl.abs(x) < 0.05, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _policy_coefficient(weight, kl_coef, logprob, policy_ptr, stride, low, high, cap):
-    """`off_policy.row_coefficient`; old, sampler and ref lie `stride` apart."""
-    old = tl.load(policy_ptr)
-    sampler = tl.load(policy_ptr + stride)
-    gap = tl.load(policy_ptr + 2 * stride) - logprob
-    old = tl.where(old == old, old, logprob)
-    rho = tl.exp(logprob - old)
-    free = tl.where(weight > 0, rho <= high, rho >= low)
-    importance = tl.where(sampler == sampler, tl.minimum(tl.exp(old - sampler), cap), 1.0)
-    # What weighs nothing may hold anything: 0 * inf would be NaN.
-    pull = tl.where((gap == gap) & (kl_coef != 0.0), kl_coef * _expm1(gap), 0.0)
-    push = weight * importance * tl.where(free, rho, 0.0)
-    return tl.where(weight == 0.0, 0.0, push) + pull
 
 
 @triton.jit
@@ -202,12 +180,12 @@ def _store_dead_row(
 def _target_logprob(target_z, others):
     """log of p = e / (e + others) with e = exp(target_z), and e + others.
 
-    The target stays out of `others`: 1 - p of a target that is nearly certain is then others /
-    total with all its digits, where p - 1 would have few left.
+    The target stays out of `others`, so that 1 - p = others / total keeps full precision for a
+    nearly certain target, where p - 1 would cancel.
     """
     target_exp = tl.exp(target_z)
     total = target_exp + others
-    # Where p > 1/2, or (z - max) - log(sum); with logits of 1e4, z - lse would be off by 1e-3.
+    # Elsewhere (z - max) - log(sum), not z - lse: with logits of 1e4, lse is off by 1e-3.
     certain = others < target_exp
     ratio = tl.where(certain, others / target_exp, 1.0)
     return tl.where(certain, -_log1p(ratio), target_z - tl.log(total)), total

@@ -1,12 +1,12 @@
-"""The row kernels: a row of logits to its log-prob and its gradient. Launched by `triton_rows.py`.
+"""The row kernels, from a row of logits to its log-prob and gradient; see `triton_rows.py`.
 
-    _weighted_ce_rows_kernel    all of it, one launch
-    _row_statistics_kernel      the sums over a part of the vocabulary, for whoever has the rest
-    _row_gradient_kernel        the gradient, once the sums over the whole are known
+    _policy_rows_kernel       everything in one launch
+    _row_statistics_kernel    the sums over one shard of the vocabulary
+    _row_gradient_kernel      a shard's gradient, given the sums over the whole vocabulary
 
-A slab of logits has rows of V columns, `row_stride` elements apart, a multiple of 16. The columns
-from V to the stride belong to the slab, and the bias is as long, so that every access is 16 bytes
-wide whatever V is: they are read without meaning, and where a gradient is written they become 0.
+The rows of a slab have V columns and lie `row_stride` elements apart, a multiple of 16. The padding
+columns from V to the stride belong to the slab, and the bias is padded likewise, so that every
+access is 16 bytes wide whatever V is. Padding is read and ignored; a gradient's padding becomes 0.
 
 Shapes: R rows of a slab, V vocabulary.
 """
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from . import statistics as row_statistics
+from .triton_forms import _form_coefficient
 from .triton_functions import (
     _add_block,
     _entropy,
     _load_if,
     _load_logits,
-    _policy_coefficient,
     _store_dead_row,
     _store_gradient,
     _store_if,
@@ -33,7 +33,8 @@ from .triton_functions import (
 
 APART_FROM = tl.constexpr(row_statistics.APART_FROM)
 
-# Scalars at any offset of a chunk: their alignment would only compile the same code twice.
+# Per-row scalars start at any offset in a chunk; specialising on their alignment would only compile
+# the same code twice.
 _SCALARS = [
     "target_grad_ptr",
     "target_ptr",
@@ -42,13 +43,13 @@ _SCALARS = [
     "entropy_ptr",
     "entropy_weight_ptr",
     "top1_ptr",
-    "policy_ptr",
+    "row_logprobs_ptr",
     "kl_coef_ptr",
 ]
 
 
-@triton.jit(do_not_specialize_on_alignment=_SCALARS, do_not_specialize=["policy_stride"])
-def _weighted_ce_rows_kernel(
+@triton.jit(do_not_specialize_on_alignment=_SCALARS, do_not_specialize=["logprobs_stride"])
+def _policy_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
     target_grad_ptr,  # (R,) float32
@@ -59,9 +60,9 @@ def _weighted_ce_rows_kernel(
     entropy_ptr,  # (R,) float32
     entropy_weight_ptr,  # (R,) float32
     top1_ptr,  # (R,) float32
-    policy_ptr,  # (3, policy_stride) float32, see Policy
+    row_logprobs_ptr,  # (3, logprobs_stride) float32, see OffPolicyRows
     kl_coef_ptr,  # (R,) float32
-    policy_stride,
+    logprobs_stride,
     row_stride,
     V,
     slope,
@@ -75,18 +76,18 @@ def _weighted_ce_rows_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_ENTROPY_WEIGHT: tl.constexpr,
     HAS_TOP1: tl.constexpr,
-    HAS_POLICY: tl.constexpr,
+    FORM: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     ROW_FITS: tl.constexpr,  # V <= BLOCK
     BLOCK: tl.constexpr,
 ):
     """logprob = z[target] - log sum exp z; dlogits = weight (softmax(z) - onehot) dz/dx.
 
-    entropy = -sum p log p, and to dlogits is added -entropy_weight p (log p + entropy) dz/dx. The
-    target's is in `target_grad`, to be added to what `dlogits` has: see TargetGradient.
-    One program a row, and the gradient is written once. A row that fits a block is read once and
-    stays in registers: 6 bytes a logit for 16-bit operands, 8 for float32. A longer one is read
-    twice: 10 and 12 bytes. A row of weight 0 is not read.
+    entropy = -sum p log p, whose gradient adds -entropy_weight p (log p + entropy) dz/dx to
+    dlogits. `target_grad` is to be added to dlogits at the target, see TargetGradient.
+    One program a row; it writes the gradient once. A row that fits a block is read once and stays
+    in registers: 6 bytes a logit for 16-bit operands, 8 for float32. A longer row is read twice:
+    10 and 12 bytes. A dead row is not read.
     """
     row = tl.program_id(0).to(tl.int64)  # R * row_stride passes 2^31
     logits_ptr += row * row_stride
@@ -94,7 +95,7 @@ def _weighted_ce_rows_kernel(
     lanes = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + row)
     pull = _load_if(entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
-    kl_coef = _load_if(kl_coef_ptr, row, HAS_POLICY)
+    kl_coef = _load_if(kl_coef_ptr, row, FORM != 0)
 
     if (weight == 0.0) & (pull == 0.0) & (kl_coef == 0.0):
         tl.store(logprob_ptr + row, float("nan"))
@@ -103,8 +104,8 @@ def _weighted_ce_rows_kernel(
         _store_if(target_grad_ptr, row, 0.0, WRITE_GRADIENT)
         _store_dead_row(dlogits_ptr, V, row_stride, lanes, WRITE_GRADIENT, BLOCK)
     else:
-        # Before anything is written: the gradient may take the logits' place.
-        target = tl.load(target_ptr + row).to(tl.int32)  # as wide as the columns
+        # Read before anything is written, as the gradient may overwrite the logits.
+        target = tl.load(target_ptr + row).to(tl.int32)  # the columns' type
         target_z, target_dz = _target_logit(
             logits_ptr, bias_ptr, target, row_stride, slope, inner, cap, HAS_BIAS, HAS_CAP
         )
@@ -131,11 +132,10 @@ def _weighted_ce_rows_kernel(
             entropy, mean_gap = _entropy(rest, ties, spread)
             tl.store(entropy_ptr + row, entropy)
         _store_if(top1_ptr, row, tl.where(target_z == peak, 1.0, 0.0), HAS_TOP1)
-        if HAS_POLICY:
-            policy_ptr += row
-            weight = _policy_coefficient(
-                weight, kl_coef, logprob, policy_ptr, policy_stride, low, high, importance_cap
-            )
+        weight = _form_coefficient(
+            weight, kl_coef, logprob, row_logprobs_ptr + row, logprobs_stride, low, high,
+            importance_cap, FORM,
+        )  # fmt: skip
 
         if WRITE_GRADIENT:
             scale, pull = weight / total, pull / total
@@ -155,7 +155,7 @@ def _weighted_ce_rows_kernel(
             else:
                 last = (V - 1) // BLOCK * BLOCK
                 for start in range(0, V, BLOCK):
-                    # Backwards: what was read last is what the L2 still holds.
+                    # Backwards, since the L2 still holds what was read last.
                     columns = last - start + lanes
                     x = _load_logits(logits_ptr, bias_ptr, columns, row_stride, HAS_BIAS)
                     _store_gradient(
@@ -168,7 +168,7 @@ def _weighted_ce_rows_kernel(
 def _row_statistics_kernel(
     logits_ptr,  # (R, row_stride) float32
     bias_ptr,  # (row_stride,) float32
-    target_ptr,  # (R,) int64; below 0 where the target is in another part of the vocabulary
+    target_ptr,  # (R,) int64; negative where the target is in another shard
     statistics_ptr,  # (6, R) float32: see Statistics
     R,
     row_stride,
@@ -181,9 +181,9 @@ def _row_statistics_kernel(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of this part of the vocabulary: max z, z[target], and sums of exp(z - max). 4 bytes a logit.
+    """max z, z[target] and sums of exp(z - max) over this shard of the vocabulary.
 
-    One program a row.
+    One program a row; it reads 4 bytes a logit.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -215,7 +215,7 @@ def _row_gradient_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
     bias_ptr,  # (row_stride,) float32
-    zero_ptr,  # (R,) int64, the column to be 0; below 0: none
+    zero_ptr,  # (R,) int64, the column to be 0; negative: none
     factors_ptr,  # (4, R) float32: see Factors
     R,
     row_stride,
@@ -228,10 +228,9 @@ def _row_gradient_kernel(
     HAS_PULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dlogits, as Factors has it, and 0 in one column.
+    """dlogits over this shard of the vocabulary, as in Factors, and 0 in one column.
 
-    One program a row of this part of the vocabulary; 6 bytes a logit for 16-bit operands, 8 for
-    float32.
+    One program a row; it moves 6 bytes a logit for 16-bit operands, 8 for float32.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride

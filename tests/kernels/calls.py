@@ -1,7 +1,8 @@
-"""The public functions on a case, for a process that has all of the head or a part of it."""
+"""The public functions on a case, with a whole head or a shard of it; and the row functions."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,8 +44,16 @@ def _losses(case: dict[str, Any], operands: dict[str, Tensor], options: dict[str
     return result, loss
 
 
+def row_functions(backend: str) -> ModuleType:
+    if backend == "triton":
+        from grao_fast.kernels.rows import triton_rows as rows
+    else:
+        from grao_fast.kernels.rows import torch_rows as rows
+    return rows
+
+
 class OneProcess(Shard):
-    """A group of one: its part of the vocabulary is all of it."""
+    """A group of one process, whose shard is the whole vocabulary."""
 
     start = 0
 

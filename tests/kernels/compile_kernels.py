@@ -20,9 +20,9 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grao_fast.kernels import advantage_kernels
 from grao_fast.kernels.rows import triton_kernels as row_kernels
 from grao_fast.kernels.rows import triton_rows as rowwise
+from grao_fast.kernels.rows.off_policy import FORMS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,7 +57,7 @@ def rows(
     transformed: bool,
     write_gradient: bool,
     entropy: bool = False,
-    policy: bool = False,
+    off_policy: bool = False,
 ):
     shape = rowwise.launch_shape(V, target.warp_size)
     types = {
@@ -66,8 +66,8 @@ def rows(
         "logprob_ptr": "*fp32",
         "entropy_ptr": "*fp32",
         "entropy_weight_ptr": "*fp32",
-        **dict.fromkeys(("top1_ptr", "policy_ptr", "kl_coef_ptr"), "*fp32"),
-        **dict.fromkeys(("policy_stride", "row_stride", "V"), "i32"),
+        **dict.fromkeys(("top1_ptr", "row_logprobs_ptr", "kl_coef_ptr"), "*fp32"),
+        **dict.fromkeys(("logprobs_stride", "row_stride", "V"), "i32"),
         **dict.fromkeys(
             ("slope", "inner", "cap", "low", "high", "importance_cap"),
             "fp32",
@@ -78,13 +78,13 @@ def rows(
         "HAS_CAP": transformed,
         "HAS_ENTROPY": entropy,
         "HAS_ENTROPY_WEIGHT": entropy and write_gradient,
-        "HAS_TOP1": policy,
-        "HAS_POLICY": policy,
+        "HAS_TOP1": off_policy,
+        "FORM": FORMS["clipped_ratio"].number if off_policy else 0,
         "WRITE_GRADIENT": write_gradient,
         "ROW_FITS": shape.row_fits,
         "BLOCK": shape.block,
     }
-    kernel = row_kernels._weighted_ce_rows_kernel
+    kernel = row_kernels._policy_rows_kernel
     return compile_kernel(kernel, types, constants, aligned_rows(V), target, shape.warps)
 
 
@@ -138,17 +138,6 @@ def scale(target, in_place: bool):
     )
 
 
-def advantages(target, values: str):
-    types = {
-        **dict.fromkeys(("rewards_ptr", "advantages_ptr", "terms_ptr"), f"*{values}"),
-        **dict.fromkeys(("N", "K"), "i32"),
-        **dict.fromkeys(("beta", "lam"), "fp32"),
-    }
-    constants = {"SAMPLES_ONLY": True, "CLIP": True, "BLOCK": 16}
-    kernel = advantage_kernels._advantages_and_terms_kernel
-    return compile_kernel(kernel, types, constants, [], target, 1)
-
-
 def facts(compiled) -> dict:
     """Registers, spilled bytes, shared memory and widths of global accesses."""
     found = {"shared": compiled.metadata.shared}
@@ -198,7 +187,7 @@ def compile_for(name: str) -> dict[str, dict]:
         compiled = rows(target, gradient, 49152, transformed, True, True)
         results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
         compiled = rows(target, gradient, 49152, transformed, True, False, True)
-        results[f"{name} policy-rows {gradient} {transformed}"] = facts(compiled)
+        results[f"{name} off-policy-rows {gradient} {transformed}"] = facts(compiled)
     for transformed, entropy in ((False, False), (True, True)):
         form = (18992, transformed, entropy)  # an eighth of 151936
         results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))
@@ -206,8 +195,6 @@ def compile_for(name: str) -> dict[str, dict]:
             compiled = shard_gradient(target, gradient, *form)
             results[f"{name} shard-gradient {gradient} {form}"] = facts(compiled)
     results[f"{name} scale"] = facts(scale(target, True))
-    for values in ("fp32", "fp64"):
-        results[f"{name} advantages {values}"] = facts(advantages(target, values))
     return results
 
 

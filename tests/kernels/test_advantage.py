@@ -1,4 +1,4 @@
-"""Rewards to advantages to coefficients: PyTorch and Triton against the specification."""
+"""From rewards to advantages to coefficients, against the specification."""
 
 from __future__ import annotations
 
@@ -25,33 +25,11 @@ STATISTICS = ("group", "samples")
 REFERENCE_ADVANTAGES = ("signed", "clip")
 
 
-def advantages_and_terms(backend, rewards_NK, statistics, reference_advantage, beta, lam):
-    """Through the launchers, whatever device the rewards are on."""
-    if backend == "triton":
-        from grao_fast.kernels import advantage_kernels as kernels
-
-        both = kernels.launch_advantages_and_terms(
-            rewards_NK, statistics, reference_advantage, beta, lam
-        )
-        alone = kernels.launch_group_advantages(rewards_NK, statistics, reference_advantage)
-        assert torch.equal(both[0].nan_to_num(7), alone.nan_to_num(7))
-        assert torch.equal(both[1], kernels.launch_sequence_terms(alone, beta, lam))
-        return both
-    return advantage.advantages_and_terms(
-        rewards_NK,
-        statistics=statistics,
-        reference_advantage=reference_advantage,
-        beta=beta,
-        lam=lam,
-        backend="torch",
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reference_advantage", REFERENCE_ADVANTAGES)
 @pytest.mark.parametrize("statistics", STATISTICS)
 def test_matches_specification(
-    statistics: str, reference_advantage: str, dtype: torch.dtype, backend: str, device: str
+    statistics: str, reference_advantage: str, dtype: torch.dtype, device: str
 ) -> None:
     groups = GROUPS if dtype in (torch.float64, torch.float32) else GROUPS[:-2]
     rewards_NK = torch.tensor(groups, dtype=torch.float64).to(dtype)
@@ -59,12 +37,15 @@ def test_matches_specification(
         rewards_NK.double(), statistics=statistics, reference_advantage=reference_advantage
     )
     truth_weights_NK = reference.sequence_weights(truth_NK, beta=0.4, lam=0.7)
-    advantages_NK, terms_3NK = advantages_and_terms(
-        backend, rewards_NK.to(device), statistics, reference_advantage, 0.4, 0.7
+    advantages_NK, terms_3NK = advantage.advantages_and_terms(
+        rewards_NK.to(device),
+        statistics=statistics,
+        reference_advantage=reference_advantage,
+        beta=0.4,
+        lam=0.7,
     )
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert advantages_NK.dtype == terms_3NK.dtype == kept
-    # beta and lam enter the Triton kernels in float32.
     close = {"rtol": 1e-6, "atol": 1e-6, "check_dtype": False, "equal_nan": True}
     torch.testing.assert_close(advantages_NK.cpu(), truth_NK, **close)
     torch.testing.assert_close(terms_3NK.sum(0).cpu(), truth_weights_NK, **close)

@@ -43,11 +43,10 @@ def test_every_device_is_there(compiled: dict[str, dict]) -> None:
             "logprobs",
             "entropies",
             "entropy-rows",
-            "policy-rows",
+            "off-policy-rows",
             "shard-statistics",
             "shard-gradient",
             "scale",
-            "advantages",
         }
 
 

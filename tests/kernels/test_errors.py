@@ -40,7 +40,7 @@ BAD = {
     "target_range": (dict(target=with_value(PROBLEM.target_T, 257)), "[0, 257), got 257"),
     "target_negative": (
         dict(target=with_value(PROBLEM.target_T, -100)),
-        "got -100 in row 3: rows without a target must have no weight",
+        "got -100 in row 3: rows without a target need weight 0",
     ),
     "sequence_range": (
         dict(sequence=with_value(PROBLEM.sequence_T, 12)),

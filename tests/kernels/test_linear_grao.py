@@ -99,15 +99,16 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as they are treated when weights lie on a device: all kept, the dead ones skipped."""
     drop_rows = one_pass.find_live_rows
 
-    def keep_rows(terms_CT, entropy_weight_T, policy, target_T, V, device):
+    def keep_rows(inputs, V):
+        terms_CT, device = inputs.terms_CT, inputs.hidden_TD.device
         weight_T = terms_CT.sum(0)
         live_T = weight_T != 0
-        if policy is not None:
-            live_T |= policy.kl_coef_R != 0
-        target_T = target_T.where(live_T, 0)
-        rows = drop_rows(torch.ones_like(terms_CT), None, policy, target_T, V, device)
-        weight_L, terms_CL = weight_T.to(device), terms_CT.to(device)
-        return rows._replace(weight_L=weight_L, terms_CL=terms_CL, live_L=live_T.to(device))
+        if inputs.off_policy is not None:
+            live_T |= inputs.off_policy.kl_coef_R != 0
+        target_T = inputs.target_T.where(live_T, 0)
+        rows = drop_rows(inputs._replace(terms_CT=torch.ones_like(terms_CT), target_T=target_T), V)
+        row = rows.row._replace(weight_R=weight_T.to(device))
+        return rows._replace(row=row, terms_CL=terms_CT.to(device), live_L=live_T.to(device))
 
     monkeypatch.setattr(one_pass, "find_live_rows", keep_rows)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from grao_fast.kernels import linear_logprobs, linear_weighted_cross_entropy, reference
 from grao_fast.kernels.one_pass import logprob_ops
+from grao_fast.kernels.one_pass.options import PassOptions
+from grao_fast.kernels.rows.contract import LogitConstants
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = ("temperature", "logit_scale", "softcap")
@@ -210,17 +212,17 @@ def test_frozen_operands_get_no_gradient(
 @pytest.mark.parametrize("dtype", ONE_BY_DEFAULT)
 def test_opcheck(dtype: torch.dtype, entropy: bool, backend: str, device: str) -> None:
     hidden_TD, head_VD, target_T = operands(device, dtype)
-    options = (1.3, 0.5, 2.6, 4000, backend, dtype)
+    options = PassOptions(LogitConstants(1.3, 0.5, 2.6), 4000, backend, dtype, entropy)
     torch.library.opcheck(
         torch.ops.grao_fast.token_logprobs.default,
-        (hidden_TD, head_VD, None, target_T, *options, entropy, None, 257),
+        (hidden_TD, head_VD, None, target_T, *options.flat()),
     )
     gradient_T = torch.ones(20, device=device)
     constants = (hidden_TD.detach(), head_VD.detach(), None, target_T)
-    wants = [True, True, False]
+    options = options._replace(wants=(True, True, False)).flat()
     torch.library.opcheck(
         torch.ops.grao_fast.token_logprobs_backward.default,
-        (*constants, gradient_T, gradient_T if entropy else None, *options, None, 257, wants),
+        (*constants, gradient_T, gradient_T if entropy else None, *options),
     )
 
 

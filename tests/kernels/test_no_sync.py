@@ -18,10 +18,11 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
-from grao_fast.kernels.checks import logit_transform
+from grao_fast.kernels.checks import logit_constants
 from grao_fast.kernels.one_pass import loop as one_pass
 from grao_fast.kernels.one_pass import ops
-from grao_fast.kernels.one_pass.loop import Options
+from grao_fast.kernels.one_pass.options import PassInputs, PassOptions
+from grao_fast.kernels.rows.contract import RowInputs
 
 OFF_POLICY = {
     "old_logprob_T": torch.zeros(24),
@@ -33,7 +34,7 @@ OFF_POLICY = {
     "entropy": True,
     "top1": True,
 }
-TRANSFORM = logit_transform(0.7, 2.0, 5.0)
+CONSTANTS = logit_constants(0.7, 2.0, 5.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +48,12 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def no_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's fake would answer for a tensor on meta: run what it stands for."""
-    monkeypatch.setattr(ops, "weighted_terms", ops.run_weighted_terms)
+
+    def run(*arguments):
+        inputs, options = PassInputs.from_flat(arguments), PassOptions.from_flat(arguments)
+        return ops.run_policy_loss(inputs, options)
+
+    monkeypatch.setattr(ops, "policy_loss", run)
 
 
 @pytest.mark.parametrize("rewards_on", ["cpu", "meta"])
@@ -74,13 +80,13 @@ def test_the_pass_waits_for_nothing(dtype: torch.dtype, weights_on: str) -> None
     hidden_TD, head_VD, target_T = (x.detach() for x in operands(dtype))
     bias_V = torch.zeros(257, device="meta")
     weight_T = torch.linspace(-1, 1, 24).where(torch.arange(24) % 5 > 0, 0).to(weights_on)
-    forward = Options(TRANSFORM, 20000, "torch", dtype, (False,) * 3, entropy=True)
-    result = one_pass.one_pass(hidden_TD, head_VD, bias_V, target_T, torch.ones(1, 24), forward)
+    inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, torch.ones(1, 24))
+    forward = PassOptions(CONSTANTS, 20000, "torch", dtype, entropy=True)
+    result = one_pass.one_pass(inputs, forward)
     assert result.logprob_T.shape == result.entropy_T.shape == (24,)
     backward = forward._replace(wants=(True,) * 3)
-    result = one_pass.one_pass(
-        hidden_TD, head_VD, bias_V, target_T, weight_T[None], backward, weight_T.flip(0)
-    )
+    inputs = inputs._replace(terms_CT=weight_T[None], entropy_weight_T=weight_T.flip(0))
+    result = one_pass.one_pass(inputs, backward)
     gradients = result.gradients
     assert gradients.hidden_TD.shape == (24, 17) and gradients.head_VD.shape == (257, 17)
 
@@ -118,10 +124,8 @@ def test_slab_of_more_than_2_31_logits(backend: str, device: str) -> None:
         logits_RV,
         logits_RV,
         None,
-        target_R.to(device),
-        weight_R.to(device),
+        RowInputs(target_R.to(device), weight_R.to(device)),
         logprob_R,
-        logit_transform(1.0, 1.0, None),
     )
     truth = expected_rows(x_RV, target_R, weight_R, torch.float64)
     naive = expected_rows(x_RV, target_R, weight_R, torch.float32)

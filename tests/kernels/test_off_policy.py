@@ -170,7 +170,7 @@ BAD = {
     "kl_coef_alone": (dict(kl_coef=0.1), "kl_coef has no effect without ref_logprob_T"),
     "ref_alone": (dict(ref_logprob_T=ONES), "ref_logprob_T has no effect without kl_coef"),
     "clip_number": (dict(old_logprob_T=ONES, clip=0.2), "clip must be a pair (low, high), got 0.2"),
-    "clip_order": (dict(old_logprob_T=ONES, clip=(1.5, 0.2)), "0 <= low <= 1 <= 1 + high"),
+    "clip_order": (dict(old_logprob_T=ONES, clip=(1.5, 0.2)), "with 0 <= low <= 1 and 0 <= high"),
     "cap": (
         dict(sampler_logprob_T=ONES, sampler_cap=0.0),
         "sampler_cap must be finite and above 0",

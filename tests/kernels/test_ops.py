@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 from grao_fast.kernels.one_pass import ops
+from grao_fast.kernels.one_pass.options import PassInputs, PassOptions
+from grao_fast.kernels.rows.contract import LogitConstants
+from grao_fast.kernels.rows.off_policy import OffPolicyRows
 
 
 def compiled(function, **options):
@@ -34,12 +37,21 @@ def pass_arguments(
     )
     terms_CT = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     target_T = problem.target_T.to(device)
-    transform = (1.3, 0.5, 2.6)
-    policy_3T = torch.linspace(-3, -2, 18, device=device).reshape(3, 6) if off_policy else None
-    kl_coef_T = torch.linspace(0, 1, 6) if off_policy else None
-    policy = (policy_3T, kl_coef_T, [0.8, 1.2, 2.0])
-    options = (*transform, 2000, backend, dtype, off_policy, off_policy, None, 11, False, wants)
-    return (hidden_TD, head_VD, bias_V, target_T, terms_CT, *policy, *options)
+    options = PassOptions(
+        LogitConstants(1.3, 0.5, 2.6),
+        2000,
+        backend,
+        dtype,
+        entropy=off_policy,
+        top1=off_policy,
+        wants=tuple(wants),
+    )
+    inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, terms_CT)
+    if off_policy:
+        logprob_3T = torch.linspace(-3, -2, 18, device=device).reshape(3, 6)
+        rows = OffPolicyRows("clipped_ratio", logprob_3T, torch.linspace(0, 1, 6), 0.8, 1.2, 2.0)
+        inputs = inputs._replace(off_policy=rows)
+    return *inputs.flat(), *options.flat()
 
 
 @pytest.mark.parametrize("wants", [[True, True, True], [True, False, False], [False] * 3])
@@ -48,7 +60,7 @@ def test_opcheck_of_the_pass(
     dtype: torch.dtype, wants: list[bool], backend: str, device: str
 ) -> None:
     arguments = pass_arguments(dtype, backend, device, wants, off_policy=wants[0])
-    torch.library.opcheck(torch.ops.grao_fast.weighted_terms.default, arguments)
+    torch.library.opcheck(torch.ops.grao_fast.policy_loss.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -56,7 +68,7 @@ def test_opcheck_of_the_pass(
 def test_opcheck_of_the_coefficients(num_prompts: float | None, dtype: torch.dtype) -> None:
     problem = make_problem()
     rewards_NK = problem.rewards_NK.to(dtype)
-    options = (0.5, 0.6, "group", "signed", num_prompts, 0.1, "torch")
+    options = (0.5, 0.6, "group", "signed", num_prompts, 0.1)
     torch.library.opcheck(
         torch.ops.grao_fast.grao_terms.default, (rewards_NK, problem.sequence_T, *options)
     )
@@ -178,7 +190,7 @@ def test_values_are_refused_when_compiled_too() -> None:
 def test_operator_may_be_differentiated_twice_over() -> None:
     """The operator writes to no buffer: it may keep its graph, unlike the public functions."""
     arguments = pass_arguments(torch.float32, "torch", "cpu", [True] * 3)
-    loss, *_ = torch.ops.grao_fast.weighted_terms(*arguments)
+    loss, *_ = torch.ops.grao_fast.policy_loss(*arguments)
     once = torch.autograd.grad(2 * loss, arguments[:3], retain_graph=True)
     again = torch.autograd.grad(2 * loss, arguments[:3])
     assert all(torch.equal(one, two) and one.any() for one, two in zip(once, again, strict=True))
@@ -187,14 +199,14 @@ def test_operator_may_be_differentiated_twice_over() -> None:
 def test_backward_scales_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient that arrives is the buffer that the pass has filled, whatever the scale."""
     made: list[Tensor] = []
-    weighted_terms = ops.weighted_terms
+    policy_loss = ops.policy_loss
 
     def watched(*arguments):
-        outputs = weighted_terms(*arguments)
+        outputs = policy_loss(*arguments)
         made.extend(outputs[6:8])
         return outputs
 
-    monkeypatch.setattr(ops, "weighted_terms", watched)
+    monkeypatch.setattr(ops, "policy_loss", watched)
     problem = make_problem()
     hidden_TD = problem.hidden_TD.float().requires_grad_()
     head_VD = problem.head_VD.float().requires_grad_()

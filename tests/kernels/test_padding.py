@@ -15,16 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from calls import OneProcess, backward
+from calls import OneProcess, backward, row_functions
 from reading_on import ReadingOn
 from torch import Tensor
 
 from grao_fast.kernels import VocabParallel
-from grao_fast.kernels.checks import logit_transform
+from grao_fast.kernels.checks import logit_constants
 from grao_fast.kernels.one_pass import gemm
 from grao_fast.kernels.one_pass import loop as one_pass
 from grao_fast.kernels.one_pass.chunks import padded
-from grao_fast.kernels.vocab_parallel import Shard, sharded_ce_rows
+from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
+from grao_fast.kernels.rows.sharded import sharded_policy_rows
+from grao_fast.kernels.vocab_parallel import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows, width and vocabulary: odd, and 1, 2 and 3 beyond a multiple of 16.
@@ -174,8 +176,8 @@ def test_padding_that_is_left_as_it_was_found_is_seen(
     """The test above can fail: on any processor, as far as products are of slabs themselves."""
     slab = one_pass._slab
 
-    def as_found(rows: int, V: int, stride: int, dtype: torch.dtype, device: torch.device):
-        return torch.empty_like(slab(rows, V, stride, dtype, device))
+    def as_found(rows: int, V: int, dtype: torch.dtype, device: torch.device):
+        return torch.empty_like(slab(rows, V, dtype, device))
 
     monkeypatch.setattr(one_pass, "_slab", as_found)
     seen = ReadingOn(monkeypatch)
@@ -237,15 +239,12 @@ def test_row_functions_keep_zeros_behind_a_row(
     V: int, in_place: bool, backend: str, device: str
 ) -> None:
     """Whatever stands behind the bias and, where they lie apart, behind the logits."""
-    if backend == "triton":
-        from grao_fast.kernels.rows import triton_rows as rows
-    else:
-        from grao_fast.kernels.rows import torch_rows as rows
+    rows = row_functions(backend)
     x_RV = torch.linspace(-3, 3, 2 * V, device=device).view(2, V)
     target_R = torch.tensor([1, 5], device=device)
     weight_R = torch.tensor([2.0, 0.0], device=device)
-    halves = sharded_ce_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
-    for function in (rows.weighted_ce_rows, halves):
+    halves = sharded_policy_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
+    for function in (rows.policy_rows, halves):
         results = []
         for poison in (0.0, math.nan, -torch.finfo(torch.float32).max):
             bias_S = torch.full((padded(V),), poison, device=device)
@@ -259,13 +258,10 @@ def test_row_functions_keep_zeros_behind_a_row(
             function(
                 logits_RS[:, :V],
                 dlogits_RS[:, :V],
-                written[0],
                 bias_S[:V],
-                target_R,
-                weight_R,
-                written[1],
-                logit_transform(1.0, 1.0, None),
-                *[None] * 4,
+                RowInputs(target_R, weight_R),
+                RowOutputs(written[1], target_grad_R=written[0]),
+                logit_constants(1.0, 1.0, None),
             )
             assert dlogits_RS[0, :V].any() and not dlogits_RS[:, V:].any()
             results.append((dlogits_RS, *written))

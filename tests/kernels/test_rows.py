@@ -1,4 +1,4 @@
-"""The row functions by themselves: what they write, and where they do not."""
+"""The row functions by themselves: what they write, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import math
 
 import pytest
 import torch
-from calls import OneProcess
+from calls import OneProcess, row_functions
 from tolerance import assert_accurate
 
-from grao_fast.kernels.checks import logit_transform
-from grao_fast.kernels.rows.off_policy import Policy
-from grao_fast.kernels.vocab_parallel import sharded_ce_rows
+from grao_fast.kernels.checks import logit_constants
+from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
+from grao_fast.kernels.rows.off_policy import OffPolicyRows
+from grao_fast.kernels.rows.sharded import sharded_policy_rows
 
 STRIDE = 320
+PLAIN = logit_constants(1.0, 1.0, None)
 
 
 def row_function(backend: str):
-    """The backend's row function, but with the target's gradient put back among the others."""
-    if backend == "triton":
-        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
-    else:
-        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
+    """The backend's row function, with the target's gradient put back among the others."""
+    policy_rows = row_functions(backend).policy_rows
 
-    def run(logits_RV, dlogits_RV, bias_V, target_R, weight_R, *rest):
-        target_grad_R = torch.full_like(weight_R, torch.nan)
-        weighted_ce_rows(logits_RV, dlogits_RV, target_grad_R, bias_V, target_R, weight_R, *rest)
-        place_R1 = target_R.clamp(min=0)[:, None]
-        target_grad_R1 = target_grad_R[:, None].to(dlogits_RV.dtype)
-        dlogits_RV.scatter_add_(1, place_R1, target_grad_R1)
+    def run(logits_RV, dlogits_RV, bias_V, inputs, logprob_R, constants=PLAIN):
+        target_grad_R = torch.full_like(inputs.weight_R, torch.nan)
+        outputs = RowOutputs(logprob_R, target_grad_R=target_grad_R)
+        policy_rows(logits_RV, dlogits_RV, bias_V, inputs, outputs, constants)
+        place_R1 = inputs.target_R.clamp(min=0)[:, None]
+        dlogits_RV.scatter_add_(1, place_R1, target_grad_R[:, None].to(dlogits_RV.dtype))
 
     return run
 
@@ -51,7 +50,7 @@ def expected_rows(x_RV, target_R, weight_R, dtype):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_rows_and_nothing_else_are_written(in_place: bool, backend: str, device: str) -> None:
-    """Padding holds NaN before, so that reading it into a sum would show."""
+    """Padding starts as NaN, so that any sum that reads it becomes NaN."""
     V = 257
     slab, target_R, weight_R = row_inputs(device)
     x_RV = slab[:, :V].clone()
@@ -63,10 +62,8 @@ def test_rows_and_nothing_else_are_written(in_place: bool, backend: str, device:
         slab[:, :V],
         out[:, :V],
         None,
-        target_R,
-        weight_R,
+        RowInputs(target_R, weight_R),
         logprob_R[1:7],
-        logit_transform(1.0, 1.0, None),
     )
     assert logprob_R[[0, 7]].isnan().all()
     assert_accurate("logprob", logprob_R[1:7], naive[0], truth[0], torch.float32)
@@ -80,14 +77,14 @@ def test_row_of_weight_0_is_not_read(backend: str, device: str) -> None:
     if backend == "triton":
         slab[2], target_R[2] = torch.nan, -100
     logprob_R = torch.zeros(6, device=device)
-    transform = logit_transform(1.0, 1.0, None)
-    row_function(backend)(slab[:, :V], slab[:, :V], None, target_R, weight_R, logprob_R, transform)
+    inputs = RowInputs(target_R, weight_R)
+    row_function(backend)(slab[:, :V], slab[:, :V], None, inputs, logprob_R)
     assert logprob_R.isnan().nonzero().flatten().tolist() == [2]
     assert not slab[2, :V].any() and slab[3, :V].all()
 
 
 def test_vocabulary_masked_by_the_bias(backend: str, device: str) -> None:
-    """A bias of -inf takes tokens away, be it a whole block of them at the start of a row."""
+    """A bias of -inf removes tokens, even a whole block of them at the start of a row."""
     V, masked = 20000, 9000
     x_RV = torch.randn(2, V, generator=torch.Generator().manual_seed(0), device="cpu")
     slab = torch.zeros(2, 20032, device=device)
@@ -97,10 +94,8 @@ def test_vocabulary_masked_by_the_bias(backend: str, device: str) -> None:
     target_R = torch.tensor([masked, V - 1], device=device)
     weight_R = torch.ones(2, device=device)
     logprob_R = torch.zeros(2, device=device)
-    transform = logit_transform(1.0, 1.0, None)
-    row_function(backend)(
-        slab[:, :V], slab[:, :V], bias_S[:V], target_R, weight_R, logprob_R, transform
-    )
+    inputs = RowInputs(target_R, weight_R)
+    row_function(backend)(slab[:, :V], slab[:, :V], bias_S[:V], inputs, logprob_R)
     truth = expected_rows(x_RV[:, masked:], target_R - masked, weight_R, torch.float64)
     naive = expected_rows(x_RV[:, masked:], target_R - masked, weight_R, torch.float32)
     assert not slab[:, :masked].any()
@@ -122,9 +117,8 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
         logprob = torch.log_softmax(cap * torch.tanh(x / cap), 1)[0, 5]
         return logprob[None], torch.autograd.grad(-logprob, x)[0]
 
-    row_function(backend)(
-        slab, slab, None, target_R, weight_R, logprob_R, logit_transform(1.0, 1.0, cap)
-    )
+    inputs, constants = RowInputs(target_R, weight_R), logit_constants(1.0, 1.0, cap)
+    row_function(backend)(slab, slab, None, inputs, logprob_R, constants)
     truth, naive = plain(torch.float64), plain(torch.float32)
     assert_accurate("logprob", logprob_R, naive[0], truth[0], torch.float32)
     assert_accurate("dlogits", slab, naive[1], truth[1], torch.float32)
@@ -135,42 +129,29 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
 def test_two_halves_do_what_the_whole_does(
     gradient: torch.dtype, transform: tuple, backend: str, device: str
 ) -> None:
-    """Statistics, then gradient, as where a head is spread; on a GPU these kernels run here."""
-    if backend == "triton":
-        from grao_fast.kernels.rows import triton_rows as rows
-    else:
-        from grao_fast.kernels.rows import torch_rows as rows
+    """Statistics, then gradient, as with a sharded head; on a GPU these kernels run here."""
+    rows = row_functions(backend)
     V = 257
     slab, target_R, weight_R = row_inputs(device)
     weight_R[2] = 0
     pull_R = torch.linspace(-1, 1, 6, device=device).where(weight_R != 0, 0)
     bias_S = torch.linspace(-2, 2, STRIDE, device=device)
-    policy = Policy(
+    off_policy = OffPolicyRows(
+        "clipped_ratio",
         torch.linspace(-9, -2, 18, device=device).reshape(3, 6),
         torch.full((6,), 0.1, device=device).where(weight_R != 0, 0),
         *(0.8, 1.2, 2.0),
     )
-    halves = sharded_ce_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
+    inputs = RowInputs(target_R, weight_R, pull_R, off_policy)
+    halves = sharded_policy_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
     results = []
-    for function in (rows.weighted_ce_rows, halves):
+    for function in (rows.policy_rows, halves):
         logits = slab.clone()
         dlogits = torch.full_like(slab, torch.nan, dtype=gradient)
-        values = [torch.full((6,), torch.nan, device=device) for _ in range(4)]
-        function(
-            logits[:, :V],
-            dlogits[:, :V],
-            values[3],
-            bias_S[:V],
-            target_R,
-            weight_R,
-            values[0],
-            logit_transform(*transform),
-            values[1],
-            pull_R,
-            values[2],
-            policy,
-        )
-        results.append([dlogits[:, :V], *values])
+        outputs = RowOutputs(*torch.full((4, 6), torch.nan, device=device))
+        constants = logit_constants(*transform)
+        function(logits[:, :V], dlogits[:, :V], bias_S[:V], inputs, outputs, constants)
+        results.append([dlogits[:, :V], *outputs])
     for one, two in zip(*results, strict=True):
         assert one.nan_to_num(7).any()
         tolerance = 8 * torch.finfo(one.dtype).eps
@@ -178,19 +159,16 @@ def test_two_halves_do_what_the_whole_does(
 
 
 def test_of_an_unlikely_target_the_weight_is_not_rounded(backend: str, device: str) -> None:
-    """Below p = 1/1024 the target's gradient is -weight to the bit, and p stays with the others."""
-    if backend == "triton":
-        from grao_fast.kernels.rows.triton_rows import weighted_ce_rows
-    else:
-        from grao_fast.kernels.rows.torch_rows import weighted_ce_rows
+    """Below p = 1/1024 the target's gradient is -weight to the bit, and dlogits holds p."""
     V = 4096
     slab = torch.zeros(2, V, device=device)
     slab[1, 7] = 9.0  # p = 0.66; the other row's is 1/4096
     weight_R = torch.tensor([0.3, 0.3], device=device)
     target_R = torch.full((2,), 7, device=device)
     logprob_R, target_grad_R = torch.empty(2, device=device), torch.empty(2, device=device)
-    transform = logit_transform(1.0, 1.0, None)
-    weighted_ce_rows(slab, slab, target_grad_R, None, target_R, weight_R, logprob_R, transform)
+    inputs = RowInputs(target_R, weight_R)
+    outputs = RowOutputs(logprob_R, target_grad_R=target_grad_R)
+    row_functions(backend).policy_rows(slab, slab, None, inputs, outputs, PLAIN)
     p_R = logprob_R.exp()
     assert target_grad_R[0] == -weight_R[0]
     torch.testing.assert_close(slab[0, 7], weight_R[0] * p_R[0])

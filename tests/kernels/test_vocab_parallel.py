@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused(spread: Callable[[str], list[dict[str, Any
         said = process["errors"]
         assert f"head_VD has {3 + rank} rows in process {rank} of 2" in said["rows"]
         assert "it must have 5" in said["rows"]
-        assert "leaves the last of 2 processes no row" in said["empty"]
+        assert "leaves the last of 2 processes without rows" in said["empty"]
         assert "DTensor.from_local(hidden_TD" in said["plain_hidden"]
         assert "under FSDP, gather the head first" in said["plain_hidden"]
         assert "needed: [Shard(0)]" in said["placement"]

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grao_fast.integrations.trl.rows import Rows
-from grao_fast.kernels import linear_logprobs
-from grao_fast.kernels.checks import choose_backend, logit_transform
-from grao_fast.kernels.linear_ce import WeightedTerms, weighted_terms
-from grao_fast.kernels.vocab_parallel import local_parts
+from grao_fast.kernels import OffPolicy, PolicyLoss, linear_logprobs, linear_policy_loss
 from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
@@ -94,28 +91,27 @@ def logit_transform_of(
 
 
 def loss_of(
-    rows: Rows, terms_3T: Tensor, logits: dict[str, Any], off_policy: dict[str, Any]
+    rows: Rows, terms_3T: Tensor, logits: dict[str, Any], off_policy: OffPolicy | None
 ) -> Objective:
-    """The loss of a micro-batch, its terms, and log-probs and entropies, in one pass.
+    """The loss of a micro-batch, its terms, log-probs and entropies, in one pass.
 
-    Not `linear_grao_loss`, which weighs whole groups, and a micro-batch of TRL's holds parts of
-    them: the terms are known already. `off_policy` is given on as it is.
+    It is `linear_policy_loss` on coefficients that are known already: `linear_grao_loss` weighs
+    whole groups, and TRL's micro-batches split them.
     """
 
-    def objective(causal_lm: PreTrainedModel, hidden_SLD: Tensor) -> WeightedTerms:
+    def objective(causal_lm: PreTrainedModel, hidden_SLD: Tensor) -> PolicyLoss:
         head = causal_lm.get_output_embeddings()
         row_T = rows.row_T.to(hidden_SLD.device)
-        hidden_TD = hidden_SLD.flatten(0, 1).index_select(0, row_T)
-        return weighted_terms(
-            local_parts(hidden_TD, head.weight, head.bias, None),
+        # No head_grad_VD, as DDP must see the head's gradient.
+        return linear_policy_loss(
+            hidden_SLD.flatten(0, 1).index_select(0, row_T),
+            head.weight,
             rows.target_T,
             terms_3T,
-            logit_transform(**logits),
-            None,  # the workspace: the device's default
-            choose_backend(None, hidden_TD.device),
-            None,  # DDP must see the head's gradient: it goes by autograd
+            off_policy=off_policy,
+            bias_V=head.bias,
             entropy=True,
-            **off_policy,
+            **logits,
         )
 
     return objective

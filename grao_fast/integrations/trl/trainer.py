@@ -38,6 +38,7 @@ from grao_fast.integrations.trl.references import (
     to_score,
 )
 from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
+from grao_fast.kernels import OffPolicy, PolicyLoss
 from grao_fast.kernels.advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
@@ -45,7 +46,6 @@ from grao_fast.kernels.advantage import (
     check_finite_rewards,
 )
 from grao_fast.kernels.checks import check_choice, check_number
-from grao_fast.kernels.linear_ce import WeightedTerms
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.system.errors import UserError
 from grao_fast.training.metrics import group_metrics, held_ratios
@@ -177,9 +177,7 @@ class GRAOTrainer(GRPOTrainer):
                 f"{', '.join(self.reward_func_names)} gave None or NaN for every sample and every "
                 "reference of the first batch: return numbers, and None where there is none to give"
             )
-        advantages_NK, terms_3NK = advantages_and_terms(
-            rewards_NK, backend="torch", **self._objective
-        )
+        advantages_NK, terms_3NK = advantages_and_terms(rewards_NK, **self._objective)
         self._log_rollout(rewards_NK, advantages_NK)
 
         terms_B23, ids_B = ride(terms_3NK, references.token_ids, process, B)
@@ -245,15 +243,16 @@ class GRAOTrainer(GRPOTrainer):
             rows.of_samples(inputs.get(name))
             for name in ("old_per_token_logps", "ref_per_token_logps")
         )
-        off_policy = {}
+        off_policy = None
         if "old_per_token_logps" in inputs or self.beta != 0.0:
             # TRL's KL is a mean over the tokens of a sample, and over all samples.
             kl_coef_T = self.beta / (B * rows.length_S[rows.sequence_T])
-            off_policy = {
-                "policy_3T": torch.stack([old_T, torch.full_like(old_T, torch.nan), ref_T]),
-                "kl_coef_T": kl_coef_T.where(rows.is_sample_T, 0.0),
-                "bounds": (1 - self.epsilon_low, 1 + self.epsilon_high, torch.inf),
-            }
+            off_policy = OffPolicy(
+                old_logprob_T=old_T,
+                ref_logprob_T=ref_T,
+                kl_coef_T=kl_coef_T.where(rows.is_sample_T, 0.0),
+                clip=(min(self.epsilon_low, 1.0), self.epsilon_high),  # a ratio is never negative
+            )
         with self.accelerator.autocast():
             result = model(
                 **model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
@@ -262,9 +261,9 @@ class GRAOTrainer(GRPOTrainer):
         self._log_loss(rows, terms_3T.sum(0), old_T, result)
         return result.loss / (self.current_gradient_accumulation_steps if training else 1)
 
-    def _log_loss(self, rows: Rows, weight_T: Tensor, old_T: Tensor, result: WeightedTerms) -> None:
-        parts_4 = torch.stack([*result.parts_C, result.kl])
-        exploration, imitation, alignment, kl = self.accelerator.reduce(parts_4, reduction="mean")
+    def _log_loss(self, rows: Rows, weight_T: Tensor, old_T: Tensor, result: PolicyLoss) -> None:
+        terms_4 = torch.stack([*result.terms_C, result.kl])
+        exploration, imitation, alignment, kl = self.accelerator.reduce(terms_4, reduction="mean")
         mean_S = rows.sequence_means(result.logprob_T)
         clip = (self.epsilon_low, self.epsilon_high)
         values = [

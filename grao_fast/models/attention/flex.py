@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from grao_fast.data.packing import Segment
-from grao_fast.kernels.one_pass.live_rows import to_device
+from grao_fast.kernels.devices import to_device
 from grao_fast.system.errors import UserError
 
 BLOCK = 128

@@ -1,0 +1,102 @@
+"""What the pass is told: its records, and their flat form as arguments of operators.
+
+`torch.library` takes flat argument lists only. This is the one place that knows their order: a
+record's `flat()` makes the list, `from_flat` reads it, and the schemas below declare it.
+
+Shapes: T rows, D width, V vocabulary, C terms of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows.contract import LogitConstants
+from ..rows.off_policy import OffPolicyRows
+from ..vocab_parallel import Shard
+
+OPERANDS_SCHEMA = "Tensor hidden_TD, Tensor head_VD, Tensor? bias_V, Tensor target_T"
+TERMS_SCHEMA = (
+    "Tensor terms_CT, str? form, Tensor? logprob_3T, Tensor? kl_coef_T, float low, float high, "
+    "float importance_cap"
+)
+OPTIONS_SCHEMA = (
+    "float slope, float inner, float? cap, SymInt workspace_bytes, str backend, ScalarType dtype, "
+    "bool entropy, bool top1, str? group_name, SymInt vocab_size, bool head_float32, bool[] wants"
+)
+_OPERANDS, _OPTIONS = (len(each.split(", ")) for each in (OPERANDS_SCHEMA, OPTIONS_SCHEMA))
+
+
+class PassOptions(NamedTuple):
+    """What the pass is told besides its tensors."""
+
+    constants: LogitConstants
+    workspace_bytes: int
+    backend: str
+    dtype: torch.dtype  # of the GEMMs' operands
+    entropy: bool = False
+    top1: bool = False
+    shard: Shard | None = None  # set where head and bias are a shard of the vocabulary
+    head_float32: bool = False  # keep the head's gradient in float32, for a sum that goes on
+    wants: tuple[bool, bool, bool] = (False, False, False)  # gradients of hidden, head, bias
+
+    def flat(self) -> tuple:
+        """Arguments in the order of OPTIONS_SCHEMA."""
+        shard = (None, 0) if self.shard is None else self.shard
+        return (*self.constants, *self[1:6], *shard, self.head_float32, list(self.wants))
+
+    @classmethod
+    def from_flat(cls, arguments: tuple) -> PassOptions:
+        """The options at the end of an operator's arguments."""
+        slope, inner, cap, *told, group_name, vocab_size, head_float32, wants = arguments[
+            -_OPTIONS:
+        ]
+        shard = None if group_name is None else Shard(group_name, vocab_size)
+        return cls(LogitConstants(slope, inner, cap), *told, shard, head_float32, tuple(wants))
+
+
+class PassInputs(NamedTuple):
+    """The pass's tensors.
+
+    A row's weight is the sum of its C terms. `off_policy.kl_coef_R` is on the terms' device,
+    `off_policy.logprob_3R` on hidden's. `entropy_weight_T` enters the gradients, not the loss,
+    and is no argument of an operator.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None
+    target_T: Tensor
+    terms_CT: Tensor
+    entropy_weight_T: Tensor | None = None
+    off_policy: OffPolicyRows | None = None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors that may have gradients."""
+        return self.hidden_TD, self.head_VD, self.bias_V
+
+    def flat(self) -> tuple:
+        """Arguments in the order of OPERANDS_SCHEMA and TERMS_SCHEMA."""
+        off_policy = self.off_policy
+        rows = (None, None, None, 0.0, 0.0, 0.0) if off_policy is None else off_policy
+        return (*self.operands, self.target_T, self.terms_CT, *rows)
+
+    @classmethod
+    def from_flat(cls, arguments: tuple) -> PassInputs:
+        """The inputs at the beginning of an operator's arguments."""
+        operands = arguments[:_OPERANDS]
+        terms_CT, form, *rows = arguments[_OPERANDS:-_OPTIONS]
+        off_policy = None if form is None else OffPolicyRows(form, *rows)
+        return cls(*operands, terms_CT, off_policy=off_policy)
+
+
+def with_nones(gradients: list[Tensor | None], arguments: int) -> tuple[Tensor | None, ...]:
+    """Backward's result: gradients of the first arguments, and None for the rest of them."""
+    return *gradients, *[None] * (arguments - len(gradients))
+
+
+def dtypes_of(operands: tuple[Any, ...]) -> list[torch.dtype | None]:
+    return [None if each is None else each.dtype for each in operands]
