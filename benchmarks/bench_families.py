@@ -27,7 +27,7 @@ from grao_fast.data.encoding import Encoded
 from grao_fast.data.examples import Example
 from grao_fast.kernels import group_advantages
 from grao_fast.sampling import Completion
-from grao_fast.training.step import Rollout
+from grao_fast.training.rollout import Rollout
 
 CONTENDERS = {
     PACKED: Contender(PACKED, "grao-fast, shared prompts"),

@@ -16,14 +16,16 @@ from step_problem import useful_tokens
 from step_sides import CONFIG, grao_weights, naive_gradient, take_gradients
 from torch import Tensor
 
-from grao_fast.models.policy import Policy, load_policy
-from grao_fast.training.step import micro_batch_loss, to_groups
+from grao_fast.models.policy import Policy
+from grao_fast.sampling.loading import load_policy
+from grao_fast.training.rollout import to_groups
+from grao_fast.training.step import micro_batch_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grao_fast.data.packing import Group
-    from grao_fast.training.step import Rollout
+    from grao_fast.training.rollout import Rollout
 
 PACKED, REPEATED = "packed", "repeated"
 TOLERANCE = 1e-5
@@ -50,13 +52,13 @@ def compare_family(
     Raises:
         AssertionError: one of those that are held is above 1e-5.
     """
-    groups = to_groups(rollout, beta=CONFIG.beta, lam=CONFIG.lam)
+    groups = to_groups(rollout, CONFIG.objective)
     policies = {
         name: load_policy(
             model,
             config=CONFIG.replace(device="cpu", bf16=False, share_prefix=name == PACKED),
             tokenizer=tokenizer,
-        )
+        ).policy
         for name in (PACKED, REPEATED)
     }
     errors = compare(policies, groups, naive_gradient(model, rollout, grao_weights(rollout)))
@@ -107,7 +109,7 @@ def gradient(policy: Policy, groups: list[Group]) -> Gradient:
     """Of all groups in one micro-batch."""
     with policy.updating():
         batch = policy.lay_out(groups)
-        loss = micro_batch_loss(policy, batch, CONFIG, num_prompts=len(groups)).loss
+        loss = micro_batch_loss(policy, batch, CONFIG.objective, num_prompts=len(groups)).loss
         loss.backward()
     return float(loss.detach()), take_gradients(policy.model)
 

@@ -19,7 +19,7 @@ from grao_fast.kernels import group_advantages
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grao_fast.training.step import Rollout
+    from grao_fast.training.rollout import Rollout
 
 PAD, EOS = 0, 1
 FIRST = 2  # the first token that is neither
@@ -135,7 +135,7 @@ def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Ro
     from grao_fast.data.encoding import Encoded
     from grao_fast.data.examples import Example
     from grao_fast.sampling import Completion
-    from grao_fast.training.step import Rollout
+    from grao_fast.training.rollout import Rollout
 
     N, K = case.prompts, case.samples + 1
     prompts = make_prompts(case, vocab, seed=seed)

@@ -24,7 +24,7 @@ from grao_fast.kernels import sequence_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grao_fast.training.step import Rollout
+    from grao_fast.training.rollout import Rollout
 
 CONFIG = GRAOConfig(
     temperature=1.0,
@@ -40,39 +40,51 @@ class Ours:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         from torch.optim.lr_scheduler import LambdaLR
 
-        from grao_fast.models.policy import load_policy
+        from grao_fast.sampling.loading import load_policy
         from grao_fast.training.optim import adamw
 
         self.config = CONFIG.replace(device=model.device.type)
-        self.policy = load_policy(model, config=self.config, tokenizer=tokenizer)
-        self.optimizer = adamw(self.policy.model, self.config)
+        self.loaded = load_policy(model, config=self.config, tokenizer=tokenizer)
+        self.policy = self.loaded.policy
+        self.optimizer = adamw(self.policy.model, self.config.optimisation)
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
 
     def step(self, rollout: Rollout) -> int:
         """One optimiser step; returns the useful tokens."""
         from grao_fast.training.step import update
 
-        update(self.policy, self.optimizer, self.scheduler, rollout, self.config)
+        update(
+            self.policy,
+            self.optimizer,
+            self.scheduler,
+            rollout,
+            objective=self.config.objective,
+            optimisation=self.config.optimisation,
+            max_tokens=self.config.max_tokens_per_microbatch,
+        )
         return useful_tokens(rollout)
 
     def gradient(self, rollout: Rollout) -> tuple[float, list[Tensor]]:
         """The loss, and its gradient in every parameter."""
         from grao_fast.data.packing import split_by_tokens
-        from grao_fast.training.step import micro_batch_loss, to_groups
+        from grao_fast.training.rollout import to_groups
+        from grao_fast.training.step import micro_batch_loss
 
-        groups = to_groups(rollout, beta=self.config.beta, lam=self.config.lam)
+        groups = to_groups(rollout, self.config.objective)
         loss = 0.0
         with self.policy.updating():
             for part in split_by_tokens(groups, self.config.max_tokens_per_microbatch):
                 batch = self.policy.lay_out(part)
-                result = micro_batch_loss(self.policy, batch, self.config, num_prompts=len(groups))
+                result = micro_batch_loss(
+                    self.policy, batch, self.config.objective, num_prompts=len(groups)
+                )
                 result.loss.backward()
                 loss += float(result.loss.detach())
         return loss, take_gradients(self.policy.model)
 
     def sample(self, prompts: list[list[int]], samples: int, longest: int, seed: int) -> int:
         """Completions of every prompt; returns their tokens."""
-        groups = self.policy.sampler.sample(
+        groups = self.loaded.sampler.sample(
             prompts,
             num_generations=samples,
             max_new_tokens=longest,

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grao_fast.config import GRAOConfig
     from grao_fast.data import Example, load_examples
-    from grao_fast.evaluation.evaluate import EvaluationResult, evaluate, evaluate_completions
+    from grao_fast.evaluation.compare import evaluate_completions
+    from grao_fast.evaluation.evaluate import evaluate
+    from grao_fast.evaluation.result import EvaluationResult
     from grao_fast.reporting.plots import plot_run
     from grao_fast.system.interruption import Preempted
-    from grao_fast.trainer import TrainResult, train
+    from grao_fast.trainer import train
+    from grao_fast.training.results import TrainResult
 
 __version__ = "0.1.0"
 
@@ -34,13 +37,13 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "EvaluationResult": "evaluation.evaluate",
+    "EvaluationResult": "evaluation.result",
     "Example": "data",
     "GRAOConfig": "config",
     "Preempted": "system.interruption",
-    "TrainResult": "trainer",
+    "TrainResult": "training.results",
     "evaluate": "evaluation.evaluate",
-    "evaluate_completions": "evaluation.evaluate",
+    "evaluate_completions": "evaluation.compare",
     "load_examples": "data",
     "plot_run": "reporting.plots",
     "train": "trainer",

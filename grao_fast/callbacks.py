@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from grao_fast.config import GRAOConfig
+from grao_fast.evaluation.result import EvaluationResult
+from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.errors import UserError
-
-if TYPE_CHECKING:
-    from grao_fast.config import GRAOConfig
-    from grao_fast.evaluation.evaluate import EvaluationResult
-    from grao_fast.models.policy import Policy
 
 
 class Callback:
     """Base class of callbacks: override the hooks you need, and pass instances as `callbacks=`."""
 
-    def on_train_begin(self, policy: Policy, config: GRAOConfig) -> None:
-        """Called before the first step."""
+    def on_train_begin(self, policy: LoadedPolicy, config: GRAOConfig) -> None:
+        """Called before the first step.
+
+        policy: has `model`, `tokenizer` and `sampler`, and greedily completes prompts by `answer`.
+        """
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:
         """Called after every step, counted from 1; return True to end the run."""

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from grao_fast.system.errors import UserError
@@ -236,15 +237,25 @@ class GRAOConfig:
         trackers = (t if isinstance(t, str) else t.name for t in self.report_to)
         return values | {"report_to": tuple(trackers)}
 
-    @property
-    def sampler_cap(self) -> float | None:
-        """Cap of the importance weights; None if samples count as the policy's own."""
-        return self.vllm_importance_sampling_clip_max if self.use_vllm else None
+    @cached_property
+    def objective(self) -> ObjectiveOptions:
+        """The view of what the loss is made of."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return ObjectiveOptions(
+            **_same_named(self, ObjectiveOptions),
+            clip=(self.epsilon, high),
+            sampler_cap=self.vllm_importance_sampling_clip_max if self.use_vllm else None,
+        )
 
-    @property
-    def clip(self) -> tuple[float, float]:
-        """(low, high): ratios are clipped to [1 - low, 1 + high]."""
-        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+    @cached_property
+    def sampling(self) -> SamplingOptions:
+        """The view of how many completions are sampled, and how long."""
+        return SamplingOptions(**_same_named(self, SamplingOptions))
+
+    @cached_property
+    def optimisation(self) -> OptimisationOptions:
+        """The view of the optimiser, its schedule and its updates."""
+        return OptimisationOptions(**_same_named(self, OptimisationOptions))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GRAOConfig:
@@ -256,6 +267,60 @@ class GRAOConfig:
                 f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}"
             )
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """`GRAOConfig.objective`: options of the loss; see `GRAOConfig`, where they are explained.
+
+    clip: (low, high), ratios are clipped to [1 - low, 1 + high].
+    sampler_cap: cap of the importance weights; None where samples count as the policy's own.
+    """
+
+    beta: float
+    lam: float
+    statistics: Statistics
+    reference_advantage: ReferenceAdvantage
+    reward_type: RewardType
+    temperature: float
+    kl_coef: float
+    clip: tuple[float, float]
+    sampler_cap: float | None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`."""
+
+    num_generations: int
+    temperature: float
+    max_new_tokens: int
+    max_prompt_length: int | None
+    max_reference_length: int | None
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """`GRAOConfig.optimisation`: AdamW, its schedule, the updates of a step; see `GRAOConfig`."""
+
+    num_iterations: int
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    lr_scheduler_type: Scheduler
+    warmup_steps: int
+    max_grad_norm: float
+    num_train_epochs: float
+    max_steps: int
+    workspace_mib: int | None
+
+
+def _same_named(config: GRAOConfig, view: type) -> dict[str, Any]:
+    """The fields of a view that the config has under the same name."""
+    names = (field.name for field in dataclasses.fields(view))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 _CHOICES = {
@@ -332,7 +397,8 @@ def _check_effect(config: GRAOConfig) -> None:
         for other, wanted in needed.items():
             if value != getattr(GRAOConfig, name) and getattr(config, other) != wanted:
                 raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
-    if config.num_iterations == 1 and config.clip != (GRAOConfig.epsilon, GRAOConfig.epsilon):
+    default_clip = GRAOConfig.epsilon, GRAOConfig.epsilon
+    if config.num_iterations == 1 and config.objective.clip != default_clip:
         raise UserError(
             "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
         )

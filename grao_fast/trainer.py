@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,10 @@ from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.config import GRAOConfig
-from grao_fast.data.encoding import Encoded, Limits, check_templates, encode_examples
-from grao_fast.data.examples import Example, load_examples
-from grao_fast.evaluation.evaluate import EvaluationResult
+from grao_fast.data.encoding import Encoded, check_templates
+from grao_fast.data.examples import load_examples
 from grao_fast.evaluation.held_out import HeldOut
+from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import (
     hold_frequencies,
     longest_context,
@@ -28,44 +26,27 @@ from grao_fast.models.attention.frequencies import (
 )
 from grao_fast.models.checks import gives_models_back
 from grao_fast.models.loading import load_tokenizer
-from grao_fast.models.policy import Policy, load_policy
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import Tracker, check_trackers
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
-from grao_fast.system.errors import one_line
-from grao_fast.system.files import clear_left_overs, write_file, write_folder
+from grao_fast.system.files import clear_left_overs, writable_folder, write_file, write_folder
 from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
-from grao_fast.training.identity import (
-    PolicyIdentity,
-    RunIdentity,
-    check_same_run,
-    check_steps,
-    digest_frozen,
-)
-from grao_fast.training.inputs import (
-    check_evaluation,
-    check_one_process,
-    check_references,
-    writable_folder,
-)
-from grao_fast.training.memory import token_budget
+from grao_fast.training.identity import RunIdentity, check_same_run
+from grao_fast.training.inputs import check_evaluation, check_one_process, check_references
+from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps
+from grao_fast.training.progress import Progress
 from grao_fast.training.results import TrainResult, samples, write_summary
-from grao_fast.training.saver import SaveError, Saver
-from grao_fast.training.state import (
-    DataStream,
-    load_optimizer,
-    resume_policy,
-    save_checkpoint,
-    step_seed,
-)
-from grao_fast.training.step import Rollout, sample_and_score, update
+from grao_fast.training.rollout import Rollout, sample_and_score
+from grao_fast.training.state import DataStream, step_seed
+from grao_fast.training.step import update
 from grao_fast.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -148,9 +129,11 @@ def train(
             reward_function.check(rows, reward_type=config.reward_type)
         if metric_function and eval_examples:
             metric_function.check(eval_examples, reward_type="pointwise")
-        check_references(examples, eval_examples, config)
+        check_references(examples, eval_examples, config.reward_type)
         check_evaluation(
-            has_eval_dataset=eval_dataset is not None, has_metric=metric is not None, config=config
+            has_eval_dataset=eval_dataset is not None,
+            has_metric=metric is not None,
+            eval_steps=config.eval_steps,
         )
         check_trackers(config.report_to)
         identity = RunIdentity.of(examples, reward_function)
@@ -161,16 +144,33 @@ def train(
             for rows in filter(None, (examples, eval_examples)):
                 check_templates(rows, tokenizer)
         set_seed(config.seed)  # of an adapter's first weights
-        policy = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
-        prove_saving(policy, output, merged=config.use_vllm)
+        loaded = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
+        prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
+        prompts = loaded.encode(examples, config.sampling)
+        held_out = None
+        eval_prompts: list[Encoded] = []
+        if eval_examples is not None:
+            eval_prompts = loaded.encode(eval_examples, config.sampling, trained=False)
+            max_new_tokens = config.max_new_tokens
+            held_out = HeldOut(
+                partial(loaded.answer, max_new_tokens=max_new_tokens, seed=config.seed),
+                eval_prompts,
+                reward=reward_function,
+                metric=metric_function,
+                reward_type=config.reward_type,
+                eval_steps=config.eval_steps,
+                seed=config.seed,
+                output_dir=output,
+            )
+        longest = longest_context(prompts, eval_prompts, config.max_new_tokens)
+        hold_frequencies(loaded.causal_lm, longest)
         run = _Run(
-            config=config,
+            loaded,
+            reward_function,
+            prompts,
+            held_out,
             identity=identity,
-            policy=policy,
-            reward=reward_function,
-            metric=metric_function,
-            prompts=_encode(policy, examples, config),
-            eval_prompts=eval_examples and _encode(policy, eval_examples, config, trained=False),
+            config=config,
             output=output,
             callbacks=callbacks,
         )
@@ -182,54 +182,58 @@ class _Run:
 
     def __init__(
         self,
-        *,
-        config: GRAOConfig,
-        identity: RunIdentity,
-        policy: Policy,
+        loaded: LoadedPolicy,
         reward: Reward,
-        metric: Reward | None,
         prompts: list[Encoded],
-        eval_prompts: list[Encoded] | None,
+        held_out: HeldOut | None,
+        *,
+        identity: RunIdentity,
+        config: GRAOConfig,
         output: Path,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.config, self.policy, self.reward, self.prompts = config, policy, reward, prompts
-        self.output, self.callbacks = output, callbacks
-        self.identity, self.policy_identity = identity, PolicyIdentity.of(policy)
+        self.loaded, self.reward, self.prompts, self.held_out = loaded, reward, prompts, held_out
+        self.config, self.output, self.callbacks = config, output, callbacks
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
                            config.prompts_per_step, len(prompts))  # fmt: skip
         batch_size = min(config.prompts_per_step, len(prompts))
+        optimisation = config.optimisation
         self.stream = DataStream(len(prompts), batch_size, config.seed)
-        self.total_steps = count_steps(config, prompts=len(prompts), prompts_per_step=batch_size)
-        self.optimizer = adamw(policy.model, config)
+        self.total_steps = count_steps(
+            optimisation, prompts=len(prompts), prompts_per_step=batch_size
+        )
+        self.optimizer = adamw(loaded.model, optimisation)
         self.scheduler: LambdaLR = get_scheduler(
-            config.lr_scheduler_type,
+            optimisation.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=config.warmup_steps,
+            num_warmup_steps=optimisation.warmup_steps,
             num_training_steps=self.total_steps,
         )
-        self.optimizer.register_step_pre_hook(self._no_way_back)
-        self.whole: int | None = 0  # steps done; None within an update, which cannot be saved
-        self.rescued = False
-        self.saver = Saver(output, self._write_checkpoint, keep=config.save_total_limit)
-        longest = longest_context(prompts, eval_prompts or (), config.max_new_tokens)
-        hold_frequencies(policy.causal_lm, longest)
-        self.held_out: HeldOut | None = None
-        if eval_prompts:
-            self.held_out = HeldOut(
-                policy, eval_prompts, reward=reward, metric=metric, config=config, output_dir=output
-            )
+        self.progress = Progress(
+            loaded,
+            self.optimizer,
+            self.scheduler,
+            identity=identity,
+            prompts=len(prompts),
+            config=config,
+            output_dir=output,
+        )
 
     def train(self, checkpoint: Path | None) -> TrainResult:
-        """The loop."""
-        config, started = self.config, time.perf_counter()
-        first_step = 0 if checkpoint is None else self._resume(checkpoint)
-        self.frozen = digest_frozen(self.policy.model)
-        self.policy.sampler.sync(self.policy)
-        # kept apart: what a user left open stays open in the files of the run
-        tokens = token_budget(self.policy, self.optimizer, self.prompts, config)
-        self.step_config = config.replace(max_tokens_per_microbatch=tokens, memory_budget_mib=None)
+        """Prepare the first step, and run the loop."""
+        started = time.perf_counter()
+        first_step = self.progress.begin(checkpoint, total_steps=self.total_steps)
+        self.loaded.sampler.sync(self.loaded.policy)
+        self.max_tokens = self.config.max_tokens_per_microbatch or token_budget(
+            self.loaded.policy,
+            self.optimizer,
+            GroupShape.largest(self.prompts, self.config.sampling),
+            self.config.objective,
+            most=self.stream.batch_size,
+            memory_budget_mib=self.config.memory_budget_mib,
+            workspace_mib=self.config.workspace_mib,
+        )
         with interruption.held():
             return self._loop(first_step, started)
 
@@ -244,11 +248,13 @@ class _Run:
             show_progress=not config.disable_tqdm,
             start_step=first_step,
         )
-        watch, metrics = self._recall_metrics()
+        self.progress.flush = self.tracker.flush
+        watch = Watch()
+        metrics = watch.recall(read_lines(self.output / METRICS_FILE))
         try:
             with interruption.at_once():
                 for callback in self.callbacks:
-                    callback.on_train_begin(self.policy, config)
+                    callback.on_train_begin(self.loaded, config)
             step, after = first_step, self._evaluate_again(first_step)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
@@ -258,7 +264,7 @@ class _Run:
                     with interruption.at_once():
                         self._sync(metrics)
                         last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
-                finally:  # a sampler or callback that fails takes nothing from what was done
+                finally:  # a sampler or callback that fails does not undo the step
                     if step % config.logging_steps == 0 or last:
                         self.tracker.log(step, metrics)
                     for message in watch.messages(step, metrics):
@@ -271,67 +277,53 @@ class _Run:
                     self._save(step)
                 if last:
                     break
-            with self._saving(f"{FINAL}/"):
-                write_folder(self.output / FINAL, lambda folder: save_model(self.policy, folder))
+            with self.progress.saving(f"{FINAL}/"):
+                write_folder(self.output / FINAL, self._write_final)
         except BaseException:
-            self._rescue()
+            self.progress.rescue()
             raise
         finally:
             self.tracker.close()
-            release_frequencies(self.policy.causal_lm)
+            release_frequencies(self.loaded.causal_lm)
         before = self.held_out and self.held_out.before
-        result = TrainResult(step, metrics, before, after, self.output, self.policy.model)
+        result = TrainResult(step, metrics, before, after, self.output, self.loaded.model)
         write_summary(result, config, seconds=time.perf_counter() - started)
         return result
 
     def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
-        """Sample, score, update. The seed of a step makes it the same after a resume."""
+        """Sample, score, update. Seeding each step makes it the same after a resume."""
         seed = step_seed(self.config.seed, step)
         set_seed(seed)
         prompts = [self.prompts[i] for i in self.stream.batch(step)]
-        policy, config = self.policy, self.step_config
+        objective = self.config.objective
         with interruption.at_once():
-            rollout = sample_and_score(policy, self.reward, prompts, config, seed=seed)
-            metrics = update(policy, self.optimizer, self.scheduler, rollout, config)
-        self.whole = step + 1
+            rollout = sample_and_score(
+                self.loaded,
+                self.reward,
+                prompts,
+                sampling=self.config.sampling,
+                objective=objective,
+                seed=seed,
+            )
+            metrics = update(
+                self.loaded.policy,
+                self.optimizer,
+                self.scheduler,
+                rollout,
+                objective=objective,
+                optimisation=self.config.optimisation,
+                max_tokens=self.max_tokens,
+                beginning=self.loaded.beginning,
+            )
+        self.progress.done = step + 1
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 
     def _sync(self, metrics: dict[str, float]) -> None:
-        """Give the sampler the weights of a step that is whole, and so is kept if this fails."""
+        """Give the sampler the weights of a finished step, which is kept even if this fails."""
         started = time.perf_counter()
-        self.policy.sampler.sync(self.policy)
+        self.loaded.sampler.sync(self.loaded.policy)
         metrics["time/sync"] = time.perf_counter() - started
-
-    def _no_way_back(self, *_: Any) -> None:
-        """Before the optimiser changes weights: from here on the step can only be finished."""
-        interruption.hold()  # first: a signal in between would leave nothing to save
-        self.whole = None
-
-    @contextmanager
-    def _saving(self, name: str) -> Iterator[None]:
-        """An error of what is done inside says where the weights are."""
-        try:
-            yield
-        except Exception as error:  # of any kind: of a disk, of a library, of a model's own
-            self._rescue()
-            kept = "no step has been saved"
-            if self.saver.checkpoint is not None:
-                kept = f"step {self.saver.step} is in {str(self.saver.checkpoint)!r}"
-            raise SaveError(f"{name} could not be saved ({one_line(error)}); {kept}") from error
-
-    def _rescue(self) -> None:
-        """When the run ends early: save the steps that are done, and say where they are."""
-        if self.rescued:
-            return
-        self.rescued = True
-        if self.whole not in (None, self.saver.step) and not interruption.is_aborted():
-            with suppress(OSError):  # a full disk; the weights may find room elsewhere
-                self.tracker.flush()
-            self.saver.rescue(self.whole)
-        interruption.resumes_from(self.saver.checkpoint)
-        if where := self.saver.where():
-            logger.warning("the run ended early; %s", where)
 
     def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
         """Evaluate on the held-out prompts, where there are any; step 0 is before training."""
@@ -348,7 +340,7 @@ class _Run:
         return result
 
     def _evaluate_again(self, step: int) -> EvaluationResult | None:
-        """What a run that resumes after `step` knew then; what it was stopped before, made up."""
+        """The latest evaluation of a run that resumes after `step`, made now if it is missing."""
         if self.held_out is None or step == 0:
             return self._evaluate(step)
         self.held_out.recall()
@@ -357,71 +349,10 @@ class _Run:
         return self._evaluate(step, log=lacks) if last or lacks else self.held_out.before
 
     def _save(self, step: int) -> None:
-        with self._saving(f"checkpoint-{step}"):
-            self.tracker.flush()
-            path = self.saver.save(step)
-        interruption.resumes_from(path)
+        path = self.progress.save(step)
         with interruption.at_once():
             for callback in self.callbacks:
                 callback.on_save(step, path)
 
-    def _write_checkpoint(self, path: Path, step: int, bare: bool) -> None:
-        save_checkpoint(
-            path,
-            self.policy,
-            self.optimizer,
-            self.scheduler,
-            step=step,
-            config=self.config,
-            belongs_to={
-                "run": asdict(self.identity),
-                "policy": asdict(self.policy_identity),
-                "frozen": self.frozen,
-                "prompts": len(self.prompts),
-            },
-            bare=bare,
-        )
-
-    def _resume(self, checkpoint: Path) -> int:
-        """Load a checkpoint; returns the number of steps it has done."""
-        state = read_state(checkpoint)
-        check_steps(checkpoint, state["step"], self.total_steps)
-        self.policy_identity = resume_policy(self.policy, self.policy_identity, checkpoint, state)
-        if state["prompts"] != len(self.prompts):
-            logger.warning(
-                "%d prompts are short enough here and %d were: their order is another one",
-                len(self.prompts), state["prompts"],
-            )  # fmt: skip
-        load_optimizer(checkpoint, self.optimizer, self.scheduler)
-        logger.info("resuming from %s", checkpoint)
-        self.whole = state["step"]
-        self.saver.resumed(checkpoint, self.whole)
-        return state["step"]
-
-    def _recall_metrics(self) -> tuple[Watch, dict[str, float]]:
-        """What the steps before a resume have reported, to the watch; and the last of them."""
-        watch, metrics = Watch(), {}
-        for row in read_lines(self.output / METRICS_FILE):
-            if "loss" in row:
-                metrics = {k: math.nan if v is None else v for k, v in row.items() if k != "step"}
-                for _said_before in watch.messages(row["step"], metrics):
-                    pass
-        return watch, metrics
-
-
-def _encode(
-    policy: Policy, examples: list[Example], config: GRAOConfig, *, trained: bool = True
-) -> list[Encoded]:
-    return encode_examples(
-        examples,
-        policy.tokenizer,
-        Limits(
-            max_new_tokens=config.max_new_tokens,
-            context_length=policy.context_length,
-            max_prompt_length=config.max_prompt_length,
-            max_reference_length=config.max_reference_length,
-            embedding_rows=policy.embedding_rows,
-        ),
-        eos_token_ids=policy.eos_token_ids,
-        trained=trained,
-    )
+    def _write_final(self, folder: Path) -> None:
+        save_model(self.loaded.model, self.loaded.tokenizer, folder)

@@ -35,5 +35,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks that every model passes at the start, which take most of a short test's time."""
-    monkeypatch.setattr("grao_fast.models.policy.check_parity", lambda *args, **options: None)
-    monkeypatch.setattr("grao_fast.models.policy.check_sampler", lambda *args, **options: None)
+    monkeypatch.setattr("grao_fast.sampling.loading.check_parity", lambda *args, **options: None)
+    monkeypatch.setattr("grao_fast.sampling.loading.check_sampler", lambda *args, **options: None)

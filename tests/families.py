@@ -112,7 +112,9 @@ def gradients(policy: Policy, batch: MicroBatch) -> tuple[torch.Tensor, dict[str
     """
     policy.model.zero_grad()
     with policy.updating():
-        hidden, router_loss = policy.hidden_and_router_loss(batch)
+        hidden, router_loss = policy.at_head(
+            batch, lambda head: (head.hidden_TD, policy.router_loss(head, batch))
+        )
         total = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
         (total if router_loss is None else total + router_loss).backward()
     named = policy.model.named_parameters()

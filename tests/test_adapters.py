@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
 from grao_fast.config import GRAOConfig
-from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -76,7 +76,7 @@ def rewrite_config(folder: Path, **changed) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
-def trained_names(policy: Policy) -> set[str]:
+def trained_names(policy: LoadedPolicy) -> set[str]:
     return {name for name, p in policy.model.named_parameters() if p.requires_grad}
 
 

@@ -14,7 +14,7 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Segment, pack
 from grao_fast.models.attention import choose_attention, flex, sdpa
 from grao_fast.models.parity import check_parity
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 
 CPU = torch.device("cpu")
 SEGMENTS = (Segment(0, 150, (140, 7)), Segment(297, 3, (1, 130, 64)), Segment(495, 1, (2,)))
@@ -93,7 +93,7 @@ def test_flex_gives_every_family_the_gradients_of_parts(
     """With recomputed layers, except where a cap on scores rules them out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = GRAOConfig(gradient_checkpointing=family != "Gemma2")
-    policy = load_policy(family_model(family), config=config, tokenizer=tokenizer)
+    policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
     assert policy.attention == "grao_parts"
     on_flex = dataclasses.replace(policy, attention="grao_flex")
     assert_same(gradients(on_flex, pack(GROUPS)), gradients(policy, pack(GROUPS)))
@@ -102,7 +102,7 @@ def test_flex_gives_every_family_the_gradients_of_parts(
 def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = family_model("Llama", max_position_embeddings=256)
-    policy = load_policy(model, config=GRAOConfig(), tokenizer=tokenizer)
+    policy = load_policy(model, config=GRAOConfig(), tokenizer=tokenizer).policy
     on_flex = dataclasses.replace(policy, attention="grao_flex")
     check_parity(on_flex)
 

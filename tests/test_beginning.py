@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Group
-from grao_fast.models.policy import Policy, load_policy
+from grao_fast.kernels import GRAOLoss
+from grao_fast.models.policy import Policy
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.training.checkpoint import CheckpointError, read_state
 from grao_fast.training.identity import PolicyIdentity, digest_frozen
 from grao_fast.training.optim import adamw
@@ -61,7 +63,7 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:
+def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> LoadedPolicy:
     """The policy as a run would begin with it: drawn anew, the same each time."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,10 +108,10 @@ def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> Policy:
     return load_policy(model, config=config, tokenizer=tokenizer, peft_config=adapter)
 
 
-def move(policy: Policy) -> None:
+def move(loaded: LoadedPolicy) -> None:
     """As training would, but further; what is frozen stays."""
     generator = torch.Generator().manual_seed(7)
-    for parameter in policy.model.parameters():
+    for parameter in loaded.model.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.add_(0.05 * noise)
@@ -120,15 +122,29 @@ def batch_of(policy: Policy):
     return policy.lay_out([Group([9, 8, 7], [[4, 5, 6], [9, 4]], rewards_K, live_K)])
 
 
-def start_logprobs(policy: Policy) -> torch.Tensor:
+def start_logprobs(loaded: LoadedPolicy) -> torch.Tensor:
+    policy = loaded.policy
+    assert loaded.beginning is not None
     with policy.updating():
-        return reference_logprobs(policy, batch_of(policy), CONFIG)
+        return reference_logprobs(
+            policy, loaded.beginning, batch_of(policy), temperature=CONFIG.temperature
+        )
 
 
-def write(policy: Policy, path: Path, begun: PolicyIdentity, config: GRAOConfig = CONFIG) -> Path:
-    optimizer = adamw(policy.model, config)
-    belongs_to = {"policy": vars(begun), "frozen": digest_frozen(policy.model)}
-    save_checkpoint(path, policy, optimizer, LambdaLR(optimizer, lambda step: 1.0), step=1,
+def loss_of(loaded: LoadedPolicy, ref_logprob_T: torch.Tensor | None = None) -> GRAOLoss:
+    policy = loaded.policy
+    with policy.updating():
+        return micro_batch_loss(
+            policy, batch_of(policy), CONFIG.objective, num_prompts=1, ref_logprob_T=ref_logprob_T
+        ).grao
+
+
+def write(
+    loaded: LoadedPolicy, path: Path, begun: PolicyIdentity, config: GRAOConfig = CONFIG
+) -> Path:
+    optimizer = adamw(loaded.model, config.optimisation)
+    belongs_to = {"policy": vars(begun), "frozen": digest_frozen(loaded.model)}
+    save_checkpoint(path, loaded, optimizer, LambdaLR(optimizer, lambda step: 1.0), step=1,
                     config=config, belongs_to=belongs_to)  # fmt: skip
     return path
 
@@ -147,23 +163,18 @@ def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, t
         with pytest.raises(ValueError, match=r"bias and 3 more would be trained, and is not saved"):
             build(kind, biased)
         return
-    policy = build(kind, biased)
-    with policy.updating():
-        batch = batch_of(policy)
-        ref_logprob_T = reference_logprobs(policy, batch, CONFIG)
-        loss = micro_batch_loss(policy, batch, CONFIG, num_prompts=1, ref_logprob_T=ref_logprob_T)
-        expected = loss.grao.logprob_T.detach()
-    assert float(loss.grao.kl) == 0.0
-    begun = PolicyIdentity.of(policy)
-    move(policy)
-    moved = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    assert torch.equal(start_logprobs(policy), expected)
-    assert all(torch.equal(value, moved[n]) for n, value in policy.model.state_dict().items())
-    with policy.updating():
-        loss = micro_batch_loss(policy, batch, CONFIG, num_prompts=1, ref_logprob_T=expected)
-    assert not torch.equal(loss.grao.logprob_T, expected)
+    loaded = build(kind, biased)
+    loss = loss_of(loaded, start_logprobs(loaded))
+    expected = loss.logprob_T.detach()
+    assert float(loss.kl) == 0.0
+    begun = PolicyIdentity.of(loaded)
+    move(loaded)
+    moved = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    assert torch.equal(start_logprobs(loaded), expected)
+    assert all(torch.equal(value, moved[n]) for n, value in loaded.model.state_dict().items())
+    assert not torch.equal(loss_of(loaded, expected).logprob_T, expected)
 
-    path = write(policy, tmp_path / "checkpoint-1", begun)
+    path = write(loaded, tmp_path / "checkpoint-1", begun)
     again = build(kind, biased)
     assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
     resumed = again.model.state_dict()
@@ -174,25 +185,24 @@ def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, t
 
 def test_weights_that_autocast_has_cast_are_not_kept(biased: Path):
     """It keeps what it casts until the outermost context ends, here around both passes."""
-    policy = build("all parameters", biased, CONFIG.replace(bf16=True))
-    expected = start_logprobs(policy)
-    move(policy)
-    with policy.updating(), policy.autocast():
-        batch = batch_of(policy)
-        moved = micro_batch_loss(policy, batch, CONFIG, num_prompts=1).grao.logprob_T.detach()
-        assert torch.equal(reference_logprobs(policy, batch, CONFIG), expected)
-        again = micro_batch_loss(policy, batch, CONFIG, num_prompts=1).grao.logprob_T
+    loaded = build("all parameters", biased, CONFIG.replace(bf16=True))
+    expected = start_logprobs(loaded)
+    move(loaded)
+    with loaded.policy.updating(), loaded.policy.autocast():
+        moved = loss_of(loaded).logprob_T.detach()
+        assert torch.equal(start_logprobs(loaded), expected)
+        again = loss_of(loaded).logprob_T
     assert torch.equal(again, moved)
     assert not torch.equal(again, expected)
 
 
 def test_a_failure_inside_leaves_the_policy_as_it_is(biased: Path):
-    policy = build("plain", biased)
-    move(policy)
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), policy.as_it_began():
+    loaded = build("plain", biased)
+    move(loaded)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), loaded.beginning.restored():
         raise KeyboardInterrupt
-    assert all(torch.equal(value, before[n]) for n, value in policy.model.state_dict().items())
+    assert all(torch.equal(value, before[n]) for n, value in loaded.model.state_dict().items())
 
 
 def test_what_would_be_trained_and_not_saved_is_refused(biased: Path):
@@ -207,11 +217,11 @@ def test_what_would_be_trained_and_not_saved_is_refused(biased: Path):
 
 def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, tmp_path: Path):
     """The checkpoint holds no copy; the first weights are drawn again, if from the same seed."""
-    policy = build("random", biased, CONFIG.replace(kl_coef=0.0))
+    loaded = build("random", biased, CONFIG.replace(kl_coef=0.0))
     expected = start_logprobs(build("random", biased))
-    begun = PolicyIdentity.of(policy)
-    move(policy)
-    path = write(policy, tmp_path / "checkpoint-1", begun, CONFIG.replace(kl_coef=0.0))
+    begun = PolicyIdentity.of(loaded)
+    move(loaded)
+    path = write(loaded, tmp_path / "checkpoint-1", begun, CONFIG.replace(kl_coef=0.0))
     again = build("random", biased)
     assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
     assert torch.equal(start_logprobs(again), expected)
@@ -230,10 +240,10 @@ def test_what_was_taken_out_of_the_base_is_put_back_alike(
 ):
     """On a machine that decomposes with another rounding, here a coarse one; also without a KL."""
     config = CONFIG.replace(kl_coef=0.0)
-    policy = build(kind, biased, config)
-    begun = PolicyIdentity.of(policy)
-    move(policy)
-    path = write(policy, tmp_path / "checkpoint-1", begun, config)
+    loaded = build(kind, biased, config)
+    begun = PolicyIdentity.of(loaded)
+    move(loaded)
+    path = write(loaded, tmp_path / "checkpoint-1", begun, config)
     with monkeypatch.context() as patch:
         for name in ("svd", "qr"):
             exact = getattr(torch.linalg, name)
@@ -243,7 +253,7 @@ def test_what_was_taken_out_of_the_base_is_put_back_alike(
 
             patch.setattr(torch.linalg, name, rounded)
         again = build(kind, biased, config)
-    here, there = policy.model.state_dict(), again.model.state_dict()
+    here, there = loaded.model.state_dict(), again.model.state_dict()
     off = max(float((here[n] - there[n]).abs().max()) for n in here if "base_layer.weight" in n)
     assert off > 1e-5
     assert resume_policy(again, PolicyIdentity.of(again), path, read_state(path)) == begun
@@ -252,8 +262,8 @@ def test_what_was_taken_out_of_the_base_is_put_back_alike(
 
 
 def test_another_base_is_refused_where_the_adapter_alters_it(biased: Path, tmp_path: Path):
-    policy = build("PiSSA", biased)
-    path = write(policy, tmp_path / "checkpoint-1", PolicyIdentity.of(policy))
+    loaded = build("PiSSA", biased)
+    path = write(loaded, tmp_path / "checkpoint-1", PolicyIdentity.of(loaded))
     model = AutoModelForCausalLM.from_pretrained(biased)
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 0.01
     model.save_pretrained(tmp_path / "other")

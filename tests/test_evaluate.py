@@ -223,7 +223,8 @@ def test_a_model_gains_nothing_over_itself(tiny_model: Path) -> None:
 
 def test_errors_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "grao_fast.models.policy.load_policy", lambda *a, **k: pytest.fail("a model was loaded")
+        "grao_fast.evaluation.evaluate.load_policy",
+        lambda *a, **k: pytest.fail("a model was loaded"),
     )
     rows = [{"prompt": "a", "reference": "b"}]
     with pytest.raises(ValueError, match="no such file"):

@@ -23,15 +23,17 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.examples import Example
 from grao_fast.kernels import group_advantages
-from grao_fast.models import policy
+from grao_fast.models import policy as policy_module
 from grao_fast.models.attention import flex
 from grao_fast.models.parity import check_parity
-from grao_fast.models.policy import Policy, load_policy
-from grao_fast.sampling import Completion
-from grao_fast.training.memory import token_budget
+from grao_fast.models.policy import Policy
+from grao_fast.sampling import Completion, loading
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.optim import adamw
+from grao_fast.training.rollout import Rollout
 from grao_fast.training.state import load_optimizer
-from grao_fast.training.step import Rollout, micro_batch_loss, update
+from grao_fast.training.step import micro_batch_loss, update
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 
@@ -58,23 +60,25 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: model)
     monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda model, options: model)
     for check in ("check_weights", "check_parity", "check_sampler"):  # of values
-        monkeypatch.setattr(policy, check, lambda *args, **options: None)
+        monkeypatch.setattr(loading, check, lambda *args, **options: None)
     flex.block_mask.cache_clear()
 
 
-def load(tiny_model: Path, **options: Any) -> tuple[Policy, GRAOConfig]:
+def load(tiny_model: Path, **options: Any) -> tuple[LoadedPolicy, GRAOConfig]:
     config = CONFIG.replace(**options)
     with torch.device("cuda"):
         model = family_model("Qwen3", head_dim=16, max_position_embeddings=256)
     loaded = load_policy(model, config=config, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
-    assert loaded.autocast_dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert loaded.policy.autocast_dtype == torch.bfloat16 and model.dtype == torch.float32
     return loaded, config
 
 
-def backward(loaded: Policy, config: GRAOConfig) -> None:
-    with loaded.updating():
-        batch = loaded.lay_out(GROUPS)
-        micro_batch_loss(loaded, batch, config, num_prompts=2).loss.backward()
+def backward(policy: Policy, config: GRAOConfig) -> None:
+    with policy.updating():
+        batch = policy.lay_out(GROUPS)
+        micro_batch_loss(
+            policy, batch, config.objective, num_prompts=2, workspace_mib=config.workspace_mib
+        ).loss.backward()
 
 
 def prompts() -> list[Encoded]:
@@ -88,9 +92,9 @@ def test_a_micro_batch_waits_for_nothing(layout: str, recompute: bool, tiny_mode
     """Forward, loss and backward; gradients are where their parameters are, in float32."""
     with fake_cuda.fake_cuda(may_wait=True):
         loaded, config = load(tiny_model, gradient_checkpointing=recompute, **LAYOUTS[layout])
-    assert (loaded.attention or "stock") == layout
+    assert (loaded.policy.attention or "stock") == layout
     with fake_cuda.fake_cuda():
-        backward(loaded, config)
+        backward(loaded.policy, config)
         for name, parameter in loaded.model.named_parameters():
             gradient = parameter.grad
             assert gradient is not None and gradient.is_cuda, name
@@ -110,9 +114,18 @@ def test_an_update(options: dict[str, Any], tiny_model: Path) -> None:
     )
     with fake_cuda.fake_cuda(may_wait=True, look=0):
         loaded, config = load(tiny_model, **options)
-        optimizer = adamw(loaded.model, config)
+        optimizer = adamw(loaded.model, config.optimisation)
         scheduler = LambdaLR(optimizer, lambda step: 1.0)
-        metrics = update(loaded, optimizer, scheduler, rollout, config)
+        metrics = update(
+            loaded.policy,
+            optimizer,
+            scheduler,
+            rollout,
+            objective=config.objective,
+            optimisation=config.optimisation,
+            max_tokens=config.max_tokens_per_microbatch,
+            beginning=loaded.beginning,
+        )
     assert metrics["grad_norm"] == 0 and metrics["flops/done"] > 0
     moments = [value for state in optimizer.state.values() for value in state.values()]
     assert len(moments) == 3 * len(list(loaded.model.parameters()))
@@ -152,7 +165,7 @@ def test_the_check_at_the_start(layout: str, tiny_model: Path) -> None:
     """It comes to its end: an error of 0, of logits of 0."""
     with fake_cuda.fake_cuda(may_wait=True, look=0):
         loaded, _ = load(tiny_model, **LAYOUTS[layout])
-        check_parity(loaded)
+        check_parity(loaded.policy)
 
 
 def test_the_probe_of_the_memory(tiny_model: Path) -> None:
@@ -170,7 +183,14 @@ def test_the_probe_of_the_memory(tiny_model: Path) -> None:
     with fake_cuda.fake_cuda(may_wait=True):
         loaded, config = load(tiny_model, max_tokens_per_microbatch=None, max_new_tokens=5)
     with fake_cuda.fake_cuda(), patch.multiple(torch.cuda, **allocator):
-        found = token_budget(loaded, adamw(loaded.model, config), prompts(), config)
+        found = token_budget(
+            loaded.policy,
+            adamw(loaded.model, config.optimisation),
+            GroupShape.largest(prompts(), config.sampling),
+            config.objective,
+            most=2,
+            workspace_mib=config.workspace_mib,
+        )
     assert found == 2 * (6 + 2 * 5 + 7)
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
@@ -191,9 +211,10 @@ def test_the_suites_section_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_what_is_left_on_the_cpu_is_seen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail."""
-    monkeypatch.setattr(policy, "to_device", lambda tensor, device: tensor)
+    monkeypatch.setattr(policy_module, "to_device", lambda tensor, device: tensor)
     with (
         fake_cuda.fake_cuda(may_wait=True),
         pytest.raises(RuntimeError, match="two devices"),
     ):
-        backward(*load(tiny_model))
+        loaded, config = load(tiny_model)
+        backward(loaded.policy, config)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoTokenizer
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Group, pack, pad
 from grao_fast.models.attention import flex
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training.flops import ModelCost, batch_work, group_work, layer_windows, update_flops
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -78,7 +78,7 @@ def test_flops_are_those_that_pytorch_counts(
         config=GRAOConfig(gradient_checkpointing=recompute),
         tokenizer=AutoTokenizer.from_pretrained(tiny_model),
         peft_config=peft_config,
-    )
+    ).policy
     batch = pack([short(1, 4), short(2, 4)])
     head, bias = policy.head()
     with (
@@ -94,7 +94,7 @@ def test_flops_are_those_that_pytorch_counts(
 
 @needs_fused_attention
 def test_scoring_is_one_forward_pass(tiny_model):
-    policy = load_policy(tiny_model, config=GRAOConfig())
+    policy = load_policy(tiny_model, config=GRAOConfig()).policy
     batch = pack([short(1, 4), short(2, 4)])
     with (
         torch.no_grad(),
@@ -124,7 +124,7 @@ def test_windows_are_those_that_the_layers_ask_for(family: str, monkeypatch, tin
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(
         model, config=GRAOConfig(gradient_checkpointing=False), tokenizer=tokenizer
-    )
+    ).policy
     packed, asked = AttentionInterface._global_mapping["grao_parts"], []
 
     def watched(*tensors, sliding_window=None, **options):

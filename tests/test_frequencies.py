@@ -17,7 +17,8 @@ import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.data.packing import Group, MicroBatch
 from grao_fast.models.attention.frequencies import hold_frequencies, release_frequencies
-from grao_fast.models.policy import Policy, load_policy
+from grao_fast.models.policy import Policy
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.sampling.proof import measure_sampler
 
 LONG_ROPE = {
@@ -86,11 +87,11 @@ def model_of(case: str) -> PreTrainedModel:
     return family_model(family, **copy.deepcopy(FOLLOWING[case][1]))
 
 
-def held(case: str, tiny_model: Path, tokens: int, **options: Any) -> Policy:
+def held(case: str, tiny_model: Path, tokens: int, **options: Any) -> LoadedPolicy:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    policy = load_policy(model_of(case), config=GRAOConfig(**options), tokenizer=tokenizer)
-    hold_frequencies(policy.causal_lm, tokens)
-    return policy
+    loaded = load_policy(model_of(case), config=GRAOConfig(**options), tokenizer=tokenizer)
+    hold_frequencies(loaded.causal_lm, tokens)
+    return loaded
 
 
 def summed(policy: Policy, batches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,7 +112,7 @@ def summed(policy: Policy, batches: list[MicroBatch]) -> tuple[Tensor, dict[str,
 def test_the_gradient_does_not_depend_on_how_a_step_is_split(
     case: str, share_prefix: bool, tiny_model: Path
 ):
-    policy = held(case, tiny_model, 24, share_prefix=share_prefix)
+    policy = held(case, tiny_model, 24, share_prefix=share_prefix).policy
     together = summed(policy, [policy.lay_out([LONG, SHORT])])
     apart = [policy.lay_out([LONG]), policy.lay_out([SHORT])]
     assert_same(together, summed(policy, apart))
@@ -140,8 +141,8 @@ def test_what_is_held_is_what_the_model_makes_of_that_length(case: str, tiny_mod
 
 @pytest.mark.parametrize("case", FOLLOWING)
 def test_the_sampler_turns_positions_as_the_policy_does(case: str, tiny_model: Path):
-    policy = held(case, tiny_model, 24, gradient_checkpointing=False)
-    assert measure_sampler(policy).off < 1e-4
+    loaded = held(case, tiny_model, 24, gradient_checkpointing=False)
+    assert measure_sampler(loaded.sampler, loaded.policy).off < 1e-4
 
 
 def test_a_run_is_split_in_any_way_and_gives_the_model_back(tiny_model: Path, tmp_path: Path):

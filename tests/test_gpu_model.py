@@ -12,8 +12,10 @@ from step_problem import Case, make_model, make_rollout
 from torch import Tensor
 
 from grao_fast.config import GRAOConfig
-from grao_fast.models.policy import Policy, load_policy
-from grao_fast.training.step import Rollout, micro_batch_loss, to_groups
+from grao_fast.models.policy import Policy
+from grao_fast.sampling.loading import load_policy
+from grao_fast.training.rollout import Rollout, to_groups
+from grao_fast.training.step import micro_batch_loss
 
 pytestmark = [
     pytest.mark.cuda,
@@ -35,7 +37,7 @@ def test_flex_attention_gives_the_gradient_of_sdpa(recompute: bool) -> None:
     config = GRAOConfig(
         device="cuda", attention_backend="flex", gradient_checkpointing=recompute, workspace_mib=64
     )
-    policy = load_policy(model, config=config, tokenizer=tokenizer)
+    policy = load_policy(model, config=config, tokenizer=tokenizer).policy
     for case in CASES:
         rollout = make_rollout(case, model.config.vocab_size)
         flex = gradient(policy, rollout)
@@ -47,10 +49,11 @@ def test_flex_attention_gives_the_gradient_of_sdpa(recompute: bool) -> None:
 
 def gradient(policy: Policy, rollout: Rollout) -> Tensor:
     """The gradients of all parameters in one vector."""
-    groups = to_groups(rollout, beta=0.5, lam=0.6)
+    objective = GRAOConfig().objective
+    groups = to_groups(rollout, objective)
     policy.model.zero_grad()
     with policy.updating():
         batch = policy.lay_out(groups)
-        micro_batch_loss(policy, batch, GRAOConfig(), num_prompts=len(groups)).loss.backward()
+        micro_batch_loss(policy, batch, objective, num_prompts=len(groups)).loss.backward()
     gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
     return torch.cat([each.flatten() for each in gradients])

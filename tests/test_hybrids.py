@@ -14,16 +14,16 @@ from transformers import AutoTokenizer
 import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.data.packing import Group, pad
-from grao_fast.models.policy import Policy, load_policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.generate import GenerateSampler, bears_padding
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.training.flops import layer_windows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
-def policy(request: pytest.FixtureRequest, tiny_model: Path) -> Policy:
+def loaded(request: pytest.FixtureRequest, tiny_model: Path) -> LoadedPolicy:
     """Every third token ends a completion, so that rows end at different times."""
     model = family_model(request.param)
     model.generation_config.eos_token_id = list(range(1, 77, 3))
@@ -31,14 +31,14 @@ def policy(request: pytest.FixtureRequest, tiny_model: Path) -> Policy:
     return load_policy(model, config=GRAOConfig(share_prefix=False), tokenizer=tokenizer)
 
 
-def sample(policy: Policy, **options) -> list[list[Completion]]:
+def sample(loaded: LoadedPolicy, **options) -> list[list[Completion]]:
     options = {"num_generations": 6, "max_new_tokens": 8, "temperature": 0.7, "seed": 3} | options
-    return policy.sampler.sample(PROMPTS, **options)
+    return loaded.sampler.sample(PROMPTS, **options)
 
 
-def test_log_probs_are_those_of_the_full_forward_pass(policy: Policy):
-    groups = sample(policy)
-    model = policy.causal_lm.eval()
+def test_log_probs_are_those_of_the_full_forward_pass(loaded: LoadedPolicy):
+    groups = sample(loaded)
+    model = loaded.causal_lm.eval()
     lengths = set()
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -47,7 +47,7 @@ def test_log_probs_are_those_of_the_full_forward_pass(policy: Policy):
                 logits = model(ids).logits[0, len(prompt) - 1 : -1] / 0.7
             expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
             assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
-            ended = [token in policy.eos_token_ids for token in completion.token_ids]
+            ended = [token in loaded.eos_token_ids for token in completion.token_ids]
             assert not any(ended[:-1])
             assert completion.finished == ended[-1]
             assert completion.finished or len(ended) == 8
@@ -55,26 +55,26 @@ def test_log_probs_are_those_of_the_full_forward_pass(policy: Policy):
     assert len(lengths) > 3
 
 
-def test_one_call_one_result_and_another_seed_another(policy: Policy):
-    assert sample(policy) == sample(policy)
-    assert sample(policy) != sample(policy, seed=4)
+def test_one_call_one_result_and_another_seed_another(loaded: LoadedPolicy):
+    assert sample(loaded) == sample(loaded)
+    assert sample(loaded) != sample(loaded, seed=4)
 
 
-def test_a_group_does_not_depend_on_the_prompts_beside_it(policy: Policy):
+def test_a_group_does_not_depend_on_the_prompts_beside_it(loaded: LoadedPolicy):
     """Greedily, as draws follow the batch; padding would be summed into the state."""
-    together = sample(policy, temperature=0.0, num_generations=1)
+    together = sample(loaded, temperature=0.0, num_generations=1)
     options = {"num_generations": 1, "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
-    alone = [policy.sampler.sample([prompt], **options)[0] for prompt in PROMPTS]
+    alone = [loaded.sampler.sample([prompt], **options)[0] for prompt in PROMPTS]
     assert [g[0].token_ids for g in together] == [g[0].token_ids for g in alone]
 
 
-def test_padding_that_is_masked_everywhere_is_used(policy: Policy):
+def test_padding_that_is_masked_everywhere_is_used(loaded: LoadedPolicy):
     """Prompts of all lengths in one batch; weights are as they were to the bit."""
-    assert isinstance(policy.sampler, GenerateSampler) and policy.sampler.pads
-    assert list(policy.sampler._batches(PROMPTS, 64)) == [[2, 0, 3, 1]]
-    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    assert bears_padding(policy.causal_lm)
-    after = policy.model.state_dict()
+    assert isinstance(loaded.sampler, GenerateSampler) and loaded.sampler.pads
+    assert list(loaded.sampler._batches(PROMPTS, 64)) == [[2, 0, 3, 1]]
+    before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
+    assert bears_padding(loaded.causal_lm)
+    after = loaded.model.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
@@ -97,10 +97,10 @@ def test_padding_that_reaches_a_state_is_never_made(leak: str):
     assert list(sampler._batches(PROMPTS, 64)) == [[2], [0, 3], [1]]
 
 
-def test_the_models_generation_config_has_no_say(policy: Policy):
+def test_the_models_generation_config_has_no_say(loaded: LoadedPolicy):
     """Nor is it changed."""
-    expected = sample(policy)
-    own = policy.causal_lm.generation_config
+    expected = sample(loaded)
+    own = loaded.causal_lm.generation_config
     settings = {
         "do_sample": True,
         "temperature": 0.1,
@@ -113,28 +113,28 @@ def test_the_models_generation_config_has_no_say(policy: Policy):
     before = {name: getattr(own, name) for name in settings}
     own.update(**settings)
     try:
-        assert sample(policy) == expected
-        assert policy.causal_lm.generation_config is own
+        assert sample(loaded) == expected
+        assert loaded.causal_lm.generation_config is own
         assert all(getattr(own, name) == value for name, value in settings.items())
     finally:
         own.update(**before)
 
 
-def test_padding_on_the_right_changes_no_gradient(policy: Policy):
+def test_padding_on_the_right_changes_no_gradient(loaded: LoadedPolicy):
     """Rows of two lengths in one batch, against one row a batch."""
     live = torch.ones(1, dtype=torch.bool)
     rewards = torch.zeros(1, dtype=torch.float64)
     rows = [Group([5, 6, 7], [[8, 9, 10, 11, 12, 13]], rewards, live)]
     rows += [Group([14], [[15, 16]], rewards, live)]
-    hidden, together = gradients(policy, pad(rows, pad_token_id=0))
+    hidden, together = gradients(loaded.policy, pad(rows, pad_token_id=0))
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
-    policy.model.zero_grad()
+    loaded.model.zero_grad()
     parts = []
-    with policy.updating():
+    with loaded.policy.updating():
         for row, weight_TD in zip(rows, weight.split([6, 2]), strict=True):
-            parts.append(policy.hidden(pad([row], pad_token_id=0)))
+            parts.append(loaded.policy.hidden(pad([row], pad_token_id=0)))
             (parts[-1] * weight_TD).sum().backward()
-    named = policy.model.named_parameters()
+    named = loaded.model.named_parameters()
     apart = {name: p.grad.clone() for name, p in named if p.grad is not None}
     assert_same((hidden, together), (torch.cat(parts).detach(), apart))
 

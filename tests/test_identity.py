@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
 from grao_fast.models.adapters import load_adapters
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system.files import write_folder
 from grao_fast.training.checkpoint import CheckpointError, read_state
 from grao_fast.training.state import load_weights
@@ -267,7 +267,7 @@ def test_every_key_of_a_checkpoint_is_accounted_for(
         "value": "differ from those",
     }[change]
     with pytest.raises(ValueError, match=message) as error:
-        load_weights(policy, folder, read_state(folder))
+        load_weights(policy.model, folder, read_state(folder))
     assert "\n" not in str(error.value)
     if change != "value":
         assert all(torch.equal(v, before[n]) for n, v in policy.model.state_dict().items())

@@ -10,7 +10,7 @@ import torch
 
 from grao_fast.config import GRAOConfig
 from grao_fast.models.liger import use_liger_layers
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 
 
 def on_cuda(model_type: str) -> SimpleNamespace:

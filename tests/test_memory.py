@@ -11,9 +11,9 @@ from test_trainer import CONFIG, ROWS, StopAt, lines, run, same_bits
 from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.encoding import Limits, encode_examples
 from grao_fast.data.examples import load_examples
-from grao_fast.models.policy import load_policy
+from grao_fast.models.policy import Policy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training import memory
 from grao_fast.training.optim import adamw
 
@@ -52,30 +52,41 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
     """
     config = GRAOConfig(num_generations=3, workspace_mib=1, **options)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    policy = load_policy(family_model(family), config=config, tokenizer=tokenizer)
+    policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
     shape = memory.GroupShape(400, (480, 480, 480, 240))
     with memory._untouched(policy):
-        estimate = memory._estimated_peak(policy, shape, config)
+        probe = memory.Probe(policy, config.objective, config.workspace_mib)
+        estimate = memory._estimated_peak(probe, shape)
         for count in (1, 2):
             with memory._Held(policy) as held:
-                memory._run(policy, shape.group(), count, config)
+                probe.run(shape.group(), count)
             actual = held.peak + held.gradients_peak + config.workspace_mib * MIB
             assert 0.98 <= estimate(count) / actual <= 1.35
 
 
-def probe(tiny_model, config: GRAOConfig):
-    policy = load_policy(tiny_model, config=config)
-    prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=512)
+def load(tiny_model, config: GRAOConfig) -> tuple[Policy, memory.GroupShape]:
+    """A policy, and the largest group of its prompts."""
+    loaded = load_policy(tiny_model, config=config)
+    prompts = loaded.encode(load_examples(ROWS), config.sampling)
+    return loaded.policy, memory.GroupShape.largest(prompts, config.sampling)
+
+
+def budget(policy: Policy, shape: memory.GroupShape, config: GRAOConfig) -> int:
+    return memory.token_budget(
+        policy,
+        adamw(policy.model, config.optimisation),
+        shape,
+        config.objective,
+        most=config.prompts_per_step,
+        memory_budget_mib=config.memory_budget_mib,
+        workspace_mib=config.workspace_mib,
     )
-    return policy, prompts
 
 
 def test_a_budget_is_filled_and_not_exceeded(tiny_model):
     config = FOUND.replace(memory_budget_mib=3, prompts_per_step=7)
-    policy, prompts = probe(tiny_model, config)
-    shape = memory.GroupShape.largest(prompts, config)
-    found = memory.token_budget(policy, adamw(policy.model, config), prompts, config)
+    policy, shape = load(tiny_model, config)
+    found = budget(policy, shape, config)
     count, rest = divmod(found, shape.group().size.packed)
     assert rest == 0
     assert 1 <= count < config.prompts_per_step
@@ -83,18 +94,18 @@ def test_a_budget_is_filled_and_not_exceeded(tiny_model):
     with memory._untouched(policy):
         for n in (count, count + 1):
             with memory._Held(policy) as held:
-                memory._run(policy, shape.group(), n, config)
+                memory.Probe(policy, config.objective, config.workspace_mib).run(shape.group(), n)
             sizes.append(held.peak + held.gradients_peak + MIB)
     assert sizes[0] <= 3 * MIB < sizes[1]
 
 
 def test_finding_it_leaves_no_trace(tiny_model):
-    policy, prompts = probe(tiny_model, FOUND)
+    policy, shape = load(tiny_model, FOUND)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    memory.token_budget(policy, adamw(policy.model, FOUND), prompts, FOUND)
+    budget(policy, shape, FOUND)
     assert torch.equal(torch.rand(4), expected)
     after = policy.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -131,34 +142,38 @@ def test_a_run_that_found_its_budget_resumes_bit_for_bit(tiny_model, tmp_path: P
 )
 def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch, error):
     """The bookkeeping alone: torch.cuda is replaced, and three groups are more than there is."""
-    policy, _ = probe(tiny_model, FOUND)
+    policy, _ = load(tiny_model, FOUND)
     ran = []
 
-    def fake_run(policy, group, count, config):
+    def fake_run(probe, group, count):
         ran.append(count)
         if count > 2:
             raise error
 
-    monkeypatch.setattr(memory, "_run", fake_run)
+    monkeypatch.setattr(memory.Probe, "run", fake_run)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + 100 * ran[-1])
-    peak = memory._measured_peak(policy, memory.GroupShape(3, (2, 2)), FOUND)
+    peak = memory._measured_peak(
+        memory.Probe(policy, FOUND.objective), memory.GroupShape(3, (2, 2))
+    )
     assert [peak(n) for n in (1, 2, 4, 1)] == [100, 200, float("inf"), 100]
     assert ran == [1, 2, 4]
     assert memory.most_that_fit(peak, 1e9, 8) == 2
 
 
 def test_on_cuda_other_errors_of_a_pass_are_not_taken_for_memory(tiny_model, monkeypatch):
-    policy, _ = probe(tiny_model, FOUND)
+    policy, _ = load(tiny_model, FOUND)
 
     def fail(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(memory, "_run", fail)
+    monkeypatch.setattr(memory.Probe, "run", fail)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        memory._measured_peak(policy, memory.GroupShape(3, (2, 2)), FOUND)(1)
+        memory._measured_peak(memory.Probe(policy, FOUND.objective), memory.GroupShape(3, (2, 2)))(
+            1
+        )

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.callbacks import Callback
-from grao_fast.models.policy import load_policy
 from grao_fast.rewards import RewardError
+from grao_fast.sampling.loading import load_policy
 
 CONFIG = GRAOConfig(
     num_generations=3,

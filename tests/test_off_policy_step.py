@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from grao_fast.data.packing import split_by_tokens
 from grao_fast.kernels import reference
-from grao_fast.models.policy import load_policy
-from grao_fast.training.step import micro_batch_loss, reference_logprobs, to_groups, update
+from grao_fast.sampling.loading import load_policy
+from grao_fast.training.rollout import to_groups
+from grao_fast.training.step import micro_batch_loss, reference_logprobs, update
 
 OFF_POLICY = CONFIG.replace(temperature=0.8)
 
@@ -76,7 +77,8 @@ def assert_same_gradients(model: torch.nn.Module, double: torch.nn.Module) -> No
 def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_prefix: bool):
     """A sampler off by 0.5, and by 2 nats on every third token: weights e^0.5, and 3, the cap."""
     config = OFF_POLICY.replace(share_prefix=share_prefix)
-    policy, rollout, _ = step_groups(tiny_model, config)
+    loaded, rollout, _ = step_groups(tiny_model, config)
+    policy = loaded.policy
 
     def shifted(logprobs: list[float]) -> list[float]:
         return [value - (2.0 if t % 3 == 0 else 0.5) for t, value in enumerate(logprobs)]
@@ -88,14 +90,14 @@ def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_pr
             for group in rollout.completions
         ],
     )
-    groups = to_groups(rollout, beta=config.beta, lam=config.lam)
+    groups = to_groups(rollout, config.objective)
     corrected = config.replace(use_vllm=True)
-    assert corrected.sampler_cap == 3.0 < math.exp(2)
+    assert corrected.objective.sampler_cap == 3.0 < math.exp(2)
     total = 0.0
     with policy.updating():
         for part in split_by_tokens(groups, 60, share_prefix=share_prefix):
             batch = policy.lay_out(part)
-            loss = micro_batch_loss(policy, batch, corrected, num_prompts=len(groups))
+            loss = micro_batch_loss(policy, batch, corrected.objective, num_prompts=len(groups))
             loss.loss.backward()
             total += float(loss.loss.detach())
     double = double_of(tiny_model)
@@ -112,7 +114,7 @@ def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_pr
 
 
 def test_the_mismatch_is_measured_over_the_tokens_that_are_computed(tiny_model):
-    policy, rollout, groups = step_groups(tiny_model, OFF_POLICY)
+    loaded, rollout, groups = step_groups(tiny_model, OFF_POLICY)
     rollout = dataclasses.replace(
         rollout,
         completions=[
@@ -127,16 +129,25 @@ def test_the_mismatch_is_measured_over_the_tokens_that_are_computed(tiny_model):
     for group, completions in zip(groups, rollout.completions, strict=True):
         for k, completion in enumerate(completions):
             lengths[k > 0] += len(completion.token_ids) * bool(group.live_K[k])
-    metrics = one_update(policy, rollout, OFF_POLICY, lr=0.0)
+    metrics = one_update(loaded, rollout, OFF_POLICY, lr=0.0)
     mean = (0.75 * lengths[0] + 0.25 * lengths[1]) / sum(lengths)
     assert 0 < lengths[0] < lengths[1]
     assert metrics["sampling/logp_diff"] == pytest.approx(mean, abs=1e-5)
     assert metrics["sampling/logp_diff_max"] == pytest.approx(0.75, abs=1e-4)
 
 
-def one_update(policy, rollout, config, *, lr: float) -> dict[str, float]:
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=lr)
-    return update(policy, optimizer, LambdaLR(optimizer, lambda step: 1.0), rollout, config)
+def one_update(loaded, rollout, config, *, lr: float) -> dict[str, float]:
+    optimizer = torch.optim.SGD(loaded.model.parameters(), lr=lr)
+    return update(
+        loaded.policy,
+        optimizer,
+        LambdaLR(optimizer, lambda step: 1.0),
+        rollout,
+        objective=config.objective,
+        optimisation=config.optimisation,
+        max_tokens=config.max_tokens_per_microbatch,
+        beginning=loaded.beginning,
+    )
 
 
 def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
@@ -144,7 +155,7 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
     config = OFF_POLICY.replace(
         num_iterations=3, epsilon=0.01, epsilon_high=0.02, max_grad_norm=0.0, weight_decay=0.0
     )
-    policy, rollout, _ = step_groups(tiny_model, config)
+    loaded, rollout, _ = step_groups(tiny_model, config)
     double, lr = double_of(tiny_model), 0.5
     descent = torch.optim.SGD(double.parameters(), lr=lr)
     K = config.num_generations + 1
@@ -164,16 +175,16 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
         else:
             is_sample_T = sequence_T % K != K - 1
             old_logprob_T = torch.where(is_sample_T, loss.logprob_T, torch.nan)
-            off_policy = {"old_logprob_T": old_logprob_T, "clip": config.clip}
+            off_policy = {"old_logprob_T": old_logprob_T, "clip": config.objective.clip}
             first = float(loss.loss.detach())
-    start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    metrics = one_update(policy, rollout, config, lr=lr)
+    start = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
+    metrics = one_update(loaded, rollout, config, lr=lr)
     assert metrics["loss"] == pytest.approx(first, abs=1e-5)
     assert 0.01 < sum(held) / 2 < 0.99
     assert metrics["clip_ratio/region_mean"] == pytest.approx(sum(held) / 2)
     assert metrics["tokens"] % 3 == 0
     for (name, ours), theirs in zip(
-        policy.model.named_parameters(), double.parameters(), strict=True
+        loaded.model.named_parameters(), double.parameters(), strict=True
     ):
         theirs = theirs.detach()
         distance = float((theirs - start[name]).abs().max())
@@ -182,8 +193,14 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
 
 
 def test_one_iteration_knows_no_clip(tiny_model):
-    policy, rollout, _ = step_groups(tiny_model, OFF_POLICY)
-    assert "clip_ratio/region_mean" not in one_update(policy, rollout, OFF_POLICY, lr=0.1)
+    loaded, rollout, _ = step_groups(tiny_model, OFF_POLICY)
+    assert "clip_ratio/region_mean" not in one_update(loaded, rollout, OFF_POLICY, lr=0.1)
+
+
+def start_logprobs(loaded, batch, config) -> Tensor:
+    return reference_logprobs(
+        loaded.policy, loaded.beginning, batch, temperature=config.temperature
+    )
 
 
 def moved(policy) -> None:
@@ -201,20 +218,25 @@ def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(
 ):
     """Loss and gradients, samples of dead groups included: one group's rewards are made equal."""
     config = OFF_POLICY.replace(kl_coef=0.3, share_prefix=share_prefix)
-    policy, rollout, _ = step_groups(tiny_model, config)
+    loaded, rollout, _ = step_groups(tiny_model, config)
+    policy = loaded.policy
     moved(policy)
     rollout.rewards_NK[0] = 0.5
     rollout.advantages_NK[0] = 0.0
-    groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
+    groups = to_groups(rollout, config.objective)
     assert groups[0].live_K.tolist() == [True] * 4 + [False]
     total = kl = 0.0
     with policy.updating():
         for part in split_by_tokens(groups, 60, share_prefix=share_prefix):
             batch = policy.lay_out(part)
-            ref_logprob_T = reference_logprobs(policy, batch, config)
+            ref_logprob_T = start_logprobs(loaded, batch, config)
             assert policy.model.training
             loss = micro_batch_loss(
-                policy, batch, config, num_prompts=len(groups), ref_logprob_T=ref_logprob_T
+                policy,
+                batch,
+                config.objective,
+                num_prompts=len(groups),
+                ref_logprob_T=ref_logprob_T,
             )
             loss.loss.backward()
             total, kl = total + float(loss.loss.detach()), kl + float(loss.grao.kl)
@@ -236,19 +258,20 @@ def test_an_adapters_kl_is_from_the_model_without_it(tiny_model):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = OFF_POLICY.replace(kl_coef=0.3)
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
-    policy = load_policy(tiny_model, config=config, peft_config=adapter)
-    moved(policy)
+    loaded = load_policy(tiny_model, config=config, peft_config=adapter)
+    policy = loaded.policy
+    moved(loaded)
     for layer in policy.causal_lm.model.layers:
         layer.self_attn.attention_dropout = 0.5  # which only training applies
     plain, rollout, _ = step_groups(tiny_model, config)
-    groups = to_groups(rollout, beta=config.beta, lam=config.lam, kl_coef=config.kl_coef)
+    groups = to_groups(rollout, config.objective)
     with policy.updating():
         batch = policy.lay_out(groups)
-        actual = reference_logprobs(policy, batch, config)
+        actual = start_logprobs(loaded, batch, config)
         assert policy.model.training
         assert all(p.requires_grad == ("lora" in n) for n, p in policy.model.named_parameters())
-    with plain.updating():
-        expected = reference_logprobs(plain, batch, config)
+    with plain.policy.updating():
+        expected = start_logprobs(plain, batch, config)
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
@@ -268,14 +291,14 @@ def test_kl_and_iterations_in_a_run(tiny_model, tmp_path: Path):
 
 def test_a_step_without_a_reward_signal_still_has_its_kl(tiny_model):
     config = OFF_POLICY.replace(kl_coef=0.3)
-    policy, rollout, _ = step_groups(tiny_model, config)
-    moved(policy)
+    loaded, rollout, _ = step_groups(tiny_model, config)
+    moved(loaded)
     rollout = dataclasses.replace(
         rollout,
         rewards_NK=torch.zeros_like(rollout.rewards_NK),
         advantages_NK=torch.zeros_like(rollout.advantages_NK),
     )
-    metrics = one_update(policy, rollout, config, lr=0.1)
+    metrics = one_update(loaded, rollout, config, lr=0.1)
     assert metrics["loss"] == pytest.approx(0.3 * metrics["kl"])
     assert metrics["kl"] > 0
     assert metrics["grad_norm"] > 0

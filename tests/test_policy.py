@@ -13,8 +13,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import pack, pad
 from grao_fast.models.attention import packed_attention, sdpa
-from grao_fast.models.policy import LogitTransform, load_policy
+from grao_fast.models.head import LogitTransform
 from grao_fast.sampling import transformers as rollout_transformers
+from grao_fast.sampling.loading import load_policy
 
 
 @pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])
@@ -29,18 +30,18 @@ def test_shared_prompts_give_the_gradients_of_repeated_ones(family: str, how: st
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(
         family_model(family), config=config, tokenizer=tokenizer, peft_config=adapter
-    )
+    ).policy
     shared = gradients(policy, pack(GROUPS))
     assert all(("lora" in name) == (adapter is not None) for name in shared[1])
     repeating = config.replace(share_prefix=False)
-    stock = load_policy(policy.model, config=repeating, tokenizer=tokenizer)
+    stock = load_policy(policy.model, config=repeating, tokenizer=tokenizer).policy
     assert_same(shared, gradients(stock, pad(GROUPS, pad_token_id=0)))
 
 
 def test_a_sliding_window_is_felt(tiny_model):
     """The parity above would also hold if both sides ignored the window."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    policy = load_policy(family_model("Mistral"), config=GRAOConfig(), tokenizer=tokenizer)
+    policy = load_policy(family_model("Mistral"), config=GRAOConfig(), tokenizer=tokenizer).policy
     with policy.updating():
         narrow = policy.hidden(pack(GROUPS))
     policy.model.config.sliding_window = None
@@ -154,7 +155,7 @@ def test_a_model_that_cannot_be_sampled_is_refused_at_the_start(tiny_model, monk
 
 
 def test_the_check_at_the_start_leaves_no_trace(tiny_model):
-    policy = load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
+    policy = load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False)).policy
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     assert not policy.model.get_input_embeddings()._forward_hooks
     assert policy.causal_lm.config._attn_implementation == "sdpa"

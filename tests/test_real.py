@@ -21,10 +21,11 @@ from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import load_examples
 from grao_fast.data.packing import Group
-from grao_fast.models.policy import load_policy
 from grao_fast.rewards import resolve_reward
+from grao_fast.sampling.loading import load_policy
+from grao_fast.training.rollout import sample_and_score, to_groups
 from grao_fast.training.state import DataStream
-from grao_fast.training.step import micro_batch_loss, sample_and_score, to_groups
+from grao_fast.training.step import micro_batch_loss
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base"
 MODEL = os.environ.get("GRAO_SMOLLM2", "")
@@ -100,22 +101,21 @@ def test_a_step_is_the_naive_formula():
 
     Relative 2e-4 in the max norm of each tensor: 30 layers of float32 in another order.
     """
-    from grao_fast.data.encoding import Limits, encode_examples
-
-    policy = load_policy(MODEL, config=CONFIG)
-    examples = load_examples(rows("train", 4))
-    prompts = encode_examples(
-        examples,
-        policy.tokenizer,
-        Limits(max_new_tokens=12, context_length=2048, max_reference_length=24),
-    )
+    loaded = load_policy(MODEL, config=CONFIG)
+    policy = loaded.policy
+    prompts = loaded.encode(load_examples(rows("train", 4)), CONFIG.sampling)
     first = DataStream(len(prompts), 1, 0).batch(0)
     rollout = sample_and_score(
-        policy, resolve_reward(shorter), [prompts[i] for i in first], CONFIG, seed=1
+        loaded,
+        resolve_reward(shorter),
+        [prompts[i] for i in first],
+        sampling=CONFIG.sampling,
+        objective=CONFIG.objective,
+        seed=1,
     )
-    groups = to_groups(rollout, beta=CONFIG.beta, lam=CONFIG.lam)
+    groups = to_groups(rollout, CONFIG.objective)
     with policy.updating():
-        loss = micro_batch_loss(policy, policy.lay_out(groups), CONFIG, num_prompts=1)
+        loss = micro_batch_loss(policy, policy.lay_out(groups), CONFIG.objective, num_prompts=1)
         loss.loss.backward()
 
     naive = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -149,8 +149,8 @@ def test_shared_prompts_give_the_gradients_of_repeated_ones():
     groups = [
         Group(ids(P), [ids(R) for R in (9, 4, 12)], rewards_K, rewards_K >= 0) for P in (30, 7)
     ]
-    policy = load_policy(MODEL, config=CONFIG)
-    stock = load_policy(policy.model, config=CONFIG.replace(share_prefix=False))
+    policy = load_policy(MODEL, config=CONFIG).policy
+    stock = load_policy(policy.model, config=CONFIG.replace(share_prefix=False)).policy
     _, shared = gradients(policy, policy.lay_out(groups))
     _, repeated = gradients(stock, stock.lay_out(groups))
     stock.model.double()

@@ -13,11 +13,11 @@ import pytest
 from short_runs import CONFIG, run
 from test_trainer import ROWS, StopAt, lines, same_bits
 
+from grao_fast.evaluation.baseline import read_baseline
 from grao_fast.reporting.plots import plot_run
 from grao_fast.rewards.calling import RewardError
 from grao_fast.system.lock import only_run_in
 from grao_fast.training.checkpoint import CheckpointError, choose_checkpoint, list_checkpoints
-from grao_fast.training.results import read_baseline
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from families import GROUPS, family_model, gradients
 from test_off_policy_step import one_update
-from test_trainer import CONFIG, ROWS
+from test_trainer import CONFIG, sampled
 from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
-from grao_fast.data.encoding import Limits, encode_examples
-from grao_fast.data.examples import load_examples
 from grao_fast.data.packing import pack
-from grao_fast.models.policy import Policy, load_policy
-from grao_fast.rewards import resolve_reward
-from grao_fast.training.step import micro_batch_loss, sample_and_score
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.training.step import micro_batch_loss
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 
 
-def load(family: str, tiny_model, config: GRAOConfig | None = None, **options) -> Policy:
+def load(family: str, tiny_model, config: GRAOConfig | None = None, **options) -> LoadedPolicy:
     model = family_model(family)
     for name, value in options.items():
         setattr(model.config, name, value)
@@ -37,9 +35,10 @@ def test_a_group_of_one_sequence_has_the_models_own(family: str, tiny_model):
     tokens = torch.tensor([alone.prompt_ids + alone.sequence_ids[2]])
     own = model(tokens, output_router_logits=True).aux_loss.detach()
     for share_prefix in (True, False):
-        policy = load(family, tiny_model, GRAOConfig(share_prefix=share_prefix))
+        policy = load(family, tiny_model, GRAOConfig(share_prefix=share_prefix)).policy
         with policy.updating():
-            loss = policy.hidden_and_router_loss(policy.lay_out([alone]))[1].detach()
+            batch = policy.lay_out([alone])
+            loss = policy.at_head(batch, partial(policy.router_loss, batch=batch)).detach()
         assert float(loss) == pytest.approx(0.1 * float(own), rel=1e-5)
 
 
@@ -50,11 +49,13 @@ def test_it_does_not_depend_on_how_the_step_was_split(family: str, share_prefix:
     config = GRAOConfig(share_prefix=share_prefix)
     results = []
     for parts in ([GROUPS], [[group] for group in GROUPS]):
-        policy = load(family, tiny_model, config)
+        policy = load(family, tiny_model, config).policy
         total = 0.0
         with policy.updating():
             for part in parts:
-                loss = micro_batch_loss(policy, policy.lay_out(part), config, num_prompts=3)
+                loss = micro_batch_loss(
+                    policy, policy.lay_out(part), config.objective, num_prompts=3
+                )
                 loss.loss.backward()
                 total += float(loss.router)
         results.append((total, [p.grad for p in policy.model.parameters()]))
@@ -66,7 +67,7 @@ def test_it_does_not_depend_on_how_the_step_was_split(family: str, share_prefix:
 
 def test_its_gradient_reaches_the_router(tiny_model):
     """The loss is felt: with four times the coefficient, four times the gradient."""
-    policy = load("Mixtral", tiny_model)
+    policy = load("Mixtral", tiny_model).policy
     batch = pack(GROUPS)
     routers = [name for name, _ in policy.model.named_parameters() if name.endswith("gate.weight")]
     assert routers
@@ -83,16 +84,13 @@ def test_its_gradient_reaches_the_router(tiny_model):
 
 
 def test_a_step_reports_it(tiny_model):
-    policy = load("Qwen3Moe", tiny_model, CONFIG)
-    prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=64)
-    )
+    loaded = load("Qwen3Moe", tiny_model, CONFIG)
 
     def rising(prompts, completions):  # this model's answers say nothing: any that differ will do
         return [float(i) for i in range(len(completions))]
 
-    rollout = sample_and_score(policy, resolve_reward(rising), prompts, CONFIG, seed=5)
-    metrics = one_update(policy, rollout, CONFIG, lr=0.1)
+    rollout = sampled(loaded, rising, CONFIG)
+    metrics = one_update(loaded, rollout, CONFIG, lr=0.1)
     terms = sum(metrics[f"objective/{name}"] for name in ("exploration", "imitation", "alignment"))
     assert metrics["router_loss"] > 0
     assert metrics["loss"] == pytest.approx(metrics["router_loss"] - terms, abs=1e-6)
@@ -100,7 +98,7 @@ def test_a_step_reports_it(tiny_model):
 
 
 def test_without_the_flag_there_is_none(tiny_model):
-    policy = load("Mixtral", tiny_model, output_router_logits=False)
+    policy = load("Mixtral", tiny_model, output_router_logits=False).policy
     assert policy.router is None
 
 

@@ -15,6 +15,7 @@ import pytest
 from kills import exit_status, fork
 from short_runs import CONFIG, run
 from test_trainer import ROWS, same_bits
+from tiny import character_tokenizer
 from transformers import LlamaForCausalLM
 
 from grao_fast.callbacks import Callback
@@ -210,7 +211,7 @@ def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path:
     from grao_fast.sampling.weights import WeightFolder
 
     def killed() -> None:
-        held = WeightFolder(str(tmp_path))  # noqa: F841
+        held = WeightFolder(str(tmp_path), character_tokenizer())  # noqa: F841
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert exit_status(fork(killed)) == -signal.SIGKILL
@@ -218,10 +219,10 @@ def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path:
     (left_over / "weights-0").mkdir()
     theirs = tmp_path / "grao-fast-weights-notes"
     theirs.mkdir()
-    living = WeightFolder(str(tmp_path))
+    living = WeightFolder(str(tmp_path), character_tokenizer())
     own = Path(living._root.name)
     assert set(tmp_path.iterdir()) == {theirs, own}
-    another = WeightFolder(str(tmp_path))
+    another = WeightFolder(str(tmp_path), character_tokenizer())
     assert own.exists()
     del living, another
     assert set(tmp_path.iterdir()) == {theirs}

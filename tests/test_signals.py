@@ -98,7 +98,7 @@ MOMENTS = {
     "behind the optimiser": (grao_fast.training.step, "update_flops", 2, 2),
     "callback": (Callback, "on_step_end", 2, 2),
     "evaluation": (grao_fast.evaluation.held_out, "evaluate_completions", 2, 2),
-    "save": (grao_fast.trainer, "save_checkpoint", 1, 3),
+    "save": (grao_fast.training.progress, "save_checkpoint", 1, 3),
     "last evaluation": (grao_fast.evaluation.held_out, "evaluate_completions", 3, 4),
     "last save": (grao_fast.trainer, "save_model", 1, 4),
 }
@@ -166,8 +166,9 @@ def test_before_the_first_step_there_is_nothing_to_save(
 ) -> None:
     owner = grao_fast.trainer._Run if name == "_evaluate" else grao_fast.trainer
     at_call(monkeypatch, owner, name, 1, send)
+    config = OPTIONS["config"].replace(max_tokens_per_microbatch=None)  # which is then found
     with pytest.raises(Preempted) as caught:
-        run(tiny_model, tmp_path, **OPTIONS)
+        run(tiny_model, tmp_path, **OPTIONS | {"config": config})
     assert caught.value.checkpoint is None
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -186,9 +187,11 @@ def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(
 def test_a_second_ctrl_c_waits_for_no_save(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("sample_and_score", "save_checkpoint"):
-        number = 2 if name == "sample_and_score" else 1
-        at_call(monkeypatch, grao_fast.trainer, name, number, lambda: send(signal.SIGINT))
+    for module, name, number in (
+        (grao_fast.trainer, "sample_and_score", 2),
+        (grao_fast.training.progress, "save_checkpoint", 1),
+    ):
+        at_call(monkeypatch, module, name, number, lambda: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, tmp_path, **OPTIONS)
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -198,7 +201,7 @@ def test_a_second_sigterm_does_not_disturb_the_save(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
-    at_call(monkeypatch, grao_fast.trainer, "save_checkpoint", 1, send)
+    at_call(monkeypatch, grao_fast.training.progress, "save_checkpoint", 1, send)
     with pytest.raises(Preempted):
         run(tiny_model, tmp_path, **OPTIONS)
     assert (tmp_path / "checkpoint-1").is_dir()
@@ -355,7 +358,7 @@ def test_a_failing_save_does_not_hide_what_went_wrong_before(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(grao_fast.trainer, "save_checkpoint", full)
+    monkeypatch.setattr(grao_fast.training.progress, "save_checkpoint", full)
     at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
     with pytest.raises(Preempted) as caught:
         run(tiny_model, tmp_path, **OPTIONS)

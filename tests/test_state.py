@@ -35,7 +35,7 @@ def test_seeds_differ_by_step_and_by_run():
     [({"max_steps": 5}, 5), ({"num_train_epochs": 2.0}, 7), ({"num_train_epochs": 0.0}, 1)],
 )
 def test_length_of_a_run(options: dict, steps: int):
-    assert count_steps(GRAOConfig(**options), prompts=10, prompts_per_step=3) == steps
+    assert count_steps(GRAOConfig(**options).optimisation, prompts=10, prompts_per_step=3) == steps
 
 
 def metrics(**changed: float) -> dict[str, float]:
@@ -92,12 +92,12 @@ def test_a_step_with_a_kl_term_is_not_said_to_have_no_loss():
 
 
 def test_the_importance_weights_are_on_for_vllm_alone():
-    assert GRAOConfig().sampler_cap is None
-    assert GRAOConfig(use_vllm=True).sampler_cap == 3.0
+    assert GRAOConfig().objective.sampler_cap is None
+    assert GRAOConfig(use_vllm=True).objective.sampler_cap == 3.0
     off = GRAOConfig(use_vllm=True, vllm_importance_sampling_clip_max=None)
-    assert off.sampler_cap is None
-    assert GRAOConfig(num_iterations=2, epsilon=0.1).clip == (0.1, 0.1)
-    assert GRAOConfig(num_iterations=2, epsilon_high=0.28).clip == (0.2, 0.28)
+    assert off.objective.sampler_cap is None
+    assert GRAOConfig(num_iterations=2, epsilon=0.1).objective.clip == (0.1, 0.1)
+    assert GRAOConfig(num_iterations=2, epsilon_high=0.28).objective.clip == (0.2, 0.28)
 
 
 def test_config_refuses_values_of_another_type():

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
-from grao_fast.data.encoding import Limits, encode_examples
 from grao_fast.data.examples import load_examples
 from grao_fast.kernels import reference
-from grao_fast.models.policy import load_policy
 from grao_fast.rewards import resolve_reward
-from grao_fast.training.step import micro_batch_loss, sample_and_score, to_groups
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.training.rollout import Rollout, sample_and_score, to_groups
+from grao_fast.training.step import micro_batch_loss
 
 CONFIG = GRAOConfig(
     num_generations=4,
@@ -88,12 +88,21 @@ def test_it_learns(tiny_model, tmp_path: Path):
 
 
 def step_groups(tiny_model, config: GRAOConfig):
-    policy = load_policy(tiny_model, config=config)
-    prompts = encode_examples(
-        load_examples(ROWS), policy.tokenizer, Limits(max_new_tokens=8, context_length=512)
+    loaded = load_policy(tiny_model, config=config)
+    rollout = sampled(loaded, letters, config)
+    return loaded, rollout, to_groups(rollout, config.objective)
+
+
+def sampled(loaded: LoadedPolicy, reward, config: GRAOConfig) -> Rollout:
+    """A rollout of all rows."""
+    return sample_and_score(
+        loaded,
+        resolve_reward(reward),
+        loaded.encode(load_examples(ROWS), config.sampling),
+        sampling=config.sampling,
+        objective=config.objective,
+        seed=5,
     )
-    rollout = sample_and_score(policy, resolve_reward(letters), prompts, config, seed=5)
-    return policy, rollout, to_groups(rollout, beta=config.beta, lam=config.lam)
 
 
 def naive_loss(model, rollout, config: GRAOConfig) -> torch.Tensor:
@@ -122,11 +131,13 @@ def test_a_step_is_the_formula(tiny_model, share_prefix: bool, budget: int):
     from grao_fast.data.packing import split_by_tokens
 
     config = CONFIG.replace(share_prefix=share_prefix, temperature=0.8)
-    policy, rollout, groups = step_groups(tiny_model, config)
-    total = 0.0
+    loaded, rollout, groups = step_groups(tiny_model, config)
+    policy, total = loaded.policy, 0.0
     with policy.updating():
         for part in split_by_tokens(groups, budget, share_prefix=share_prefix):
-            loss = micro_batch_loss(policy, policy.lay_out(part), config, num_prompts=len(groups))
+            loss = micro_batch_loss(
+                policy, policy.lay_out(part), config.objective, num_prompts=len(groups)
+            )
             loss.loss.backward()
             total += float(loss.loss.detach())
     double = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)

@@ -15,9 +15,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from test_trainer import CONFIG, lines, rarely_equal, run
+from tiny import character_tokenizer
 from transformers import AutoModelForCausalLM
 
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMColocatedSampler
 from grao_fast.sampling.vllm.requests import prompt_seeds
@@ -153,12 +154,12 @@ def test_training_starts_one_engine_and_keeps_it_at_the_policys_weights(
 
 
 def test_it_returns_what_the_engine_drew(vllm, tiny_model):
-    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True, bf16=True))
-    policy.sampler.sync(policy)
+    loaded = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True, bf16=True))
+    loaded.sampler.sync(loaded.policy)
     assert engines[0].dtype == torch.bfloat16
     prompts = [[5, 6, 7], [8], [9, 10, 11]]
     options = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7}
-    groups = policy.sampler.sample(prompts, **options, seed=4)
+    groups = loaded.sampler.sample(prompts, **options, seed=4)
     for prompt, seed, group in zip(prompts, prompt_seeds(4, 3), groups, strict=True):
         assert [group] == own(engines[0].weights).sample([prompt], **options, seed=seed)
 
@@ -168,29 +169,33 @@ def test_it_returns_what_the_engine_drew(vllm, tiny_model):
     [("sync", "did not start"), ("sync", "did not take over the weights"), ("sample", "failed")],
 )
 def test_a_failing_engine_is_one_line(vllm, tiny_model, method: str, what: str):
-    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
+    loaded = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
     if what != "did not start":
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     failures.append(RuntimeError("no memory for the cache\n\n  raise it to 3.5 GiB"))
     sample = {"num_generations": 1, "max_new_tokens": 2, "temperature": 1.0, "seed": 0}
-    arguments = ([policy], {}) if method == "sync" else ([[[5]]], sample)
+    arguments = ([loaded.policy], {}) if method == "sync" else ([[[5]]], sample)
     with pytest.raises(
         ValueError, match=rf"vLLM's engine {what}.*: RuntimeError: no memory for"
     ) as e:
-        getattr(policy.sampler, method)(*arguments[0], **arguments[1])
+        getattr(loaded.sampler, method)(*arguments[0], **arguments[1])
     assert "\n" not in str(e.value)
 
 
 def test_an_engine_that_keeps_old_weights_is_refused(vllm, tiny_model, monkeypatch):
     monkeypatch.setattr(LLM, "collective_rpc", lambda *args, **kwargs: [None])
-    policy = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
+    loaded = load_policy(tiny_model, config=CONFIG.replace(use_vllm=True))
     with pytest.raises(ValueError, match="vLLM's engine does not hold the policy's weights"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
 
 
 def test_a_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r'use_vllm needs vllm: pip install "grao-fast\[vllm\]"'):
         VLLMColocatedSampler(
-            eos_token_ids=[1], sync_dir=None, gpu_memory_utilization=0.3, max_model_length=None
+            tokenizer=character_tokenizer(),
+            eos_token_ids=[1],
+            sync_dir=None,
+            gpu_memory_utilization=0.3,
+            max_model_length=None,
         )

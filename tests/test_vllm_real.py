@@ -20,8 +20,8 @@ from test_trainer import CONFIG, StopAt, lines, rarely_equal, run, same_bits
 from vllm_server import FakeVLLM, serving
 
 from grao_fast.callbacks import Callback
-from grao_fast.models.policy import load_policy
 from grao_fast.sampling import weights
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.vllm.requests import sampling_options, scoring_options
 from grao_fast.sampling.weights import WeightFolder
 
@@ -95,8 +95,8 @@ def test_a_head_that_stays_as_it_was_ends_the_run(
     def without_head(model, dtype):
         return {k: v for k, v in whole(model, dtype).items() if k != "lm_head.weight"}
 
-    policy = load_policy(models["tied"], config=config(tied))
-    policy.sampler.sync(policy)  # whatever the tests before have left there
+    loaded = load_policy(models["tied"], config=config(tied))
+    loaded.sampler.sync(loaded.policy)  # whatever the tests before have left there
     monkeypatch.setattr(weights, "_on_cpu", without_head)
     with pytest.raises(ValueError, match=r"does not hold.*it kept its own head, which is tied"):
         run(models["tied"], tmp_path, config=config(tied, learning_rate=1e-6))
@@ -145,13 +145,13 @@ def test_weights_that_the_server_cannot_read_are_said(
     tied: RealServer, models, tmp_path: Path, monkeypatch
 ):
     """And it serves on, with what it had."""
-    policy = load_policy(models["tied"], config=config(tied))
-    sampler: Any = policy.sampler
-    sampler.sync(policy)
+    loaded = load_policy(models["tied"], config=config(tied))
+    sampler: Any = loaded.sampler
+    sampler.sync(loaded.policy)
     with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="did not load the"):
         patch.setattr(WeightFolder, "write", lambda self, policy: tmp_path / "nowhere")
-        sampler.sync(policy)
-    sampler.sync(policy)
+        sampler.sync(loaded.policy)
+    sampler.sync(loaded.policy)
     sampler.sample([[5, 6]], num_generations=1, max_new_tokens=2, temperature=1.0, seed=0)
 
 
@@ -242,8 +242,9 @@ def test_an_untied_model_stays_the_policys_over_several_steps(
 
 def test_an_adapter_is_sent_alone(untied: RealServer, models, logs: Path, tmp_path: Path, caplog):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    policy = load_policy(models["untied"], config=config(untied))
-    policy.sampler.sync(policy)  # the base again: the test before has left other weights there
+    loaded = load_policy(models["untied"], config=config(untied))
+    # the base again: the test before has left other weights there
+    loaded.sampler.sync(loaded.policy)
     adapter = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
     options = {"config": config(untied, learning_rate=0.02), "reward": rarely_equal}
     with caplog.at_level("INFO"):

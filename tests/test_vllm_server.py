@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_trainer import CONFIG, ROWS, StopAt, letters, lines, rarely_equal, run, same_bits
+from tiny import character_tokenizer
 from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
 import grao_fast
-from grao_fast.models.policy import Policy, load_policy
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMServerSampler
 from grao_fast.sampling.vllm.requests import prompt_seeds
@@ -42,7 +43,12 @@ def url(fake: FakeVLLM) -> Iterator[str]:
 
 
 def sampler(url: str, tiny_model, **options) -> VLLMServerSampler:
-    options = {"model": str(tiny_model), "eos_token_ids": [EOS], "sync_dir": None} | options
+    options = {
+        "model": str(tiny_model),
+        "tokenizer": character_tokenizer(),
+        "eos_token_ids": [EOS],
+        "sync_dir": None,
+    } | options
     return VLLMServerSampler(url, **options)
 
 
@@ -126,22 +132,22 @@ def test_a_server_that_keeps_old_weights_later_ends_the_run(
 
 
 def test_a_proof_that_failed_is_made_again(fake: FakeVLLM, url: str, tiny_model):
-    policy = policy_of(url, tiny_model)
+    loaded = policy_of(url, tiny_model)
     fake.keeps = STALE["a layer"]
     for _ in range(2):
         with pytest.raises(ValueError, match=r"kept its own layer 1"):
-            policy.sampler.sync(policy)
+            loaded.sampler.sync(loaded.policy)
     fake.keeps = lambda name: False
-    policy.sampler.sync(policy)
+    loaded.sampler.sync(loaded.policy)
 
 
 def test_the_policy_is_what_it_was_after_the_proof(url: str, tiny_model):
-    policy = load_policy(tiny_model, config=config(url))
-    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
-    training = policy.model.train().training
-    policy.sampler.sync(policy)
-    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
-    assert policy.model.training is training
+    loaded = load_policy(tiny_model, config=config(url))
+    before = {name: p.clone() for name, p in loaded.model.state_dict().items()}
+    training = loaded.model.train().training
+    loaded.sampler.sync(loaded.policy)
+    assert all(torch.equal(before[name], p) for name, p in loaded.model.state_dict().items())
+    assert loaded.model.training is training
 
 
 OLDER = ("/weight_info", "/update_weight_version", "/is_paused", "/pause", "/resume")
@@ -153,14 +159,14 @@ def test_a_restarted_server_gets_the_weights_again(
 ):
     """It is known by its process, or by the version of its weights."""
     fake.without(*absent)
-    policy = policy_of(url, tiny_model)
+    loaded = policy_of(url, tiny_model)
     with torch.no_grad():
-        policy.head()[0].mul_(3)  # not what the server starts from
-    policy.sampler.sync(policy)
-    calm = policy.sampler.sample(PROMPTS, **SAMPLE)
+        loaded.policy.head()[0].mul_(3)  # not what the server starts from
+    loaded.sampler.sync(loaded.policy)
+    calm = loaded.sampler.sample(PROMPTS, **SAMPLE)
     fake.start()
     with caplog.at_level("WARNING"):
-        assert policy.sampler.sample(PROMPTS, **SAMPLE) == calm
+        assert loaded.sampler.sample(PROMPTS, **SAMPLE) == calm
     assert "was restarted or given other weights" in caplog.text
     assert len(fake.paths("/collective_rpc")) == 3
     assert not absent or not fake.paths("/pause")
@@ -171,18 +177,18 @@ def test_weights_lost_while_it_samples_end_the_run(fake: FakeVLLM, url: str, tin
         fake.version = "of another run"
         return choices
 
-    policy = policy_of(url, tiny_model)
-    policy.sampler.sync(policy)
+    loaded = policy_of(url, tiny_model)
+    loaded.sampler.sync(loaded.policy)
     fake.change_choices = another_run_writes
     with pytest.raises(ConnectionError, match="given other weights while it sampled"):
-        policy.sampler.sample(PROMPTS, **SAMPLE)
+        loaded.sampler.sample(PROMPTS, **SAMPLE)
 
 
 def test_a_hand_over_that_fails_leaves_the_server_going(fake: FakeVLLM, url: str, tiny_model):
-    policy = policy_of(url, tiny_model)
+    loaded = policy_of(url, tiny_model)
     fake.answers = {"/reset_prefix_cache": 500}
     with pytest.raises(ConnectionError, match="reset_prefix_cache"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     assert not fake.paused
 
 
@@ -217,61 +223,61 @@ def test_a_run_with_a_server_resumes_bit_for_bit(url: str, tiny_model, tmp_path:
 def test_an_adapter_is_merged_on_the_way_and_left_as_it_was(fake: FakeVLLM, url: str, tiny_model):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    policy = load_policy(tiny_model, config=config(url), peft_config=adapter)
+    loaded = load_policy(tiny_model, config=config(url), peft_config=adapter)
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in loaded.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
-    policy.sampler.sync(policy)
-    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
+    before = {name: p.clone() for name, p in loaded.model.state_dict().items()}
+    loaded.sampler.sync(loaded.policy)
+    assert all(torch.equal(before[name], p) for name, p in loaded.model.state_dict().items())
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        ours, theirs = (m.eval()(ids).logits for m in (policy.causal_lm, fake.model))
+        ours, theirs = (m.eval()(ids).logits for m in (loaded.causal_lm, fake.model))
         base = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, base, atol=1e-2)
 
 
-def adapted(url: str, tiny_model, **options) -> Policy:
+def adapted(url: str, tiny_model, **options) -> LoadedPolicy:
     """A policy whose adapter does something."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     options = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | options
     adapter = peft.LoraConfig(**options)
-    policy = load_policy(tiny_model, config=config(url), peft_config=adapter)
+    loaded = load_policy(tiny_model, config=config(url), peft_config=adapter)
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in loaded.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    return policy
+    return loaded
 
 
 def test_an_adapter_is_sent_alone_where_the_server_takes_it(fake: FakeVLLM, url: str, tiny_model):
     fake.max_lora_rank = 8
-    policy = adapted(url, tiny_model)
-    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    loaded = adapted(url, tiny_model)
+    before = {name: p.clone() for name, p in loaded.model.state_dict().items()}
     for _ in range(3):
-        policy.sampler.sync(policy)
-    assert all(torch.equal(before[name], p) for name, p in policy.model.state_dict().items())
+        loaded.sampler.sync(loaded.policy)
+    assert all(torch.equal(before[name], p) for name, p in loaded.model.state_dict().items())
     assert len(fake.paths("/v1/load_lora_adapter")) == 4
     assert not fake.paths("/collective_rpc")
     (adapter,) = fake.adapters.values()  # those before are gone
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.allclose(adapter(ids).logits, policy.model.eval()(ids).logits, atol=1e-6)
+    assert torch.allclose(adapter(ids).logits, loaded.model.eval()(ids).logits, atol=1e-6)
 
 
 def test_a_restarted_server_gets_the_adapter_again(fake: FakeVLLM, url: str, tiny_model):
     """Before it samples, and with the next update; another's weights leave ours there."""
     fake.max_lora_rank = 8
-    policy = adapted(url, tiny_model)
-    policy.sampler.sync(policy)
-    calm = policy.sampler.sample(PROMPTS, **SAMPLE)
+    loaded = adapted(url, tiny_model)
+    loaded.sampler.sync(loaded.policy)
+    calm = loaded.sampler.sample(PROMPTS, **SAMPLE)
     fake.start()  # without adapters
-    assert policy.sampler.sample(PROMPTS, **SAMPLE) == calm
+    assert loaded.sampler.sample(PROMPTS, **SAMPLE) == calm
     fake.start()
-    policy.sampler.sync(policy)
+    loaded.sampler.sync(loaded.policy)
     fake.version = "of another run"
-    assert policy.sampler.sample(PROMPTS, **SAMPLE) == calm
+    assert loaded.sampler.sample(PROMPTS, **SAMPLE) == calm
     assert len(fake.adapters) == 1
 
 
@@ -290,9 +296,9 @@ def test_what_cannot_be_sent_alone_is_merged_and_said(
 ):
     server, options, reason = MERGED[case]
     vars(fake).update({"max_lora_rank": 8} | server)
-    policy = adapted(url, tiny_model, **options)
+    loaded = adapted(url, tiny_model, **options)
     with caplog.at_level("INFO"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     assert re.search(f"gets the adapter merged into its model: .*{reason}", caplog.text)
     assert len(fake.paths("/collective_rpc")) == 2
 
@@ -302,7 +308,7 @@ def test_a_server_that_keeps_an_old_adapter_is_refused(
     fake: FakeVLLM, url: str, tiny_model, kept: str, monkeypatch
 ):
     fake.max_lora_rank = 8
-    policy = adapted(url, tiny_model)
+    loaded = adapted(url, tiny_model)
     first: dict[str, Path] = {}
 
     def load(body: dict) -> tuple[int, str]:
@@ -317,16 +323,16 @@ def test_a_server_that_keeps_an_old_adapter_is_refused(
 
     monkeypatch.setattr(fake, "_v1_load_lora_adapter", load, raising=False)
     with pytest.raises(ValueError, match=r"does not hold the.*; it kept its own .*layer 1"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
 
 
 def test_weights_are_sent_in_the_dtype_of_the_passes(fake: FakeVLLM, url: str, tiny_model):
-    policy = load_policy(tiny_model, config=config(url, bf16=True))
-    policy.sampler.sync(policy)
+    loaded = load_policy(tiny_model, config=config(url, bf16=True))
+    loaded.sampler.sync(loaded.policy)
     sent = fake.model.state_dict()
-    for name, parameter in policy.model.state_dict().items():
+    for name, parameter in loaded.model.state_dict().items():
         assert torch.equal(sent[name].bfloat16(), parameter.bfloat16())
-    assert any(not torch.equal(sent[n].float(), p) for n, p in policy.model.state_dict().items())
+    assert any(not torch.equal(sent[n].float(), p) for n, p in loaded.model.state_dict().items())
 
 
 def last_as_none(values: list[float]) -> list[float | None]:
@@ -437,30 +443,30 @@ def test_passing_failures_are_retried_and_lasting_ones_end_the_run(
         remote.sample(PROMPTS[:1], **SAMPLE)
 
 
-def policy_of(url: str, tiny_model, **changes) -> Policy:
+def policy_of(url: str, tiny_model, **changes) -> LoadedPolicy:
     return load_policy(tiny_model, config=config(url, **changes))
 
 
 def test_weights_that_do_not_arrive_are_said(fake: FakeVLLM, url: str, tiny_model):
-    policy = policy_of(url, tiny_model)
+    loaded = policy_of(url, tiny_model)
     fake.answers = {"/collective_rpc": 500}
     with pytest.raises(ConnectionError, match=r"did not load the weights in .*vllm_sync_dir"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     fake.answers = {"/collective_rpc": 404}
     with pytest.raises(ValueError, match="VLLM_SERVER_DEV_MODE=1"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     fake.answers, fake.resets_cache = {}, False
     with pytest.raises(ValueError, match="prefix cache of the old weights"):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
 
 
 def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_path: Path):
-    policy = policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path))
+    loaded = policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path))
     for _ in range(3):
-        policy.sampler.sync(policy)
+        loaded.sampler.sync(loaded.policy)
     (root,) = tmp_path.iterdir()
     assert [folder.name for folder in root.glob("weights*")] == ["weights-4"]
-    del policy
+    del loaded
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from test_trainer import lines, rarely_equal, run
 from test_vllm_server import config
 from vllm_server import FakeVLLM, serving
 
-from grao_fast.models.policy import load_policy
+from grao_fast.sampling.loading import load_policy
 
 pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
 
@@ -103,11 +103,11 @@ def test_every_sync_goes_by_the_routes_with_the_server_paused(
 def test_a_restarted_server_ends_the_run(fake: FakeVLLM, tiny_model, monkeypatch):
     monkeypatch.setattr("grao_fast.sampling.vllm.handover.cannot_transfer", lambda *_: "")
     with serving(fake) as url:
-        policy = load_policy(tiny_model, config=config(url))
-        policy.sampler.sync(policy)
+        loaded = load_policy(tiny_model, config=config(url))
+        loaded.sampler.sync(loaded.policy)
         fake.start()
         with pytest.raises(ConnectionError, match="was restarted, and its weight transfer with it"):
-            policy.sampler.sample(
+            loaded.sampler.sample(
                 [[5]], num_generations=1, max_new_tokens=1, temperature=1.0, seed=0
             )
         assert not fake.paused
@@ -125,7 +125,7 @@ def test_where_it_does_not_serve_a_folder_does_and_it_is_said(
 ):
     fake.transfer_backend, reason = FOLDER[case]
     with serving(fake) as url, caplog.at_level("INFO"):
-        policy = load_policy(tiny_model, config=config(url))
-        policy.sampler.sync(policy)
+        loaded = load_policy(tiny_model, config=config(url))
+        loaded.sampler.sync(loaded.policy)
     assert f"gets weights through a folder: {reason}" in caplog.text
     assert len(fake.paths("/collective_rpc")) == 2

@@ -20,13 +20,14 @@ from rich.table import Table
 from grao_fast.config import GRAOConfig
 from grao_fast.demo.base_model import imitate, make_model, make_tokenizer
 from grao_fast.demo.task import LENGTH, better_sorted, in_place, make_rows, solution
-from grao_fast.evaluation.evaluate import EvaluationResult, evaluate
+from grao_fast.evaluation.evaluate import evaluate
+from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.reporting.plots import plot_run
+from grao_fast.system.files import writable_folder
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import visible
 from grao_fast.trainer import TrainResult, train
 from grao_fast.training.checkpoint import check_fresh
-from grao_fast.training.inputs import writable_folder
 
 _TRAIN_PROMPTS = 4000
 _HELD_OUT_PROMPTS = 200

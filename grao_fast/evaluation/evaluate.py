@@ -1,160 +1,37 @@
-"""How often a model beats its references and the model it came from: RAS and NAG.
-
-R(a, b) > 0 means that answer a is better than b. A pairwise reward says so itself; a pointwise
-one by the difference R(a) - R(b). Over the prompts, with greedy answers o, references y, and
-answers of the aligned model (post) and of the base model (pre):
-
-    RAS              share with R(o, y) > 0
-    ras_win_or_tie   share with R(o, y) >= 0
-    NAG              (wins - losses) / all, of R(post, pre)
-    nag_wins         share with R(post, pre) > 0
-
-The paper (arXiv 2508.07750) counts a win in RAS as R > 0 in one place and R >= 0 in its appendix,
-so both are reported. It prints NAG as the share with R(post) > R(pre), and a table in which a NAG
-is negative, which no share can be: `nag` is the reading that can, `nag_wins` the printed one.
-
-Intervals are 95% percentile bootstrap intervals over prompts, of 10,000 resamples.
-"""
+"""`evaluate`: answer a dataset's prompts greedily; measure RAS, NAG and the mean reward."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from grao_fast.config import GRAOConfig, RewardType
-from grao_fast.data.encoding import Limits, check_templates, encode_examples
+from grao_fast.config import GRAOConfig, SamplingOptions
+from grao_fast.data.encoding import check_templates
 from grao_fast.data.examples import Example, load_examples
-from grao_fast.data.fields import answer_text
-from grao_fast.evaluation.bootstrap import bootstrap_intervals
+from grao_fast.evaluation.compare import RewardSpec, evaluate_completions
+from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
 from grao_fast.models.checks import gives_models_back
-from grao_fast.reporting.tables import results_table
-from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.models.loading import existing_path, load_tokenizer
+from grao_fast.rewards import resolve_reward
+from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system.errors import UserError
-from grao_fast.system.files import write_file
+from grao_fast.system.files import writable_folder, write_file
 from grao_fast.system.interruption import stoppable
 from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, write_lines
 from grao_fast.system.streams import lenient_streams
-from grao_fast.system.visible import get_logger, visible_errors
-from grao_fast.training.inputs import writable_folder
+from grao_fast.system.visible import visible_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
-    from grao_fast.models.policy import Policy
-    from grao_fast.rewards.finding import RewardFunction
-
-    RewardSpec = str | RewardFunction | Reward | Sequence[str | RewardFunction]
-
-logger = get_logger(__name__)
-
 RESULT_FILE = "eval.json"
-
-METRICS = ("reward", "ras", "ras_win_or_tie", "nag", "nag_wins", "metric")
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Means over prompts; None where there was nothing to take it over.
-
-    prompts: how many were evaluated.
-    reward: mean of R(o), or of R(o, y) where the reward is pairwise.
-    ras, ras_win_or_tie, nag, nag_wins: fractions, see the top of this module; RAS needs
-        references, NAG completions of a base model.
-    metric: mean of the held-out metric.
-    intervals: the 95% bootstrap interval (low, high) of every one that is not None.
-    rows: for every prompt, what was said and what it scored.
-    """
-
-    prompts: int
-    reward: float | None
-    ras: float | None
-    ras_win_or_tie: float | None
-    nag: float | None
-    nag_wins: float | None
-    metric: float | None
-    intervals: dict[str, tuple[float, float]]
-    rows: list[dict[str, Any]] = field(repr=False)
-
-    def metrics(self) -> dict[str, float]:
-        """The means that there are, by name."""
-        values = {name: getattr(self, name) for name in METRICS}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: prompts, the means that there are, and `intervals`."""
-        intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        return {"prompts": self.prompts, **self.metrics(), "intervals": intervals}
-
-    def table(self) -> Table:
-        """A table for the terminal; rates in percent."""
-        return results_table(self.prompts, self.metrics(), self.intervals)
-
-
-def evaluate_completions(
-    reward: RewardSpec,
-    examples: Sequence[Example],
-    completions: Sequence[str],
-    *,
-    baseline: Sequence[str] | None = None,
-    reward_type: RewardType,
-    metric: RewardSpec | None = None,
-    seed: int = 0,
-) -> EvaluationResult:
-    """Compare completions with the references, and with a baseline's completions.
-
-    Args:
-        reward: a reward as `grao_fast.train` takes it.
-        examples, completions: one completion of every example.
-        baseline: of the base model, for NAG; one for every example.
-        reward_type: "pointwise" or "pairwise".
-        metric: a held-out measure, called as a pointwise reward is.
-        seed: of the bootstrap.
-
-    Raises:
-        RewardError: the reward or the metric failed.
-        ValueError: not one completion for every example.
-    """
-    for name, texts in (("completions", completions), ("baseline", baseline)):
-        if texts is not None and len(texts) != len(examples):
-            raise UserError(f"{name} must hold {len(examples)} texts, got {len(texts)}")
-    if not examples:
-        raise UserError("there is nothing to evaluate: no examples")
-    examples = [replace(each, reference=answer_text(each.reference)) for each in examples]
-    scores = _score(resolve_reward(reward), examples, completions, baseline, reward_type)
-    if metric is not None:
-        scores["metric"] = _tensor(resolve_reward(metric).score(examples, completions))
-    per_prompt = {
-        "reward": scores["reward"],
-        "ras": _where_present(scores["vs_reference"], lambda r: r > 0),
-        "ras_win_or_tie": _where_present(scores["vs_reference"], lambda r: r >= 0),
-        "nag": _where_present(scores["vs_baseline"], torch.sign),
-        "nag_wins": _where_present(scores["vs_baseline"], lambda r: r > 0),
-        "metric": scores["metric"],
-    }
-    absent = int(scores["vs_reference"].isnan().sum())
-    if absent:
-        logger.warning(
-            "%d of %d prompts have no reference or no reward, and are left out of RAS",
-            absent, len(examples),
-        )  # fmt: skip
-    present = {name: values for name, values in per_prompt.items() if not values.isnan().all()}
-    means = {name: float(values.nanmean()) for name, values in present.items()}
-    return EvaluationResult(
-        prompts=len(examples),
-        intervals=bootstrap_intervals(present, seed=seed),
-        rows=_rows(examples, completions, baseline, scores),
-        **{name: means.get(name) for name in METRICS},
-    )
 
 
 @stoppable
@@ -193,9 +70,6 @@ def evaluate(
         RewardError: the reward or the metric failed.
         Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
-    from grao_fast.models.loading import existing_path, load_tokenizer
-    from grao_fast.models.policy import load_policy
-
     # Neither gradients nor packing: what cannot be trained can still be evaluated.
     config = config or GRAOConfig()
     if config.use_vllm:
@@ -220,17 +94,18 @@ def evaluate(
 
     if not isinstance(model, nn.Module):
         check_templates(examples, tokenizer or load_tokenizer(model))
-    policy = load_policy(model, config=config, tokenizer=tokenizer, trained=False)
-    examples, completions = _answer(policy, examples, config)
+    loaded = load_policy(model, config=config, tokenizer=tokenizer, trained=False)
+    examples, completions = _answer(loaded, examples, config.sampling, seed=config.seed)
     baseline = None
     if base_model is not None:
         if isinstance(base_model, nn.Module) and tokenizer is None:
-            tokenizer = policy.tokenizer
-        del policy  # frees the model before the next is loaded
+            tokenizer = loaded.tokenizer
+        del loaded  # frees the model before the next is loaded
         base = load_policy(base_model, config=config, tokenizer=tokenizer, trained=False)
         # Both answer the same prompts: what was too long for the first has been dropped.
         asked = [replace(each, reference=None) for each in examples]
-        _, baseline = _answer(base, asked, config.replace(max_prompt_length=None))
+        unlimited = replace(config.sampling, max_prompt_length=None)
+        _, baseline = _answer(base, asked, unlimited, seed=config.seed)
     result = evaluate_completions(
         scorer,
         examples,
@@ -247,27 +122,14 @@ def evaluate(
 
 
 def _answer(
-    policy: Policy, examples: Sequence[Example], config: GRAOConfig
+    loaded: LoadedPolicy, examples: Sequence[Example], sampling: SamplingOptions, *, seed: int
 ) -> tuple[list[Example], list[str]]:
     """Greedy answers, and the examples that they answer."""
-    encoded = encode_examples(
-        examples,
-        policy.tokenizer,
-        Limits(
-            max_new_tokens=config.max_new_tokens,
-            context_length=policy.context_length,
-            max_prompt_length=config.max_prompt_length,
-            embedding_rows=policy.embedding_rows,
-        ),
-        eos_token_ids=policy.eos_token_ids,
-        trained=False,
-    )
-    hold_frequencies(policy.causal_lm, longest_context((), encoded, config.max_new_tokens))
-    texts = policy.answer(
-        [item.prompt_ids for item in encoded],
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
+    encoded = loaded.encode(examples, sampling, trained=False)
+    longest = longest_context((), encoded, sampling.max_new_tokens)
+    hold_frequencies(loaded.causal_lm, longest)
+    prompts = [item.prompt_ids for item in encoded]
+    texts = loaded.answer(prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
     return [item.scored for item in encoded], texts
 
 
@@ -278,58 +140,3 @@ def _result_folder(folder: Path) -> Path:
             f"be overwritten: choose another"
         )
     return writable_folder(folder)
-
-
-def _score(
-    reward: Reward,
-    examples: Sequence[Example],
-    completions: Sequence[str],
-    baseline: Sequence[str] | None,
-    reward_type: RewardType,
-) -> dict[str, Tensor]:
-    """Rewards and comparisons of every prompt, float64; NaN where there is none."""
-    absent_N = torch.full((len(examples),), math.nan, dtype=torch.float64)
-    scores: dict[str, Tensor] = {"vs_baseline": absent_N, "metric": absent_N}
-    groups = [[text] for text in completions]
-    if reward_type == "pointwise" and baseline is not None:
-        # One call scores them all; a reward that is noisy or slow is asked once for each text.
-        groups = [list(pair) for pair in zip(completions, baseline, strict=True)]
-    rewards_NK = reward.score_groups(examples, groups, reward_type=reward_type).rewards_NK
-    scores["reward"], scores["reference_reward"] = rewards_NK[:, 0], rewards_NK[:, -1]
-    scores["vs_reference"] = rewards_NK[:, 0] - rewards_NK[:, -1]
-    if baseline is not None and reward_type == "pointwise":
-        scores["vs_baseline"] = rewards_NK[:, 0] - rewards_NK[:, 1]
-    elif baseline is not None:
-        scores["vs_baseline"] = _tensor(
-            reward.compare(examples, completions, baseline, reward_type=reward_type)
-        )
-    return scores
-
-
-def _tensor(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _where_present(values_N: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function of every value, NaN of NaN: comparisons and sign() would make it 0."""
-    return torch.where(values_N.isnan(), values_N, function(values_N).double())
-
-
-def _rows(
-    examples: Sequence[Example],
-    completions: Sequence[str],
-    baseline: Sequence[str] | None,
-    scores: Mapping[str, Tensor],
-) -> list[dict[str, Any]]:
-    rows = []
-    for n, (example, completion) in enumerate(zip(examples, completions, strict=True)):
-        row = {
-            "prompt": example.prompt,
-            "reference": example.reference,
-            "completion": completion,
-            "baseline": None if baseline is None else baseline[n],
-        }
-        values = {name: float(values_N[n]) for name, values_N in scores.items()}
-        row |= {name: None if math.isnan(value) else value for name, value in values.items()}
-        rows.append(row)
-    return rows

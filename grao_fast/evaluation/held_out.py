@@ -1,27 +1,31 @@
-"""The held-out prompts of a run: answered before it, after it and on the way, and compared."""
+"""The held-out prompts of a run: answered before, during and after training, and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grao_fast.config import GRAOConfig
+from grao_fast.config import RewardType
 from grao_fast.data.encoding import Encoded
-from grao_fast.evaluation.evaluate import EvaluationResult, evaluate_completions
-from grao_fast.models.policy import Policy
+from grao_fast.data.fingerprint import fingerprint
+from grao_fast.evaluation.baseline import read_baseline, write_baseline
+from grao_fast.evaluation.compare import evaluate_completions
+from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.rewards import Reward
 from grao_fast.system import interruption
 from grao_fast.system.lines import METRICS_FILE, read_lines
-from grao_fast.training.identity import fingerprint
-from grao_fast.training.results import read_baseline, write_baseline
 
 
 class HeldOut:
     """Evaluates a policy on held-out prompts, against their references and its first answers.
 
     Args:
-        prompts: to answer greedily.
-        reward, metric: what scores the answers; metric None: the reward alone.
+        answer: token ids of prompts -> the policy's greedy answers, as it is now.
+        prompts: to answer.
+        reward, metric: score the answers; metric None: the reward alone.
+        reward_type: "pointwise" or "pairwise".
+        eval_steps: evaluate every so many steps; None: before and after training only.
+        seed: of the bootstrap.
         output_dir: of the run, where the answers from before training are kept.
 
     before: the evaluation from before training; None until it is made or recalled, and where a run
@@ -30,16 +34,19 @@ class HeldOut:
 
     def __init__(
         self,
-        policy: Policy,
+        answer: Callable[[list[list[int]]], list[str]],
         prompts: Sequence[Encoded],
         *,
         reward: Reward,
         metric: Reward | None,
-        config: GRAOConfig,
+        reward_type: RewardType,
+        eval_steps: int | None,
+        seed: int,
         output_dir: Path,
     ) -> None:
-        self.policy, self.prompts, self.config = policy, prompts, config
-        self.reward, self.metric, self.output_dir = reward, metric, output_dir
+        self._answers_of, self.prompts = answer, prompts
+        self.reward, self.metric, self.reward_type = reward, metric, reward_type
+        self.eval_steps, self.seed, self.output_dir = eval_steps, seed, output_dir
         self.digest = fingerprint([prompt.example for prompt in prompts])
         self.before: EvaluationResult | None = None
         self._first_texts: list[str] | None = None
@@ -63,7 +70,7 @@ class HeldOut:
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether the policy is evaluated after a step."""
-        return last or bool(self.config.eval_steps and step % self.config.eval_steps == 0)
+        return last or bool(self.eval_steps and step % self.eval_steps == 0)
 
     def was_logged(self, step: int) -> bool:
         """Whether metrics.jsonl has the evaluation after a step."""
@@ -74,11 +81,7 @@ class HeldOut:
 
     def _answer(self) -> list[str]:
         with interruption.at_once():
-            return self.policy.answer(
-                [prompt.prompt_ids for prompt in self.prompts],
-                max_new_tokens=self.config.max_new_tokens,
-                seed=self.config.seed,
-            )
+            return self._answers_of([prompt.prompt_ids for prompt in self.prompts])
 
     def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
         with interruption.at_once():
@@ -87,7 +90,7 @@ class HeldOut:
                 [prompt.scored for prompt in self.prompts],
                 texts,
                 baseline=baseline,
-                reward_type=self.config.reward_type,
+                reward_type=self.reward_type,
                 metric=self.metric,
-                seed=self.config.seed,
+                seed=self.seed,
             )

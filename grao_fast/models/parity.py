@@ -6,7 +6,6 @@ Suffixes: T rows of the head, V vocabulary, B rows of L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,10 @@ from grao_fast.data.packing import Group
 from grao_fast.kernels.devices import resolve_backend
 from grao_fast.models.attention import attending
 from grao_fast.models.checks import CANNOT
+from grao_fast.models.objective import HeadInputs
+from grao_fast.models.policy import Policy
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 logger = get_logger(__name__)
 
@@ -108,13 +106,16 @@ def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Ten
     """(T, V) of the suffixes' tokens, as the loss makes them of hidden states and head."""
     live_K = torch.ones(len(suffixes), dtype=torch.bool)
     group = Group(prompt, suffixes, torch.arange(len(suffixes)), live_K)
-    hidden_TD = policy.hidden(policy.lay_out([group])).float()
-    head_VD, bias_V = policy.head()
-    bias_V = None if bias_V is None else bias_V.float()
-    logits_TV = nn.functional.linear(hidden_TD, head_VD.float(), bias_V)
-    logits_TV = logits_TV * policy.transform.logit_scale
-    softcap = policy.transform.softcap
-    return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+    def logits(head: HeadInputs) -> Tensor:
+        bias_V = None if head.bias_V is None else head.bias_V.float()
+        with policy.autocast(enabled=False):
+            logits_TV = nn.functional.linear(head.hidden_TD.float(), head.head_VD.float(), bias_V)
+            logits_TV = logits_TV * policy.transform.logit_scale
+            softcap = policy.transform.softcap
+            return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+    return policy.at_head(policy.lay_out([group]), logits)
 
 
 @torch.no_grad()

@@ -6,30 +6,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from grao_fast.models.policy import causal_lm_of
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 logger = get_logger(__name__)
 
 _REASON_LENGTH = 400
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Weights, of the adapter alone where one is trained, and tokenizer, for `from_pretrained`."""
-    save_pretrained(policy.model, folder)
-    policy.tokenizer.save_pretrained(folder)
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write tokenizer and weights for `from_pretrained`; of a PeftModel the adapter's alone."""
+    save_pretrained(model, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_pretrained(model: nn.Module, folder: Path, **options: Any) -> None:
@@ -54,7 +52,9 @@ def save_pretrained(model: nn.Module, folder: Path, **options: Any) -> None:
         generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def prove_saving(policy: Policy, output_dir: Path, *, merged: bool) -> None:
+def prove_saving(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, merged: bool
+) -> None:
     """Save all but the weights of a model, and all of an adapter, to a folder that is deleted.
 
     Args:
@@ -65,16 +65,16 @@ def prove_saving(policy: Policy, output_dir: Path, *, merged: bool) -> None:
         ValueError: the model or its tokenizer cannot be saved; training would be for nothing.
         OSError: there is no room in output_dir.
     """
-    model, tokenizer = policy.model, policy.tokenizer
-    _check_generation(policy.causal_lm.generation_config)
+    causal_lm = causal_lm_of(model)
+    _check_generation(causal_lm.generation_config)
     options = {} if hasattr(model, "peft_config") else {"state_dict": _stand_ins(model)}
     with tempfile.TemporaryDirectory(prefix=NEW, dir=output_dir) as name:
         folder, trial = Path(name), output_dir / "a trial of a checkpoint"
         with _refused(type(model).__name__), named_when_full(folder, trial):
             save_pretrained(model, folder, **options)
-        with _refused(type(policy.causal_lm).__name__), named_when_full(folder, trial):
-            if merged and policy.causal_lm is not model:
-                save_pretrained(policy.causal_lm, folder, state_dict={})
+        with _refused(type(causal_lm).__name__), named_when_full(folder, trial):
+            if merged and causal_lm is not model:
+                save_pretrained(causal_lm, folder, state_dict={})
         with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
             tokenizer.save_pretrained(folder)
 

@@ -16,17 +16,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from grao_fast.models.policy import Policy
 from grao_fast.sampling.changes import HEAD, Change, Negated, is_tied, parts
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 logger = get_logger(__name__)
 
@@ -57,14 +55,23 @@ class HeldWeights:
     """Holds a sampler to the policy's weights.
 
     Args:
+        tokenizer: of the policy.
         dtype: in which the sampler computes.
         name: of the sampler, for messages.
         context_length: tokens that it holds; None: nothing says so.
     """
 
-    def __init__(self, *, dtype: torch.dtype, name: str, context_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype,
+        name: str,
+        context_length: int | None,
+    ) -> None:
         self._dtype, self._name = dtype, name
-        self._tokens = max(2, min(_TOKENS, context_length - 1)) if context_length else _TOKENS
+        tokens = max(2, min(_TOKENS, context_length - 1)) if context_length else _TOKENS
+        self._ids: list[int] = tokenizer(_TEXT, add_special_tokens=False)["input_ids"][:tokens]
         self._shown = math.nan
 
     @property
@@ -122,7 +129,7 @@ class HeldWeights:
 
     def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
         """The policy as it is now beside the sampler."""
-        ids = self._ids(policy)
+        ids = self._ids
         ours_n = _logprobs(policy, ids)
         off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
         # what a relative change of the embeddings by one rounding does
@@ -140,7 +147,7 @@ class HeldWeights:
     ) -> UserError:
         stale = seen.stale
         if change is not None and not stale:
-            stale = _stale_parts(policy, self._ids(policy), seen.off_n, change)
+            stale = _stale_parts(policy, self._ids, seen.off_n, change)
         which = ", ".join(stale[:4]) + (f" and {len(stale) - 4} more" if len(stale) > 4 else "")
         tied = is_tied(policy.causal_lm) and HEAD in stale
         return UserError(
@@ -164,9 +171,6 @@ class HeldWeights:
         ours = policy.autocast_dtype or policy.causal_lm.dtype
         tf32 = torch.get_float32_matmul_precision() != "highest"
         return {self._dtype, torch.float16 if tf32 and ours == torch.float32 else ours}
-
-    def _ids(self, policy: Policy) -> list[int]:
-        return policy.tokenizer(_TEXT, add_special_tokens=False)["input_ids"][: self._tokens]
 
 
 @dataclass

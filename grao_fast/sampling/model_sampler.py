@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
+from grao_fast.models.policy import Policy
 from grao_fast.models.router import no_router_loss
 from grao_fast.sampling import Completion
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 
 class ModelSampler:

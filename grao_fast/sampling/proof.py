@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -10,10 +10,10 @@ from grao_fast.data.packing import Group, pad
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.devices import to_device
 from grao_fast.models.checks import CANNOT
+from grao_fast.models.objective import HeadInputs
+from grao_fast.models.policy import Policy
+from grao_fast.sampling import Sampler
 from grao_fast.system.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 # Two lengths, so that padding would be seen; tokens of a prompt and to be sampled.
 _LENGTHS = (5, 3)
@@ -35,17 +35,17 @@ class Difference(NamedTuple):
     allowed: float
 
 
-def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
+def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0) -> Difference:
     """Sample a few tokens and compare their log-probs with the policy's own.
 
     Raises ValueError, naming the model, where it cannot be sampled or they differ.
     """
     name = type(policy.causal_lm).__name__
     try:
-        difference = measure_sampler(policy, temperature=temperature)
+        difference = measure_sampler(sampler, policy, temperature=temperature)
     except CANNOT as error:
         raise UserError(
-            f"{name} cannot be sampled by {type(policy.sampler).__name__}: {first_line(error)}"
+            f"{name} cannot be sampled by {type(sampler).__name__}: {first_line(error)}"
         ) from error
     sixteen_bits = policy.autocast_dtype is not None or policy.causal_lm.dtype != torch.float32
     off, allowed = difference.off, difference.allowed
@@ -53,18 +53,20 @@ def check_sampler(policy: Policy, *, temperature: float = 1.0) -> Difference:
         off, allowed = difference.mean, _MEAN_16_BITS
     if not off <= allowed:
         raise UserError(
-            f"{name}: log-probs of {type(policy.sampler).__name__} differ from the policy's own by "
+            f"{name}: log-probs of {type(sampler).__name__} differ from the policy's own by "
             f"{off:.3g} nats, where rounding explains {allowed:.3g}; this model is not supported"
         )
     return difference
 
 
 @torch.no_grad()
-def measure_sampler(policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> Difference:
+def measure_sampler(
+    sampler: Sampler, policy: Policy, *, temperature: float = 1.0, seed: int = 0
+) -> Difference:
     """Between the sampler, as it was last synced, and the policy, on tokens that it samples now."""
     vocabulary = policy.head()[0].shape[0]
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
-    sampled = policy.sampler.sample(
+    sampled = sampler.sample(
         prompts,
         num_generations=2,
         max_new_tokens=_NEW_TOKENS,
@@ -83,19 +85,21 @@ def measure_sampler(policy: Policy, *, temperature: float = 1.0, seed: int = 0) 
     ]
     # rows of their own, by the model's own attention: `check_parity` has held the others to it
     batch = pad(groups, pad_token_id=policy.pad_token_id)
-    head_VD, bias_V = policy.head()
-    training = policy.model.training
-    policy.model.eval()
-    with policy.autocast():
-        logprob_T = linear_logprobs(
-            policy.hidden(batch),
-            head_VD,
+
+    def score(head: HeadInputs) -> torch.Tensor:
+        return linear_logprobs(
+            head.hidden_TD,
+            head.head_VD,
             to_device(batch.target_T, policy.device),
-            bias_V=bias_V,
+            bias_V=head.bias_V,
             temperature=temperature or 1.0,
             logit_scale=policy.transform.logit_scale,
             softcap=policy.transform.softcap,
         ).logprob_T
+
+    training = policy.model.training
+    policy.model.eval()
+    logprob_T = policy.at_head(batch, score)
     policy.model.train(training)
     off_T = (logprob_T.float().cpu() - batch.sampler_logprob_T).abs()
     largest = float(batch.sampler_logprob_T.abs().max())

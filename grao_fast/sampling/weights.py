@@ -8,19 +8,16 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grao_fast.models.policy import Policy
 from grao_fast.models.saving import save_pretrained
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lock import LOCK_FILE, only_run_in
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 _PREFIX = "grao-fast-weights-"
 
@@ -33,12 +30,14 @@ class WeightFolder:
 
     Args:
         parent: an existing folder; None: the system's for temporary files.
+        tokenizer: written beside whole models.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
     """
 
-    def __init__(self, parent: str | None) -> None:
+    def __init__(self, parent: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
         try:
             self._root = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
         except OSError as error:
@@ -53,12 +52,12 @@ class WeightFolder:
         self._count = 0
 
     def write(self, policy: Policy) -> Path:
-        """The policy's weights, and its tokenizer, in a new folder; the one before is deleted."""
+        """Write the policy's weights and the tokenizer to a new folder; delete the one before."""
         folder = self._next()
         model = merged(policy)
         with named_when_full(folder, folder):
             save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
-            policy.tokenizer.save_pretrained(folder)
+            self._tokenizer.save_pretrained(folder)
         return self._only(folder)
 
     def write_adapter(self, policy: Policy) -> Path:

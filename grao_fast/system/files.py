@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -29,6 +31,23 @@ _GONE = ".grao-fast-gone-"  # being deleted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PROBE_BYTES = 1 << 16
+
+
+def writable_folder(output_dir: str | Path) -> Path:
+    """The absolute path of `output_dir`, which is made if need be and proved to be writable.
+
+    It is absolute since a reward that runs code may change the working directory.
+    """
+    output = Path(output_dir).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
+        ) from error
+    return output.absolute()
 
 
 def write_file(path: Path, text: str) -> None:

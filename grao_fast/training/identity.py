@@ -6,23 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import Example
+from grao_fast.data.fingerprint import fingerprint
 from grao_fast.models.adapters import adapter_configs, adapter_state, is_peft_model
 from grao_fast.models.beginning import trainable
 from grao_fast.rewards import Reward
 from grao_fast.rewards.calling import function_name
+from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.digests import digest_rows, digest_tensors
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import CheckpointError
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 logger = get_logger(__name__)
 
@@ -46,14 +45,6 @@ _NOT_COMPUTED = (
     "use_cache",
 )
 FORMAT = 2  # of state.json and what lies beside it
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """A digest of prompts, references and columns, to know a dataset again when a run resumes.
-
-    Not of token ids: a chat template may write today's date. See `digest_rows` for what counts.
-    """
-    return digest_rows((e.prompt, e.reference, e.columns) for e in examples)
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class PolicyIdentity:
     tokenizer: digest of vocabulary, chat template and special tokens.
     start: digest of what checkpoints hold, as training began with it: all weights of a model, or
         the trained ones where an adapter is.
-    base: of a base model before the adapter's first weights altered it; None: see `Policy`.
+    base: `LoadedPolicy.base_digest`.
     """
 
     model: str
@@ -95,25 +86,25 @@ class PolicyIdentity:
     base: str | None
 
     @classmethod
-    def of(cls, policy: Policy) -> PolicyIdentity:
+    def of(cls, loaded: LoadedPolicy) -> PolicyIdentity:
         """Of a policy before its first step, or before it takes a checkpoint's weights."""
         return cls(
-            model=_described(policy),
-            config=_computed(policy.causal_lm.config.to_dict()),
-            adapters=adapter_configs(policy.model),
+            model=_described(loaded.causal_lm),
+            config=_computed(loaded.causal_lm.config.to_dict()),
+            adapters=adapter_configs(loaded.model),
             trained={
                 name: f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
-                for name, p in trainable(policy.model).items()
+                for name, p in trainable(loaded.model).items()
             },
-            tokenizer=_tokenizer_digest(policy.tokenizer),
-            start=digest_tensors(_held(policy.model)),
-            base=policy.base,
+            tokenizer=_tokenizer_digest(loaded.tokenizer),
+            start=digest_tensors(_held(loaded.model)),
+            base=loaded.base_digest,
         )
 
 
-def _described(policy: Policy) -> str:
-    name = getattr(policy.causal_lm, "name_or_path", "")
-    return f"{type(policy.causal_lm).__name__} {name}".strip()
+def _described(causal_lm: PreTrainedModel) -> str:
+    name = getattr(causal_lm, "name_or_path", "")
+    return f"{type(causal_lm).__name__} {name}".strip()
 
 
 def digest_weights(model: nn.Module) -> str:
@@ -220,18 +211,18 @@ def check_same_policy(
         raise _other(path, "the model that training began with", *sides)
 
 
-def check_base(path: Path, state: Mapping[str, Any], policy: Policy) -> None:
+def check_base(path: Path, state: Mapping[str, Any], loaded: LoadedPolicy) -> None:
     """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded.
 
     Raises:
         CheckpointError: names both.
     """
     kind = "weights"
-    before, now = state["policy"]["base"], policy.base
+    before, now = state["policy"]["base"], loaded.base_digest
     if before is None or now is None:
-        kind, before, now = "frozen weights", state["frozen"], digest_frozen(policy.model)
+        kind, before, now = "frozen weights", state["frozen"], digest_frozen(loaded.model)
     if before != now:
-        both = ((state["policy"]["model"], before), (_described(policy), now))
+        both = ((state["policy"]["model"], before), (_described(loaded.causal_lm), now))
         sides = (f"{model} ({kind} of digest {digest})" for model, digest in both)
         raise _other(path, "the base model", *sides)
 

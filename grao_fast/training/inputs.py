@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from grao_fast.config import GRAOConfig
+from grao_fast.config import RewardType
 from grao_fast.data.examples import Example
 from grao_fast.system.errors import UserError
 
@@ -22,28 +20,11 @@ def check_one_process() -> None:
         )
 
 
-def writable_folder(output_dir: str | Path) -> Path:
-    """Make `output_dir` and prove that it can be written to, before any work is lost.
-
-    Returns its absolute path: a reward that runs code may go to another folder.
-    """
-    output = Path(output_dir).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write to output_dir {str(output)!r}: {error.strerror}; choose another folder"
-        ) from error
-    return output.absolute()
-
-
 def check_references(
-    examples: Sequence[Example], eval_examples: Sequence[Example] | None, config: GRAOConfig
+    examples: Sequence[Example], eval_examples: Sequence[Example] | None, reward_type: RewardType
 ) -> None:
     """A pairwise reward compares with the reference: every row needs one."""
-    if config.reward_type != "pairwise":
+    if reward_type != "pairwise":
         return
     for name, rows in (("dataset", examples), ("eval_dataset", eval_examples or [])):
         absent = [i for i, example in enumerate(rows) if example.reference is None]
@@ -54,13 +35,11 @@ def check_references(
             )
 
 
-def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, config: GRAOConfig) -> None:
+def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, eval_steps: int | None) -> None:
     """Refuse what would have no effect."""
     if has_eval_dataset:
         return
     if has_metric:
         raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
-    if config.eval_steps is not None:
-        raise UserError(
-            f"eval_steps={config.eval_steps} needs an eval_dataset: pass one, or leave it out"
-        )
+    if eval_steps is not None:
+        raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")

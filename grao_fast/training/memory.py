@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grao_fast.config import GRAOConfig
+from grao_fast.config import ObjectiveOptions, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
 from grao_fast.kernels.devices import workspace_bytes
@@ -47,25 +47,35 @@ _MULTIPLES = (1, 2, 4)
 
 
 def token_budget(
-    policy: Policy, optimizer: Optimizer, prompts: Sequence[Encoded], config: GRAOConfig
+    policy: Policy,
+    optimizer: Optimizer,
+    shape: GroupShape,
+    objective: ObjectiveOptions,
+    *,
+    most: int,
+    memory_budget_mib: int | None = None,
+    workspace_mib: int | None = None,
 ) -> int:
-    """Tokens of a micro-batch: as the config says, or as many as fit the memory.
+    """Tokens of as many of the largest group as fit the memory in one micro-batch.
 
-    Raises ValueError, with what it needs and what would help, where not even one group fits.
+    Args:
+        shape: of the largest group that the run can meet.
+        most: groups of a step.
+        memory_budget_mib: for a pass; None: see `GRAOConfig.memory_budget_mib`.
+
+    Raises:
+        ValueError: not even one group fits; names what it needs and what would help.
     """
-    if config.max_tokens_per_microbatch is not None:
-        return config.max_tokens_per_microbatch
-    shape = GroupShape.largest(prompts, config)
-    most = min(config.prompts_per_step, len(prompts))
+    probe = Probe(policy, objective, workspace_mib)
     with _untouched(policy):
         if policy.device.type == "cuda":
             budget = _free_on_cuda(policy, optimizer)
-            peak = _measured_peak(policy, shape, config)
+            peak = _measured_peak(probe, shape)
         else:
             budget = _CPU_BUDGET_MIB * _MIB
-            peak = _estimated_peak(policy, shape, config)
-        if config.memory_budget_mib is not None:
-            budget = config.memory_budget_mib * _MIB
+            peak = _estimated_peak(probe, shape)
+        if memory_budget_mib is not None:
+            budget = memory_budget_mib * _MIB
         fitting = most_that_fit(peak, budget, most)
         if fitting == 0:
             raise UserError(_too_large(shape, peak(1), budget))
@@ -88,9 +98,9 @@ class GroupShape:
     sequences: tuple[int, ...]
 
     @classmethod
-    def largest(cls, prompts: Sequence[Encoded], config: GRAOConfig) -> GroupShape:
+    def largest(cls, prompts: Sequence[Encoded], sampling: SamplingOptions) -> GroupShape:
         """The longest prompt, samples and reference of a run, in one group."""
-        samples = (config.max_new_tokens,) * config.num_generations
+        samples = (sampling.max_new_tokens,) * sampling.num_generations
         reference = max(len(prompt.reference_ids) for prompt in prompts)
         return cls(max(len(prompt.prompt_ids) for prompt in prompts), (*samples, reference))
 
@@ -139,9 +149,23 @@ def _too_large(shape: GroupShape, needed: float, budget: float) -> str:
     )
 
 
-def _run(policy: Policy, group: Group, count: int, config: GRAOConfig) -> None:
-    batch = policy.lay_out([group] * count)
-    micro_batch_loss(policy, batch, config, num_prompts=count).loss.backward()
+@dataclass(frozen=True)
+class Probe:
+    """Forward and backward passes as training runs them."""
+
+    policy: Policy
+    objective: ObjectiveOptions
+    workspace_mib: int | None = None
+
+    def run(self, group: Group, count: int) -> None:
+        """A pass over `count` copies of a group."""
+        micro_batch_loss(
+            self.policy,
+            self.policy.lay_out([group] * count),
+            self.objective,
+            num_prompts=count,
+            workspace_mib=self.workspace_mib,
+        ).loss.backward()
 
 
 def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
@@ -153,18 +177,19 @@ def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
     return _CUDA_SHARE * (free - (0 if optimizer.state else 8 * trained))
 
 
-def _measured_peak(policy: Policy, shape: GroupShape, config: GRAOConfig) -> Callable[[int], float]:
+def _measured_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
     """n -> bytes at the peak of a pass over n groups; infinite where CUDA has not so much."""
     peaks: dict[int, float] = {}
+    device = probe.policy.device
 
     def peak(n: int) -> float:
         if n not in peaks:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(policy.device)
-            before = torch.cuda.memory_allocated(policy.device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
             try:
-                _run(policy, shape.group(), n, config)
-                peaks[n] = torch.cuda.max_memory_allocated(policy.device) - before
+                probe.run(shape.group(), n)
+                peaks[n] = torch.cuda.max_memory_allocated(device) - before
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -181,17 +206,16 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
 
 
-def _estimated_peak(
-    policy: Policy, shape: GroupShape, config: GRAOConfig
-) -> Callable[[int], float]:
+def _estimated_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
     """n -> bytes, by a parabola through the peaks of three small groups."""
+    policy = probe.policy
 
     def tokens(shape: GroupShape) -> int:
         return shape.group().size.tokens(share_prefix=policy.share_prefix)
 
     def tried(shape: GroupShape) -> _Held:
         with _Held(policy) as held:
-            _run(policy, shape.group(), 1, config)
+            probe.run(shape.group(), 1)
         return held
 
     whole = tokens(shape)
@@ -203,7 +227,7 @@ def _estimated_peak(
     fixed, of_group = max(a, 0.0), b * whole + c * whole**2
     fixed += max(each.gradients_peak for each in held)
     # the loss is one operator, which holds its logits inside
-    fixed += workspace_bytes(config.workspace_mib, policy.device)
+    fixed += workspace_bytes(probe.workspace_mib, policy.device)
     return lambda n: fixed + n * of_group
 
 

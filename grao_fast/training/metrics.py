@@ -6,16 +6,13 @@ Suffixes: N prompts, G samples, K = G + 1 sequences, T rows of the head (each pr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grao_fast.data.packing import MicroBatch
 from grao_fast.kernels import GRAOLoss
-
-if TYPE_CHECKING:
-    from grao_fast.training.step import Rollout
+from grao_fast.training.rollout import Rollout
 
 
 def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor]:
@@ -28,16 +25,6 @@ def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor
         "reference/advantage": reference_N.nanmean(),
         "reference/frac_negative": (present_N < 0).double().mean(),
     }
-
-
-def held_ratios(
-    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
-) -> Tensor:
-    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
-    low, high = clip
-    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
-    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
-    return held_T.float().where(~rho_T.isnan(), torch.nan)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

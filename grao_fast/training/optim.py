@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from grao_fast.config import GRAOConfig
+from grao_fast.config import OptimisationOptions
 from grao_fast.system.errors import UserError
 
 
-def count_steps(config: GRAOConfig, *, prompts: int, prompts_per_step: int) -> int:
+def count_steps(optimisation: OptimisationOptions, *, prompts: int, prompts_per_step: int) -> int:
     """Steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, math.ceil(config.num_train_epochs * prompts / prompts_per_step))
+    if optimisation.max_steps > 0:
+        return optimisation.max_steps
+    return max(1, math.ceil(optimisation.num_train_epochs * prompts / prompts_per_step))
 
 
-def adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
+def adamw(model: nn.Module, optimisation: OptimisationOptions) -> Optimizer:
     """AdamW over what is trainable; matrices decay, norms and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -27,19 +27,20 @@ def adamw(model: nn.Module, config: GRAOConfig) -> Optimizer:
     dtype = next((p.dtype for p in trainable if p.dtype != torch.float32), None)
     if dtype is not None:
         raise UserError(
-            f"trainable parameters are {dtype}, in which steps of {config.learning_rate:g} are "
-            "lost to rounding: load the model with dtype=torch.float32 (on CUDA, passes compute in "
-            "bfloat16 all the same)"
+            f"trainable parameters are {dtype}, in which steps of {optimisation.learning_rate:g} "
+            "are lost to rounding: load the model with dtype=torch.float32 (on CUDA, passes "
+            "compute in bfloat16 all the same)"
         )
+    weight_decay = optimisation.weight_decay
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
+        lr=optimisation.learning_rate,
+        betas=(optimisation.adam_beta1, optimisation.adam_beta2),
+        eps=optimisation.adam_epsilon,
         # PyTorch's default on CUDA holds one more tensor of each parameter's size while it steps
         fused=True if trainable[0].is_cuda else None,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,10 @@ from typing import Any
 from torch import nn
 
 from grao_fast.config import GRAOConfig
-from grao_fast.evaluation.evaluate import EvaluationResult
+from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.system.files import write_file
-from grao_fast.system.visible import get_logger
+from grao_fast.training.rollout import Rollout
 from grao_fast.training.state import versions
-from grao_fast.training.step import Rollout
-
-logger = get_logger(__name__)
-
-_BASELINE = "baseline.json"
 
 
 @dataclass(frozen=True)
@@ -69,39 +63,3 @@ def write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) ->
         "versions": versions(),
     }
     write_file(result.output_dir / "summary.json", json.dumps(summary, indent=1))
-
-
-def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None:
-    """Keep the greedy answers from before training, which a run that resumes cannot make again.
-
-    Args:
-        data: digest of the prompts that they answer.
-    """
-    write_file(output_dir / _BASELINE, json.dumps({"data": data, "texts": list(texts)}))
-
-
-def read_baseline(output_dir: Path, *, data: str, prompts: int) -> list[str] | None:
-    """The answers that `write_baseline` kept; None, said in a line, where there are none of these.
-
-    Args:
-        data: digest of the prompts to be answered.
-        prompts: how many there are.
-    """
-    path = output_dir / _BASELINE
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        digest, texts = kept["data"], kept["texts"]
-        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-            raise TypeError("its texts are none")
-    except FileNotFoundError:
-        reason = f"{_BASELINE} is not in {output_dir}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        reason = f"{path} is damaged"
-    else:
-        if digest == data and len(texts) == prompts:
-            return texts
-        reason = "eval_dataset is not the one this run began with"
-    logger.warning(
-        "%s, and the answers from before training cannot be made again: no NAG in this run", reason
-    )
-    return None

@@ -28,8 +28,9 @@ from grao_fast.models.adapters import (
     take_out_alike,
 )
 from grao_fast.models.beginning import trainable
-from grao_fast.models.policy import Policy
+from grao_fast.models.policy import causal_lm_of
 from grao_fast.models.saving import save_model
+from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.files import write_folder
 from grao_fast.training.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (
@@ -71,7 +72,7 @@ class DataStream:
 
 def save_checkpoint(
     path: Path,
-    policy: Policy,
+    loaded: LoadedPolicy,
     optimizer: Optimizer,
     scheduler: LRScheduler,
     *,
@@ -88,18 +89,18 @@ def save_checkpoint(
 
     def fill(folder: Path) -> None:
         if bare:
-            torch.save(_trained(policy.model), folder / _BARE_WEIGHTS)
+            torch.save(_trained(loaded.model), folder / _BARE_WEIGHTS)
         else:
-            save_model(policy, folder)
+            save_model(loaded.model, loaded.tokenizer, folder)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, folder / OPTIMIZER)
-        if policy.beginning is not None and is_peft_model(policy.model):
-            policy.beginning.save(folder)  # a whole model's is the model that is given
+        if loaded.beginning is not None and is_peft_model(loaded.model):
+            loaded.beginning.save(folder)  # a whole model's is the model that is given
         facts = {
             "format": FORMAT,
             "step": step,
             **belongs_to,
-            "weights": digest_weights(policy.model),
+            "weights": digest_weights(loaded.model),
             "config": config.to_dict(),
             "versions": versions(),
         }
@@ -109,7 +110,7 @@ def save_checkpoint(
 
 
 def resume_policy(
-    policy: Policy, given: PolicyIdentity, path: Path, state: Mapping[str, Any]
+    loaded: LoadedPolicy, given: PolicyIdentity, path: Path, state: Mapping[str, Any]
 ) -> PolicyIdentity:
     """Load a checkpoint's weights into the policy that it belongs to, and what its run began with.
 
@@ -118,8 +119,8 @@ def resume_policy(
     Raises:
         CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
     """
-    beginning = policy.beginning
-    as_far = beginning is None and digest_weights(policy.model) == state["weights"]
+    beginning = loaded.beginning
+    as_far = beginning is None and digest_weights(loaded.model) == state["weights"]
     check_same_policy(path, state, given, as_far=as_far)
     run = replace(given, start=state["policy"]["start"])
     if beginning is not None and not beginning.load(path) and given != run:
@@ -128,14 +129,14 @@ def resume_policy(
             f"first weights, and those drawn here are others (seed {state['config']['seed']} "
             "there): resume with that seed, or leave kl_coef at 0"
         )
-    if beginning is not None and policy.base is not None:
-        take_out_alike(policy.model, beginning.restored)
-    load_weights(policy, path, state)
-    check_base(path, state, policy)
+    if beginning is not None and loaded.base_digest is not None:
+        take_out_alike(loaded.model, beginning.restored)
+    load_weights(loaded.model, path, state)
+    check_base(path, state, loaded)
     return run
 
 
-def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
+def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
     """Load a checkpoint's weights into the model as it stands, every one of them.
 
     Raises:
@@ -143,12 +144,12 @@ def load_weights(policy: Policy, path: Path, state: Mapping[str, Any]) -> None:
     """
     if (path / _BARE_WEIGHTS).exists():
         saved = torch.load(path / _BARE_WEIGHTS, map_location="cpu", weights_only=True)
-        policy.model.load_state_dict(saved, strict=not is_peft_model(policy.model))
-    elif is_peft_model(policy.model):
-        load_adapters(policy.model, path)
+        model.load_state_dict(saved, strict=not is_peft_model(model))
+    elif is_peft_model(model):
+        load_adapters(model, path)
     else:
-        _load_model(policy.causal_lm, path)
-    if digest_weights(policy.model) != state["weights"]:
+        _load_model(causal_lm_of(model), path)
+    if digest_weights(model) != state["weights"]:
         raise CheckpointError(
             f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
             "differ from those that it was written of; resume from an earlier one"
@@ -200,5 +201,5 @@ def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> Non
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Package versions."""
     return {name: version(name) for name in ("grao-fast", "torch", "transformers")}

@@ -5,45 +5,20 @@ Suffixes: B or S rows of L tokens, C columns that are scored, T tokens, D width,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from grao_fast.integrations.trl.rows import Rows
+from grao_fast.integrations.trl.rows import Rows, model_inputs
 from grao_fast.kernels import OffPolicy, PolicyLoss, linear_logprobs, linear_policy_loss
 from grao_fast.models.head import LogitTransform, check_head
+from grao_fast.models.objective import HeadInputs, run_at_head
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
-from grao_fast.sampling import Sampler
 from grao_fast.system.errors import UserError
-
-Objective = Callable[[PreTrainedModel, Tensor], Any]
-
-
-def answer_objectives(causal_lm: PreTrainedModel) -> None:
-    """Let `causal_lm(..., objective=f)` return f(causal_lm, last hidden states).
-
-    DDP and FSDP need the loss to come out of the forward pass that they watch, and inside it FSDP
-    has the head's weight whole. Without `objective` the forward pass is what it was.
-    """
-    without = causal_lm.forward
-
-    @functools.wraps(without)  # `generate` reads the signature
-    def forward(
-        self: PreTrainedModel, *arguments: Any, objective: Objective | None = None, **named: Any
-    ) -> Any:
-        if objective is None:
-            return without(*arguments, **named)
-        named = {name: value for name, value in named.items() if value is not None}  # of PEFT
-        output = self.base_model(*arguments, **named, use_cache=False)
-        return objective(self, output.last_hidden_state)
-
-    causal_lm.forward = MethodType(forward, causal_lm)
 
 
 def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -76,15 +51,9 @@ def logit_transform_of(
     policy = Policy(
         model=model,
         causal_lm=causal_lm,
-        tokenizer=tokenizer,
-        eos_token_ids=frozenset([tokenizer.eos_token_id]),
-        pad_token_id=tokenizer.pad_token_id,
         transform=transform,
         autocast_dtype=autocast_dtype,
-        share_prefix=False,
-        attention=None,
-        router=None,
-        sampler=cast(Sampler, None),  # TRL samples
+        pad_token_id=tokenizer.pad_token_id,
     )
     check_parity(policy, gradient=False)  # of its layers, which run as they are
     return transform
@@ -92,45 +61,47 @@ def logit_transform_of(
 
 def loss_of(
     rows: Rows, terms_3T: Tensor, logits: dict[str, Any], off_policy: OffPolicy | None
-) -> Objective:
+) -> Callable[[HeadInputs], PolicyLoss]:
     """The loss of a micro-batch, its terms, log-probs and entropies, in one pass.
 
     It is `linear_policy_loss` on coefficients that are known already: `linear_grao_loss` weighs
     whole groups, and TRL's micro-batches split them.
     """
 
-    def objective(causal_lm: PreTrainedModel, hidden_SLD: Tensor) -> PolicyLoss:
-        head = causal_lm.get_output_embeddings()
-        row_T = rows.row_T.to(hidden_SLD.device)
+    def loss(head: HeadInputs) -> PolicyLoss:
         # No head_grad_VD, as DDP must see the head's gradient.
         return linear_policy_loss(
-            hidden_SLD.flatten(0, 1).index_select(0, row_T),
-            head.weight,
+            head.hidden_TD,
+            head.head_VD,
             rows.target_T,
             terms_3T,
             off_policy=off_policy,
-            bias_V=head.bias,
+            bias_V=head.bias_V,
             entropy=True,
             **logits,
         )
 
-    return objective
+    return loss
 
 
-def scores_of(input_ids_BL: Tensor, counts_BC: Tensor, logits: dict[str, Any]) -> Objective:
-    """(B, C) log-probs of the last C tokens, 0 where they do not count."""
-    C = counts_BC.shape[1]
+def scores_of(
+    model: nn.Module, input_ids_BL: Tensor, mask_BL: Tensor, columns: int, logits: dict[str, Any]
+) -> Tensor:
+    """(B, columns) log-probs of the last tokens, 0 where they are masked."""
+    L = input_ids_BL.shape[1]
+    counts_BC = mask_BL[:, L - columns :].bool()
+    row_T, column_T = counts_BC.nonzero(as_tuple=True)
 
-    def objective(causal_lm: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
-        head = causal_lm.get_output_embeddings()
-        logprob_BC = torch.zeros(counts_BC.shape, device=hidden_BLD.device)
+    def score(head: HeadInputs) -> Tensor:
+        logprob_BC = torch.zeros(counts_BC.shape, device=head.hidden_TD.device)
         logprob_BC[counts_BC] = linear_logprobs(
-            hidden_BLD[:, -C - 1 : -1][counts_BC],
-            head.weight,
-            input_ids_BL[:, -C:][counts_BC],
-            bias_V=head.bias,
+            head.hidden_TD,
+            head.head_VD,
+            input_ids_BL[:, L - columns :][counts_BC],
+            bias_V=head.bias_V,
             **logits,
         ).logprob_T
         return logprob_BC
 
-    return objective
+    before_T = row_T * L + (L - columns - 1) + column_T  # the row that predicts each token
+    return run_at_head(model, model_inputs(input_ids_BL, mask_BL), before_T, score)

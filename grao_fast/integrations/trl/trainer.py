@@ -21,7 +21,6 @@ from trl.trainer.utils import pad
 from grao_fast.data.encoder import Encoder
 from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
-    answer_objectives,
     embedding_rows_of,
     logit_transform_of,
     loss_of,
@@ -46,9 +45,11 @@ from grao_fast.kernels.advantage import (
     check_finite_rewards,
 )
 from grao_fast.kernels.checks import check_choice, check_number
+from grao_fast.models.objective import answer_objectives, run_at_head
 from grao_fast.models.policy import causal_lm_of
+from grao_fast.objectives.grao import held_ratios
 from grao_fast.system.errors import UserError
-from grao_fast.training.metrics import group_metrics, held_ratios
+from grao_fast.training.metrics import group_metrics
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
 
@@ -254,9 +255,11 @@ class GRAOTrainer(GRPOTrainer):
                 clip=(min(self.epsilon_low, 1.0), self.epsilon_high),  # a ratio is never negative
             )
         with self.accelerator.autocast():
-            result = model(
-                **model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
-                objective=loss_of(rows, terms_3T, self._logits, off_policy),
+            result = run_at_head(
+                model,
+                model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
+                rows.row_T.to(rows.input_ids_SL.device),
+                loss_of(rows, terms_3T, self._logits, off_policy),
             )
         self._log_loss(rows, terms_3T.sum(0), old_T, result)
         return result.loss / (self.current_gradient_accumulation_steps if training else 1)
@@ -311,7 +314,6 @@ class GRAOTrainer(GRPOTrainer):
         logprobs = []
         size = batch_size or len(input_ids)
         for ids_BL, mask_BL in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            objective = scores_of(ids_BL, mask_BL[:, -logits_to_keep:].bool(), self._logits)
             with self.accelerator.autocast():
-                logprobs.append(model(**model_inputs(ids_BL, mask_BL), objective=objective))
+                logprobs.append(scores_of(model, ids_BL, mask_BL, logits_to_keep, self._logits))
         return torch.cat(logprobs), None, None

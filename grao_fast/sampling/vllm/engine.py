@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
 from grao_fast.sampling.vllm.requests import (
@@ -24,9 +26,6 @@ from grao_fast.sampling.weights import WeightFolder
 from grao_fast.system.errors import explained
 from grao_fast.system.visible import get_logger
 
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
-
 logger = get_logger(__name__)
 
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -39,6 +38,7 @@ class VLLMColocatedSampler:
     memory beside the trainer's.
 
     Args:
+        tokenizer: of the policy.
         eos_token_ids: tokens that end a completion.
         sync_dir: see `WeightFolder`.
         gpu_memory_utilization: share of the device's memory for weights and cache.
@@ -51,6 +51,7 @@ class VLLMColocatedSampler:
     def __init__(
         self,
         *,
+        tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Iterable[int],
         sync_dir: str | None,
         gpu_memory_utilization: float,
@@ -60,7 +61,8 @@ class VLLMColocatedSampler:
         self.eos_ids = sorted(eos_token_ids)
         self.context_length = max_model_length
         self.gpu_memory_utilization = gpu_memory_utilization
-        self._folder = WeightFolder(sync_dir)
+        self._tokenizer = tokenizer
+        self._folder = WeightFolder(sync_dir, tokenizer)
         self._engine: Any = None
         self._held: HeldWeights | None = None
 
@@ -70,10 +72,12 @@ class VLLMColocatedSampler:
         Raises ValueError where it has others, does not start, or fails.
         """
         if self._held is None:
+            limits = filter(None, (policy.context_length, self.context_length))
             self._held = HeldWeights(
+                self._tokenizer,
                 dtype=policy.autocast_dtype or policy.causal_lm.dtype,
                 name="vLLM's engine",
-                context_length=policy.context_length,
+                context_length=min(limits, default=None),
             )
         if not self._held.is_proved:
             self._held.first(policy, self._hand_over, self._score)

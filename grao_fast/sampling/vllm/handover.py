@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from grao_fast.models.adapters import is_peft_model
+from grao_fast.models.policy import Policy
 from grao_fast.sampling.changes import Change, Negated, Swapped
 from grao_fast.sampling.vllm.client import VLLMClient
 from grao_fast.sampling.vllm.transfer import WeightTransfer, cannot_transfer
 from grao_fast.sampling.weights import WeightFolder
 from grao_fast.system.visible import get_logger
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 logger = get_logger(__name__)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
 from grao_fast.sampling.vllm.client import HeldVersion, VLLMClient, paused
@@ -23,9 +25,6 @@ from grao_fast.system.errors import UserError
 from grao_fast.system.threads import DaemonExecutor
 from grao_fast.system.visible import get_logger
 
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
-
 logger = get_logger(__name__)
 
 _REQUESTS_AT_ONCE = 64
@@ -39,6 +38,7 @@ class VLLMServerSampler:
     Args:
         base_url: of the server, without /v1.
         model: the name under which it serves the policy, or the path it was started with.
+        tokenizer: of the policy.
         eos_token_ids: tokens that end a completion.
         sync_dir: see `WeightFolder`; the server must see it under the same path.
         api_key: what it was started with as --api-key; None: it asks for none.
@@ -54,6 +54,7 @@ class VLLMServerSampler:
         base_url: str,
         *,
         model: str,
+        tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Iterable[int],
         sync_dir: str | None,
         api_key: str | None = None,
@@ -66,9 +67,10 @@ class VLLMServerSampler:
         self._check_logprobs_mode(config["logprobs_mode"])
         self._can_pause = self.client.has("/is_paused")
         self._version = HeldVersion(self.client)
-        self._folder = WeightFolder(sync_dir)
+        self._folder = WeightFolder(sync_dir, tokenizer)
         self._hand_over: HandOver | None = None  # chosen at the first `sync`
         self._held = HeldWeights(
+            tokenizer,
             dtype=getattr(torch, str(config["dtype"]).removeprefix("torch."), torch.bfloat16),
             name=f"the vLLM server at {self.base_url}",
             context_length=self.context_length,

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from grao_fast.models.policy import Policy
 from grao_fast.sampling.changes import Change, Negated
 from grao_fast.sampling.vllm.client import VLLMClient
 from grao_fast.sampling.vllm.requests import FAILURES
 from grao_fast.sampling.weights import merged
 from grao_fast.system.errors import explained
-
-if TYPE_CHECKING:
-    from grao_fast.models.policy import Policy
 
 _BASE = "vllm.distributed.weight_transfer.base"
 _FACTORY = "vllm.distributed.weight_transfer.factory"

@@ -1,0 +1,16 @@
+"""A digest of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grao_fast.data.examples import Example
+from grao_fast.system.digests import digest_rows
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of prompts, references and columns, by which a run that resumes knows its dataset.
+
+    Token ids do not enter: a chat template may write today's date. See `digest_rows`.
+    """
+    return digest_rows((e.prompt, e.reference, e.columns) for e in examples)

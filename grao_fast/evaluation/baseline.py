@@ -1,0 +1,50 @@
+"""The greedy answers from before training, kept in the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from grao_fast.system.files import write_file
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+_BASELINE = "baseline.json"
+
+
+def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None:
+    """Keep the greedy answers from before training, which a run that resumes cannot make again.
+
+    Args:
+        data: digest of the prompts that they answer.
+    """
+    write_file(output_dir / _BASELINE, json.dumps({"data": data, "texts": list(texts)}))
+
+
+def read_baseline(output_dir: Path, *, data: str, prompts: int) -> list[str] | None:
+    """The answers that `write_baseline` kept; None, said in a line, where there are none of these.
+
+    Args:
+        data: digest of the prompts to be answered.
+        prompts: how many there are.
+    """
+    path = output_dir / _BASELINE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        digest, texts = kept["data"], kept["texts"]
+        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("its texts are none")
+    except FileNotFoundError:
+        reason = f"{_BASELINE} is not in {output_dir}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        reason = f"{path} is damaged"
+    else:
+        if digest == data and len(texts) == prompts:
+            return texts
+        reason = "eval_dataset is not the one this run began with"
+    logger.warning(
+        "%s, and the answers from before training cannot be made again: no NAG in this run", reason
+    )
+    return None

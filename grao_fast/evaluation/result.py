@@ -1,0 +1,67 @@
+"""What an evaluation says: means over prompts with their intervals, and what each prompt scored.
+
+R(a, b) > 0 means that answer a is better than b. A pairwise reward says so itself; a pointwise
+one by the difference R(a) - R(b). Over the prompts, with greedy answers o, references y, and
+answers of the aligned model (post) and of the base model (pre):
+
+    RAS              share with R(o, y) > 0
+    ras_win_or_tie   share with R(o, y) >= 0
+    NAG              (wins - losses) / all, of R(post, pre)
+    nag_wins         share with R(post, pre) > 0
+
+The paper (arXiv 2508.07750) counts a win in RAS as R > 0 in one place and R >= 0 in its appendix,
+so both are reported. It prints NAG as the share with R(post) > R(pre), and a table in which a NAG
+is negative, which no share can be: `nag` is the reading that can, `nag_wins` the printed one.
+
+Intervals are 95% percentile bootstrap intervals over prompts, of 10,000 resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grao_fast.reporting.tables import results_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METRICS = ("reward", "ras", "ras_win_or_tie", "nag", "nag_wins", "metric")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over prompts; None where there was nothing to take it over.
+
+    prompts: how many were evaluated.
+    reward: mean of R(o), or of R(o, y) where the reward is pairwise.
+    ras, ras_win_or_tie, nag, nag_wins: fractions, see the top of this module; RAS needs
+        references, NAG completions of a base model.
+    metric: mean of the held-out metric.
+    intervals: the 95% bootstrap interval (low, high) of every one that is not None.
+    rows: for every prompt, what was said and what it scored.
+    """
+
+    prompts: int
+    reward: float | None
+    ras: float | None
+    ras_win_or_tie: float | None
+    nag: float | None
+    nag_wins: float | None
+    metric: float | None
+    intervals: dict[str, tuple[float, float]]
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    def metrics(self) -> dict[str, float]:
+        """The means that there are, by name."""
+        values = {name: getattr(self, name) for name in METRICS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: prompts, the means that there are, and `intervals`."""
+        intervals = {name: list(interval) for name, interval in self.intervals.items()}
+        return {"prompts": self.prompts, **self.metrics(), "intervals": intervals}
+
+    def table(self) -> Table:
+        """A table for the terminal; rates in percent."""
+        return results_table(self.prompts, self.metrics(), self.intervals)

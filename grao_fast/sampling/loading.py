@@ -1,0 +1,284 @@
+"""From a name or a module to a checked policy with its tokenizer and its sampler.
+
+This lies above models and samplers, since both are proved before the policy is given out: the model
+by `check_parity`, the sampler by `check_sampler`. Training and evaluation load through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grao_fast.config import GRAOConfig, SamplingOptions
+from grao_fast.data.decoding import completion_texts, ending_ids
+from grao_fast.data.encoding import Encoded, Limits, encode_examples
+from grao_fast.data.examples import Example
+from grao_fast.models.adapters import check_all_saved, is_peft_model
+from grao_fast.models.attention import choose_attention, keep_score_cap
+from grao_fast.models.attention.frequencies import hold_frequencies
+from grao_fast.models.beginning import Beginning
+from grao_fast.models.checks import check_weights, tell_of_dropout
+from grao_fast.models.head import LogitTransform, check_head
+from grao_fast.models.loading import load_model
+from grao_fast.models.parity import check_parity
+from grao_fast.models.policy import Policy, causal_lm_of
+from grao_fast.models.router import Router
+from grao_fast.sampling import Completion, Sampler
+from grao_fast.sampling.cache import Kept, kept_by
+from grao_fast.sampling.choose import check_sharing, choose_sampler
+from grao_fast.sampling.proof import check_sampler
+from grao_fast.system.errors import UserError
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy with its tokenizer, its sampler, and what it began as.
+
+    eos_token_ids: tokens that end a completion.
+    beginning: the trainable parameters as training began, for the KL term, and to resume where an
+        adapter has altered its base; None where neither needs them.
+    base_digest: of the base model before an adapter's first weights altered it; None: they did not,
+        or it is unknown.
+    """
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: frozenset[int]
+    sampler: Sampler
+    beginning: Beginning | None = None
+    base_digest: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is trained and saved; a PeftModel where an adapter is trained."""
+        return self.policy.model
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Transformers model inside `model`."""
+        return self.policy.causal_lm
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a prompt and its completion that model and sampler hold; None: unlimited."""
+        limits = (self.policy.context_length, self.sampler.context_length)
+        return min(filter(None, limits), default=None)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens that the model can read and write; its tokenizer may know more."""
+        model: Any = self.causal_lm
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+        return min(embedding.weight.shape[0] for embedding in embeddings)
+
+    def encode(
+        self, examples: Sequence[Example], sampling: SamplingOptions, *, trained: bool = True
+    ) -> list[Encoded]:
+        """Token ids of examples that fit model and sampler; see `encode_examples`."""
+        return encode_examples(
+            examples,
+            self.tokenizer,
+            Limits(
+                max_new_tokens=sampling.max_new_tokens,
+                context_length=self.context_length,
+                max_prompt_length=sampling.max_prompt_length,
+                max_reference_length=sampling.max_reference_length,
+                embedding_rows=self.embedding_rows,
+            ),
+            eos_token_ids=self.eos_token_ids,
+            trained=trained,
+        )
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
+    ) -> list[str]:
+        """Texts of completions, each behind its own prompt; see `completion_texts`."""
+        ids = [completion.token_ids for completion in completions]
+        return completion_texts(self.tokenizer, prompts, ids, self._ending_ids)
+
+    @cached_property
+    def _ending_ids(self) -> frozenset[int]:
+        return ending_ids(self.tokenizer, self.eos_token_ids)
+
+    def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
+        """The greedy completion of every prompt, as text."""
+        groups = self.sampler.sample(
+            prompts, num_generations=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed
+        )
+        return self.decode(prompts, [group[0] for group in groups])
+
+
+def load_policy(
+    model: str | Path | nn.Module,
+    *,
+    config: GRAOConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    peft_config: Any = None,
+    trained: bool = True,
+) -> LoadedPolicy:
+    """Load a model for training or sampling, and check that its loss and samples are its own.
+
+    Args:
+        model: a folder or hub id of a model, or of an adapter, which is continued on its base; or
+            a causal language model of Transformers, or a PeftModel.
+        config: `device`, `bf16`, `gradient_checkpointing`, `share_prefix`, `kl_coef` and the
+            sampler's options are read.
+        tokenizer: of the model; None loads the one beside it.
+        peft_config: a peft config; its adapter is trained instead of the model.
+        trained: False for a model that only answers: gradients are not checked.
+
+    Raises:
+        ValueError: a path that does not exist, no tokenizer, no end-of-sequence token, an adapter
+            on the head, logits or gradients that differ from the model's own, an attention backend
+            or Liger that cannot serve, or a vLLM that cannot.
+        ConnectionError: no vLLM server answers.
+    """
+    device = _device(config.device)
+    bf16 = config.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else None
+    model, tokenizer, base_digest = load_model(
+        model,
+        device=device,
+        bf16=bf16,
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+        trained=trained,
+        liger=config.use_liger_kernel,
+    )
+    check_weights(model)
+    causal_lm = causal_lm_of(model)
+    _prepare(model, causal_lm, recompute=config.gradient_checkpointing, trained=trained)
+    kept = kept_by(causal_lm, dtype)
+    if config.share_prefix:
+        check_sharing(causal_lm, kept)
+    policy = Policy(
+        model=model,
+        causal_lm=causal_lm,
+        transform=LogitTransform.from_config(causal_lm.config.get_text_config()),
+        autocast_dtype=dtype,
+        share_prefix=config.share_prefix,
+        attention=choose_attention(
+            causal_lm,
+            device,
+            backend=config.attention_backend,
+            share_prefix=config.share_prefix,
+            recompute=config.gradient_checkpointing,
+        ),
+        pad_token_id=_pad_token_id(causal_lm, tokenizer),
+        router=Router.of(causal_lm),
+    )
+    eos_token_ids = _eos_token_ids(causal_lm, tokenizer)
+    loaded = LoadedPolicy(
+        policy=policy,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids,
+        sampler=_sampler(policy, tokenizer, eos_token_ids, kept, config),
+        beginning=Beginning(model) if config.kl_coef or base_digest else None,
+        base_digest=base_digest,
+    )
+    if trained:
+        tell_of_dropout(causal_lm)
+    check_parity(policy, gradient=trained)
+    if not config.use_vllm:  # vLLM is proved when it first gets the weights
+        check_sampler(loaded.sampler, policy)
+    return loaded
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r} but no CUDA device is available")
+    return device
+
+
+def _prepare(
+    model: nn.Module, causal_lm: PreTrainedModel, *, recompute: bool, trained: bool
+) -> None:
+    """Check head and adapter, and set attention, rotary frequencies and recomputation."""
+    check_head(causal_lm)
+    keep_score_cap(causal_lm)
+    # the longest context that the model has, until the lengths of a run are known
+    hold_frequencies(causal_lm, getattr(causal_lm.config, "max_position_embeddings", None))
+    if trained and is_peft_model(model):
+        check_all_saved(model)
+    if recompute and not causal_lm.supports_gradient_checkpointing:
+        logger.warning("%s cannot recompute activations: all are kept", type(causal_lm).__name__)
+    elif recompute:
+        _checkpoint_activations(causal_lm)
+        if hasattr(model, "peft_config"):
+            causal_lm.enable_input_require_grads()
+
+
+def _sampler(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: frozenset[int],
+    kept: Kept,
+    config: GRAOConfig,
+) -> Sampler:
+    if not config.use_vllm:
+        return choose_sampler(
+            policy.causal_lm,
+            kept,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=policy.pad_token_id,
+            batch_size=config.generation_batch_size,
+            dtype=policy.autocast_dtype,
+            static_cache=config.cache_implementation == "static",
+        )
+    from grao_fast.sampling.vllm import VLLMColocatedSampler, VLLMServerSampler
+    from grao_fast.sampling.vllm.client import api_key
+
+    if config.vllm_mode == "server":
+        return VLLMServerSampler(
+            config.vllm_server_base_url,
+            model=config.vllm_server_model or policy.causal_lm.name_or_path,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            sync_dir=config.vllm_sync_dir,
+            api_key=api_key(config.vllm_server_api_key_env),
+        )
+    return VLLMColocatedSampler(
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids,
+        sync_dir=config.vllm_sync_dir,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_length=config.vllm_max_model_length,
+    )
+
+
+def _checkpoint_activations(causal_lm: PreTrainedModel) -> None:
+    """Transformers 5.23 renamed the method; both take these options."""
+    renamed = hasattr(causal_lm, "activation_checkpointing_enable")
+    name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
+    getattr(causal_lm, name)({"use_reentrant": False})
+
+
+def _pad_token_id(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding or end token, or 0 where the model embeds neither."""
+    embeddings: Any = causal_lm.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None and token < rows), 0)
+
+
+def _eos_token_ids(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Those of the model's generation_config, and the tokenizer's."""
+    generation = getattr(causal_lm, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    listed = [] if ids is None else torch.as_tensor(ids).flatten().tolist()  # also of a tuple
+    return frozenset([*listed, tokenizer.eos_token_id])

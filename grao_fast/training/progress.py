@@ -1,0 +1,136 @@
+"""How far a run is, and its checkpoints: written, resumed from, and rescued when it ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from grao_fast.config import GRAOConfig
+from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.system import interruption
+from grao_fast.system.errors import one_line
+from grao_fast.system.visible import get_logger
+from grao_fast.training.checkpoint import read_state
+from grao_fast.training.identity import PolicyIdentity, RunIdentity, check_steps, digest_frozen
+from grao_fast.training.saver import SaveError, Saver
+from grao_fast.training.state import load_optimizer, resume_policy, save_checkpoint
+
+logger = get_logger(__name__)
+
+
+class Progress:
+    """The steps that a run has done, and where they are saved.
+
+    Args:
+        identity: of the run, written into its checkpoints.
+        prompts: how many the run has.
+        config: written into checkpoints as it was given.
+        output_dir: of the run.
+
+    done: steps done; None within an update, which cannot be saved.
+    flush: called before a checkpoint is written, so that the files of the run reach as far as it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedPolicy,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        *,
+        identity: RunIdentity,
+        prompts: int,
+        config: GRAOConfig,
+        output_dir: Path,
+    ) -> None:
+        self.loaded, self.optimizer, self.scheduler = loaded, optimizer, scheduler
+        self.identity, self.prompts, self.config = identity, prompts, config
+        self.policy_identity = PolicyIdentity.of(loaded)
+        self.frozen: str | None = None  # known once the first weights are
+        self.done: int | None = 0
+        self.flush: Callable[[], None] = lambda: None
+        self.saver = Saver(output_dir, self._write, keep=config.save_total_limit)
+        self._rescued = False
+        optimizer.register_step_pre_hook(self._commit)
+
+    def begin(self, checkpoint: Path | None, *, total_steps: int) -> int:
+        """Load the checkpoint that the run resumes from, if any; returns the steps it has done."""
+        if checkpoint is not None:
+            self._resume(checkpoint, total_steps)
+        self.frozen = digest_frozen(self.loaded.model)
+        assert self.done is not None
+        return self.done
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of a step, and delete those that are not kept."""
+        with self.saving(f"checkpoint-{step}"):
+            self.flush()
+            path = self.saver.save(step)
+        interruption.resumes_from(path)
+        return path
+
+    @contextmanager
+    def saving(self, name: str) -> Iterator[None]:
+        """Raise errors of the block as a SaveError that says where the weights are."""
+        try:
+            yield
+        except Exception as error:  # of any kind: of a disk, of a library, of a model's own
+            self.rescue()
+            kept = "no step has been saved"
+            if self.saver.checkpoint is not None:
+                kept = f"step {self.saver.step} is in {str(self.saver.checkpoint)!r}"
+            raise SaveError(f"{name} could not be saved ({one_line(error)}); {kept}") from error
+
+    def rescue(self) -> None:
+        """Save the steps that are done when the run ends early, and log where they are; once."""
+        if self._rescued:
+            return
+        self._rescued = True
+        if self.done is not None and self.done != self.saver.step and not interruption.is_aborted():
+            with suppress(OSError):  # a full disk; the weights may find room elsewhere
+                self.flush()
+            self.saver.rescue(self.done)
+        interruption.resumes_from(self.saver.checkpoint)
+        if where := self.saver.where():
+            logger.warning("the run ended early; %s", where)
+
+    def _commit(self, *_: Any) -> None:
+        """Before the optimiser changes weights: from here on the step can only be finished."""
+        interruption.hold()  # first: a signal in between would leave nothing to save
+        self.done = None
+
+    def _write(self, path: Path, step: int, bare: bool) -> None:
+        save_checkpoint(
+            path,
+            self.loaded,
+            self.optimizer,
+            self.scheduler,
+            step=step,
+            config=self.config,
+            belongs_to={
+                "run": asdict(self.identity),
+                "policy": asdict(self.policy_identity),
+                "frozen": self.frozen,
+                "prompts": self.prompts,
+            },
+            bare=bare,
+        )
+
+    def _resume(self, checkpoint: Path, total_steps: int) -> None:
+        state = read_state(checkpoint)
+        check_steps(checkpoint, state["step"], total_steps)
+        self.policy_identity = resume_policy(self.loaded, self.policy_identity, checkpoint, state)
+        if state["prompts"] != self.prompts:
+            logger.warning(
+                "%d prompts are short enough here and %d were: their order is another one",
+                self.prompts, state["prompts"],
+            )  # fmt: skip
+        load_optimizer(checkpoint, self.optimizer, self.scheduler)
+        logger.info("resuming from %s", checkpoint)
+        self.done = state["step"]
+        self.saver.resumed(checkpoint, state["step"])
