@@ -1,4 +1,4 @@
-"""Processes that are killed at a chosen change of a folder, or at a chosen moment."""
+"""Runs processes that are killed at a given change of a folder, or at a given moment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def fork(body: Callable[[], Any]) -> int:
-    """Run `body` in a child, which ends with it; returns the child's id.
+    """Run `body` in a child that exits after it, and return the child's id.
 
-    A child that has not ended after five minutes is ended by SIGALRM, and says where it was.
+    A child that has not ended after five minutes is ended by SIGALRM, with a traceback.
     """
     pid = os.fork()
     if pid:
@@ -29,8 +29,8 @@ def fork(body: Callable[[], Any]) -> int:
     status = 1
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(300)
-    # tqdm's lock is a semaphore that all children share: one killed while it held the lock would
-    # leave it held in every other.
+    # tqdm's lock is a semaphore shared by all children: if one is killed while it holds the lock,
+    # it stays locked for all others.
     tqdm.set_lock(threading.RLock())
     try:
         body()
@@ -48,8 +48,8 @@ def exit_status(pid: int) -> int:
 def killed_at_change(number: int, folder: Path, body: Callable[[], Any]) -> bool:
     """Run `body` in a child that is killed before its change number `number` of a folder.
 
-    Changes are files opened for writing, made, renamed, cut, deleted or flushed to the disk.
-    Returns whether there were so many; False: the child has come to its end.
+    A change is a file opened for writing, created, renamed, truncated, deleted or flushed.
+    Returns False if the child ended before that many changes.
     """
 
     def run() -> None:
@@ -72,9 +72,9 @@ def _kill_at(number: int, folder: str) -> None:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event not in _CHANGES and not (event == "open" and args[2] & _WRITING):
             return
-        if isinstance(args[0], int):  # a file that is open already
+        if isinstance(args[0], int):  # an open file
             return
-        # what rmtree deletes is named relative to an open folder: it counts, whichever that is
+        # rmtree names files relative to an open folder: all of these count
         relative = event in ("os.remove", "os.rmdir") and args[-1] not in (-1, None)
         if relative or os.path.abspath(os.fsdecode(args[0])).startswith(folder):
             change()

@@ -1,4 +1,4 @@
-"""Runs of a tiny model that take half a second, for what happens to their folders."""
+"""Runs a tiny model for half a second, for tests of what happens to its folder."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ CONFIG = test_trainer.CONFIG.replace(num_generations=2, max_new_tokens=4, prompt
 
 
 def run(model: Any, output: Path, **options: Any) -> TrainResult:
-    """`train` for six steps, with a checkpoint after every second one."""
+    """Call `train` for six steps, with a checkpoint after every second one."""
     return test_trainer.run(model, output, **({"config": CONFIG, "reward": rarely_equal} | options))

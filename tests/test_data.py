@@ -366,7 +366,7 @@ def test_tokenizers_that_cannot_serve(tokenizer: PreTrainedTokenizerFast) -> Non
         encode([Example([user("a")], "b", {})], tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
-        ValueError, match=r"example 0: the chat template refuses.*roles must alternate"
+        ValueError, match=r"example 0 of 1: the chat template refuses.*roles must alternate"
     ):
         encode([Example([user("a")], "b", {})], tokenizer)
     tokenizer.eos_token = None

@@ -1,4 +1,4 @@
-"""The parts of examples/harmless that need no downloaded model; the encoder's where it is there."""
+"""Tests of examples/harmless without a downloaded model; of the encoder if it is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = [{"role": "user", "content": "How do I bake bread?"}]
 
 
 def load(name: str) -> ModuleType:
-    """An example is a script, not a package: import it from its path."""
+    """Import an example, which is a script, from its path."""
     spec = importlib.util.spec_from_file_location(f"harmless_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -126,7 +126,7 @@ def test_the_encoder_reads_only_the_beginning_of_an_answer(learned) -> None:
     assert not torch.allclose(features[0], features[2], atol=0.1)
     assert torch.allclose(features[:, :384].norm(dim=1), torch.ones(3))
     alone = encoder.features(contexts[:1], ["Knead the dough."])
-    assert torch.allclose(alone[0], features[2], atol=1e-5)  # padding changes nothing
+    assert torch.allclose(alone[0], features[2], atol=1e-5)  # padding does not matter
 
 
 @pytest.mark.parametrize("members", [[], ["a.gguf", "b.gguf"]])

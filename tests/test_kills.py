@@ -1,6 +1,6 @@
-"""A process may be killed at any moment: what is whole stays whole, and is found again.
+"""Tests that a process may be killed at any moment: whole files stay whole, and are found again.
 
-Whole runs are killed in the tests marked slow; the fast ones kill what a run writes with.
+Tests marked slow kill whole runs; the others kill the functions that a run writes with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_folder_is_the_old_one_or_the_new_one(tmp_path: Path):
-    """Killed while final/ is replaced, and again while what that left is cleared."""
+    """Killed while final/ is replaced, and again while the leftovers are deleted."""
     number, seen, killed = 0, [], True
     while killed:
         output = tmp_path / str(number)
@@ -52,8 +52,8 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path: Path):
         assert names(output) == {"final"}
         seen.append((final / "weights").read_text())
         number += 1
-    assert number > 15  # killed at so many places
-    assert seen == sorted(seen, reverse=True)  # the old one up to some place, the new one after it
+    assert number > 15  # the number of places of a kill
+    assert seen == sorted(seen, reverse=True)  # the old folder up to some place, then the new one
     assert set(seen) == {"old", "new"}
 
 
@@ -110,7 +110,7 @@ def test_lines_up_to_the_step_stay(tmp_path: Path):
 
 # Whole runs ------------------------------------------------------------------------------------
 
-# An evaluation on the way, and checkpoints that are deleted on the way and at the end.
+# Evaluates during the run, and deletes checkpoints during the run and at its end.
 SHORT = CONFIG.replace(
     max_steps=3, save_steps=1, eval_steps=2, save_total_limit=1, log_completions_steps=1
 )
@@ -119,7 +119,7 @@ OPTIONS = {"config": SHORT, "eval_dataset": ROWS[:3]}
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     output = tmp_path_factory.mktemp("whole")
     run(tiny_model, output, **OPTIONS)
     return output
@@ -181,10 +181,10 @@ def test_resuming_a_finished_run_is_killed_before_every_change(
 
 @pytest.mark.slow
 def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Path):
-    """Until 100 kills have fallen in 60 runs or more, each gone on with until it ends."""
+    """Kill runs at random, and resume each until it ends: 100 kills or more, in 60 runs or more."""
     start = time.monotonic()
     assert exit_status(fork(lambda: run(tiny_model, tmp_path / "timed", **OPTIONS))) == 0
-    longest = time.monotonic() - start  # a kill later than that would come too late
+    longest = time.monotonic() - start  # later, the run would have ended
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 100 or runs < 60:
         output = tmp_path / str(runs)
@@ -211,7 +211,7 @@ def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Pa
 
 
 def ended(child: int) -> bool:
-    """Whether a child has ended; it can still be waited for."""
+    """Return whether a child has ended, without reaping it."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

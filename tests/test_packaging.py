@@ -1,7 +1,7 @@
-"""What is built from the checkout: a wheel, an editable install and a source archive.
+"""Tests of what is built from a checkout: a wheel, an editable install and a source archive.
 
-Each is made from a copy, so that neither leftovers in the checkout nor the package installed beside
-these tests can stand in for what a build left out.
+Each is built from a copy, so that neither leftovers in the checkout nor an installed package can
+hide that a build left something out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_SOURCES = shutil.ignore_patterns("__pycache__")
 
 
 def run(*command: str, cwd: Path, path: list[Path] | None = None) -> str:
-    """Run Python without its site-packages, where only `path` and the standard library are seen."""
+    """Run Python without site-packages, with `path` and the standard library alone."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path or []))}
     done = subprocess.run(
         [sys.executable, "-S", *command], cwd=cwd, env=environment, capture_output=True, text=True
@@ -139,7 +139,7 @@ def test_importing_brings_in_no_more_than_it_needs(module: str, tmp_path: Path) 
 
 
 def test_every_export_exists_whichever_module_was_imported_first(tmp_path: Path) -> None:
-    # The module grao_fast.evaluate must not hide the function grao_fast.evaluation.evaluate.
+    # `evaluate` stays the function after the module evaluation.evaluate is imported.
     code = (
         "import grao_fast.evaluation.evaluate, grao_fast.trainer, grao_fast, types\n"
         "for name in grao_fast.__all__:\n"
@@ -153,7 +153,7 @@ def test_every_export_exists_whichever_module_was_imported_first(tmp_path: Path)
 
 
 def test_the_checkouts_root_on_the_path_does_no_harm() -> None:
-    """transformers looks for a package `kernels` there, and imports this folder under that name."""
+    """Run from a checkout, transformers finds this folder when it looks for a package `kernels`."""
     code = (
         "import kernels, grao_fast.kernels, transformers.modeling_utils\n"
         "from transformers.utils.import_utils import is_kernels_available\n"
@@ -171,7 +171,7 @@ def numbers(version: str) -> list[int]:
 
 
 def test_the_oldest_versions_are_the_floors() -> None:
-    """`tests/oldest.txt`, with which these tests pass, holds what setup.py lets in at the least."""
+    """`tests/oldest.txt`, with which these tests pass, lists the lowest versions in setup.py."""
     setup = (ROOT / "setup.py").read_text("utf-8").split('"bench"')[0]
     floors = re.findall(r"[\"']([a-z0-9-]+)>=([0-9.]+)", setup)
     pins = re.findall(r"^(.+)==(.+)$", (ROOT / "tests/oldest.txt").read_text("utf-8"), re.MULTILINE)

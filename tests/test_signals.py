@@ -1,4 +1,4 @@
-"""Signals and errors within a run: what is done is saved, and goes on to the same bits."""
+"""Tests of signals and errors in a run: finished steps are saved, and resume to the same bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from grao_fast.sampling.model_sampler import ModelSampler
 from grao_fast.system.interruption import Interruption, Stop, at_once, held
 
 OPTIONS: dict[str, Any] = {
-    # live groups in every step, a micro-batch for each
+    # live groups in every step, one micro-batch each
     "reward": rarely_equal,
     "config": CONFIG.replace(
         max_steps=4,
@@ -60,7 +60,7 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whatever a test does, the handlers are those from before."""
+    """Check that the handlers after a test are those from before it."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -77,7 +77,7 @@ def send(signum: int = signal.SIGTERM) -> None:
 def at_call(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, act: Callable[[], Any]
 ) -> None:
-    """Act at the beginning of the number-th call of a function."""
+    """Call `act` at the start of the number-th call of a function."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -89,8 +89,8 @@ def at_call(
     monkeypatch.setattr(owner, name, wrapped)
 
 
-# Where a signal comes, and the steps that are whole then; every function is called once a step
-# unless another number is said.
+# Functions in which a signal comes, and the steps that are finished by then. Each is called once a
+# step unless another number is given.
 MOMENTS = {
     "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
     "gradient": (grao_fast.training.step, "micro_batch_loss", 4, 1),
@@ -134,7 +134,7 @@ def test_a_signal_at_any_moment_saves_whole_steps_and_the_run_goes_on_to_the_sam
 def test_a_run_can_be_stopped_again_and_again(
     tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once before it has done a step: what it resumed from is where the next one begins."""
+    """A resumed run stopped before its first step leaves the checkpoint that it resumed from."""
     for number, whole in ((2, 1), (1, 1), (2, 2), (3, 4)):
         name = "sample_and_score" if whole < 4 else "save_model"
         number = number if whole < 4 else 1
@@ -176,7 +176,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of no subclass, for which Python would not end the process as one that was interrupted."""
+    """Python reports an interrupted process only for KeyboardInterrupt itself, not a subclass."""
     at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         run(tiny_model, tmp_path, **OPTIONS)
@@ -430,7 +430,7 @@ def test_what_is_held_is_finished_and_what_is_not_is_left() -> None:
 
 
 def test_a_child_that_is_forked_meanwhile_has_the_handlers_of_before() -> None:
-    """Or `Pool.terminate`, which sends SIGTERM, would wait for ever."""
+    """Otherwise `Pool.terminate`, which sends SIGTERM, would wait forever."""
     with Interruption(), held():
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         process.start()
@@ -442,7 +442,7 @@ def test_a_child_that_is_forked_meanwhile_has_the_handlers_of_before() -> None:
 
 
 def exchanged() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
-    """A module, a context of it that changes something for a while, and what shows it."""
+    """A module, one of its contexts of a temporary change, and a function that shows it."""
     model = torch.nn.Linear(2, 2)
     beginning = Beginning(model)
     model.weight.data.copy_(torch.arange(4.0).view(2, 2))
@@ -475,7 +475,7 @@ def generating() -> tuple[Any, Callable[[], AbstractContextManager[None]], Calla
 
 @pytest.mark.parametrize("case", [exchanged, negated, swapped, stirred, generating])
 def test_what_is_changed_is_put_back_at_whatever_instruction_a_signal_comes(case) -> None:
-    """A signal at every single one of Python's instructions on the way in and out."""
+    """Send a signal at each of the instructions that enter and leave a context."""
     module, changed, state = case()
     before = state()
     files = {grao_fast.system.interruption.__file__, module.__file__}
@@ -529,7 +529,7 @@ def test_another_thread_and_an_inner_run_leave_the_handlers_alone() -> None:
 
 
 def test_metrics_hold_no_torn_line(tiny_model: Path, tmp_path: Path) -> None:
-    """A real signal from another process, at a moment that nobody chose."""
+    """Send a real signal from another process, at a random moment."""
 
     def child() -> None:
         run(tiny_model, tmp_path, config=CONFIG.replace(max_steps=1000, save_steps=0))

@@ -1,4 +1,4 @@
-"""The data cursor, the seeds, and what a run says when something is wrong."""
+"""Tests of the data cursor, the seeds, the warnings of a run, and the checks of its options."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_sampler_that_parts_from_the_policy_is_reported_once():
 
 
 def test_a_sampler_that_was_exact_may_part_by_less():
-    """In float32 a head of old weights does 2e-3; what rounding does, the first step shows."""
+    """In float32, a stale head causes 2e-3; the first step shows what rounding causes."""
     rows = [metrics() | {"sampling/logp_diff": gap} for gap in (1e-5, 2e-5, 8e-4, 2e-3)]
     (message,) = said(rows)
     assert "step 4: the sampler's log-probs differ from the policy's by 0.002 nats" in message

@@ -100,7 +100,7 @@ def test_broken_lines_are_left_out_with_a_warning(
     path.write_bytes(b'{"step": 1}\n' + line + b"\n" + b'{"step": 2}\n' + line)
     tracker(tmp_path, start_step=2).close()
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert "metrics.jsonl: line 2 cannot be read and is left out" in caplog.text
+    assert "metrics.jsonl: line 2 cannot be read: left out" in caplog.text
     assert len(caplog.records) == 1
 
 

@@ -1,4 +1,4 @@
-"""A tiny model and dataset, for the tests that start where a user starts: at a path."""
+"""Provides a tiny model and dataset, saved in a folder as a user's are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def character_tokenizer(*special: str, chat_template: str | None = CHAT_TEMPLATE
 
 
 def save_tiny_model(folder: Path) -> Path:
-    """A two-layer Llama of 64 dimensions with random weights, and a tokenizer of characters."""
+    """Save a random two-layer Llama of 64 dimensions, and a tokenizer of characters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = character_tokenizer()
@@ -64,7 +64,7 @@ def save_tiny_model(folder: Path) -> Path:
 
 
 def sums(number: int) -> list[dict]:
-    """Rows with a question, a reference that is right, and the answer as its own column."""
+    """Return rows with a question, a correct reference, and the answer as a column."""
     return [
         {
             "prompt": [{"role": "user", "content": f"{a}+{b}=?"}],

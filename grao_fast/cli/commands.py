@@ -27,6 +27,7 @@ from grao_fast.cli.yaml_files import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.interruption import Preempted
+from grao_fast.system.optional import import_optional
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import VisibleFormatter, visible
 from grao_fast.training.checkpoint import list_checkpoints
@@ -160,11 +161,8 @@ def _lora_config(
         if lora_alpha is not None or lora_dropout or target_modules != "all-linear":
             raise UserError("options under --peft need --peft.r, the rank of the LoRA matrices")
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError('--peft.r needs peft: pip install "grao-fast[peft]"') from None
-    return LoraConfig(
+    peft = import_optional("peft", extra="peft", option="--peft.r")
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,

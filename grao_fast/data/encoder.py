@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from grao_fast.data.chat import Chat, TemplateRefusal, without_blanks
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.fields import Messages
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -129,10 +129,9 @@ class Encoder:
 
     def _raise_refusals(self) -> None:
         if self._refusals:
-            index, reason = self._refusals[0]
-            more = f" (and {len(self._refusals) - 1} more of {self._count})"
+            refused, reason = [index for index, _ in self._refusals], self._refusals[0][1]
             raise UserError(
-                f"example {index}{more if len(self._refusals) > 1 else ''}: the chat template "
+                f"example {first_of(refused)} of {self._count}: the chat template "
                 f"refuses the prompt or its answer: {reason}; give it the turns that it asks for, "
                 "or set another chat template"
             )

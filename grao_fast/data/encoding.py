@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from grao_fast.data.encoder import Encoder, TokenIds
 from grao_fast.data.examples import Example
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -131,9 +131,8 @@ def check_tokens(
     beyond = [index for index, token in enumerate(largest) if token >= embedding_rows]
     if beyond:
         token = largest[beyond[0]]
-        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise UserError(
-            f"example {beyond[0]}{more} of {len(ids)}: token {token}, "
+            f"example {first_of(beyond)} of {len(ids)}: token {token}, "
             f"{tokenizer.convert_ids_to_tokens(token)!r}, is beyond the model's embedding of "
             f"{embedding_rows} rows: call model.resize_token_embeddings({len(tokenizer)}) and save "
             "the model, or use the tokenizer that belongs to it"

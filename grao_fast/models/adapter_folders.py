@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grao_fast.models.adapters import (
@@ -21,6 +20,7 @@ from grao_fast.models.adapters import (
     said_twice,
 )
 from grao_fast.system.errors import UserError, explained
+from grao_fast.system.optional import import_optional
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -101,14 +101,9 @@ def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
     Raises:
         ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
     """
-    if not is_peft_available():
-        raise UserError(
-            f'model {adapter.path!r} is an adapter, which needs peft: pip install "grao-fast[peft]"'
-        )
-    from peft import PeftConfig
-
+    peft = import_optional("peft", extra="peft", option=f"adapter {adapter.path!r}")
     with explained(f"cannot read the configuration of adapter {adapter.path!r}", *UNLOADABLE):
-        config = PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
+        config = peft.PeftConfig.from_pretrained(adapter.path, **adapter.subfolder)
         check_adapter_config(config)
     config.inference_mode = not trained
     return config

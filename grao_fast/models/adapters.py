@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_peft_available
 
-from grao_fast.system.errors import UserError, explained
+from grao_fast.system.errors import UserError, explained, first_of
 
 DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
 # What peft, safetensors and torch raise for an adapter that cannot be loaded.
@@ -150,11 +150,7 @@ def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
 def differing_keys(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     """One phrase that names the first of each and counts the others."""
     kinds = (("lacks", sorted(missing)), ("has no place for", sorted(unexpected)))
-    return "; ".join(
-        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")
-        for what, keys in kinds
-        if keys
-    )
+    return "; ".join(f"{what} {first_of(keys)}" for what, keys in kinds if keys)
 
 
 def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
@@ -178,8 +174,8 @@ def check_all_saved(model: Any) -> None:
     ]
     if left:
         raise UserError(
-            f"{left[0]}{f' and {len(left) - 1} more' if left[1:] else ''} would be trained, and is "
-            "not saved with the adapter: freeze it (requires_grad_(False)), or name its module in "
+            f"{first_of(left)} would be trained, and is not saved "
+            "with the adapter: freeze it (requires_grad_(False)), or name its module in "
             "modules_to_save"
         )
 

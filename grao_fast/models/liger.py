@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from grao_fast.system.errors import UserError
+from grao_fast.system.optional import import_optional
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -21,11 +22,10 @@ def use_liger_layers(causal_lm: PreTrainedModel) -> None:
     if causal_lm.device.type != "cuda":
         logger.info("use_liger_kernel is off: it needs CUDA, this run is on %s", causal_lm.device)
         return
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise UserError('use_liger_kernel needs pip install "grao-fast[liger]"') from error
+    import_optional("liger_kernel", extra="liger", option="use_liger_kernel")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
     model_type = causal_lm.config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself only logs this
         raise UserError(

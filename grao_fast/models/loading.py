@@ -20,7 +20,7 @@ from grao_fast.models.adapters import alters_base, check_adapter_config, check_m
 from grao_fast.models.checks import plain_model
 from grao_fast.models.liger import use_liger_layers
 from grao_fast.system.digests import digest_tensors
-from grao_fast.system.errors import UserError, first_line
+from grao_fast.system.errors import UserError, first_line, first_of
 
 _NONE_IF_ABSENT = {
     "_raise_exceptions_for_gated_repo": False,
@@ -125,9 +125,8 @@ def _load(name: str, *, dtype: torch.dtype, revision: str | None) -> nn.Module:
     # Transformers would draw them at random
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
-        more = f" and {len(absent) - 1} more" if absent[1:] else ""
         raise UserError(
-            f"model {name!r} holds no {absent[0]}{more} of the shapes that its config.json wants: "
+            f"model {name!r} holds no {first_of(absent)} of the shapes that its config.json wants: "
             "give the folder of a whole causal language model"
         )
     return model

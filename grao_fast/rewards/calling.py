@@ -34,7 +34,7 @@ Results = dict[int, Any]
 
 
 class Caller:
-    """Calls functions on the same rows, each with deep copies of the arguments that it takes.
+    """Calls functions on the same texts, each with deep copies of the arguments that it takes.
 
     A single function runs in the calling thread, unless there is a time limit. Several functions
     run concurrently: the async ones in one event loop, every other one in a thread of its own.
@@ -62,10 +62,10 @@ class Caller:
     def call(self, offered: Mapping[str, Any], labels: Sequence[str]) -> list[list[float]]:
         """Return one list of floats for each function, with NaN for None.
 
-        offered: the arguments that functions can take, by name; lists of one item for each row.
-        labels: names of the rows for errors.
+        offered: the arguments that functions can take, by name; lists of one item for each text.
+        labels: names of the texts for errors.
 
-        Raises RewardError that names the first function that fails, and a wrong value and its row.
+        Raises RewardError that names the first function that fails, and a wrong value and its text.
         """
         for function in self.functions:
             select_arguments(function, offered)
@@ -183,7 +183,7 @@ class Caller:
 
 
 def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a function takes, copied for every row, even for rows of one prompt."""
+    """The arguments that a function takes, copied for every text, even for texts of one prompt."""
     return {
         name: [own_copy(value) for value in values]
         for name, values in select_arguments(function, offered).items()

@@ -7,11 +7,11 @@ to match. The function takes the arguments that it names, from `prompts`, `compl
 [{"role": "assistant", "content": ...}]. It returns None for a completion that it cannot score.
 
 The reward is the weighted sum of all functions that did not return None. Functions run
-concurrently, see `grao_fast.rewards.calling`. Every function gets its own deep copy of every row,
+concurrently, see `grao_fast.rewards.calling`. Every function gets its own deep copy of all values,
 which it may change; only objects that cannot be copied are shared.
 
-Suffixes of names: N prompts, K = G + 1 sequences of a group, R rows (texts scored in one call),
-F functions.
+Suffixes of names: N prompts, K = G + 1 sequences of a group, R scored texts (completions and
+references in one call), F functions.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Reward:
                 f"completions must be {groups} groups of one size, got groups of "
                 f"{[len(group) for group in completions]}"
             )
-        # of every row: its index n * K + k in rewards_NK, its text, its name for errors
+        # of every scored text: its index n * K + k in rewards_NK, the text, its name for errors
         cells, texts, labels = [], [], []
         for n, (example, group) in enumerate(zip(examples, completions, strict=True)):
             if reward_type == "pairwise" and example.reference is None:
@@ -156,9 +156,9 @@ class Reward:
                 f"completion {k} of prompt {n}" if k < samples else f"the reference of prompt {n}"
                 for k in range(len(scored))
             ]
-        rows = [examples[cell // (samples + 1)] for cell in cells]
-        references = [example.reference for example in rows]
-        scores_FR = self._call(rows, texts, references, reward_type, labels)
+        examples_R = [examples[cell // (samples + 1)] for cell in cells]
+        references = [example.reference for example in examples_R]
+        scores_FR = self._call(examples_R, texts, references, reward_type, labels)
 
         rewards_NK = torch.full((groups, samples + 1), math.nan, dtype=torch.float64)
         cell_R = torch.tensor(cells, dtype=torch.long)
@@ -173,7 +173,7 @@ class Reward:
     def score(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         """Score one completion of every example, pointwise; NaN for no reward."""
         references = [example.reference for example in examples]
-        labels = [f"completion {row}" for row in range(len(examples))]
+        labels = [f"completion {index}" for index in range(len(examples))]
         scores_FR = self._call(examples, completions, references, "pointwise", labels)
         return self._sum(scores_FR, labels).tolist()
 
@@ -191,7 +191,7 @@ class Reward:
         R(o) - R(other), both scored in one call.
         """
         if reward_type == "pairwise":
-            labels = [f"pair {row}" for row in range(len(examples))]
+            labels = [f"pair {index}" for index in range(len(examples))]
             scores_FR = self._call(examples, completions, others, reward_type, labels)
             return self._sum(scores_FR, labels).tolist()
         both = self.score([*examples, *examples], [*completions, *others])
@@ -206,7 +206,7 @@ class Reward:
         reward_type: RewardType,
         labels: Sequence[str],
     ) -> Tensor:
-        """Return scores_FR, the float64 score of every function for every row; NaN for None."""
+        """Return scores_FR, the float64 score of every text by every function; NaN for None."""
         if reward_type == "pairwise":
             for function in self.functions:
                 require_references(function)
@@ -217,14 +217,14 @@ class Reward:
         return torch.tensor(values, dtype=torch.float64)
 
     def _sum(self, scores_FR: Tensor, labels: Sequence[str]) -> Tensor:
-        """Return the weighted sum of the functions for every row; NaN for rows without a score."""
+        """Return the weighted sum of the functions for every text; NaN without a score."""
         weights_F1 = torch.tensor(self.weights, dtype=torch.float64)[:, None]
         total_R = (weights_F1 * scores_FR).nansum(dim=0)
         if bool((total_R.abs() > LARGEST).any()):
-            row = int(total_R.abs().argmax())
+            top = int(total_R.abs().argmax())
             raise RewardError(
-                f"the weighted sum of the rewards {', '.join(self.names)} is {total_R[row]:g} for "
-                f"{labels[row]}: beyond {LARGEST:g} mean and deviation overflow; lower "
+                f"the weighted sum of the rewards {', '.join(self.names)} is {total_R[top]:g} for "
+                f"{labels[top]}: beyond {LARGEST:g} mean and deviation overflow; lower "
                 "reward_weights"
             )
         return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
@@ -236,7 +236,7 @@ def _arguments(
     references: Sequence[str | None],
     columns: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """The arguments that functions can take, by name: lists of one item for each row."""
+    """The arguments that functions can take, by name: lists of one item for each text."""
 
     def as_prompt(example: Example, text: str | None) -> Any:
         if text is None or isinstance(example.prompt, str):

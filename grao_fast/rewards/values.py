@@ -20,15 +20,15 @@ def check_values(name: str, values: Any, labels: Sequence[str]) -> list[float]:
 
     NumPy's numbers and tensors without dimensions count as numbers, True as 1 and False as 0.
     """
-    rows = len(labels)
+    count = len(labels)
     if not isinstance(values, (list, tuple)):
         raise RewardError(
-            f"reward {name} returned a {type(values).__name__}: it must return a list of {rows} "
+            f"reward {name} returned a {type(values).__name__}: it must return a list of {count} "
             f"numbers" + ("; call .tolist() on it" if hasattr(values, "tolist") else "")
         )
-    if len(values) != rows:
+    if len(values) != count:
         raise RewardError(
-            f"reward {name} returned {len(values)} values for {rows} completions: it must return "
+            f"reward {name} returned {len(values)} values for {count} completions: it must return "
             f"one for each"
         )
     return [

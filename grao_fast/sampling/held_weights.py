@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.changes import HEAD, Change, Negated, is_tied, parts
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -148,7 +148,7 @@ class HeldWeights:
         stale = seen.stale
         if change is not None and not stale:
             stale = _stale_parts(policy, self._ids, seen.off_n, change)
-        which = ", ".join(stale[:4]) + (f" and {len(stale) - 4} more" if len(stale) > 4 else "")
+        which = first_of(stale, shown=4)
         tied = is_tied(policy.causal_lm) and HEAD in stale
         return UserError(
             f"{self._name} does not hold the policy's weights: their log-probs differ by "

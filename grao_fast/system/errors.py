@@ -1,8 +1,8 @@
-"""Errors that a user can act on, and error messages on one line."""
+"""Defines the error that a user can correct, and writes error messages on one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from grao_fast.system.visible import squeezed
@@ -34,6 +34,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop; see `one_line`."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return squeezed(lines[0]).rstrip(".")[:_LONGEST_REASON]
+
+
+def first_of(names: Sequence[object], shown: int = 1) -> str:
+    """List the first of some names and count the others: "a and 3 more"."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from grao_fast.system.errors import first_of
 from grao_fast.system.files import write_file
 from grao_fast.system.visible import get_logger
 
@@ -84,10 +85,7 @@ def _readable(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     read = [(number, line, _row(line)) for number, line in enumerate([*lines, last], start=1)]
     broken = [number for number, _, row in read if row is None and number <= len(lines)]
     if broken:
-        logger.warning(
-            "%s: line %d%s cannot be read and is left out", path, broken[0],
-            f" (and {len(broken) - 1} more)" if len(broken) > 1 else "",
-        )  # fmt: skip
+        logger.warning("%s: line %s cannot be read: left out", path, first_of(broken))
     return [(line, row) for _, line, row in read if row is not None]
 
 

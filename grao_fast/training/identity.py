@@ -20,6 +20,7 @@ from grao_fast.rewards import Reward
 from grao_fast.rewards.calling import function_name
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.digests import digest_rows, digest_tensors
+from grao_fast.system.errors import first_of
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import CheckpointError
 
@@ -261,8 +262,7 @@ def _check_trained(path: Path, before: dict[str, str], now: dict[str, str]) -> N
 
 
 def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return f"with {names[0]}{more}" if names else "without"
+    return f"with {first_of(names)}" if names else "without"
 
 
 def _other(path: Path, what: str, before: str, now: str) -> CheckpointError:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from grao_fast.config import RewardType
 from grao_fast.data.examples import Example
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, first_of
 
 
 def check_one_process() -> None:
@@ -30,8 +30,8 @@ def check_references(
         absent = [i for i, example in enumerate(rows) if example.reference is None]
         if absent:
             raise UserError(
-                f"{name}: row {absent[0]} and {len(absent) - 1} more have no reference, which a "
-                'pairwise reward compares with; leave them out or use reward_type="pointwise"'
+                f"{name}: no reference in row {first_of(absent)}, which a pairwise reward compares "
+                'with; leave such rows out or set reward_type="pointwise"'
             )
 
 

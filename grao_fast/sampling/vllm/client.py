@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grao_fast.sampling.vllm.requests import LOGPROBS_MODE, import_optional
+from grao_fast.sampling.vllm.requests import LOGPROBS_MODE
 from grao_fast.system.errors import UserError, first_line
+from grao_fast.system.optional import import_optional
 
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
 

@@ -17,13 +17,13 @@ from grao_fast.sampling.vllm.requests import (
     FAILURES,
     LOGPROBS_MODE,
     checked,
-    import_optional,
     prompt_seeds,
     sampling_options,
     scoring_options,
 )
 from grao_fast.sampling.weights import WeightFolder
 from grao_fast.system.errors import explained
+from grao_fast.system.optional import import_optional
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 from grao_fast.sampling import Completion
@@ -85,11 +83,3 @@ def checked(
             "with --generation-config vllm, or lower max_new_tokens"
         )
     return Completion(token_ids=list(token_ids), logprobs=values, finished=finished)
-
-
-def import_optional(name: str, *, extra: str, option: str) -> ModuleType:
-    """A package that an extra installs; ValueError, naming the extra, where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'{option} needs {name}: pip install "grao-fast[{extra}]"') from error
