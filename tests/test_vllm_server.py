@@ -422,7 +422,7 @@ def test_a_server_with_too_short_a_context_is_said_before_training(
     fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
 ):
     fake.max_model_len = 12
-    with pytest.raises(ValueError, match=r"do not fit the model's context of 12: .*max_prompt_length=4"):
+    with pytest.raises(ValueError, match=r"do not fit .* context of 12: .*max_prompt_length=4"):
         run(tiny_model, tmp_path, config=config(url))
 
 
