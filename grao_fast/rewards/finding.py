@@ -35,7 +35,7 @@ class RewardError(UserError):
 
 @contextmanager
 def running(what: str) -> Iterator[None]:
-    """Raise whatever the user's code inside raises as a RewardError, `what` raised ...
+    """A context for the user's code: whatever it raises becomes a RewardError that names `what`.
 
     This includes SystemExit, asyncio.CancelledError and a KeyboardInterrupt that the code raises
     itself, which would end the run silently, but not the KeyboardInterrupt of a signal. A child
@@ -70,7 +70,7 @@ def _ending_children(process: int) -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str | None:
-    """File and line of the first call that left this package; None where no file was called."""
+    """Return file and line of the first call outside this package; None if there is none."""
     for call in traceback.extract_tb(error.__traceback__):
         path = Path(call.filename)
         if path.is_file() and not any(map(path.is_relative_to, _CALLERS)):
@@ -82,7 +82,7 @@ def _in_words(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = str(error)
-    except Exception:  # of any kind: an exception of the user's own, too
+    except Exception:  # of any kind: the class may be the user's own
         return f"{kind}, whose message cannot be printed"
     return f"{kind}: {text}" if text else kind
 

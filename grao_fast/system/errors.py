@@ -23,15 +23,15 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException, longest: int | None = None) -> str:
-    """The message of an error on one line, or the name of its type where it has no message.
+    """Return the message of an error on one line, or the name of its type if it has no message.
 
-    longest: the number of characters after which the message is cut; None: never.
+    longest: the number of characters after which the message is cut; None: not cut.
     """
     return squeezed(str(error))[:longest] or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; see `one_line`."""
+    """Return the first line of an error's message, without its full stop, as `one_line` does."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return squeezed(lines[0]).rstrip(".")[:_LONGEST_REASON]
 
