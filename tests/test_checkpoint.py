@@ -6,9 +6,6 @@ import errno
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,30 +103,6 @@ def test_an_old_checkpoint_that_a_reader_holds_open_stops_no_run(
     assert "checkpoint-1 cannot be deleted (Directory not empty)" in caplog.text
     clear_left_overs(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_kill_9_in_the_middle_of_a_write(tmp_path: Path):
-    write(tmp_path, 1)
-    program = """
-import sys, time
-from pathlib import Path
-from grao_fast.training.checkpoint import checkpoint_path
-from grao_fast.system.files import clear_left_overs, write_folder
-def fill(folder):
-    (folder / "model.bin").write_text("half")
-    print("writing", flush=True)
-    time.sleep(60)
-write_folder(checkpoint_path(Path(sys.argv[1]), 2), fill)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().strip() == "writing"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert choose_checkpoint(tmp_path, True) == checkpoint_path(tmp_path, 1)
-    verify(write(tmp_path, 2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_what_was_just_written_is_kept_beside_later_leftovers(tmp_path: Path):

@@ -5,7 +5,6 @@ What the host sees of the device is 0, where a test lets it look.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -193,20 +192,6 @@ def test_the_probe_of_the_memory(tiny_model: Path) -> None:
         )
     assert found == 2 * (6 + 2 * 5 + 7)
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
-
-
-@pytest.mark.slow
-def test_the_suites_section_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`suite/attention.py`, which runs on GPUs alone."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    from suite import attention, runner
-
-    monkeypatch.setattr(attention, "CASES", attention.CASES[:1])
-    run = runner.Run(fake_cuda.CUDA, False, time.monotonic() + 100, tmp_path / "report")
-    with fake_cuda.fake_cuda(may_wait=True, look=0):
-        headline = attention.attention(run)
-    assert headline.startswith("gradients within 0.0e+00")  # for what the host knows
-    assert run.report["recomputed"]["attention"] == run.report["kept"]["attention"] == "grao_flex"
 
 
 def test_what_is_left_on_the_cpu_is_seen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

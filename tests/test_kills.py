@@ -140,35 +140,21 @@ def assert_same(output: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_killed_before_every_change_of_its_folder(tiny_model, whole: Path, tmp_path: Path):
-    number, killed = 0, True
-    while killed:
-        output = tmp_path / str(number)
-        output.mkdir()
-
-        def go_on(output: Path = output) -> None:
-            run(tiny_model, output, **OPTIONS, resume_from_checkpoint="auto")
-
-        killed = killed_at_change(number, output, go_on)
-        assert exit_status(fork(go_on)) == 0, f"change {number}"
-        assert_same(output, whole)
-        shutil.rmtree(output)
-        number += 1
-    print(f"killed at {number - 1} places")
-    assert number > 100
-
-
-@pytest.mark.slow
-def test_resuming_a_finished_run_is_killed_before_every_change(
-    tiny_model, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("finished, places", [(False, 100), (True, 30)], ids=["new", "finished"])
+def test_a_run_is_killed_before_every_change_of_its_folder(
+    finished: bool, places: int, tiny_model, whole: Path, tmp_path: Path
 ):
     number, killed = 0, True
     while killed:
         output = tmp_path / str(number)
-        shutil.copytree(whole, output)
+        if finished:
+            shutil.copytree(whole, output)
+        else:
+            output.mkdir()
 
         def go_on(output: Path = output) -> None:
-            run(tiny_model, output, **OPTIONS, resume_from_checkpoint=True)
+            resume = True if finished else "auto"
+            run(tiny_model, output, **OPTIONS, resume_from_checkpoint=resume)
 
         killed = killed_at_change(number, output, go_on)
         assert exit_status(fork(go_on)) == 0, f"change {number}"
@@ -176,7 +162,7 @@ def test_resuming_a_finished_run_is_killed_before_every_change(
         shutil.rmtree(output)
         number += 1
     print(f"killed at {number - 1} places")
-    assert number > 30
+    assert number > places
 
 
 @pytest.mark.slow
@@ -213,20 +199,3 @@ def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Pa
 def ended(child: int) -> bool:
     """Return whether a child has ended, without reaping it."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-@pytest.mark.slow
-def test_of_two_runs_started_at_once_one_goes_to_its_end(tiny_model, whole: Path, tmp_path: Path):
-    for number in range(10):
-        output, start = tmp_path / str(number), time.monotonic() + 0.1
-
-        def go(output: Path = output, start: float = start) -> None:
-            while time.monotonic() < start:
-                pass
-            try:
-                run(tiny_model, output, **OPTIONS)
-            except ValueError as refusal:
-                os._exit(3 if "is in use by process" in str(refusal) else 4)
-
-        assert sorted(map(exit_status, [fork(go), fork(go)])) == [0, 3]
-        assert_same(output, whole)

@@ -184,27 +184,15 @@ def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-def test_a_second_ctrl_c_waits_for_no_save(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signum, saved", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_second_ctrl_c_waits_for_no_save_and_a_second_sigterm_does(
+    signum: int, saved: bool, tiny_model: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    for module, name, number in (
-        (grao_fast.trainer, "sample_and_score", 2),
-        (grao_fast.training.progress, "save_checkpoint", 1),
-    ):
-        at_call(monkeypatch, module, name, number, lambda: send(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signum))
+    at_call(monkeypatch, grao_fast.training.progress, "save_checkpoint", 1, lambda: send(signum))
+    with pytest.raises((KeyboardInterrupt, Preempted)):
         run(tiny_model, tmp_path, **OPTIONS)
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
-def test_a_second_sigterm_does_not_disturb_the_save(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
-    at_call(monkeypatch, grao_fast.training.progress, "save_checkpoint", 1, send)
-    with pytest.raises(Preempted):
-        run(tiny_model, tmp_path, **OPTIONS)
-    assert (tmp_path / "checkpoint-1").is_dir()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"] * saved
 
 
 # ---- rewards
@@ -270,24 +258,41 @@ def test_a_hanging_reward_is_not_waited_for(
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), ValueError("no")])
-def test_a_failing_reward_costs_no_step(
-    error: BaseException, tiny_model: Path, tmp_path: Path, uninterrupted: Path, caplog: Any
+def fails(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+# What fails at its how-manieth call, after two whole steps, and what the run raises for it.
+FAILURES = {
+    # an evaluation and two steps come before the second evaluation
+    "reward that exits": (OPTIONS, "reward", 4, SystemExit(0), RewardError),
+    "reward that raises": (OPTIONS, "reward", 4, ValueError("no"), RewardError),
+    "callback": (Callback, "on_step_end", 2, LookupError("of the callback"), LookupError),
+    # it takes weights once before the first step
+    "sampler": (ModelSampler, "sync", 3, ConnectionError("gone"), ConnectionError),
+}
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_what_fails_costs_no_step_and_no_line(
+    failing: str, tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch, caplog
 ) -> None:
-    steps: list[int] = []
-
-    def reward(prompts: Any, completions: Any) -> list[float]:
-        steps.append(1)
-        if len(steps) == 4:  # the first evaluation, two steps, the second evaluation
-            raise error
-        return rarely_equal(prompts, completions)
-
-    reward.__name__ = "rarely_equal"
-    options = OPTIONS | {"reward": reward}
-    with pytest.raises(RewardError, match=f"rarely_equal raised {type(error).__name__}"):
+    owner, name, number, error, raised = FAILURES[failing]
+    options = OPTIONS | {"callbacks": [Callback()]}
+    with monkeypatch.context() as patch, pytest.raises(raised):
+        if owner is OPTIONS:
+            module = SimpleNamespace(rarely_equal=rarely_equal)
+            at_call(patch, module, "rarely_equal", number, fails(error))
+            module.rarely_equal.__name__ = "rarely_equal"
+            options |= {"reward": module.rarely_equal}
+        else:
+            at_call(patch, owner, name, number, fails(error))
         run(tiny_model, tmp_path, **options)
     assert f"resume_from_checkpoint=True goes on from {tmp_path}/checkpoint-2" in caplog.text
-    run(tiny_model, tmp_path, **options, resume_from_checkpoint=True)
+    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
     check_same(tmp_path, uninterrupted)
 
 
@@ -307,34 +312,6 @@ def test_a_reward_that_goes_to_another_folder_takes_nothing_there(
     assert not list((tmp_path / "there").iterdir())
     written = {path.name for path in (tmp_path / "here/run").iterdir()}
     assert {"checkpoint-2", "final", "summary.json", "metrics.jsonl"} <= written
-
-
-def test_a_failing_callback_costs_no_step_and_no_line(
-    tiny_model: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    class Fails(Callback):
-        def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
-            if step == 2:
-                raise LookupError("of the callback")
-
-    with pytest.raises(LookupError):
-        run(tiny_model, tmp_path, **OPTIONS, callbacks=[Fails()])
-    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
-    check_same(tmp_path, uninterrupted)
-
-
-def test_a_sampler_that_fails_to_take_weights_costs_no_step_and_no_line(
-    tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails() -> None:
-        raise ConnectionError("the server is gone")
-
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        at_call(patch, ModelSampler, "sync", 3, fails)  # once before the first step
-        run(tiny_model, tmp_path, **OPTIONS)
-    assert (tmp_path / "checkpoint-2").is_dir()
-    run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
-    check_same(tmp_path, uninterrupted)
 
 
 def test_a_sampler_that_hangs_while_it_takes_weights_is_not_waited_for(

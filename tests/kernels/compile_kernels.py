@@ -7,6 +7,7 @@ Pointers and strides are marked divisible by 16 exactly where the launcher's are
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -199,6 +200,6 @@ def compile_for(name: str) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
         found = [item for results in pool.map(compile_for, TARGETS) for item in results.items()]
     print(json.dumps(dict(found)))

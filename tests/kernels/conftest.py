@@ -7,8 +7,10 @@ came first, test_own_process.py runs these tests again in a process of their own
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,31 @@ from interpreter import interpreter_fault
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+COMPILER = Path(__file__).with_name("compile_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of compiled code come last: on another core it is compiled meanwhile."""
+    items.sort(key=lambda item: item.path.name == "test_compile.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str] | None]:
+    """The process that compiles for test_compile.py, from the first test of this folder on."""
+    if all(item.path.name != "test_compile.py" for item in request.session.items):
+        yield None
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-W", "ignore", str(COMPILER)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.cuda)])
