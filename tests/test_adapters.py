@@ -279,9 +279,7 @@ def test_a_base_taken_apart_at_random_is_refused(adapter: Path, copied: Path, ti
         (peft.LoraConfig, "such as LoraConfig, got type"),
     ],
 )
-def test_another_adapter_than_of_a_language_model_is_refused(
-    config, message: str, tiny_model: Path
-):
+def test_another_adapter_than_of_a_language_model_is_refused(config, message, tiny_model):
     with pytest.raises(ValueError, match=message):
         load_policy(tiny_model, config=CONFIG, peft_config=config)
 
@@ -312,9 +310,7 @@ def test_a_quantised_base_stays_where_it_is(tiny_model: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens"]])
-def test_a_base_to_which_tokens_were_added_is_as_large_again(
-    modules_to_save, tiny_model: Path, tmp_path: Path
-):
+def test_a_base_to_which_tokens_were_added_is_as_large_again(modules_to_save, tiny_model, tmp_path):
     """peft saves the embeddings with the adapter, and could not load them into fewer rows."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     base.resize_token_embeddings(90)

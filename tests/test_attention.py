@@ -87,9 +87,7 @@ def test_backends_agree(window: int | None, softcap: float | None, flex_with_gra
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flex_gives_every_family_the_gradients_of_parts(
-    family: str, tiny_model, flex_with_gradients
-):
+def test_flex_gives_every_family_the_gradients_of_parts(family, tiny_model, flex_with_gradients):
     """With recomputed layers, except where a cap on scores rules them out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = GRAOConfig(gradient_checkpointing=family != "Gemma2")

@@ -235,9 +235,7 @@ def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, t
 
 
 @pytest.mark.parametrize("kind", ["PiSSA", "OLoRA"])
-def test_what_was_taken_out_of_the_base_is_put_back_alike(
-    kind: str, biased: Path, tmp_path: Path, monkeypatch
-):
+def test_what_was_taken_out_of_the_base_is_put_back_alike(kind, biased, tmp_path, monkeypatch):
     """On a machine that decomposes with another rounding, here a coarse one; also without a KL."""
     config = CONFIG.replace(kl_coef=0.0)
     loaded = build(kind, biased, config)

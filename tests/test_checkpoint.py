@@ -40,9 +40,7 @@ def test_a_written_checkpoint_verifies(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "change", "delete", "manifest"])
-def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-):
+def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(tmp_path, damage, caplog):
     good, torn = write(tmp_path, 9), write(tmp_path, 10)
     file = torn / "model.bin"
     if damage == "truncate":
@@ -85,9 +83,7 @@ def test_the_oldest_are_deleted_by_step_not_by_name(tmp_path: Path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
 
 
-def test_an_old_checkpoint_that_a_reader_holds_open_stops_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_an_old_checkpoint_that_a_reader_holds_open_stops_no_run(tmp_path, monkeypatch, caplog):
     """Files that are open keep their folder from being deleted on NFS."""
 
     def busy(path: Path) -> None:

@@ -141,9 +141,7 @@ def test_wrong_option(argv: str, folder: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("argv", WRONG_INPUTS, ids=short_name)
-def test_wrong_input_is_reported_before_a_model_is_loaded(
-    argv: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input_is_reported_before_a_model_is_loaded(argv, folder, capsys, monkeypatch):
     import transformers
 
     def load(*args: Any, **kwargs: Any) -> None:
@@ -155,9 +153,7 @@ def test_wrong_input_is_reported_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize("argv", WRONG_TOGETHER, ids=short_name)
-def test_model_and_data_that_do_not_go_together(
-    argv: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_and_data_that_do_not_go_together(argv, folder, capsys) -> None:
     line = one_line_of_error(short_run(argv), capsys)
     assert re.search(WRONG_TOGETHER[argv], line)
 
@@ -272,13 +268,7 @@ def test_yaml_and_overrides(passed: Callable[[str], dict[str, Any]], folder: Pat
     ],
     ids=["none yet", "two written"],
 )
-def test_interrupt_says_how_to_resume(
-    checkpoints: list[int],
-    said: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_interrupt_says_how_to_resume(checkpoints, said, folder, capsys, monkeypatch) -> None:
     import grao_fast.trainer
 
     def interrupted(**options: Any) -> None:
@@ -295,14 +285,7 @@ def test_interrupt_says_how_to_resume(
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("command", [TRAIN, TRAIN.replace("train", "eval")], ids=["train", "eval"])
-def test_signals_end_in_a_status_of_their_own(
-    signum: signal.Signals,
-    status: int,
-    command: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_signals_end_in_a_status_of_their_own(signum, status, command, folder, capsys, monkeypatch):
     import transformers
 
     def load(*args: Any, **kwargs: Any) -> None:
@@ -333,9 +316,7 @@ def test_train_eval_and_plot_end_to_end(folder: Path, capsys: pytest.CaptureFixt
     assert {"ras", "nag"} <= set(json.loads(Path("scores/eval.json").read_text()))
 
 
-def test_an_adapter_is_evaluated_and_resumed_like_a_model(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_evaluated_and_resumed_like_a_model(folder, capsys) -> None:
     small = "--num_generations 2 --prompts_per_step 2 --max_new_tokens 8 --device cpu"
     argv = f"{TRAIN} {small} --output_dir run --peft.r 2 --max_steps"
     assert main([*argv.split(), "2"]) == 0

@@ -262,9 +262,7 @@ def test_hh_transcripts(turns: tuple[str, ...], prompt: list, reference: str | N
     assert example == Example(prompt, reference, {"rejected": rejected})
 
 
-def test_transcripts_that_end_in_a_blank_answer_are_left_out(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_transcripts_that_end_in_a_blank_answer_are_left_out(caplog) -> None:
     rows = [{"chosen": transcript("Ha", last), "rejected": ""} for last in ("Ab", "A ", "Ac")]
     assert [example.reference for example in load_examples(rows)] == ["b", "c"]
     assert "left out 1 of 3 transcripts" in caplog.text
@@ -374,9 +372,7 @@ def test_tokenizers_that_cannot_serve(tokenizer: PreTrainedTokenizerFast) -> Non
         encode(EXAMPLES, tokenizer)
 
 
-def test_an_eos_that_the_tokenizer_appends_to_prompts_is_removed(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_an_eos_that_the_tokenizer_appends_to_prompts_is_removed(tokenizer) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer._tokenizer.post_processor = TemplateProcessing(

@@ -115,9 +115,7 @@ def test_every_frame_of_a_zstandard_file_is_read(tmp_path: Path) -> None:
             load_examples(path)
 
 
-def test_zstandard_is_named_where_it_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zstandard_is_named_where_it_is_missing(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "rows.jsonl.zst").write_bytes(b"")
     with pytest.raises(ValueError, match=r"rows\.jsonl\.zst: .*`pip install zstandard`"):

@@ -62,9 +62,7 @@ def short(prompt: int, samples: int) -> Group:
 @needs_fused_attention
 @pytest.mark.parametrize(("adapter", "recompute"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("family", ["Llama", "Granite", "Qwen2"])
-def test_flops_are_those_that_pytorch_counts(
-    family: str, adapter: bool, recompute: bool, tiny_model
-):
+def test_flops_are_those_that_pytorch_counts(family, adapter, recompute, tiny_model):
     """PyTorch counts whole rectangles in attention, so the groups are such that they are full.
 
     It stops recomputing before a layer's last product, which we count, unless told not to.

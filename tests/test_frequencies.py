@@ -109,9 +109,7 @@ def summed(policy: Policy, batches: list[MicroBatch]) -> tuple[Tensor, dict[str,
 
 @pytest.mark.parametrize("share_prefix", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("case", FOLLOWING)
-def test_the_gradient_does_not_depend_on_how_a_step_is_split(
-    case: str, share_prefix: bool, tiny_model: Path
-):
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(case, share_prefix, tiny_model):
     policy = held(case, tiny_model, 24, share_prefix=share_prefix).policy
     together = summed(policy, [policy.lay_out([LONG, SHORT])])
     apart = [policy.lay_out([LONG]), policy.lay_out([SHORT])]

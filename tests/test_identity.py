@@ -127,9 +127,7 @@ def test_another_adapter(changed: dict, message: str, tiny_model: Path, adapted:
     refused(message, adapted, tiny_model, peft_config=adapter)
 
 
-def test_an_adapter_where_there_was_none_and_none_where_there_was(
-    tiny_model: Path, whole: Path, adapted: Path
-):
+def test_an_adapter_where_there_was_none_and_none_where_there_was(tiny_model, whole, adapted):
     is_lora = r"the adapter was none, and is 'default' \(LORA\)"
     refused(is_lora, whole, tiny_model, peft_config=lora())
     refused(r"the adapter was 'default' \(LORA\), and is none", adapted, tiny_model)
@@ -210,9 +208,7 @@ def test_a_model_that_came_as_far_by_itself_goes_on(tiny_model: Path, tmp_path: 
         run(model["model"], tmp_path, **kl, resume_from_checkpoint=True)
 
 
-def test_a_template_that_writes_the_date_can_be_resumed(
-    tiny_model: Path, tmp_path: Path, monkeypatch
-):
+def test_a_template_that_writes_the_date_can_be_resumed(tiny_model, tmp_path, monkeypatch):
     """Also where tomorrow's prompts have more tokens than today's."""
     from transformers.utils import chat_template_utils
 
@@ -241,9 +237,7 @@ def test_a_template_that_writes_the_date_can_be_resumed(
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "value"])
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
-def test_every_key_of_a_checkpoint_is_accounted_for(
-    kind: str, change: str, tiny_model: Path, request, tmp_path: Path
-):
+def test_every_key_of_a_checkpoint_is_accounted_for(kind, change, tiny_model, request, tmp_path):
     folder = Path(shutil.copytree(request.getfixturevalue(kind) / "checkpoint-2", tmp_path / "c"))
     file = next(folder.glob("*model.safetensors"))
     weights = load_file(file)

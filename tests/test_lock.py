@@ -201,9 +201,7 @@ def test_this_machine_before_it_started_anew_gives_way(tmp_path: Path):
 
 
 @pytest.mark.parametrize("flock", [fcntl.flock, no_flock])
-def test_a_dead_holder_on_another_machine_gives_way(
-    tmp_path: Path, quick, flock, monkeypatch, caplog: pytest.LogCaptureFixture
-):
+def test_a_dead_holder_on_another_machine_gives_way(tmp_path, quick, flock, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", flock)
     written(tmp_path, **ELSEWHERE)  # without a beat
     with only_run_in(tmp_path):
@@ -217,9 +215,7 @@ def test_a_dead_holder_on_another_machine_gives_way(
 
 
 @pytest.mark.parametrize("flock", [fcntl.flock, no_flock])
-def test_a_living_holder_on_another_machine_is_named(
-    tmp_path: Path, quick, flock, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_living_holder_on_another_machine_is_named(tmp_path, quick, flock, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(heartbeat, "SILENCE", 30.0)  # a loaded machine may be slow
     with beating(tmp_path, **ELSEWHERE):
@@ -233,9 +229,7 @@ def test_a_living_holder_on_another_machine_is_named(
         )  # it still belongs to its holder
 
 
-def test_a_lock_released_while_it_is_watched_is_taken(
-    tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
-):
+def test_a_lock_released_while_it_is_watched_is_taken(tmp_path, quick, monkeypatch, caplog):
     monkeypatch.setattr(heartbeat, "SILENCE", 30.0)
     written(tmp_path, **ELSEWHERE)
     threading.Timer(0.05, (tmp_path / LOCK_FILE).unlink).start()
@@ -244,9 +238,7 @@ def test_a_lock_released_while_it_is_watched_is_taken(
         assert json.loads((tmp_path / LOCK_FILE).read_bytes())["pid"] == os.getpid()
 
 
-def test_of_two_machines_that_take_over_at_once_one_runs(
-    tmp_path: Path, quick, monkeypatch: pytest.MonkeyPatch
-):
+def test_of_two_machines_that_take_over_at_once_one_runs(tmp_path, quick, monkeypatch):
     written(tmp_path, **ELSEWHERE)
 
     def write_after(descriptor: int, path: Path, mine: dict[str, Any]) -> None:
@@ -331,9 +323,7 @@ def test_a_holder_that_lost_its_file_warns_once_and_leaves_the_next_one_alone(
     assert [json.loads(path.read_bytes())["pid"] for path in tmp_path.iterdir()] == [7] * taken
 
 
-def test_a_full_disk_is_logged_once(
-    tmp_path: Path, quick, monkeypatch, caplog: pytest.LogCaptureFixture
-):
+def test_a_full_disk_is_logged_once(tmp_path, quick, monkeypatch, caplog):
     tried: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -374,9 +364,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_without_locks_the_process_is_looked_up(
-    tmp_path: Path, quick, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_without_locks_the_process_is_looked_up(tmp_path, quick, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", no_flock)
     with only_run_in(tmp_path):
         assert "runs that start at the same moment may share the folder" in caplog.text

@@ -324,9 +324,7 @@ def change_config(folder: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
-def test_weights_that_are_not_whole_are_refused_in_a_line(
-    case: str, tiny_model: Path, tmp_path: Path
-):
+def test_weights_that_are_not_whole_are_refused_in_a_line(case, tiny_model, tmp_path):
     """Transformers draws at random what is not there, and says so in a table."""
     damage, message = INCOMPLETE[case]
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))

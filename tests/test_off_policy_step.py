@@ -213,9 +213,7 @@ def moved(policy) -> None:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(
-    tiny_model, share_prefix: bool
-):
+def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(tiny_model, share_prefix):
     """Loss and gradients, samples of dead groups included: one group's rewards are made equal."""
     config = OFF_POLICY.replace(kl_coef=0.3, share_prefix=share_prefix)
     loaded, rollout, _ = step_groups(tiny_model, config)

@@ -99,9 +99,7 @@ def test_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None
     assert loss == "linear_grao_loss"
 
 
-def test_editable_install_finds_the_kernels_in_their_own_folder(
-    source: Path, tmp_path: Path
-) -> None:
+def test_editable_install_finds_the_kernels_in_their_own_folder(source, tmp_path) -> None:
     archive = build("build_editable", source, tmp_path / "wheel")
     zipfile.ZipFile(archive).extractall(tmp_path / "site")
     code = (
@@ -114,9 +112,7 @@ def test_editable_install_finds_the_kernels_in_their_own_folder(
     assert Path(kernels) == source / "kernels/__init__.py"
 
 
-def test_source_archive_builds_the_same_wheel_and_carries_the_tests(
-    source: Path, wheel: Path, tmp_path: Path
-) -> None:
+def test_source_archive_builds_the_same_wheel_and_carries_the_tests(source, wheel, tmp_path):
     with tarfile.open(build("build_sdist", source, tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"grao_fast-{grao_fast.__version__}"

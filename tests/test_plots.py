@@ -63,9 +63,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         ([step(1, **{f"objective/{c}": 0.0 for c in plots._COMPONENTS})], ["reward", "loss"]),
     ],
 )
-def test_plots_without_metrics_are_left_out(
-    tmp_path: Path, rows: list[dict[str, Any]], names: list[str]
-) -> None:
+def test_plots_without_metrics_are_left_out(tmp_path, rows, names) -> None:
     assert [path.stem for path in plot_run(write(tmp_path, rows))] == names
 
 

@@ -128,9 +128,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_a_torn_checkpoint_is_passed_over(
-    stopped: Path, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
-):
+def test_a_torn_checkpoint_is_passed_over(stopped, damage, caplog):
     damage(stopped / "checkpoint-4")
     for resume in (True, "auto", stopped / "checkpoint-2"):
         assert choose_checkpoint(stopped, resume) == stopped / "checkpoint-2"
@@ -139,9 +137,7 @@ def test_a_torn_checkpoint_is_passed_over(
         choose_checkpoint(stopped, stopped / "checkpoint-4")
 
 
-def test_a_run_goes_on_from_the_one_before_a_torn_checkpoint(
-    tiny_model, stopped: Path, whole: Path
-):
+def test_a_run_goes_on_from_the_one_before_a_torn_checkpoint(tiny_model, stopped, whole):
     """And once more, when it is stopped before it has come as far as the torn one."""
     DAMAGES["a manifest of null"](stopped / "checkpoint-4")
     options = {"eval_dataset": ROWS[:3], "callbacks": [FailAt(3)]}
@@ -165,9 +161,7 @@ def test_auto_begins_and_goes_on(tiny_model, whole: Path, tmp_path: Path):
     assert first.after.metrics() == again.after.metrics()
 
 
-def test_auto_begins_where_every_checkpoint_is_torn(
-    tiny_model, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_auto_begins_where_every_checkpoint_is_torn(tiny_model, whole, tmp_path, caplog):
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
     flip(tmp_path / "checkpoint-2")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
@@ -210,9 +204,7 @@ def test_a_run_that_failed_before_its_first_result_can_be_started_again(tiny_mod
     "content",
     [b"", b"{}", b"[]", b"null", b"\xff", b'{"data": "x", "tex', b'{"data": 1, "texts": [3]}'],
 )
-def test_a_damaged_baseline_costs_the_nag_alone(
-    tiny_model, stopped: Path, whole: Path, content: bytes, caplog: pytest.LogCaptureFixture
-):
+def test_a_damaged_baseline_costs_the_nag_alone(tiny_model, stopped, whole, content, caplog):
     (stopped / "baseline.json").write_bytes(content)
     assert read_baseline(stopped, data="1", prompts=1) is None
     (record,) = caplog.records

@@ -129,9 +129,7 @@ LEAVING = [
 @pytest.mark.parametrize("error", LEAVING, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", [raising, raising_async])
 @pytest.mark.parametrize("timeout", [None, 60.0])
-def test_any_exception_of_a_reward_becomes_a_reward_error(
-    kind: Callable[..., Any], error: BaseException, timeout: float | None
-) -> None:
+def test_any_exception_of_a_reward_becomes_a_reward_error(kind, error, timeout) -> None:
     name = "RuntimeError" if kind is raising_async and isinstance(error, StopIteration) else None
     name = name or type(error).__name__
     with Interruption(), pytest.raises(RewardError, match=f"reward leaves raised {name}"):
@@ -180,9 +178,7 @@ def test_an_error_that_quotes_control_characters_shows_them() -> None:
 
 
 @pytest.mark.parametrize(("leave", "status"), [(lambda: sys.exit(3), 3), (lambda: None, 0)])
-def test_a_child_that_a_reward_forks_ends_where_the_reward_does(
-    leave: Callable[[], Any], status: int
-) -> None:
+def test_a_child_that_a_reward_forks_ends_where_the_reward_does(leave, status) -> None:
     """Otherwise the child would continue the run: save, and unlock the folder."""
 
     def forks(completions: list[str]) -> list[float]:
@@ -251,9 +247,7 @@ HANGING = [sleeps, sleeps_async, sleeps_in_a_thread, blocks_its_loop, ignores_be
 
 @pytest.mark.parametrize("hanging", HANGING, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("others", [[], [zero]], ids=["alone", "beside another"])
-def test_a_reward_that_hangs_is_named_and_does_not_block_exit(
-    hanging: Callable[..., Any], others: list[Any]
-) -> None:
+def test_a_reward_that_hangs_is_named_and_does_not_block_exit(hanging, others) -> None:
     """Run in a child process, whose exit joins threads that are not daemons."""
 
     def child() -> None:
@@ -324,9 +318,7 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize("draw", GENERATORS.values(), ids=GENERATORS)
-def test_rewards_that_draw_are_repeatable(
-    draw: Callable[[], float], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rewards_that_draw_are_repeatable(draw, caplog) -> None:
     """Whatever the order of threads, the values are those of calls one after another."""
 
     def draws(wait: float) -> Callable[..., list[float]]:

@@ -37,9 +37,7 @@ def generation_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", INVALID.values(), ids=list(INVALID))
-def test_a_generation_configuration_is_saved_as_it_stands(
-    tiny_model: Path, tmp_path: Path, options: dict[str, Any]
-):
+def test_a_generation_configuration_is_saved_as_it_stands(tiny_model, tmp_path, options):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     kept = model.generation_config
     for name, value in options.items():
@@ -50,9 +48,7 @@ def test_a_generation_configuration_is_saved_as_it_stands(
     assert same_bits(tmp_path, tiny_model)
 
 
-def test_a_model_with_an_invalid_one_trains_and_says_so(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_model_with_an_invalid_one_trains_and_says_so(tiny_model, tmp_path, caplog):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.generation_config.update(**INVALID["sampling beside greedy decoding"])
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -94,9 +90,7 @@ def unsavable(tiny_model: Path, what: str) -> dict[str, Any]:
         ("adapter", r"PeftModel\w* cannot be saved"),
     ],
 )
-def test_what_cannot_be_saved_is_not_trained(
-    tiny_model: Path, tmp_path: Path, what: str, named: str
-):
+def test_what_cannot_be_saved_is_not_trained(tiny_model, tmp_path, what, named):
     asked = []
 
     def reward(prompts, completions):

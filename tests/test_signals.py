@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_trainer
 import torch
 from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_bits
 
@@ -131,9 +132,7 @@ def test_a_signal_at_any_moment_saves_whole_steps_and_the_run_goes_on_to_the_sam
     check_same(tmp_path, uninterrupted)
 
 
-def test_a_run_can_be_stopped_again_and_again(
-    tiny_model: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_can_be_stopped_again_and_again(tiny_model, tmp_path, uninterrupted, monkeypatch):
     """A resumed run stopped before its first step leaves the checkpoint that it resumed from."""
     for number, whole in ((2, 1), (1, 1), (2, 2), (3, 4)):
         name = "sample_and_score" if whole < 4 else "save_model"
@@ -161,9 +160,7 @@ def test_without_checkpoints_a_signal_writes_one_and_says_where(
 
 
 @pytest.mark.parametrize("name", ["load_policy", "token_budget", "_evaluate"])
-def test_before_the_first_step_there_is_nothing_to_save(
-    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_the_first_step_there_is_nothing_to_save(name, tiny_model, tmp_path, monkeypatch):
     owner = grao_fast.trainer._Run if name == "_evaluate" else grao_fast.trainer
     at_call(monkeypatch, owner, name, 1, send)
     config = OPTIONS["config"].replace(max_tokens_per_microbatch=None)  # which is then found
@@ -173,9 +170,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(tiny_model, tmp_path, monkeypatch):
     """Python reports an interrupted process only for KeyboardInterrupt itself, not a subclass."""
     at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -232,9 +227,7 @@ HANGING = [hangs, hangs_and_catches, hangs_and_says_otherwise, hangs_async]
     [*((hanging, []) for hanging in HANGING), (hangs, [letters])],
     ids=[*(hanging.__name__ for hanging in HANGING), "hangs beside another"],
 )
-def test_a_hanging_reward_is_not_waited_for(
-    hanging: Callable[..., Any], others: list[Any], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_hanging_reward_is_not_waited_for(hanging, others, tiny_model, tmp_path) -> None:
     steps: list[int] = []
 
     def reward(*args: Any, **kwargs: Any) -> Any:
@@ -268,8 +261,8 @@ def fails(error: BaseException) -> Callable[[], None]:
 # What fails at its how-manieth call, after two whole steps, and what the run raises for it.
 FAILURES = {
     # an evaluation and two steps come before the second evaluation
-    "reward that exits": (OPTIONS, "reward", 4, SystemExit(0), RewardError),
-    "reward that raises": (OPTIONS, "reward", 4, ValueError("no"), RewardError),
+    "reward that exits": (test_trainer, "rarely_equal", 4, SystemExit(0), RewardError),
+    "reward that raises": (test_trainer, "rarely_equal", 4, ValueError("no"), RewardError),
     "callback": (Callback, "on_step_end", 2, LookupError("of the callback"), LookupError),
     # it takes weights once before the first step
     "sampler": (ModelSampler, "sync", 3, ConnectionError("gone"), ConnectionError),
@@ -283,13 +276,14 @@ def test_what_fails_costs_no_step_and_no_line(
     owner, name, number, error, raised = FAILURES[failing]
     options = OPTIONS | {"callbacks": [Callback()]}
     with monkeypatch.context() as patch, pytest.raises(raised):
-        if owner is OPTIONS:
-            module = SimpleNamespace(rarely_equal=rarely_equal)
-            at_call(patch, module, "rarely_equal", number, fails(error))
-            module.rarely_equal.__name__ = "rarely_equal"
-            options |= {"reward": module.rarely_equal}
-        else:
-            at_call(patch, owner, name, number, fails(error))
+        at_call(patch, owner, name, number, fails(error))
+        if name == "rarely_equal":
+
+            def reward(prompts: Any, completions: Any) -> list[float]:
+                return owner.rarely_equal(prompts, completions)
+
+            reward.__name__ = "rarely_equal"
+            options |= {"reward": reward}
         run(tiny_model, tmp_path, **options)
     assert f"resume_from_checkpoint=True goes on from {tmp_path}/checkpoint-2" in caplog.text
     run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
@@ -343,9 +337,7 @@ def test_a_failing_save_does_not_hide_what_went_wrong_before(
     assert f"step 1 could not be saved in {tmp_path}: [Errno 28] No space left" in caplog.text
 
 
-def test_an_update_that_breaks_off_is_not_saved(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_that_breaks_off_is_not_saved(tiny_model, tmp_path, monkeypatch) -> None:
     def breaks() -> None:
         raise RuntimeError("within the optimiser")
 
@@ -380,9 +372,7 @@ def test_a_callers_own_handler_has_its_turn_when_all_is_saved() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_code_that_waits_for_a_thread_while_it_is_left_is_told_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_code_that_waits_for_a_thread_while_it_is_left_is_told_again(monkeypatch) -> None:
     monkeypatch.setattr(grao_fast.system.interruption, "_PATIENCE", 0.05)
     began, release = time.monotonic(), threading.Event()
     with pytest.raises(Preempted), Interruption(), at_once():

@@ -61,9 +61,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
-def test_failing_streams_stop_nothing_and_are_named_once(
-    make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_streams_stop_nothing_and_are_named_once(make, caplog, monkeypatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, make())
     before = sys.stdout, sys.stderr
@@ -87,9 +85,7 @@ def test_failing_streams_stop_nothing_and_are_named_once(
 @pytest.mark.parametrize(
     ("encoding", "has"), [("latin-1", "é"), ("cp1252", "€"), ("cp1251", "да"), ("iso8859-2", "ł")]
 )
-def test_characters_that_an_encoding_lacks_are_escaped(
-    monkeypatch: pytest.MonkeyPatch, encoding: str, has: str
-) -> None:
+def test_characters_that_an_encoding_lacks_are_escaped(monkeypatch, encoding, has) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
     with lenient_streams():
@@ -100,9 +96,7 @@ def test_characters_that_an_encoding_lacks_are_escaped(
 
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_failing_console_does_not_affect_the_files(
-    make: Callable[[], Any], terminal: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_console_does_not_affect_the_files(make, terminal, tmp_path, caplog) -> None:
     screen = Console(file=make(), force_terminal=terminal)
     with tracker(tmp_path, show_progress=True, console=screen) as run:
         for step in (1, 2):
@@ -149,9 +143,7 @@ class Failing(Recorder):
         raise RuntimeError("not finished")
 
 
-def test_an_experiment_tracker_that_fails_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_experiment_tracker_that_fails_stops_nothing(tmp_path, caplog) -> None:
     sound = Recorder()
     with tracker(tmp_path, report_to=[Failing(), sound]) as run:
         run.log(1, {"loss": 0.5})
@@ -203,9 +195,7 @@ def test_tables_and_messages_escape_control_characters(terminal: bool, tmp_path:
     assert read_lines(tmp_path / "completions.jsonl")[0]["reference"] == HOSTILE  # as it is
 
 
-def test_log_lines_and_errors_escape_control_characters(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_lines_and_errors_escape_control_characters(tmp_path, caplog) -> None:
     get_logger("grao_fast.test").warning("a column %s, 100%%", HOSTILE)
     assert is_harmless(caplog.records[0].getMessage())
     assert "100%" in caplog.records[0].getMessage()

@@ -93,9 +93,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("line", BROKEN.values(), ids=list(BROKEN))
-def test_broken_lines_are_left_out_with_a_warning(
-    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_broken_lines_are_left_out_with_a_warning(tmp_path, line, caplog) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b"\n" + b'{"step": 2}\n' + line)
     tracker(tmp_path, start_step=2).close()
@@ -153,9 +151,7 @@ def test_unknown_and_missing_trackers(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "metrics.jsonl").read_text() == "kept"
 
 
-def test_nothing_is_shown_without_progress(
-    tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_shown_without_progress(tmp_path, capfd, caplog) -> None:
     with caplog.at_level(logging.INFO), tracker(tmp_path) as run:
         run.log(1, {"loss": 0.5, "reward": 0.25})
         run.log_completions(1, [ROW])

@@ -116,9 +116,7 @@ def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, 
     assert "clip_ratio/region_mean" not in entry and "kl" not in entry
 
 
-def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
-    tiny_model: Path, tmp_path: Path
-):
+def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(tiny_model, tmp_path):
     """Two steps by SGD on one rollout, against the same two of the specification."""
     kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.02
     args = config(
@@ -429,18 +427,14 @@ def nameless(rows: Dataset) -> IterableDataset:
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-def test_rows_without_a_reference_are_counted(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_rows_without_a_reference_are_counted(tiny_model, tmp_path, caplog):
     rows = prompts(["live"] * 6).to_list()
     rows[2]["reference"] = None
     run(tiny_model, config(tmp_path), Dataset.from_list(rows))
     assert "1 of 6 rows of train_dataset have a blank reference in `reference`" in caplog.text
 
 
-def test_evaluation_may_do_without_references(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_evaluation_may_do_without_references(tiny_model, tmp_path, caplog):
     data = prompts(["live"] * 4).remove_columns("reference")
     args = config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
     trainer = run(tiny_model, args, prompts(KINDS), eval_dataset={"held": data})

@@ -77,18 +77,14 @@ def gaps(output: Path) -> list[float]:
     return [row["sampling/logp_diff"] for row in lines(output) if "loss" in row]
 
 
-def test_a_tied_model_stays_the_policys_over_several_steps(
-    tied: RealServer, models, tmp_path: Path
-):
+def test_a_tied_model_stays_the_policys_over_several_steps(tied, models, tmp_path):
     result = run(models["tied"], tmp_path, config=config(tied), reward=rarely_equal)
     assert len(gaps(tmp_path)) == 4
     assert max(gaps(tmp_path)) < 2e-6
     assert result.metrics["grad_norm"] > 0
 
 
-def test_a_head_that_stays_as_it_was_ends_the_run(
-    tied: RealServer, models, tmp_path: Path, monkeypatch
-):
+def test_a_head_that_stays_as_it_was_ends_the_run(tied, models, tmp_path, monkeypatch):
     """As where the folder has it under one name with the embeddings."""
     whole = weights._on_cpu
 
@@ -103,9 +99,7 @@ def test_a_head_that_stays_as_it_was_ends_the_run(
     assert not (tmp_path / "final").exists()
 
 
-def test_a_server_restarted_in_the_middle_gets_the_weights_again(
-    tied: RealServer, models, tmp_path: Path, caplog
-):
+def test_a_server_restarted_in_the_middle_gets_the_weights_again(tied, models, tmp_path, caplog):
     class Restart(Callback):
         def on_step_end(self, step: int, metrics: dict[str, float]) -> bool:
             if step == 2:
@@ -141,9 +135,7 @@ def test_another_model_and_another_key_are_refused(tied: RealServer, models, mon
         load_policy(models["tied"], config=config(tied))
 
 
-def test_weights_that_the_server_cannot_read_are_said(
-    tied: RealServer, models, tmp_path: Path, monkeypatch
-):
+def test_weights_that_the_server_cannot_read_are_said(tied, models, tmp_path, monkeypatch):
     """And it serves on, with what it had."""
     loaded = load_policy(models["tied"], config=config(tied))
     sampler: Any = loaded.sampler
@@ -232,9 +224,7 @@ def untied(models: dict[str, Path], logs: Path) -> Iterator[RealServer]:
         server.stop()
 
 
-def test_an_untied_model_stays_the_policys_over_several_steps(
-    untied: RealServer, models, tmp_path: Path
-):
+def test_an_untied_model_stays_the_policys_over_several_steps(untied, models, tmp_path):
     run(models["untied"], tmp_path, config=config(untied), reward=rarely_equal)
     assert len(gaps(tmp_path)) == 4
     assert max(gaps(tmp_path)) < 2e-6
@@ -313,9 +303,7 @@ def test_an_engine_that_cannot_start_is_one_line(models, tmp_path: Path):
     assert "UserError: vLLM's engine did not start: " in done.stderr.strip().splitlines()[-1]
 
 
-def test_weights_go_by_vllms_own_routes_where_it_was_started_for_them(
-    models, logs: Path, tmp_path: Path
-):
+def test_weights_go_by_vllms_own_routes_where_it_was_started_for_them(models, logs, tmp_path):
     """start_weight_update, update_weights, finish_weight_update; a tied head arrives too."""
     plugin = save_plugin(tmp_path)
     transfer = ("--weight-transfer-config", '{"backend": "folder"}')

@@ -73,9 +73,7 @@ def test_a_seed_repeats_a_sample_and_prompts_have_seeds_of_their_own(url: str, t
     assert all(first[0] != group for group in first[1:])
 
 
-def test_training_keeps_the_server_at_the_policys_weights(
-    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
-):
+def test_training_keeps_the_server_at_the_policys_weights(fake, url, tiny_model, tmp_path):
     options = {"config": config(url), "reward": rarely_equal, "eval_dataset": ROWS[:3]}
     result = run(tiny_model, tmp_path, **options)
     assert len(fake.paths("/collective_rpc")) == 5  # twice before the first step, once after each
@@ -117,9 +115,7 @@ def test_a_server_that_keeps_old_weights_ends_the_run_before_the_first_step(
     assert not (tmp_path / "metrics.jsonl").exists() or not lines(tmp_path)
 
 
-def test_a_server_that_keeps_old_weights_later_ends_the_run(
-    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path
-):
+def test_a_server_that_keeps_old_weights_later_ends_the_run(fake, url, tiny_model, tmp_path):
     class KeepFrom(StopAt):
         def on_step_end(self, step: int, metrics: dict[str, float]) -> bool:
             fake.keeps = STALE["the head"]
@@ -154,9 +150,7 @@ OLDER = ("/weight_info", "/update_weight_version", "/is_paused", "/pause", "/res
 
 
 @pytest.mark.parametrize("absent", [(), OLDER], ids=["with versions of weights", "without"])
-def test_a_restarted_server_gets_the_weights_again(
-    fake: FakeVLLM, url: str, tiny_model, absent: tuple[str, ...], caplog
-):
+def test_a_restarted_server_gets_the_weights_again(fake, url, tiny_model, absent, caplog):
     """It is known by its process, or by the version of its weights."""
     fake.without(*absent)
     loaded = policy_of(url, tiny_model)
@@ -291,9 +285,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize("case", MERGED)
-def test_what_cannot_be_sent_alone_is_merged_and_said(
-    fake: FakeVLLM, url: str, tiny_model, case: str, caplog
-):
+def test_what_cannot_be_sent_alone_is_merged_and_said(fake, url, tiny_model, case, caplog):
     server, options, reason = MERGED[case]
     vars(fake).update({"max_lora_rank": 8} | server)
     loaded = adapted(url, tiny_model, **options)
@@ -304,9 +296,7 @@ def test_what_cannot_be_sent_alone_is_merged_and_said(
 
 
 @pytest.mark.parametrize("kept", ["everything", "layer 1"])
-def test_a_server_that_keeps_an_old_adapter_is_refused(
-    fake: FakeVLLM, url: str, tiny_model, kept: str, monkeypatch
-):
+def test_a_server_that_keeps_an_old_adapter_is_refused(fake, url, tiny_model, kept, monkeypatch):
     fake.max_lora_rank = 8
     loaded = adapted(url, tiny_model)
     first: dict[str, Path] = {}
@@ -399,9 +389,7 @@ NOT_USABLE = {
 
 
 @pytest.mark.parametrize("case", NOT_USABLE)
-def test_a_server_that_cannot_serve_is_refused_at_once(
-    fake: FakeVLLM, url: str, tiny_model, tmp_path: Path, case: str
-):
+def test_a_server_that_cannot_serve_is_refused_at_once(fake, url, tiny_model, tmp_path, case):
     change, message = NOT_USABLE[case]
     vars(fake).update(change)
     with pytest.raises(ValueError, match=message):
@@ -426,9 +414,7 @@ def test_a_server_with_too_short_a_context_is_said_before_training(
         run(tiny_model, tmp_path, config=config(url))
 
 
-def test_passing_failures_are_retried_and_lasting_ones_end_the_run(
-    fake: FakeVLLM, url: str, tiny_model
-):
+def test_passing_failures_are_retried_and_lasting_ones_end_the_run(fake, url, tiny_model):
     remote = sampler(url, tiny_model)
     calm = remote.sample(PROMPTS[:1], **SAMPLE)
     fake.failures = [503, 500, 503]
@@ -470,9 +456,7 @@ def test_one_set_of_weights_is_kept_and_none_is_left(url: str, tiny_model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_of_other_users_are_left_alone(
-    url: str, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_folders_of_other_users_are_left_alone(url, tiny_model, tmp_path, monkeypatch):
     """They share /tmp or /dev/shm; what they hold cannot be seen, or not be changed."""
     hidden, shown = tmp_path / "grao-fast-weights-hidden", tmp_path / "grao-fast-weights-shown"
     for folder in (hidden, shown):

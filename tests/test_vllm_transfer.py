@@ -120,9 +120,7 @@ FOLDER = {
 
 
 @pytest.mark.parametrize("case", FOLDER)
-def test_where_it_does_not_serve_a_folder_does_and_it_is_said(
-    fake: FakeVLLM, tiny_model, case: str, caplog
-):
+def test_where_it_does_not_serve_a_folder_does_and_it_is_said(fake, tiny_model, case, caplog):
     fake.transfer_backend, reason = FOLDER[case]
     with serving(fake) as url, caplog.at_level("INFO"):
         loaded = load_policy(tiny_model, config=config(url))

@@ -28,9 +28,7 @@ REFERENCE_ADVANTAGES = ("signed", "clip")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reference_advantage", REFERENCE_ADVANTAGES)
 @pytest.mark.parametrize("statistics", STATISTICS)
-def test_matches_specification(
-    statistics: str, reference_advantage: str, dtype: torch.dtype, device: str
-) -> None:
+def test_matches_specification(statistics, reference_advantage, dtype, device) -> None:
     groups = GROUPS if dtype in (torch.float64, torch.float32) else GROUPS[:-2]
     rewards_NK = torch.tensor(groups, dtype=torch.float64).to(dtype)
     truth_NK = reference.group_advantages(

@@ -52,9 +52,7 @@ def operands(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("head_grad", [None, "fp32", "own"])
 @pytest.mark.parametrize("options", [{}, OFF_POLICY], ids=["plain", "off_policy"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_grao_loss(
-    dtype: torch.dtype, options: dict[str, Any], head_grad: str | None, rewards_on: str
-) -> None:
+def test_grao_loss(dtype, options, head_grad, rewards_on) -> None:
     problem = make_problem(bias=bool(options))
     hidden_TD, head_VD = operands(problem, dtype)
     extra = dict(options)

@@ -69,9 +69,7 @@ def test_layout_of_memory_does_not_matter(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head", "both"])
-def test_frozen_operands_cost_no_gradient(
-    frozen: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_operands_cost_no_gradient(frozen, backend, device, monkeypatch) -> None:
     hidden_TD, head_VD, target_T, weight_T = inputs(device=device)
     _, (dhidden, dhead) = gradients(hidden_TD, head_VD, target_T, weight_T, backend=backend)
     hidden_TD.requires_grad_(frozen == "head")
@@ -90,9 +88,7 @@ def test_frozen_operands_cost_no_gradient(
         assert torch.equal(head_VD.grad, dhead) and hidden_TD.grad is None
 
 
-def test_no_gradient_work_without_grad_mode(
-    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_gradient_work_without_grad_mode(backend, device, monkeypatch) -> None:
     hidden_TD, head_VD, target_T, weight_T = inputs(device=device)
     head_VD.requires_grad_()
     expected = linear_weighted_cross_entropy(
@@ -120,9 +116,7 @@ def test_small_weights_survive_float16(backend: str, device: str) -> None:
     assert ours["dhead_VD"].any() and ours["dhidden_TD"].any()
 
 
-def test_backward_scales_on_the_backend_of_the_pass(
-    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backward_scales_on_the_backend_of_the_pass(backend, device, monkeypatch) -> None:
     seen = []
 
     def watched(gradient, scale, dtype, backend):
@@ -171,13 +165,7 @@ def test_autocast_rounds_operands_and_not_gradients(backend: str, device: str) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace_mib", [0.02, 0.06])
-def test_slabs_fit_the_workspace(
-    workspace_mib: float,
-    dtype: torch.dtype,
-    backend: str,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_slabs_fit_the_workspace(workspace_mib, dtype, backend, device, monkeypatch) -> None:
     hidden_TD, head_VD, target_T, weight_T = inputs(T=100, D=4, V=257, device=device, dtype=dtype)
     head_VD.requires_grad_()
     seen = Allocations(monkeypatch)

@@ -62,9 +62,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_matches_specification(
-    problem: Problem, dtype: torch.dtype, backend: str, device: str
-) -> None:
+def test_matches_specification(problem, dtype, backend, device) -> None:
     assert_matches_specification(problem, dtype, backend, device)
 
 
@@ -114,9 +112,7 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dropped", [True, False])
-def test_rows_without_weight_may_hold_anything(
-    dropped: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_without_weight_may_hold_anything(dropped, backend, device, monkeypatch) -> None:
     if not dropped:
         without_dropping(monkeypatch)
     clean = dead_group(make_problem())

@@ -89,9 +89,7 @@ def assert_matches_specification(
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_matches_specification(
-    problem: Problem, dtype: torch.dtype, backend: str, device: str
-) -> None:
+def test_matches_specification(problem, dtype, backend, device) -> None:
     assert_matches_specification(problem, dtype, backend, device)
 
 
@@ -189,9 +187,7 @@ def test_backward_may_be_repeated(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_frozen_operands_get_no_gradient(
-    frozen: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_operands_get_no_gradient(frozen, backend, device, monkeypatch) -> None:
     seen = []
 
     def watched(*arguments):

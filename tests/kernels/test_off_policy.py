@@ -47,16 +47,12 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_matches_specification(
-    problem: Problem, dtype: torch.dtype, backend: str, device: str
-) -> None:
+def test_matches_specification(problem, dtype, backend, device) -> None:
     assert_matches_specification(problem, dtype, backend, device)
 
 
 @pytest.mark.parametrize("dropped", [True, False])
-def test_chunks_and_dead_rows(
-    dropped: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_and_dead_rows(dropped, backend, device, monkeypatch) -> None:
     if not dropped:
         without_dropping(monkeypatch)
     workspace_mib = 7.5 * 320 * 6 / 2**20

@@ -56,9 +56,7 @@ def pass_arguments(
 
 @pytest.mark.parametrize("wants", [[True, True, True], [True, False, False], [False] * 3])
 @pytest.mark.parametrize("dtype", ONE_BY_DEFAULT)
-def test_opcheck_of_the_pass(
-    dtype: torch.dtype, wants: list[bool], backend: str, device: str
-) -> None:
+def test_opcheck_of_the_pass(dtype, wants, backend, device) -> None:
     arguments = pass_arguments(dtype, backend, device, wants, off_policy=wants[0])
     torch.library.opcheck(torch.ops.grao_fast.policy_loss.default, arguments)
 

@@ -170,9 +170,7 @@ def test_nothing_else_is_read(dtype: torch.dtype, products: str, backend: str, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_padding_that_is_left_as_it_was_found_is_seen(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_that_is_left_as_it_was_found_is_seen(dtype, monkeypatch) -> None:
     """The test above can fail: on any processor, as far as products are of slabs themselves."""
     slab = one_pass._slab
 
@@ -187,9 +185,7 @@ def test_padding_that_is_left_as_it_was_found_is_seen(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_nothing_else_is_written(
-    dtype: torch.dtype, products: str, backend: str, device: str
-) -> None:
+def test_nothing_else_is_written(dtype, products, backend, device) -> None:
     """A buffer for the head's gradient may be rows of a larger one."""
     results = []
     for poison in ("zero", *POISONS):
@@ -209,9 +205,7 @@ def test_nothing_else_is_written(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_of_a_part_of_a_vocabulary_nothing_else_is_read(
-    dtype: torch.dtype, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_part_of_a_vocabulary_nothing_else_is_read(dtype, backend, device, monkeypatch):
     """Where the statistics of a row come before its gradient; the first of two processes."""
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2, group_name="two")
     monkeypatch.setattr(Shard, "group", group)
@@ -235,9 +229,7 @@ def test_of_a_part_of_a_vocabulary_nothing_else_is_read(
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("V", [7, 50, 8200], ids=["tiny", "one_block", "three_blocks"])
-def test_row_functions_keep_zeros_behind_a_row(
-    V: int, in_place: bool, backend: str, device: str
-) -> None:
+def test_row_functions_keep_zeros_behind_a_row(V, in_place, backend, device) -> None:
     """Whatever stands behind the bias and, where they lie apart, behind the logits."""
     rows = row_functions(backend)
     x_RV = torch.linspace(-3, 3, 2 * V, device=device).view(2, V)

@@ -126,9 +126,7 @@ def test_softcap_near_0_and_far_from_it(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("transform", [(1.0, 1.0, None), (0.7, 2.0, 5.0)], ids=["plain", "all"])
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_two_halves_do_what_the_whole_does(
-    gradient: torch.dtype, transform: tuple, backend: str, device: str
-) -> None:
+def test_two_halves_do_what_the_whole_does(gradient, transform, backend, device) -> None:
     """Statistics, then gradient, as with a sharded head; on a GPU these kernels run here."""
     rows = row_functions(backend)
     V = 257

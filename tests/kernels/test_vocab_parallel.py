@@ -136,9 +136,7 @@ SCALARS = ("loss", "exploration", "imitation", "alignment", "kl")
 
 
 @pytest.mark.parametrize("backend, name", RUNS.values(), ids=RUNS)
-def test_two_processes_give_what_one_gives(
-    backend: str, name: str, spread: Callable[[str], list[dict[str, Any]]]
-) -> None:
+def test_two_processes_give_what_one_gives(backend, name, spread) -> None:
     """The whole is tested against float64 elsewhere; rounding may differ as between two orders."""
     if backend == "triton":
         pytest.importorskip("triton")
@@ -162,7 +160,7 @@ def test_two_processes_give_what_one_gives(
         assert_accurate(key, parts[0], naive[key], value, dtype)
 
 
-def test_what_does_not_fit_is_refused(spread: Callable[[str], list[dict[str, Any]]]) -> None:
+def test_what_does_not_fit_is_refused(spread) -> None:
     for rank, process in enumerate(spread("torch")):
         said = process["errors"]
         assert f"head_VD has {3 + rank} rows in process {rank} of 2" in said["rows"]
