@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tiny import sums, write_jsonl
 
+import grao_fast
 from grao_fast import GRAOConfig, __version__
 from grao_fast.cli.commands import main
 from grao_fast.cli.options import EVALUATION_FIELDS, field_help
@@ -184,6 +185,13 @@ def test_bugs_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(grao_fast.trainer, "train", train)
     with pytest.raises(json.JSONDecodeError):
         main(TRAIN.split())
+
+
+def test_errors_raised_for_users_are_user_errors() -> None:
+    """Any other ValueError would leave the command line with a traceback."""
+    folder = Path(grao_fast.__file__).parent
+    raising = [file for file in folder.rglob("*.py") if "raise ValueError(" in file.read_text()]
+    assert [file for file in raising if "kernels" not in file.parts] == []
 
 
 def test_help_lists_every_field_with_its_documentation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,31 +83,42 @@ class Chat:
             turns = list(reference)
         turns[-1] = {**turns[-1], **self._without_end(turns[-1])}
         whole = self._render(self._joined(messages, turns))
-        text: str | None = None
-        written: Written = "no prefix"
-        if whole.startswith(prompt_text):
-            text, written = self._closed(messages, whole[len(prompt_text) :]), "in part"
-        elif whole.startswith(prompt_text.rstrip()):  # a prefix but for trailing white space
-            text = self._closed(messages, whole[len(prompt_text.rstrip()) :].lstrip())
+        text, written = self._after_prompt(messages, prompt_text, whole)
 
         tag = _open_tag(prompt_text)
         contents = _contents(turns)
         contents[0], opens_again = _without_tag(contents[0], tag)
-        kept = text is not None and _holds(text, contents)
-        if kept and opens_again:
-            kept = without_blanks(text or "").startswith(without_blanks(contents[0]))
-        if text is not None and kept and _holds(text, _beside(turns)):
-            return text, "rendered" if written == "in part" else written
+        has_contents = text is not None and _holds(text, contents)
+        if has_contents and opens_again:
+            has_contents = without_blanks(text or "").startswith(without_blanks(contents[0]))
+        if text is not None and has_contents and _holds(text, _beside(turns)):
+            return text, written
+
+        written = "in part" if written == "rendered" else written
         one_turn = len(turns) == 1 and not turns[0].get("tool_calls")
         reasoning = next((turns[0][key] for key in REASONING if turns[0].get(key)), "")
         if one_turn and tag and reasoning:
             own = f"{reasoning}\n{tag[0]}/{tag[1:]}\n\n{contents[0]}"
             return own + self.closing(messages), written
-        if one_turn and not kept:
+        if one_turn and not has_contents:
             return contents[0] + self.closing(messages), written
         if text is None:
             text = self._closed(messages, whole[_shared_length(prompt_text, whole) :])
         return text, written
+
+    def _after_prompt(
+        self, messages: Messages, prompt_text: str, whole: str
+    ) -> tuple[str | None, Written]:
+        """Return what follows the prompt in a rendered conversation; None if that begins otherwise.
+
+        White space at the end of the prompt may differ, which counts as "no prefix".
+        """
+        if whole.startswith(prompt_text):
+            return self._closed(messages, whole[len(prompt_text) :]), "rendered"
+        bare = prompt_text.rstrip()
+        if whole.startswith(bare):
+            return self._closed(messages, whole[len(bare) :].lstrip()), "no prefix"
+        return None, "no prefix"
 
     def closing(self, messages: Messages) -> str:
         """Return the text with which the template ends an assistant's turn."""

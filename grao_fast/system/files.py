@@ -124,11 +124,11 @@ def verify_folder(path: Path) -> None:
         file = path / name
         try:
             if not file.is_file():
-                raise ValueError(f"{name} is {'not a file' if file.exists() else 'missing'}")
+                raise UserError(f"{name} is {'not a file' if file.exists() else 'missing'}")
             if file.stat().st_size != size or _sha256(file) != digest:
-                raise ValueError(f"{name} differs from its {MANIFEST}")
+                raise UserError(f"{name} differs from its {MANIFEST}")
         except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+            raise UserError(f"{name} cannot be read ({error.strerror})") from error
 
 
 def sealed_files(path: Path) -> set[str]:
@@ -214,10 +214,10 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it has no readable {MANIFEST}") from error
+        raise UserError(f"it has no readable {MANIFEST}") from error
     for name in listed:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"its {MANIFEST} names a file outside it, {name!r}")
+            raise UserError(f"its {MANIFEST} names a file outside it, {name!r}")
     return listed
 
 
