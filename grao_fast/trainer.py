@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.config import GRAOConfig
-from grao_fast.data.encoding import Encoded, check_templates
-from grao_fast.data.examples import load_examples
+from grao_fast.data.encoding import Encoded
+from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import (
@@ -28,7 +27,6 @@ from grao_fast.models.checks import gives_models_back
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import Tracker, check_trackers
-from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder, write_file, write_folder
@@ -38,10 +36,10 @@ from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.training.identity import RunIdentity, check_same_run
-from grao_fast.training.inputs import check_evaluation, check_one_process, check_references
+from grao_fast.training.inputs import Inputs, check_one_process, read_inputs
 from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.metrics import rollout_metrics
-from grao_fast.training.optim import adamw, count_steps
+from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
 from grao_fast.training.results import TrainResult, samples, write_summary
 from grao_fast.training.rollout import Rollout, sample_and_score
@@ -53,8 +51,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = get_logger(__name__)
-
-RewardSpec = Callable[..., Any] | str | Sequence[Callable[..., Any] | str]
 
 
 @interruption.stoppable
@@ -120,59 +116,28 @@ def train(
         clear_left_overs(output)
         checkpoint = choose_checkpoint(output, resume_from_checkpoint)
         interruption.resumes_from(checkpoint)
-        examples = load_examples(dataset, split="train", require_references=True)
-        eval_examples = None if eval_dataset is None else load_examples(eval_dataset, split="test")
-        limit = config.reward_timeout
-        reward_function = resolve_reward(reward, weights=config.reward_weights, timeout=limit)
-        metric_function = None if metric is None else resolve_reward(metric, timeout=limit)
-        for rows in filter(None, (examples, eval_examples)):
-            reward_function.check(rows, reward_type=config.reward_type)
-        if metric_function and eval_examples:
-            metric_function.check(eval_examples, reward_type="pointwise")
-        check_references(examples, eval_examples, config.reward_type)
-        check_evaluation(
-            has_eval_dataset=eval_dataset is not None,
-            has_metric=metric is not None,
+        inputs = read_inputs(
+            dataset,
+            reward,
+            eval_dataset=eval_dataset,
+            metric=metric,
+            reward_type=config.reward_type,
+            reward_weights=config.reward_weights,
+            reward_timeout=config.reward_timeout,
             eval_steps=config.eval_steps,
         )
         check_trackers(config.report_to)
-        identity = RunIdentity.of(examples, reward_function)
+        identity = RunIdentity.of(inputs.examples, inputs.reward)
         if checkpoint is not None:
             check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
         if not isinstance(model, nn.Module):
             tokenizer = tokenizer or load_tokenizer(model)
-            for rows in filter(None, (examples, eval_examples)):
-                check_templates(rows, tokenizer)
+            inputs.check_templates(tokenizer)
         set_seed(config.seed)  # of an adapter's first weights
         loaded = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
         prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
-        prompts = loaded.encode(examples, config.sampling)
-        held_out = None
-        eval_prompts: list[Encoded] = []
-        if eval_examples is not None:
-            eval_prompts = loaded.encode(eval_examples, config.sampling, trained=False)
-            max_new_tokens = config.max_new_tokens
-            held_out = HeldOut(
-                partial(loaded.answer, max_new_tokens=max_new_tokens, seed=config.seed),
-                eval_prompts,
-                reward=reward_function,
-                metric=metric_function,
-                reward_type=config.reward_type,
-                eval_steps=config.eval_steps,
-                seed=config.seed,
-                output_dir=output,
-            )
-        longest = longest_context(prompts, eval_prompts, config.max_new_tokens)
-        hold_frequencies(loaded.causal_lm, longest)
         run = _Run(
-            loaded,
-            reward_function,
-            prompts,
-            held_out,
-            identity=identity,
-            config=config,
-            output=output,
-            callbacks=callbacks,
+            loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )
         return run.train(checkpoint)
 
@@ -183,33 +148,43 @@ class _Run:
     def __init__(
         self,
         loaded: LoadedPolicy,
-        reward: Reward,
-        prompts: list[Encoded],
-        held_out: HeldOut | None,
+        inputs: Inputs,
         *,
         identity: RunIdentity,
         config: GRAOConfig,
         output: Path,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.loaded, self.reward, self.prompts, self.held_out = loaded, reward, prompts, held_out
-        self.config, self.output, self.callbacks = config, output, callbacks
+        self.loaded, self.reward, self.config = loaded, inputs.reward, config
+        self.output, self.callbacks = output, callbacks
+        self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
+        eval_prompts: list[Encoded] = []
+        if inputs.eval_examples:
+            eval_prompts = loaded.encode(inputs.eval_examples, config.sampling, trained=False)
+        longest = longest_context(prompts, eval_prompts, config.max_new_tokens)
+        hold_frequencies(loaded.causal_lm, longest)
+        self.held_out: HeldOut | None = None
+        if eval_prompts:
+            self.held_out = HeldOut(
+                partial(loaded.answer, max_new_tokens=config.max_new_tokens, seed=config.seed),
+                eval_prompts,
+                reward=inputs.reward,
+                metric=inputs.metric,
+                reward_type=config.reward_type,
+                eval_steps=config.eval_steps,
+                seed=config.seed,
+                output_dir=output,
+            )
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
                            config.prompts_per_step, len(prompts))  # fmt: skip
-        batch_size = min(config.prompts_per_step, len(prompts))
-        optimisation = config.optimisation
+        batch_size, optimisation = min(config.prompts_per_step, len(prompts)), config.optimisation
         self.stream = DataStream(len(prompts), batch_size, config.seed)
         self.total_steps = count_steps(
             optimisation, prompts=len(prompts), prompts_per_step=batch_size
         )
         self.optimizer = adamw(loaded.model, optimisation)
-        self.scheduler: LambdaLR = get_scheduler(
-            optimisation.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=optimisation.warmup_steps,
-            num_training_steps=self.total_steps,
-        )
+        self.scheduler = lr_schedule(self.optimizer, optimisation, total_steps=self.total_steps)
         self.progress = Progress(
             loaded,
             self.optimizer,

@@ -17,6 +17,7 @@ from grao_fast.data.packing import Group, pad
 from grao_fast.sampling import Completion
 from grao_fast.sampling.generate import GenerateSampler, bears_padding
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.training.flops import layer_windows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
@@ -93,7 +94,7 @@ def test_padding_that_reaches_a_state_is_never_made(leak: str):
     assert not bears_padding(model)
     model.to(torch.bfloat16)
     assert not bears_padding(model)
-    sampler = GenerateSampler(model, eos_token_ids=(), pad_token_id=0, batch_size=64)
+    sampler = GenerateSampler(model, Decoding(eos_token_ids=(), pad_token_id=0, batch_size=64))
     assert list(sampler._batches(PROMPTS, 64)) == [[2], [0, 3], [1]]
 
 

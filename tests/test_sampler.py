@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows
 from grao_fast.sampling.drawing import draw
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 
 EOS = 1
@@ -24,10 +25,11 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
 
 
-def sampler(model, batch_size: int = 64, eos=(EOS,), **options) -> TransformersSampler:
-    return TransformersSampler(
-        model, eos_token_ids=eos, pad_token_id=0, batch_size=batch_size, **options
-    )
+def sampler(
+    model, batch_size: int = 64, eos=(EOS,), dtype: torch.dtype | None = None, **options
+) -> TransformersSampler:
+    decoding = Decoding(eos_token_ids=eos, pad_token_id=0, batch_size=batch_size, dtype=dtype)
+    return TransformersSampler(model, decoding, **options)
 
 
 @pytest.mark.parametrize("static_cache", [False, True])

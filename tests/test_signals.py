@@ -31,7 +31,7 @@ from grao_fast.callbacks import Callback
 from grao_fast.models.beginning import Beginning
 from grao_fast.rewards import RewardError
 from grao_fast.sampling import changes, generate
-from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.system.interruption import Interruption, Stop, at_once, held
 
 OPTIONS: dict[str, Any] = {
@@ -435,7 +435,9 @@ def stirred() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable
 
 def generating() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
     model: Any = SimpleNamespace(device="cpu", generation_config="its own")
-    sampler = generate.GenerateSampler(model, eos_token_ids=(), pad_token_id=0, batch_size=1)
+    sampler = generate.GenerateSampler(
+        model, Decoding(eos_token_ids=(), pad_token_id=0, batch_size=1)
+    )
     ours: Any = "ours"
     return generate, lambda: sampler._generating_by(ours), lambda: model.generation_config
 

@@ -19,6 +19,7 @@ from tiny import character_tokenizer
 from transformers import AutoModelForCausalLM
 
 from grao_fast.sampling.loading import load_policy
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMColocatedSampler
 from grao_fast.sampling.vllm.requests import prompt_seeds
@@ -120,7 +121,7 @@ failures: list[Exception] = []  # raised by the next calls
 
 
 def own(model) -> TransformersSampler:
-    return TransformersSampler(model, eos_token_ids=[1], pad_token_id=0, batch_size=64)
+    return TransformersSampler(model, Decoding(eos_token_ids=[1], pad_token_id=0, batch_size=64))
 
 
 @pytest.fixture

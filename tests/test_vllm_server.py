@@ -19,6 +19,7 @@ from vllm_server import FakeVLLM, serving
 
 import grao_fast
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMServerSampler
 from grao_fast.sampling.vllm.requests import prompt_seeds
@@ -60,7 +61,9 @@ def config(url: str, **changes):
 def test_it_returns_what_the_server_drew(fake: FakeVLLM, url: str, tiny_model):
     """Every prompt's own samples in the order of their indices, with their log-probs."""
     groups = sampler(url, tiny_model).sample(PROMPTS, **SAMPLE)
-    own = TransformersSampler(fake.model, eos_token_ids=[EOS], pad_token_id=0, batch_size=64)
+    own = TransformersSampler(
+        fake.model, Decoding(eos_token_ids=[EOS], pad_token_id=0, batch_size=64)
+    )
     for prompt, seed, group in zip(PROMPTS, prompt_seeds(11, 4), groups, strict=True):
         assert [group] == own.sample([prompt], **SAMPLE | {"seed": seed})
 

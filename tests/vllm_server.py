@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 
 REQUIRED = {
@@ -186,9 +187,7 @@ class FakeVLLM:
             return 200, {"object": "text_completion", "choices": [choice]}
         sampler = TransformersSampler(
             model if model is self.model else model.get_base_model(),
-            eos_token_ids=body["stop_token_ids"],
-            pad_token_id=0,
-            batch_size=64,
+            Decoding(eos_token_ids=body["stop_token_ids"], pad_token_id=0, batch_size=64),
         )
         (group,) = sampler.sample(
             [body["prompt"]],

@@ -30,13 +30,16 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def save_pretrained(model: nn.Module, folder: Path, **options: Any) -> None:
+def save_pretrained(
+    model: nn.Module, folder: Path, *, state_dict: dict[str, Tensor] | None = None
+) -> None:
     """`model.save_pretrained`, its generation configuration as it stands.
 
     Transformers refuses to save one with options that have no effect, such as a temperature beside
     do_sample=False, which published models have: all of them, before 5.23, and later those of which
     anything, a pad_token_id, was changed.
     """
+    options = {} if state_dict is None else {"state_dict": state_dict}
     generation = model.generation_config if isinstance(model, PreTrainedModel) else None
     with no_bar():
         if generation is None or _refusal(generation) is None:
@@ -67,11 +70,11 @@ def prove_saving(
     """
     causal_lm = causal_lm_of(model)
     _check_generation(causal_lm.generation_config)
-    options = {} if hasattr(model, "peft_config") else {"state_dict": _stand_ins(model)}
+    stand_ins = None if hasattr(model, "peft_config") else _stand_ins(model)
     with tempfile.TemporaryDirectory(prefix=NEW, dir=output_dir) as name:
         folder, trial = Path(name), output_dir / "a trial of a checkpoint"
         with _refused(type(model).__name__), named_when_full(folder, trial):
-            save_pretrained(model, folder, **options)
+            save_pretrained(model, folder, state_dict=stand_ins)
         with _refused(type(causal_lm).__name__), named_when_full(folder, trial):
             if merged and causal_lm is not model:
                 save_pretrained(causal_lm, folder, state_dict={})

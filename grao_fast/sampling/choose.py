@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from grao_fast.models.checks import CANNOT
 from grao_fast.sampling.cache import Kept
 from grao_fast.sampling.generate import GenerateSampler, bears_padding
-from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
@@ -18,18 +16,17 @@ logger = get_logger(__name__)
 
 
 def choose_sampler(
-    model: PreTrainedModel, kept: Kept, *, static_cache: bool, **options: Any
+    model: PreTrainedModel, kept: Kept, decoding: Decoding, *, static_cache: bool
 ) -> ModelSampler:
     """Ours where a cache holds keys and values; else by Transformers' `generate`.
 
     Args:
         kept: of `kept_by(model)`.
-        options: of `ModelSampler`.
 
     Raises ValueError where a cache of fixed size is asked for and cannot serve.
     """
     if kept.keys_and_values:
-        return TransformersSampler(model, static_cache=static_cache, **options)
+        return TransformersSampler(model, decoding, static_cache=static_cache)
     name, what = type(model).__name__, kept.state or "no keys and values"
     if static_cache:
         raise UserError(
@@ -46,7 +43,7 @@ def choose_sampler(
         what,
         "prompts padded on the left" if pads else "a batch for each length of a prompt",
     )
-    return GenerateSampler(model, pads=pads, **options)
+    return GenerateSampler(model, decoding, pads=pads)
 
 
 def check_sharing(model: PreTrainedModel, kept: Kept) -> None:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from grao_fast.sampling import Completion
 from grao_fast.sampling.drawing import completions_of, draw
-from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.system.interruption import as_outside, held
 
 # Tokens of the prompts that show whether padding changes anything, and that are sampled.
@@ -33,11 +33,10 @@ class GenerateSampler(ModelSampler):
 
     Args:
         pads: whether prompts of different lengths are decoded in one batch; see `bears_padding`.
-        options: of `ModelSampler`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, pads: bool = False, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(self, model: PreTrainedModel, decoding: Decoding, *, pads: bool = False) -> None:
+        super().__init__(model, decoding)
         self.pads = pads
 
     def _batches(self, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
@@ -121,9 +120,8 @@ def bears_padding(model: PreTrainedModel) -> bool:
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
 
     def answer(prompts: list[list[int]], pad_token_id: int = 0) -> list[Completion]:
-        sampler = GenerateSampler(
-            model, pads=True, eos_token_ids=(), pad_token_id=pad_token_id, batch_size=len(prompts)
-        )
+        decoding = Decoding(eos_token_ids=(), pad_token_id=pad_token_id, batch_size=len(prompts))
+        sampler = GenerateSampler(model, decoding, pads=True)
         groups = sampler.sample(
             prompts, num_generations=1, max_new_tokens=_NEW_TOKENS, temperature=0.0, seed=0
         )

@@ -33,6 +33,7 @@ from grao_fast.models.router import Router
 from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
+from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.proof import check_sampler
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
@@ -229,15 +230,14 @@ def _sampler(
     config: GRAOConfig,
 ) -> Sampler:
     if not config.use_vllm:
-        return choose_sampler(
-            policy.causal_lm,
-            kept,
+        decoding = Decoding(
             eos_token_ids=eos_token_ids,
             pad_token_id=policy.pad_token_id,
             batch_size=config.generation_batch_size,
             dtype=policy.autocast_dtype,
-            static_cache=config.cache_implementation == "static",
         )
+        static_cache = config.cache_implementation == "static"
+        return choose_sampler(policy.causal_lm, kept, decoding, static_cache=static_cache)
     from grao_fast.sampling.vllm import VLLMColocatedSampler, VLLMServerSampler
     from grao_fast.sampling.vllm.client import api_key
 

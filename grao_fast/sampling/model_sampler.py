@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -12,33 +13,39 @@ from grao_fast.models.router import no_router_loss
 from grao_fast.sampling import Completion
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How a model of this process is decoded.
+
+    eos_token_ids: tokens that end a completion.
+    pad_token_id: fills rows where they have no token; never attended to.
+    batch_size: sequences decoded at once; at least one prompt's group.
+    dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
+    """
+
+    eos_token_ids: Iterable[int]
+    pad_token_id: int
+    batch_size: int
+    dtype: torch.dtype | None = None
+
+
 class ModelSampler:
     """A `Sampler` over a causal language model of Transformers, which decodes batches of prompts.
 
     Args:
         model: a causal language model.
-        eos_token_ids: tokens that end a completion.
-        pad_token_id: stands where a row has no token; never attended to.
-        batch_size: sequences decoded at once; at least one prompt's group.
-        dtype: autocast to this dtype (bfloat16 on CUDA); None computes in the model's own.
+        decoding: how it is decoded.
     """
 
     context_length: int | None = None
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        eos_token_ids: Iterable[int],
-        pad_token_id: int,
-        batch_size: int,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, decoding: Decoding) -> None:
         self.model = model
-        self.eos_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=model.device)
-        self.pad_token_id = pad_token_id
-        self.batch_size = batch_size
-        self.dtype = dtype
+        eos_ids = sorted(decoding.eos_token_ids)
+        self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
+        self.pad_token_id = decoding.pad_token_id
+        self.batch_size = decoding.batch_size
+        self.dtype = decoding.dtype
 
     def sync(self, policy: Policy) -> None:
         """Nothing to do: it samples from the very weights that are trained."""

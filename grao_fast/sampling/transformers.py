@@ -17,7 +17,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, St
 from grao_fast.sampling import Completion
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
 from grao_fast.sampling.drawing import completions_of, draw
-from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.system.errors import UserError
 
 # Lengths of static caches are multiples of this: every new one is compiled anew.
@@ -31,13 +31,12 @@ class TransformersSampler(ModelSampler):
         static_cache: decode in a cache of fixed size, in which ended rows stay; on CUDA a step is
             then compiled to CUDA graphs, as Transformers' own `generate` does it. That was not run
             yet: no GPU was at hand.
-        options: of `ModelSampler`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, static_cache: bool = False, **options: Any
+        self, model: PreTrainedModel, decoding: Decoding, *, static_cache: bool = False
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, decoding)
         self.static_cache = static_cache
         self._cache_name = cache_name(model)
         self._static: StaticCache | None = None  # kept, as CUDA graphs hold on to its memory

@@ -1,13 +1,83 @@
-"""What `train` checks before it loads a model."""
+"""What `train` reads and checks before it loads a model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
 
 from grao_fast.config import RewardType
-from grao_fast.data.examples import Example
+from grao_fast.data.encoding import check_templates
+from grao_fast.data.examples import Example, load_examples
+from grao_fast.evaluation.compare import RewardSpec
+from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.system.errors import UserError, first_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The examples of a run, and what scores them.
+
+    eval_examples: held out; None without an eval_dataset.
+    metric: scores held-out completions; None: the reward alone does.
+    """
+
+    examples: list[Example]
+    eval_examples: list[Example] | None
+    reward: Reward
+    metric: Reward | None
+
+    @property
+    def sets(self) -> list[list[Example]]:
+        """The examples, and the held-out ones where there are any."""
+        return [rows for rows in (self.examples, self.eval_examples) if rows]
+
+    def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError for examples that the tokenizer's chat template refuses."""
+        for rows in self.sets:
+            check_templates(rows, tokenizer)
+
+
+def read_inputs(
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    reward: RewardSpec,
+    *,
+    eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None,
+    metric: RewardSpec | None,
+    reward_type: RewardType,
+    reward_weights: Sequence[float] | None,
+    reward_timeout: float | None,
+    eval_steps: int | None,
+) -> Inputs:
+    """Load the datasets and find the reward functions of a run.
+
+    Raises:
+        UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
+    """
+    inputs = Inputs(
+        examples=load_examples(dataset, split="train", require_references=True),
+        eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
+        reward=resolve_reward(reward, weights=reward_weights, timeout=reward_timeout),
+        metric=None if metric is None else resolve_reward(metric, timeout=reward_timeout),
+    )
+    for rows in inputs.sets:
+        inputs.reward.check(rows, reward_type=reward_type)
+    if inputs.metric and inputs.eval_examples:
+        inputs.metric.check(inputs.eval_examples, reward_type="pointwise")
+    if reward_type == "pairwise":
+        _check_references(inputs)
+    if eval_dataset is None and metric is not None:
+        raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
+    if eval_dataset is None and eval_steps is not None:
+        raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
+    return inputs
 
 
 def check_one_process() -> None:
@@ -20,26 +90,12 @@ def check_one_process() -> None:
         )
 
 
-def check_references(
-    examples: Sequence[Example], eval_examples: Sequence[Example] | None, reward_type: RewardType
-) -> None:
-    """A pairwise reward compares with the reference: every row needs one."""
-    if reward_type != "pairwise":
-        return
-    for name, rows in (("dataset", examples), ("eval_dataset", eval_examples or [])):
+def _check_references(inputs: Inputs) -> None:
+    """Refuse rows without the reference that a pairwise reward compares with."""
+    for name, rows in zip(("dataset", "eval_dataset"), inputs.sets, strict=False):
         absent = [i for i, example in enumerate(rows) if example.reference is None]
         if absent:
             raise UserError(
                 f"{name}: no reference in row {first_of(absent)}, which a pairwise reward compares "
                 'with; leave such rows out or set reward_type="pointwise"'
             )
-
-
-def check_evaluation(*, has_eval_dataset: bool, has_metric: bool, eval_steps: int | None) -> None:
-    """Refuse what would have no effect."""
-    if has_eval_dataset:
-        return
-    if has_metric:
-        raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
-    if eval_steps is not None:
-        raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from grao_fast.config import OptimisationOptions
 from grao_fast.system.errors import UserError
@@ -43,4 +45,16 @@ def adamw(model: nn.Module, optimisation: OptimisationOptions) -> Optimizer:
         eps=optimisation.adam_epsilon,
         # PyTorch's default on CUDA holds one more tensor of each parameter's size while it steps
         fused=True if trainable[0].is_cuda else None,
+    )
+
+
+def lr_schedule(
+    optimizer: Optimizer, optimisation: OptimisationOptions, *, total_steps: int
+) -> LambdaLR:
+    """The schedule of the learning rate over a run."""
+    return get_scheduler(
+        optimisation.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=optimisation.warmup_steps,
+        num_training_steps=total_steps,
     )

@@ -7,23 +7,28 @@ paper (arXiv 2508.07750, section 4) if it states them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
+from grao_fast.config.rules import AT_LEAST, CHOICES, check_at_least, check_effect
+from grao_fast.config.views import (
+    AttentionBackend,
+    CacheImplementation,
+    ObjectiveOptions,
+    OptimisationOptions,
+    ReferenceAdvantage,
+    RewardType,
+    SamplingOptions,
+    Scheduler,
+    Statistics,
+    VLLMMode,
+    same_named,
+)
 from grao_fast.system.errors import UserError
 from grao_fast.system.field_types import check_types
-
-Statistics = Literal["group", "samples"]
-ReferenceAdvantage = Literal["signed", "clip"]
-RewardType = Literal["pointwise", "pairwise"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-CacheImplementation = Literal["dynamic", "static"]
-AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
-VLLMMode = Literal["server", "colocate"]
 
 _LARGEST_SEED = 2**32 - 1  # NumPy's
 
@@ -180,9 +185,9 @@ class GRAOConfig:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         check_types(self)
-        for field in _AT_LEAST:
-            _check_at_least(field, getattr(self, field), _AT_LEAST[field])
-        for field, choices in _CHOICES.items():
+        for field in AT_LEAST:
+            check_at_least(field, getattr(self, field), AT_LEAST[field])
+        for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(
                     f"{field} must be one of {', '.join(choices)}; got {getattr(self, field)!r}"
@@ -209,7 +214,7 @@ class GRAOConfig:
         ):
             if getattr(self, name) == 0:
                 raise UserError(f"{name} must be above 0, got 0")
-        _check_effect(self)
+        check_effect(self)
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise UserError(
                 f"warmup_steps={self.warmup_steps} has no effect on lr_scheduler_type='constant'; "
@@ -242,7 +247,7 @@ class GRAOConfig:
         """The view of what the loss is made of."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         return ObjectiveOptions(
-            **_same_named(self, ObjectiveOptions),
+            **same_named(self, ObjectiveOptions),
             clip=(self.epsilon, high),
             sampler_cap=self.vllm_importance_sampling_clip_max if self.use_vllm else None,
         )
@@ -250,12 +255,12 @@ class GRAOConfig:
     @cached_property
     def sampling(self) -> SamplingOptions:
         """The view of how many completions are sampled, and how long."""
-        return SamplingOptions(**_same_named(self, SamplingOptions))
+        return SamplingOptions(**same_named(self, SamplingOptions))
 
     @cached_property
     def optimisation(self) -> OptimisationOptions:
         """The view of the optimiser, its schedule and its updates."""
-        return OptimisationOptions(**_same_named(self, OptimisationOptions))
+        return OptimisationOptions(**same_named(self, OptimisationOptions))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GRAOConfig:
@@ -267,145 +272,3 @@ class GRAOConfig:
                 f"unknown key {unknown[0]!r} in GRAOConfig; it takes {', '.join(known)}"
             )
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """`GRAOConfig.objective`: options of the loss; see `GRAOConfig`, where they are explained.
-
-    clip: (low, high), ratios are clipped to [1 - low, 1 + high].
-    sampler_cap: cap of the importance weights; None where samples count as the policy's own.
-    """
-
-    beta: float
-    lam: float
-    statistics: Statistics
-    reference_advantage: ReferenceAdvantage
-    reward_type: RewardType
-    temperature: float
-    kl_coef: float
-    clip: tuple[float, float]
-    sampler_cap: float | None
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`."""
-
-    num_generations: int
-    temperature: float
-    max_new_tokens: int
-    max_prompt_length: int | None
-    max_reference_length: int | None
-
-
-@dataclass(frozen=True)
-class OptimisationOptions:
-    """`GRAOConfig.optimisation`: AdamW, its schedule, the updates of a step; see `GRAOConfig`."""
-
-    num_iterations: int
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    lr_scheduler_type: Scheduler
-    warmup_steps: int
-    max_grad_norm: float
-    num_train_epochs: float
-    max_steps: int
-    workspace_mib: int | None
-
-
-def _same_named(config: GRAOConfig, view: type) -> dict[str, Any]:
-    """The fields of a view that the config has under the same name."""
-    names = (field.name for field in dataclasses.fields(view))
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-_CHOICES = {
-    "statistics": get_args(Statistics),
-    "reference_advantage": get_args(ReferenceAdvantage),
-    "reward_type": get_args(RewardType),
-    "lr_scheduler_type": get_args(Scheduler),
-    "cache_implementation": get_args(CacheImplementation),
-    "attention_backend": get_args(AttentionBackend),
-    "vllm_mode": get_args(VLLMMode),
-}
-
-_AT_LEAST: dict[str, float] = {
-    "temperature": 0,
-    "adam_beta1": 0,
-    "adam_beta2": 0,
-    "adam_epsilon": 0,
-    "seed": 0,
-    "num_generations": 1,
-    "beta": 0,
-    "lam": 0,
-    "kl_coef": 0,
-    "reward_timeout": 0,
-    "num_iterations": 1,
-    "epsilon": 0,
-    "epsilon_high": 0,
-    "vllm_gpu_memory_utilization": 0,
-    "vllm_max_model_length": 1,
-    "vllm_importance_sampling_clip_max": 0,
-    "max_new_tokens": 1,
-    "max_prompt_length": 1,
-    "max_reference_length": 1,
-    "generation_batch_size": 1,
-    "prompts_per_step": 1,
-    "max_tokens_per_microbatch": 1,
-    "memory_budget_mib": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-    "max_grad_norm": 0,
-    "num_train_epochs": 0,
-    "workspace_mib": 1,
-    "eval_steps": 1,
-    "logging_steps": 1,
-    "log_completions_steps": 0,
-    "save_steps": 0,
-    "save_total_limit": 1,
-}
-
-
-_WITH_VLLM = {"use_vllm": True}
-_WITH_SERVER = {"use_vllm": True, "vllm_mode": "server"}
-_WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
-
-# Options that have an effect only if other options have these values.
-_NEEDS: dict[str, dict[str, Any]] = {
-    "cache_implementation": {"use_vllm": False},
-    "memory_budget_mib": {"max_tokens_per_microbatch": None},
-    "vllm_mode": _WITH_VLLM,
-    "vllm_sync_dir": _WITH_VLLM,
-    "vllm_importance_sampling_clip_max": _WITH_VLLM,
-    "vllm_server_base_url": _WITH_SERVER,
-    "vllm_server_model": _WITH_SERVER,
-    "vllm_server_api_key_env": _WITH_SERVER,
-    "vllm_gpu_memory_utilization": _WITH_ENGINE,
-    "vllm_max_model_length": _WITH_ENGINE,
-}
-
-
-def _check_effect(config: GRAOConfig) -> None:
-    """Raise ValueError for options that would have no effect."""
-    for name, needed in _NEEDS.items():
-        value = getattr(config, name)
-        for other, wanted in needed.items():
-            if value != getattr(GRAOConfig, name) and getattr(config, other) != wanted:
-                raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
-    default_clip = GRAOConfig.epsilon, GRAOConfig.epsilon
-    if config.num_iterations == 1 and config.objective.clip != default_clip:
-        raise UserError(
-            "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
-        )
-
-
-def _check_at_least(name: str, value: float | None, minimum: float) -> None:
-    if value is None:
-        return
-    if not math.isfinite(value) or value < minimum:
-        raise UserError(f"{name} must be at least {minimum}, got {value}")

@@ -1,0 +1,105 @@
+"""The values that options may have, alone and beside each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from grao_fast.config.views import (
+    AttentionBackend,
+    CacheImplementation,
+    ReferenceAdvantage,
+    RewardType,
+    Scheduler,
+    Statistics,
+    VLLMMode,
+)
+from grao_fast.system.errors import UserError
+
+CHOICES = {
+    "statistics": get_args(Statistics),
+    "reference_advantage": get_args(ReferenceAdvantage),
+    "reward_type": get_args(RewardType),
+    "lr_scheduler_type": get_args(Scheduler),
+    "cache_implementation": get_args(CacheImplementation),
+    "attention_backend": get_args(AttentionBackend),
+    "vllm_mode": get_args(VLLMMode),
+}
+
+AT_LEAST: dict[str, float] = {
+    "temperature": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "seed": 0,
+    "num_generations": 1,
+    "beta": 0,
+    "lam": 0,
+    "kl_coef": 0,
+    "reward_timeout": 0,
+    "num_iterations": 1,
+    "epsilon": 0,
+    "epsilon_high": 0,
+    "vllm_gpu_memory_utilization": 0,
+    "vllm_max_model_length": 1,
+    "vllm_importance_sampling_clip_max": 0,
+    "max_new_tokens": 1,
+    "max_prompt_length": 1,
+    "max_reference_length": 1,
+    "generation_batch_size": 1,
+    "prompts_per_step": 1,
+    "max_tokens_per_microbatch": 1,
+    "memory_budget_mib": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0,
+    "workspace_mib": 1,
+    "eval_steps": 1,
+    "logging_steps": 1,
+    "log_completions_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+}
+
+
+_WITH_VLLM = {"use_vllm": True}
+_WITH_SERVER = {"use_vllm": True, "vllm_mode": "server"}
+_WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
+
+# Options that have an effect only if other options have these values.
+_NEEDS: dict[str, dict[str, Any]] = {
+    "cache_implementation": {"use_vllm": False},
+    "memory_budget_mib": {"max_tokens_per_microbatch": None},
+    "vllm_mode": _WITH_VLLM,
+    "vllm_sync_dir": _WITH_VLLM,
+    "vllm_importance_sampling_clip_max": _WITH_VLLM,
+    "vllm_server_base_url": _WITH_SERVER,
+    "vllm_server_model": _WITH_SERVER,
+    "vllm_server_api_key_env": _WITH_SERVER,
+    "vllm_gpu_memory_utilization": _WITH_ENGINE,
+    "vllm_max_model_length": _WITH_ENGINE,
+}
+
+
+def check_effect(config: Any) -> None:
+    """Raise ValueError for options that would have no effect."""
+    default = type(config)
+    for name, needed in _NEEDS.items():
+        value = getattr(config, name)
+        for other, wanted in needed.items():
+            if value != getattr(default, name) and getattr(config, other) != wanted:
+                raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
+    default_clip = default.epsilon, default.epsilon
+    if config.num_iterations == 1 and config.objective.clip != default_clip:
+        raise UserError(
+            "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
+        )
+
+
+def check_at_least(name: str, value: float | None, minimum: float) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value < minimum:
+        raise UserError(f"{name} must be at least {minimum}, got {value}")

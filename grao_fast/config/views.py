@@ -1,0 +1,69 @@
+"""Views of a configuration, one for each part of the program, and the values of its choices."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Statistics = Literal["group", "samples"]
+ReferenceAdvantage = Literal["signed", "clip"]
+RewardType = Literal["pointwise", "pairwise"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+CacheImplementation = Literal["dynamic", "static"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
+VLLMMode = Literal["server", "colocate"]
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """`GRAOConfig.objective`: options of the loss; see `GRAOConfig`, where they are explained.
+
+    clip: (low, high), ratios are clipped to [1 - low, 1 + high].
+    sampler_cap: cap of the importance weights; None where samples count as the policy's own.
+    """
+
+    beta: float
+    lam: float
+    statistics: Statistics
+    reference_advantage: ReferenceAdvantage
+    reward_type: RewardType
+    temperature: float
+    kl_coef: float
+    clip: tuple[float, float]
+    sampler_cap: float | None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`."""
+
+    num_generations: int
+    temperature: float
+    max_new_tokens: int
+    max_prompt_length: int | None
+    max_reference_length: int | None
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """`GRAOConfig.optimisation`: AdamW, its schedule, the updates of a step; see `GRAOConfig`."""
+
+    num_iterations: int
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    lr_scheduler_type: Scheduler
+    warmup_steps: int
+    max_grad_norm: float
+    num_train_epochs: float
+    max_steps: int
+    workspace_mib: int | None
+
+
+def same_named(config: object, view: type) -> dict[str, Any]:
+    """The fields of a view that the config has under the same name."""
+    names = (field.name for field in dataclasses.fields(view))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
