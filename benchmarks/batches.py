@@ -1,4 +1,4 @@
-"""Inputs of the benchmarks: a packed batch of groups, as a GRAO step hands it to the LM head.
+"""Inputs of the benchmarks: a packed batch of groups as a GRAO step passes it to the LM head.
 
 Shapes: T rows (tokens), D width, V vocabulary, N prompts, K = G + 1 sequences a prompt with the
 reference last.
@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Batch(NamedTuple):
-    """hidden_TD, head_VD (leaves), target_T and weight_T share a device.
+    """A batch, of which hidden_TD, head_VD (both leaves), target_T and weight_T share a device.
 
     sequence_T and rewards_NK are on the CPU, where rewards are made. weight_T, float32, is what
     they come to, for contenders that take weights: loss = -sum_t weight_t log p(target_t).
@@ -50,7 +50,7 @@ def make_batch(
     live: float = 1.0,
     seed: int = 0,
 ) -> Batch:
-    """Groups of K sequences of 32 rows; logits of unit variance, targets at random.
+    """Make groups of K sequences of 32 rows, with logits of unit variance and random targets.
 
     Args:
         shape_TDV: T a multiple of 256, the rows of a group.
@@ -84,7 +84,7 @@ def make_batch(
 
 
 def batch_facts(batch: Batch) -> dict[str, Any]:
-    """Shape and dtype, as results in JSON name them."""
+    """Return the shape and dtype of a batch under the names that results use."""
     (T, D), V = batch.hidden_TD.shape, batch.head_VD.shape[0]
     return {"shape_TDV": [T, D, V], "dtype": str(batch.hidden_TD.dtype).removeprefix("torch.")}
 
@@ -94,7 +94,7 @@ def shape_name(shape_TDV: tuple[int, int, int]) -> str:
 
 
 def _groups(T: int, live: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """sequence_T and rewards_NK with round(live * T) rows that count."""
+    """Return sequence_T and rewards_NK in which round(live * T) rows count."""
     N = T // GROUP_ROWS
     kept = max(1, -int(-N * live**0.5 // 1))
     rewards_NK = torch.randn(N, K, generator=generator)
@@ -107,7 +107,7 @@ def _groups(T: int, live: float, generator: torch.Generator) -> tuple[Tensor, Te
     sequences = kept * K
     prompt_rows = kept * GROUP_ROWS - round(live * T)
     bounds = torch.arange(sequences + 1) * prompt_rows // sequences
-    prompt_L = bounds.diff().repeat_interleave(SEQUENCE_ROWS)  # of the living groups' rows
+    prompt_L = bounds.diff().repeat_interleave(SEQUENCE_ROWS)  # over the rows of groups that count
     position_T = torch.arange(T) % SEQUENCE_ROWS
     dead = alive_T.nonzero().squeeze(1)[position_T[alive_T] < prompt_L]
     sequence_T[dead] = -1
@@ -115,7 +115,7 @@ def _groups(T: int, live: float, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def exact_weights(sequence_T: Tensor, rewards_NK: Tensor) -> Tensor:
-    """w_s / (|s| N) of every row in float64, by the specification; 0 where a row does not count."""
+    """Return w_s / (|s| N) of every row in float64, by the specification; 0 for dead rows."""
     advantages_NK = reference.group_advantages(rewards_NK.double())
     weight_S = reference.sequence_weights(advantages_NK).flatten()
     counted_T = sequence_T >= 0
@@ -125,7 +125,7 @@ def exact_weights(sequence_T: Tensor, rewards_NK: Tensor) -> Tensor:
 
 
 def one_group(batch: Batch) -> Batch:
-    """The first group with rows that count, its head and weights those of the whole batch."""
+    """Return the first group with rows that count; weights stay those of the whole batch."""
     first = int(batch.weight_T.nonzero()[0]) // GROUP_ROWS * GROUP_ROWS
     rows = slice(first, first + GROUP_ROWS)
     return batch._replace(

@@ -1,4 +1,4 @@
-"""Largest errors of every contender against float64, on the same inputs.
+"""Measures the largest error of every contender against float64 on the same inputs.
 
     pytest benchmarks/bench_accuracy.py --benchmark-only
 
@@ -38,7 +38,7 @@ def problem(request):
 
 
 def peaked(batch: Batch) -> Batch:
-    """Hidden states moved along the target's row of the head until its logit is about 18."""
+    """Move hidden states along the target's row of the head until its logit is about 18."""
     with torch.no_grad():
         row_TD = batch.head_VD[batch.target_T].float()
         away_TD = TARGET_LOGIT * row_TD / row_TD.square().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Per model family: packed groups give the gradient of repeated prompts, and compute fewer tokens.
+"""Compares packed groups with repeated prompts in every model family: gradients and tokens.
 
     pytest benchmarks/bench_families.py --benchmark-only
     GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/bench_families.py --benchmark-only -m real
@@ -68,7 +68,7 @@ def facts(family: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On tiny tensors threads only wait for each other; on busy cores they always do."""
+    """Use one thread: on tiny tensors more threads cost more than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +77,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family_race(request):
-    """Every parameter is held: float32 allows that through two layers."""
+    """Check every parameter to 1e-5, which float32 allows through two layers."""
     model = family_model(request.param)
     _, tokenizer = make_model("tiny", "cpu")  # its EOS and padding are all that is used
     rollout = make_rollout(CASE, model.config.vocab_size)
@@ -94,8 +94,8 @@ def test_family(benchmark, family_race, variant: str) -> None:
 
 @pytest.fixture(scope="module")
 def real_race():
-    """The gradient is held as a whole: single tensors differ by more than 1e-5 after 30 layers of
-    float32, those of repeated prompts and of the naive formula too."""
+    """Check the gradient as a whole: after 30 layers of float32 single tensors differ by more than
+    1e-5, also between repeated prompts and the naive formula."""
     model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     rollout = real_rollout(tokenizer)
@@ -104,7 +104,7 @@ def real_race():
 
 
 def real_rollout(tokenizer: PreTrainedTokenizerBase) -> Rollout:
-    """`REAL_GROUPS` as a step would hold them."""
+    """Return `REAL_GROUPS` as a rollout."""
     prompts, completions = [], []
     for question, answers in REAL_GROUPS.items():
         prompt_ids = tokenizer.apply_chat_template(

@@ -1,9 +1,9 @@
-"""The loss of an LM head, forward and backward, every row live: ours, every peer, and the floor.
+"""Times forward and backward of an LM head's loss with every row live: ours and every peer.
 
     pytest benchmarks/bench_linear_grao.py --benchmark-only
 
-All take turns. `gemm_ratio` in extra_info is the time over that of the three bare GEMMs of the
-same round, `peak_extra_mib` the memory beyond the inputs.
+Contenders take turns. In extra_info `gemm_ratio` is the time over that of the three bare GEMMs of
+the same round, and `peak_extra_mib` the memory beyond the inputs.
 """
 
 from __future__ import annotations

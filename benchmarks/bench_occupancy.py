@@ -1,4 +1,4 @@
-"""Time and memory where only some rows count: prompts, and groups whose rewards are all equal.
+"""Measures time and memory where prompt rows and groups of equal rewards do not count.
 
     pytest benchmarks/bench_occupancy.py --benchmark-only
 
@@ -14,7 +14,7 @@ from peers import PEERS
 from replay import clock, report
 
 SHARES = (1.0, 0.5, 0.25)
-# On the CPU those that say they leave out rows, and naive; the rest are too slow to be repeated.
+# On a CPU: contenders that skip dead rows, and naive. The others are too slow to run three times.
 VARIANTS = {"cuda": tuple(PEERS), "cpu": ("grao", "naive", "cce_torch_compile")}[DEVICE]
 ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
 

@@ -1,4 +1,4 @@
-"""A whole optimiser step, and a whole sampling phase, ours beside TRL's GRPOTrainer.
+"""Times a whole optimiser step and a whole sampling phase of ours and of TRL's GRPOTrainer.
 
     pytest benchmarks/bench_step.py --benchmark-only
     GRAO_SMOLLM2=/tmp/smollm2 pytest benchmarks/bench_step.py --benchmark-only -m real
@@ -43,7 +43,7 @@ STEPS = [
     BASE.replace(dead=0.25),
     BASE.replace(dead=0.5),
 ]
-# The mean lengths of completions whose every token may be the last, before they are cut.
+# Mean lengths of completions, before they are cut, where any token may be an EOS.
 SAMPLING = {"ragged lengths": 64.0 * SCALE, "equal lengths": math.inf}
 LONGEST = 128 * SCALE
 
@@ -60,8 +60,8 @@ QUESTIONS = [
     "What is 17 + 25?",
     "List three primary colours.",
 ]
-# Prompts, and the most tokens of an answer; the model ends its answers itself. Few rows cost a CPU
-# about as much as one: a step of decoding reads all weights for them.
+# (prompts, longest answer in tokens); the model ends its answers itself. On a CPU a few rows cost
+# about as much as one, since each step of decoding reads all weights.
 REAL_SAMPLING = [(2, 64), (8, 128)]
 
 pytestmark = pytest.mark.benchmark(timer=clock)
@@ -69,7 +69,7 @@ needs_model = pytest.mark.skipif(not REAL, reason="GRAO_SMOLLM2 names no model f
 
 
 def step_name(case: Case) -> str:
-    """Its mean lengths, and what else may differ between cases."""
+    """Return the mean lengths of a case and whatever else differs between cases."""
     dead = f", {case.dead:.0%} of groups dead" if case.dead else ""
     return f"prompt {case.prompt_tokens}, response {case.response_tokens}, G={case.samples}{dead}"
 

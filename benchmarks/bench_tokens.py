@@ -1,4 +1,4 @@
-"""How time and memory grow with the tokens of a batch, every row live.
+"""Measures how time and memory grow with the tokens of a batch, every row live.
 
     pytest benchmarks/bench_tokens.py --benchmark-only
 

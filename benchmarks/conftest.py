@@ -1,4 +1,4 @@
-"""The machine and the absent in pytest-benchmark's JSON; who ran and who did not, at the end."""
+"""Adds the machine and absent contenders to pytest-benchmark's JSON and to its summary."""
 
 from __future__ import annotations
 

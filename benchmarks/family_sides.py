@@ -1,4 +1,4 @@
-"""One model's pass of the GRAO loss: packed, in repeated prompts, and by the naive formula.
+"""Passes of the GRAO loss through one model: packed, with repeated prompts, and naive.
 
 All three are given the same model, groups and rewards, in float32. Packed is `share_prefix=True`,
 repeated is `share_prefix=False`, which pads; naive is the stock model's full logits, one sequence
@@ -40,7 +40,7 @@ def compare_family(
     *,
     held: tuple[str, ...],
 ) -> tuple[dict[str, Callable[[int], int]], dict[str, Any]]:
-    """Forward and backward of one batch, all ways, and how far they are from each other.
+    """Run forward and backward of one batch in all three ways and compare the gradients.
 
     held: which errors of packed against repeated must be within 1e-5.
 
@@ -87,7 +87,7 @@ def compare_family(
 def compare(
     policies: dict[str, Policy], groups: list[Group], naive: Gradient
 ) -> dict[str, dict[str, float]]:
-    """How far packed is from repeated, and both from naive.
+    """Return the errors of packed against repeated, and of both against naive.
 
     A mixture's router adds its loss where packed is compared with repeated; the naive formula has
     none, and beside it theirs is left out.
@@ -106,7 +106,7 @@ def compare(
 
 
 def gradient(policy: Policy, groups: list[Group]) -> Gradient:
-    """Of all groups in one micro-batch."""
+    """Return the loss and gradient of all groups in one micro-batch."""
     with policy.updating():
         batch = policy.lay_out(groups)
         loss = micro_batch_loss(policy, batch, CONFIG.objective, num_prompts=len(groups)).loss
@@ -115,7 +115,7 @@ def gradient(policy: Policy, groups: list[Group]) -> Gradient:
 
 
 def off(actual: Gradient, expected: Gradient) -> dict[str, float]:
-    """Relative errors: of the loss, of the whole gradient in its norm, and the worst parameter's.
+    """Return relative errors of the loss, the whole gradient in norm, and the worst parameter.
 
     The last is the largest of max|a - b| / max|b| over parameters; NaN or infinite, and so within
     no bound, where a parameter's expected gradient is 0 everywhere.

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command and under 10 minutes on an H100.
+"""Runs the tests and timings that need a GPU, in one command and under 10 minutes on an H100.
 
     python benchmarks/gpu_suite.py OUT                    # on a GPU; the results go to OUT
     python benchmarks/gpu_suite.py OUT --tiny             # tiny shapes; on a CPU too

@@ -1,4 +1,4 @@
-"""Keep what the GPU suite measured, in the form that `table.py` makes tables and plots of.
+"""Keeps what the GPU suite measured in the form from which `table.py` makes tables and plots.
 
     python benchmarks/gpu_suite.py OUT
     python benchmarks/keep_suite.py OUT/suite.json h100    # -> benchmarks/results/*-h100.json
@@ -20,12 +20,12 @@ from peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 _MACHINE = ("device", "threads", "load", "python", "torch", "cuda", *PACKAGES)
-# The suite's sections by the benchmarks that measure the same.
+# Sections of the suite -> benchmarks that measure the same.
 SECTIONS = {"shapes": "linear_grao", "occupancy": "occupancy", "tokens": "tokens"}
 
 
 def keep(suite: Path, machine: str, folder: Path = RESULTS) -> list[Path]:
-    """A file for each of `SECTIONS`, and the whole."""
+    """Write the whole report and a file for each of `SECTIONS`; return their paths."""
     report = json.loads(suite.read_text())
     facts = report["sections"]["facts"]["report"]
     written = [folder / f"suite-{machine}.json"]
@@ -48,8 +48,11 @@ def keep(suite: Path, machine: str, folder: Path = RESULTS) -> list[Path]:
 
 
 def _rows(contests: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What was timed, and why the rest was not. Who runs twice at a shape counts once: the first
-    time, as the second is there for the compiled ones to be compared with."""
+    """Return a row for each timing, and the reason for each contender that has none.
+
+    Of a contender that runs twice at a shape, the first run counts: the second one only stands
+    beside the compiled contenders.
+    """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     absent: dict[str, str] = {}
     for where, found in contests.items():

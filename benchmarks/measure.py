@@ -1,4 +1,4 @@
-"""Time beside a floor, memory, and correctness, of contenders that take turns.
+"""Measures time beside a floor, memory and correctness of contenders that take turns.
 
 Shapes: T rows (tokens), D width, V vocabulary.
 """
@@ -28,14 +28,14 @@ def quartiles(seconds: list[float]) -> dict[str, float | int]:
 
 
 class Measured(NamedTuple):
-    """Seconds of each round, and those of the three bare GEMMs in the same round."""
+    """Seconds of a contender and of the three bare GEMMs in each round, and its peak memory."""
 
     seconds: list[float]
     floor_seconds: list[float]
     peak_extra_mib: float | None
 
     def summary(self) -> dict[str, float | int | None]:
-        """Median and quartiles, and the median over rounds of the ratio to the round's floor."""
+        """Return median and quartiles, and the median ratio to the floor of the same round."""
         ratios = [own / gemm for own, gemm in zip(self.seconds, self.floor_seconds, strict=True)]
         return quartiles(self.seconds) | {
             "gemm_seconds": statistics.median(self.floor_seconds),
@@ -56,15 +56,15 @@ Truths = dict[bool, Outputs]  # by whether a loss is weighted
 def measure(
     runs: Mapping[str, tuple[Peer, Batch]], *, rounds: int
 ) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Check every run's results, then time all in turns. The floor is the first batch's.
+    """Check the results of every run, then time all in turns beside the first batch's floor.
 
     Returns:
-        What was measured, and why the others were not: `absence`, or no memory.
+        Measurements, and the reasons why other runs have none: `absence`, or out of memory.
 
     Raises:
         AssertionError: a peer's results are wrong.
     """
-    torch._dynamo.reset()  # or, after a few shapes, it would give up compiling and not say so
+    torch._dynamo.reset()  # it stops compiling, without a word, after a few shapes
     absences = {
         key: reason for key, (peer, batch) in runs.items() if (reason := peer.absence(batch))
     }
@@ -89,7 +89,7 @@ def _forward_and_backward(peer: Peer, batch: Batch) -> Callable[[], Outputs]:
 
 
 def outputs(peer: Peer, batch: Batch) -> Outputs:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     loss = peer.loss(batch)
     return Outputs(loss.detach(), *torch.autograd.grad(loss, (batch.hidden_TD, batch.head_VD)))
 
@@ -104,10 +104,10 @@ def interleave(
     *,
     goes_on: Callable[[int], bool] = lambda turn: True,
 ) -> dict[str, Measured]:
-    """Every function in every round, and before them the three GEMMs of `batch`.
+    """Time every function in every round, and before them the three GEMMs of `batch`.
 
-    Each round starts with another function, so that none has better neighbours than the rest.
-    `goes_on(turn)` is asked before each round, counted from 0, and may end them.
+    Each round starts with another function, so that none always follows the same neighbour.
+    Rounds end early once `goes_on(turn)`, called before each with its number, is false.
     """
     device = batch.hidden_TD.device
     names = list(functions)
@@ -117,7 +117,7 @@ def interleave(
     for turn in range(rounds):
         if not goes_on(turn):
             break
-        gemms = three_gemms(batch)  # made anew: their buffer must not take the others' memory
+        gemms = three_gemms(batch)  # anew: buffers must not stay for the others
         if turn == 0:
             gemms()
         floor.append(seconds(gemms, device))
@@ -138,9 +138,9 @@ def interleave(
 
 
 def three_gemms(batch: Batch) -> Callable[[], None]:
-    """The 6 T D V operations that nobody can do without, into buffers that are there already."""
+    """Return a function that runs the three GEMMs (6 T D V operations) into existing buffers."""
     hidden_TD, head_VD = batch.hidden_TD.detach(), batch.head_VD.detach()
-    # Filled, so that the system hands over the pages now and not under the clock.
+    # Filled, so that page faults happen now and are not timed.
     logits_TV = hidden_TD.new_ones(hidden_TD.shape[0], head_VD.shape[0])
     dhidden_TD, dhead_VD = torch.ones_like(hidden_TD), torch.ones_like(head_VD)
 
@@ -153,7 +153,7 @@ def three_gemms(batch: Batch) -> Callable[[], None]:
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on CUDA between two events, the first with nothing before it to wait for."""
+    """Return the seconds of one call; on CUDA, between two events on an idle stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -171,7 +171,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_extra_mib(function: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory beyond what was held before the call; None where the system does not tell."""
+    """Return peak memory beyond that before the call; None where the system does not report it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -226,14 +226,14 @@ def checked_errors(peer: Peer, batch: Batch, truths: Truths) -> dict[str, float]
 
 
 def truth(batch: Batch, *, weighted: bool = True, chunk_rows: int = 512) -> Outputs:
-    """The loss in float64, its weights made from the rewards in float64, a few rows at a time.
+    """Return loss and gradients in float64 from rewards in float64, a few rows at a time.
 
     `weighted=False`: the mean of -log p over the rows that count. The true loss comes with a
     second figure, the sum of its terms' sizes, which is what its error is measured by: terms of
     both signs cancel.
     """
     device = batch.hidden_TD.device
-    # The batch's own rows may be part of those that `sequence_T` was made for, whole sequences.
+    # A batch may hold part of the rows for which the rewards were made, in whole sequences.
     weight_T = exact_weights(batch.sequence_T, batch.rewards_NK).to(device)
     if not weighted:
         live_T = weight_T != 0
@@ -254,7 +254,7 @@ def truth(batch: Batch, *, weighted: bool = True, chunk_rows: int = 512) -> Outp
 
 
 def errors(actual: Outputs, true: Outputs) -> dict[str, float]:
-    """Largest absolute error of each output over its largest true value; NaN counts as infinite."""
+    """Return the largest error of each output over its largest true value; NaN is infinite."""
     loss, size = true.loss
     pairs = {
         "loss": (actual.loss, loss, size),
@@ -271,12 +271,12 @@ def errors(actual: Outputs, true: Outputs) -> dict[str, float]:
 
 
 def load_average() -> float | None:
-    """Processes that want a CPU, over the last minute; None where the system does not tell."""
+    """Return the load average of the last minute; None where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine_facts(device: str) -> dict[str, str | int]:
-    """What a figure must be read with: hardware and versions, and no name of the host."""
+    """Return hardware and package versions, without the name of the host."""
     facts: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),

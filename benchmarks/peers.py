@@ -1,4 +1,4 @@
-"""The contenders: ours and every peer, each as its own documentation has it used, at its best.
+"""Contenders: ours and every peer, each at its best and used as its documentation says.
 
 All compute loss = -sum_t weight_t log p(target_t) of a Batch, differentiable in hidden_TD and
 head_VD, but for those that cannot weigh tokens (`weighted=False`), whose labels say that they do
@@ -29,7 +29,7 @@ IGNORE = -100  # every peer's default
 
 
 class Peer(NamedTuple):
-    """`absence(batch)` is why it cannot run there, or None; `loss(batch)` is a 0-d tensor."""
+    """A contender: `loss(batch)` is a 0-d tensor, `absence(batch)` why it cannot run, or None."""
 
     name: str
     label: str
@@ -69,8 +69,8 @@ def _torch_linear_ce(batch: Batch) -> Tensor:
 
 
 def _torch_linear_ce_chunked(batch: Batch) -> Tensor:
-    """With chunks of 512 MiB of float32 logits, as ours has; its own choice of rows, a few, is
-    many times slower where V is much larger than D."""
+    """Use chunks of 512 MiB of float32 logits, like ours: its default of a few rows is many times
+    slower where V is much larger than D."""
     from torch.nn import LinearCrossEntropyOptions
 
     rows = min(batch.hidden_TD.shape[0], 512 * 2**20 // (4 * batch.head_VD.shape[0]))
@@ -85,8 +85,8 @@ def _torch_linear_ce_chunked(batch: Batch) -> Tensor:
 
 
 def _trl(batch: Batch) -> Tensor:
-    """As TRL's chunked SFT loss calls it: tiles of 32768 tokens of the vocabulary, and, where it
-    has Triton, on the rows that count only."""
+    """Call it as TRL's chunked SFT loss does: in tiles of 32768 tokens of the vocabulary, and on
+    CUDA for live rows only."""
     from trl.kernels import ChunkedLogProbFunction
 
     hidden_TD, target_T, weight_T = batch.hidden_TD, batch.target_T, batch.weight_T
@@ -100,10 +100,10 @@ def _trl(batch: Batch) -> Tensor:
 
 
 def _liger_grpo(batch: Batch) -> Tensor:
-    """An advantage a sequence, (S, R) rows. On policy CISPO's loss is -advantage log p, ours.
+    """Use CISPO, whose on-policy loss is -advantage log p, with one advantage a sequence.
 
-    `chunk_size` counts sequences: one chunk is its fastest, and the logits are in chunks anyway.
-    What `compiled` would compile is only the arithmetic on (S, R) log-probs.
+    `chunk_size` counts sequences; one chunk is fastest, as the logits are chunked in any case.
+    `compiled` would only compile the arithmetic on (S, R) log-probs.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -123,7 +123,7 @@ def _liger_grpo(batch: Batch) -> Tensor:
         batch.head_VD,
         batch.target_T.view(S, SEQUENCE_ROWS),
         mask_SR.float(),
-        weight_SR[:, -1] * mask_SR.sum(),  # prompt rows come first; it divides by the rows it sees
+        weight_SR[:, -1] * mask_SR.sum(),  # prompt rows come first; the loss divides by live rows
     )
     return loss
 
@@ -211,7 +211,7 @@ def _without_torch_linear_ce(batch: Batch) -> str | None:
 
 
 def _not_installed(distribution: str, minimum: str) -> str | None:
-    """What to install, if the distribution is missing or older than `minimum`."""
+    """Return what to install if the distribution is missing or older than `minimum`."""
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -239,7 +239,7 @@ def _without_cce_compile(batch: Batch) -> str | None:
 
 
 def _without_liger_scaled_ce(batch: Batch) -> str | None:
-    """On Hopper it goes to CuTe kernels, elsewhere to chunked PyTorch."""
+    """Return why it cannot run: on Hopper it needs CuTe kernels, elsewhere chunked PyTorch."""
     missing = _not_installed("liger-kernel", "0.8.5")
     if missing or not _is_hopper(batch):
         return missing

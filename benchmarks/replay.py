@@ -1,4 +1,4 @@
-"""From measurements that took turns to one row of pytest-benchmark each.
+"""Turns interleaved measurements into rows of pytest-benchmark.
 
 pytest-benchmark times one function to the end before the next. Contenders that take turns are
 therefore timed in `measure.py`, and their rounds are then played back on a clock of its own, by
@@ -20,7 +20,7 @@ _now = 0.0
 
 
 def clock() -> float:
-    """Seconds that `report` has played back so far."""
+    """Return the seconds that `report` has replayed so far."""
     return _now
 
 
@@ -31,7 +31,7 @@ def report(
     peer: Peer,
     facts: dict[str, Any],
 ) -> None:
-    """Hand one contender's rounds to pytest-benchmark, or skip with the reason of its absence."""
+    """Replay one contender's rounds to pytest-benchmark, or skip it with the reason."""
     measured, absences = race
     if key in absences:
         skip(peer, absences[key])

@@ -1,4 +1,4 @@
-"""What the benchmark of a whole step is run on: a model, prompts, completions and their rewards.
+"""Inputs of the benchmark of a whole step: a model, prompts, completions and their rewards.
 
 Everything is made here from a seed: no download. Suffixes: N prompts, G samples, K = G + 1
 sequences of a prompt with the reference last.
@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of groups. Lengths are spread evenly between half and one and a half of their means.
+    """A batch of groups, whose lengths are spread evenly from 1/2 to 3/2 of their means.
 
     prompts, samples: N and G.
     prompt_tokens, response_tokens: mean lengths; a reference is as long as a response.
@@ -77,7 +77,7 @@ class Case:
 def make_model(
     size: str, device: str, *, mean_length: float | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Qwen3 of `MODELS[size]` and a tokenizer of its size, the same at every call.
+    """Return a Qwen3 of `MODELS[size]` and a tokenizer to match, the same at every call.
 
     mean_length: give the head a bias that makes each sampled token an EOS with a chance of about
         1 / mean_length, or never where it is inf; None: no bias, as Qwen3 has none.
@@ -111,7 +111,7 @@ def make_model(
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerBase:
-    """Words w2, w3, ..., one token each."""
+    """Return a tokenizer of words w2, w3, ..., one token each."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -124,14 +124,14 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerBase:
 
 
 def make_prompts(case: Case, vocab: int, *, seed: int = 0) -> list[list[int]]:
-    """N prompts of random tokens."""
+    """Return N prompts of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = _lengths(case.prompts, case.prompt_tokens, generator)
     return [_tokens(length, vocab, generator) for length in lengths]
 
 
 def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Rollout:
-    """Groups as a sampler and a reward would leave them: G samples and a reference, scored."""
+    """Return groups of G samples and a reference with rewards, as a rollout holds them."""
     from grao_fast.data.encoding import Encoded
     from grao_fast.data.examples import Example
     from grao_fast.sampling import Completion
@@ -163,13 +163,13 @@ def make_rollout(case: Case, vocab: int, *, eos: int = EOS, seed: int = 0) -> Ro
 
 
 def useful_tokens(rollout: Rollout) -> int:
-    """Of samples and references, each with its EOS: what a step learns from, dead groups' too."""
+    """Count the tokens of samples and references, each with its EOS, dead groups included."""
     samples = sum(len(each.token_ids) for group in rollout.completions for each in group)
     return samples + sum(len(prompt.reference_ids) for prompt in rollout.prompts)
 
 
 def _lengths(count: int, mean: int, generator: torch.Generator) -> list[int]:
-    """Evenly spread over mean / 2 ... 3 mean / 2, shuffled: no case is ragged by luck."""
+    """Return shuffled lengths that are spread evenly from mean / 2 to 3 mean / 2."""
     spread = torch.linspace(mean / 2, mean + mean // 2, count).round().long()
     return spread[torch.randperm(count, generator=generator)].tolist()
 

@@ -1,4 +1,4 @@
-"""Whole steps and sampling phases of both sides, checked, then timed in turns.
+"""Checks whole steps and sampling phases of both sides, then times them in turns.
 
 A side that is not installed, or finds no memory, leaves a reason in place of its figures.
 """
@@ -41,14 +41,14 @@ CONTENDERS = {name: Contender(name, label) for name, label in LABELS.items()}
 
 
 class Timed(NamedTuple):
-    """Seconds and useful tokens of each round; memory beyond what was held before a call."""
+    """Seconds and useful tokens of each round, and peak memory beyond that before a call."""
 
     seconds: list[float]
     tokens: list[int]
     peak_extra_mib: float | None
 
     def summary(self) -> dict[str, Any]:
-        """Median and quartiles of the time, and the median of the tokens a second."""
+        """Return median and quartiles of the time, and the median of the tokens a second."""
         rates = [count / took for count, took in zip(self.tokens, self.seconds, strict=True)]
         return quartiles(self.seconds) | {
             "tokens_per_s": statistics.median(rates),
@@ -61,7 +61,7 @@ Race = tuple[dict[str, Timed], dict[str, str]]
 
 
 def trl_absence() -> str | None:
-    """What to install; None where TRL is there."""
+    """Return what to install, or None where TRL is installed."""
     return _not_installed("trl", "1.16")
 
 
@@ -76,7 +76,7 @@ def race_steps(
     rounds: int,
     without_trl: str | None,
 ) -> Race:
-    """One optimiser step on the same batch: each side's gradient checked, then all in turns.
+    """Check each side's gradient, then time one optimiser step on the same batch in turns.
 
     without_trl: why TRL does not run; None: it does.
 
@@ -106,7 +106,7 @@ def race_steps(
 
 
 def assert_same_gradient(side: str, actual: list[Tensor], expected: list[Tensor]) -> None:
-    """As `measure.gate` has it, half of the dtype's digits are right: in the norm of the whole.
+    """Check that half of the dtype's digits are right, in the norm of the whole gradient.
 
     On CUDA both sides compute in bfloat16 under autocast, and the truth here is in float32.
     """
@@ -130,7 +130,7 @@ def race_sampling(
     rounds: int,
     without_trl: str | None,
 ) -> Race:
-    """`samples` completions of every prompt, of at most `longest` tokens; a new seed a round."""
+    """Time `samples` completions of every prompt, each of at most `longest` tokens."""
     ours = Ours(copy.deepcopy(model), tokenizer)
     runs: dict[str, Callable[[int], int]] = {
         OURS: lambda turn: ours.sample(prompts, samples, longest, turn)
@@ -150,13 +150,13 @@ def take_turns(
     rounds: int,
     device: torch.device,
 ) -> Race:
-    """A call to warm up, one for the memory, then rounds that each start with another."""
+    """Warm up, measure memory, then time rounds that each start with another contender."""
     absent = {name: reason for name, reason in absences.items() if reason is not None}
     peaks: dict[str, float | None] = {}
     for name, run in runs.items():
         try:
             run(0)
-            give_back()  # or the call could take what an earlier one freed, and seem to need less
+            give_back()  # a call that reuses freed memory would seem to need less
             peaks[name] = peak_extra_mib(lambda run=run: run(0), device)
         except torch.OutOfMemoryError:
             absent[name] = "out of memory"
@@ -174,7 +174,7 @@ def take_turns(
 
 
 def give_back() -> None:
-    """Freed memory to the system, which is where its peak is read."""
+    """Return freed memory to the system, where the peak is read."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

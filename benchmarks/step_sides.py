@@ -1,4 +1,4 @@
-"""The two sides of the benchmark of a step: ours, and TRL's GRPOTrainer driven at its own methods.
+"""The two sides of the benchmark of a step: ours, and TRL's GRPOTrainer by its own methods.
 
 Both are given the same model, prompts, sequences and rewards. TRL has no references: it is handed
 each group's as one more completion, and as advantages the weights that make its loss,
@@ -35,7 +35,7 @@ CONFIG = GRAOConfig(
 
 
 class Ours:
-    """`grao_fast.training.step.update`, and the sampler, of one policy."""
+    """One policy with its sampler, updated by `grao_fast.training.step.update`."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         from torch.optim.lr_scheduler import LambdaLR
@@ -50,7 +50,7 @@ class Ours:
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
 
     def step(self, rollout: Rollout) -> int:
-        """One optimiser step; returns the useful tokens."""
+        """Take one optimiser step and return the useful tokens."""
         from grao_fast.training.step import update
 
         update(
@@ -65,7 +65,7 @@ class Ours:
         return useful_tokens(rollout)
 
     def gradient(self, rollout: Rollout) -> tuple[float, list[Tensor]]:
-        """The loss, and its gradient in every parameter."""
+        """Return the loss and its gradient in every parameter."""
         from grao_fast.data.packing import split_by_tokens
         from grao_fast.training.rollout import to_groups
         from grao_fast.training.step import micro_batch_loss
@@ -83,7 +83,7 @@ class Ours:
         return loss, take_gradients(self.policy.model)
 
     def sample(self, prompts: list[list[int]], samples: int, longest: int, seed: int) -> int:
-        """Completions of every prompt; returns their tokens."""
+        """Sample completions of every prompt and return their number of tokens."""
         groups = self.loaded.sampler.sample(
             prompts,
             num_generations=samples,
@@ -159,13 +159,13 @@ class TRL:
         return self._given.rewards_NK.flatten().tolist()
 
     def score(self, rollout: Rollout) -> dict[str, Any]:
-        """The batch that TRL makes of a rollout, with advantages of its own."""
+        """Return the batch that TRL makes of a rollout, with its own advantages."""
         self._given = rollout
         rows = [{"prompt": "w2"} for _ in range(rollout.rewards_NK.numel())]
         return self.trainer._generate_and_score_completions(rows)
 
     def load(self, rollout: Rollout, parts: int) -> list[dict[str, Any]]:
-        """Its micro-batches, whose advantages make its loss GRAO's: mean_s -K w_s L(s)."""
+        """Return micro-batches whose advantages make TRL's loss GRAO's: mean_s -K w_s L(s)."""
         from trl.trainer.utils import split_tensor_dict
 
         inputs = self.score(rollout)
@@ -174,7 +174,7 @@ class TRL:
         return split_tensor_dict(inputs, parts)
 
     def backward(self, parts: list[dict[str, Any]]) -> float:
-        """Loss and gradients of all micro-batches; returns the loss."""
+        """Add up loss and gradients of all micro-batches and return the loss."""
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(parts)
         loss = 0.0
@@ -186,7 +186,7 @@ class TRL:
         return float(loss)
 
     def step(self, parts: list[dict[str, Any]]) -> int:
-        """One optimiser step; returns the useful tokens."""
+        """Take one optimiser step and return the useful tokens."""
         self.backward(parts)
         trainer = self.trainer
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CONFIG.max_grad_norm)
@@ -195,7 +195,7 @@ class TRL:
         return sum(int(part["completion_mask"].sum()) for part in parts)
 
     def gradient(self, rollout: Rollout, parts: int = 1) -> tuple[float, list[Tensor]]:
-        """The loss, and its gradient in every parameter.
+        """Return the loss and its gradient in every parameter.
 
         The value of its loss is that of ratios, which are 1: only its gradient is GRAO's.
         """
@@ -203,7 +203,7 @@ class TRL:
         return loss, take_gradients(self.trainer.model)
 
     def sample(self, prompts: list[list[int]], samples: int, longest: int, seed: int) -> int:
-        """Completions of every prompt by Transformers' `generate`; returns their tokens."""
+        """Sample completions of every prompt with `generate` and return their tokens."""
         assert longest == self.trainer.max_completion_length
         torch.manual_seed(seed)
         repeated = [ids for ids in prompts for _ in range(samples)]
@@ -219,14 +219,14 @@ def take_gradients(model: torch.nn.Module) -> list[Tensor]:
 
 
 def grao_weights(rollout: Rollout) -> Tensor:
-    """w of every sequence, (N, K): GRAO's loss is -(1/N) sum_s w_s L(s)."""
+    """Return w of every sequence, (N, K), where GRAO's loss is -(1/N) sum_s w_s L(s)."""
     return sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)
 
 
 def naive_gradient(
     model: PreTrainedModel, rollout: Rollout, weight_NK: Tensor
 ) -> tuple[float, list[Tensor]]:
-    """-(1/N) sum_s w_s L(s), and its gradient, by full logits of the stock model, one by one."""
+    """Return -(1/N) sum_s w_s L(s) and its gradient from full logits, one sequence at a time."""
     N = len(rollout.prompts)
     total = 0.0
     for n, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):

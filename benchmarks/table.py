@@ -1,4 +1,4 @@
-"""Keep what the benchmarks measured, and write the documents' tables and the plots from it.
+"""Keeps what the benchmarks measured, and writes the tables and plots of the documents from it.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python benchmarks/table.py --keep run.json cpu  # -> benchmarks/results/*-cpu.json
@@ -36,7 +36,7 @@ Result = dict[str, Any]
 
 
 def keep(run: Path, machine: str) -> list[Path]:
-    """A file for each benchmark of the run: what was measured, on what, with which versions."""
+    """Write a file for each benchmark of the run, with hardware and versions; return the paths."""
     report = json.loads(run.read_text())
     if not report["benchmarks"]:
         raise SystemExit(f"{run} holds no benchmark")
@@ -63,7 +63,7 @@ def keep(run: Path, machine: str) -> list[Path]:
 
 
 def time_table(name: str, result: Result) -> str:
-    """A table for each shape, the fastest first."""
+    """Return a table for each shape, the fastest contender first."""
     tables = []
     for shape_TDV, rows in _by(result["rows"], "shape_TDV"):
         unit, times = _unit(rows)
@@ -85,7 +85,7 @@ def time_table(name: str, result: Result) -> str:
 
 
 def occupancy_table(name: str, result: Result) -> str:
-    """A row for each contender, a column for each share of rows that count."""
+    """Return a table with a row a contender and a column a share of live rows."""
     rows = result["rows"]
     shares = sorted({row["live"] for row in rows}, reverse=True)
     unit, times = _unit(rows)
@@ -104,7 +104,7 @@ def occupancy_table(name: str, result: Result) -> str:
 
 
 def accuracy_table(name: str, result: Result) -> str:
-    """A row for each contender, a column for each output and kind of logits; the least in bold."""
+    """Return a row a contender, a column an output and kind of logits; the least error in bold."""
     kinds = [kind for kind, _ in _by(result["rows"], "logits")]
     columns = [(kind, output) for kind in kinds for output in result["rows"][0]["errors"]]
     errors = {
@@ -127,13 +127,13 @@ def accuracy_table(name: str, result: Result) -> str:
 
 
 def token_plots(name: str, result: Result) -> str:
-    """The plots of `draw`, with what they were measured on."""
+    """Return links to the plots of `draw`, and what they were measured on."""
     images = [f"![{title}](docs/results/{name}-{kind}.png)" for kind, title in PANELS]
     return "\n".join([*images, "", _source(name, result)])
 
 
 def step_tables(name: str, result: Result) -> str:
-    """A table for each phase and model, a row for each case: ours beside the better of TRL's."""
+    """Return a table for each phase and model: in each case, ours beside the better of TRL's."""
     tables = []
     for title, rows in _by(result["rows"], "title"):
         lines = [
@@ -156,8 +156,8 @@ def step_tables(name: str, result: Result) -> str:
 
 
 def families_table(name: str, result: Result) -> str:
-    """A row for each family, a column for each error of each pair, and the tokens computed."""
-    rows = [own[0] for _, own in _by(result["rows"], "family")]  # its two rows say the same of it
+    """Return a row a family: the errors of each pair, and the tokens computed."""
+    rows = [own[0] for _, own in _by(result["rows"], "family")]  # both of its rows hold the same
     columns = [(pair, what) for pair, errors in rows[0]["errors"].items() for what in errors]
     lines = [
         f"| {rows[0]['dtype']} | {' | '.join(f'{pair}: {what}' for pair, what in columns)} "
@@ -198,7 +198,7 @@ def write_tables(text: str, folder: Path = ROOT) -> str:
 
 
 def _by(rows: Iterable[Row], key: str) -> list[tuple[Any, list[Row]]]:
-    """Rows in groups of one value, in the order in which values first come."""
+    """Group rows by a value, in the order in which values first appear."""
     groups: dict[str, tuple[Any, list[Row]]] = {}
     for row in rows:
         groups.setdefault(str(row[key]), (row[key], []))[1].append(row)
@@ -214,7 +214,7 @@ def _unit(rows: list[Row]) -> tuple[str, int]:
 
 
 def _number(value: float) -> str:
-    """Three digits, as far as these are after the point."""
+    """Format with three digits, or more before the point."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
@@ -252,7 +252,7 @@ def _hardware(result: Result) -> str:
 
 
 def _absent(result: Result) -> str:
-    """Who did not run, under each reason."""
+    """Return who did not run, grouped by reason."""
     labels: dict[str, list[str]] = {}
     for label, reason in result["absent"].items():
         labels.setdefault(reason, []).append(label)

@@ -1,4 +1,4 @@
-"""The plots of what a loss costs over the tokens of a batch, from benchmarks/results."""
+"""Plots time and memory of a loss over the tokens of a batch, from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARKERS = "osD^vP*X<>"
 
 
 def draw(name: str, result: dict[str, Any], folder: Path) -> list[Path]:
-    """Time and memory over tokens, on log axes; a line ends where its memory did."""
+    """Plot time and memory over tokens on log axes; a line ends where memory ran out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     written = []

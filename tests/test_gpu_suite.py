@@ -15,7 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SUITE = BENCHMARKS / "gpu_suite.py"
 PACKAGES = Path(torch.__file__).parents[1]  # its .pth files, of installs, do not count on a path
-NAMES = ["facts", "tests", "shapes", "occupancy", "tokens", "step", "train_step", "rows"]
+NAMES = ["facts", "tests", "shapes", "occupancy", "tokens", "train_step", "rows"]
 
 
 def python(*arguments: object, executable: object = sys.executable, path: object, cwd: Path):
@@ -60,8 +60,6 @@ def test_runs_to_its_end_where_another_checkout_is_installed(tmp_path: Path) -> 
     assert sections["tests"]["report"]["test_rows.py"]["passed"] >= 10
     ours = sections["shapes"]["report"]["T=512 D=64 V=1031"]["grao"]
     assert ours["rounds"] == 2 and ours["median"] > 0 and max(ours["errors"].values()) < 1e-4
-    step = sections["step"]["report"]["batch"]
-    assert 0.25 < step["live"] / step["T"] < 0.4
     whole = sections["train_step"]["report"]
     assert whole["step"]["ours"]["useful_tokens"] == 64
     assert whole["sampling"]["ours"]["rounds"] == 2

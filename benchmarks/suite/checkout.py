@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_checkout(folder: Path) -> str:
-    """`import grao_fast.kernels` gets this checkout's code from here on; says how.
+    """Make `import grao_fast.kernels` find this checkout from here on; return how.
 
     That is so already where the checkout is installed in development mode. Anywhere else `folder`,
     which must be empty and must outlive the imports, gets a package of links, laid out as an

@@ -1,4 +1,4 @@
-"""Batches made on the device, and contenders timed there however many of them fail.
+"""Makes batches on the device and times contenders there, however many of them fail.
 
 Shapes: T rows (tokens), D width, V vocabulary.
 """
@@ -26,7 +26,7 @@ def device_batch(
     live: float = 1.0,
     head_VD: Tensor | None = None,
 ) -> Batch:
-    """`make_batch`, its large tensors made on the device: on a CPU a head takes seconds."""
+    """Do as `make_batch` but draw large tensors on the device; on a CPU a head takes seconds."""
     T, D, V = shape_TDV
     groups = make_batch((T, 1, 1), torch.float32, device.type, live=live)
     generator = torch.Generator(device).manual_seed(0)
@@ -43,13 +43,13 @@ def device_batch(
 def contend(
     run: Run, where: str, names: Iterable[str], batch: Batch, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Errors, memory, and time beside the three GEMMs of the same round, of each contender.
+    """Measure errors, memory, and time beside the three GEMMs of the same round.
 
-    As `measure.measure` does it, but one that fails here, in whatever way, leaves the others: what
-    it died of takes the place of its figures. If it is ours, `verdict` says so in the end.
+    Unlike in `measure.measure`, a contender that fails in any way leaves the others running: the
+    reason takes the place of its figures. If it is ours, `verdict` fails in the end.
     """
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # or, after a few shapes, it would give up and not say so
+        torch._dynamo.reset()  # it stops compiling, without a word, after a few shapes
     found: dict[str, dict[str, Any]] = {}
     run.report[where] = found
     truths: Truths = {}
@@ -78,14 +78,14 @@ def contend(
 
 
 def verdict(run: Run, headline: str) -> str:
-    """The headline, unless one of ours has failed."""
+    """Return the headline, unless one of ours has failed."""
     if failed := run.report.get("ours_failed"):
         raise AssertionError(failed[0])
     return headline
 
 
 def _first_look(peer: Peer, batch: Batch, truths: Truths) -> dict[str, Any]:
-    """Its errors, which must pass; or the reason for its absence."""
+    """Return a contender's errors, which must pass, or the reason for its absence."""
     if reason := peer.absence(batch):
         return {"reason": reason}
     found = checked_errors(peer, one_group(batch), truths)
@@ -94,7 +94,7 @@ def _first_look(peer: Peer, batch: Batch, truths: Truths) -> dict[str, Any]:
 
 
 def _guarded(peer: Peer, batch: Batch, figures: dict[str, Any]) -> Callable[[], object]:
-    """A pass of the peer; once it has failed, nothing, and the reason is among its figures."""
+    """Return a function that runs a pass until one fails, which leaves the reason in `figures`."""
 
     def function() -> None:
         if "reason" not in figures:

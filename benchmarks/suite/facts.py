@@ -1,4 +1,4 @@
-"""What the device is, and what it can do at most: the figures that all others are read by."""
+"""Reports the device and its peak rates, to which all other figures relate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NVIDIA_SMI = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,tem
 
 
 def facts(run: Run) -> str:
-    """Device and versions; copy and GEMM rates; the three GEMMs of the benchmarks' shapes."""
+    """Report device, versions, copy and GEMM rates, and the GEMMs of the benchmarks' shapes."""
     report = run.report
     report |= machine_facts(run.device.type)
     report["date"] = datetime.now(timezone.utc).date().isoformat()
@@ -49,7 +49,7 @@ def facts(run: Run) -> str:
 
 
 def median_seconds(run: Run, function: Callable[[], object], *, calls: int, rounds: int) -> float:
-    """Of one call, in the median of rounds of so many; the first round is not counted."""
+    """Return the median seconds of a call over rounds of `calls`, after a warm-up round."""
 
     def several() -> None:
         for _ in range(calls):
@@ -60,7 +60,7 @@ def median_seconds(run: Run, function: Callable[[], object], *, calls: int, roun
 
 
 def copy_rate(run: Run) -> float:
-    """Bytes read and written a second, of a copy far larger than the L2."""
+    """Return the bytes read and written a second by a copy far larger than the L2."""
     source = torch.randn((4 if run.tiny else 1024) * 2**18, device=run.device)
     target = torch.empty_like(source)
     took = median_seconds(run, lambda: target.copy_(source), calls=2 if run.tiny else 20, rounds=5)
@@ -68,7 +68,7 @@ def copy_rate(run: Run) -> float:
 
 
 def _gemm_rate(run: Run, size: int) -> float:
-    """Operations a second of a square product; of random numbers, as zeros cost less power."""
+    """Return the FLOP/s of a square product of random numbers; zeros would draw less power."""
     options = {"device": run.device, "dtype": torch.bfloat16}
     a, b = torch.randn(size, size, **options), torch.randn(size, size, **options)
     out = torch.empty_like(a)

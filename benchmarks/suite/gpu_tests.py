@@ -54,7 +54,7 @@ def gpu_tests(run: Run) -> str:
 def _pytest(file: Path, folder: Path, run: Run) -> tuple[str, dict[str, tuple[str, str]]]:
     """What pytest printed, and each test's outcome with the reason of a failure or a skip."""
     junit = folder / f"{file.stem}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda and not slow", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(file)]
     command += ["-p", "no:cacheprovider", f"--junitxml={junit}"]
     command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     limit = max(1.0, run.left())

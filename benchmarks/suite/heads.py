@@ -1,4 +1,4 @@
-"""The loss of a head beside its peers: shapes, the share of live rows, the number of tokens."""
+"""Times the loss of a head beside its peers over shapes, live rows and tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from peers import OURS, PEERS
 from suite.contend import contend, device_batch, verdict
 from suite.runner import Run, free_memory
 
-# (D, V) of the sweeps, and who is in them: of each kind of contender the fastest known.
+# (D, V) of the sweeps, and their contenders: the fastest known of each kind.
 SWEPT_HEAD = (4096, 151936)
 TINY_HEAD = (64, 1031)
 SWEPT = ("grao", "naive", "trl", "liger_scaled_ce", "cce", "quack")
 
 
 def shapes(run: Run) -> str:
-    """Every contender on the benchmarks' shapes.
+    """Time every contender on the benchmarks' shapes.
 
-    Those that must be compiled come last, with ours and naive once more in their rounds: they take
-    time before the clock starts, and all shapes of the others go first.
+    Contenders that must be compiled come last, with ours and naive once more in their rounds,
+    since compiling takes time that the others need.
     """
     slow = [name for name in PEERS if "compile" in name]
     contests = {"": [name for name in PEERS if name not in slow]}
@@ -44,7 +44,7 @@ def shapes(run: Run) -> str:
 
 
 def occupancy(run: Run) -> str:
-    """Time over the share of rows that count."""
+    """Time passes over the share of rows that count."""
     T, (D, V) = (512, TINY_HEAD) if run.tiny else (8192, SWEPT_HEAD)
     shares: dict[float, float] = {}
     head_VD = None
@@ -62,7 +62,7 @@ def occupancy(run: Run) -> str:
 
 
 def tokens(run: Run) -> str:
-    """Time and memory over the number of tokens."""
+    """Measure time and memory over the number of tokens."""
     D, V = TINY_HEAD if run.tiny else SWEPT_HEAD
     head_VD = None
     longest = ""
@@ -84,7 +84,7 @@ def _dtype(run: Run) -> torch.dtype:
 
 
 def _ratios(found: dict[str, dict[str, Any]]) -> str:
-    """Ours beside the best of the others, as multiples of the GEMMs."""
+    """Return ours and the best of the others as multiples of the GEMMs."""
     ratios = {name: each["gemm_ratio"] for name, each in found.items() if "gemm_ratio" in each}
     if "grao" not in ratios:
         return "ours not measured"

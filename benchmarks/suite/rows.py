@@ -1,4 +1,4 @@
-"""The row kernel by itself: bytes a second, against a copy on the same device.
+"""Measures the row kernel by itself: bytes a second against a copy on the same device.
 
 Shapes: R rows of a slab, V vocabulary.
 """
@@ -14,14 +14,14 @@ from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
 from suite.facts import copy_rate, median_seconds
 from suite.runner import Run, free_memory
 
-# What its docstring counts: the row read twice, the gradient written once.
+# As in the kernel's docstring: a row is read twice and its gradient written once.
 BYTES_A_LOGIT = {torch.bfloat16: 10, torch.float32: 12}
-# A slab of float32 logits; with a 16-bit gradient beside it, the default workspace.
+# Of float32 logits; with a 16-bit gradient beside them, the default workspace.
 SLAB_BYTES = 340 * 2**20
 
 
 def rows(run: Run) -> str:
-    """Time of one launch for slabs of the default workspace, over vocabularies and dtypes."""
+    """Time one launch on slabs of the default workspace, over vocabularies and dtypes."""
     copy = copy_rate(run)
     run.report["copy_gb_per_s"] = copy / 1e9
     free_memory()
@@ -39,7 +39,7 @@ def rows(run: Run) -> str:
 
 
 def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any]:
-    """In float32 the gradient takes the logits' place, as in the pass: next time it is read."""
+    """Measure one case; in float32 the gradient overwrites the logits, as in the pass."""
     if run.device.type == "cuda":
         from grao_fast.kernels.rows.triton_rows import policy_rows
     else:
@@ -65,6 +65,6 @@ def _measure(run: Run, V: int, dtype: torch.dtype, copy: float) -> dict[str, Any
         "microseconds": took * 1e6,
         "gb_per_s": counted / took / 1e9,
         "share_of_copy": counted / took / copy,
-        # At the copy's rate: below the count where the second read meets the L2.
+        # At the rate of a copy: less than counted where the second read hits the L2.
         "bytes_a_logit_by_time": took * copy / (R * V),
     }

@@ -1,8 +1,8 @@
-"""Runs sections one after another; whatever one of them does, the others' results are kept.
+"""Runs sections one after another and keeps each result whatever the other sections do.
 
-Every section has a process of its own, forked: a crash, a hang or a device error, after which CUDA
-answers nothing any more in that process, ends with it, and so does the memory it held. The parent
-must not touch CUDA, as a process forked afterwards could not use it.
+Each section runs in a forked process. A crash, a hang, or a device error, after which CUDA fails in
+that process, ends with it, and its memory is freed. The parent must not initialise CUDA, since a
+process forked afterwards could not use it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 Value = TypeVar("Value")
-# Of a section's limit, what it plans to use: it looks at the clock between two pieces of work.
+# Share of its limit that a section plans to use; it checks the clock between pieces of work.
 _PLANNED = 0.7
 _LOG_CHARACTERS = 2**20
 
 
 @dataclass
 class Run:
-    """What a section is told, and the plain dict that it fills."""
+    """The conditions of a section's run, and the report that it fills."""
 
     device: torch.device
     tiny: bool
@@ -42,13 +42,13 @@ class Run:
     log: list[str] = field(default_factory=list)
 
     def left(self) -> float:
-        """Seconds that the section may still plan for."""
+        """Return the seconds that the section may still plan for."""
         return self.deadline - time.monotonic()
 
     def in_time(self, what: str) -> bool:
-        """Whether there is time for one more piece of work; if not, the report says so.
+        """Return whether there is time for one more piece of work; if not, report it as left out.
 
-        What is in the report by now is kept, whatever that piece of work does.
+        The report so far is saved first, whatever that piece of work does.
         """
         if self.left() <= 0:
             self.leave_out(what, "no time left")
@@ -70,7 +70,7 @@ class Skipped(Exception):
 
 
 def run_sections(sections: Sequence[Section], out: Path, tiny: bool) -> dict[str, Any]:
-    """Each section's status, seconds, headline and report, in `out`/suite.json after every one."""
+    """Run all sections, and write status, time, headline and report of each to `out`/suite.json."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "suite.json").exists():
         raise SystemExit(f"{out} holds an earlier run: name another folder, or remove it")
@@ -91,7 +91,7 @@ def _run_section(section: Section, out: Path, tiny: bool) -> dict[str, Any]:
         process.join(section.limit_s)
         hung = process.exitcode is None
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it, or what it started and left behind
+            os.killpg(process.pid, signal.SIGKILL)  # the process and whatever it has started
         process.kill()
         process.join()
         entry = _read_json(Path(folder, "entry"))
@@ -110,9 +110,9 @@ def _run_section(section: Section, out: Path, tiny: bool) -> dict[str, Any]:
 
 
 def _work(section: Section, folder: Path, tiny: bool) -> None:
-    """In the section's process: leaves its entry in a file."""
-    os.setsid()  # a group of its own, to be killed as a whole
-    with (folder / "stack").open("w") as stack:  # of a crash, and of what is about to be killed
+    """Write the section's entry to a file, from within its process."""
+    os.setsid()  # a process group, to be killed as a whole
+    with (folder / "stack").open("w") as stack:  # at a crash, or shortly before the limit
         faulthandler.enable(stack)
         faulthandler.dump_traceback_later(0.95 * section.limit_s, file=stack)
         entry = _entry(section, folder, tiny)
@@ -129,12 +129,12 @@ def _entry(section: Section, folder: Path, tiny: bool) -> dict[str, Any]:
         if device.type == "cpu":
             if not tiny:
                 raise RuntimeError("torch sees no CUDA device; on a CPU there is only --tiny")
-            torch.set_num_threads(1)  # on tiny tensors threads only wait for each other
+            torch.set_num_threads(1)  # more threads are slower on tiny tensors
         entry = {"status": "ok", "headline": section.run(run)}
     except Skipped as reason:
         entry = {"status": "skipped", "headline": str(reason)}
-    # Whatever goes wrong in one section, on a device that nobody saw before, is its result: it is
-    # written down, and the others still run, as the device may not be there a second time.
+    # An error of any kind is the result of its section. The other sections still run, since the
+    # device may not be available a second time.
     except Exception as error:
         entry = {"status": "failed", "headline": first_line(error)}
         run.log.append(traceback.format_exc())
@@ -142,11 +142,11 @@ def _entry(section: Section, folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 def attempt(function: Callable[[], Value]) -> tuple[Value | None, str | None]:
-    """The value, or the reason why there is none: a peer may fail in any way of its own."""
+    """Return the value, or the reason for a failure: a peer may raise anything."""
     try:
         return function(), None
     except Exception as error:
-        # Triton and cuBLAS have errors of their own for it.
+        # Triton and cuBLAS raise errors of their own when memory runs out.
         full = any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
         reason = "out of memory" if full else f"failed: {first_line(error)}"
     free_memory()  # after the traceback, which holds the peer's tensors, is gone
@@ -165,7 +165,7 @@ def first_line(error: BaseException) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a JSON file atomically."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(value, indent=1, default=str))
     os.replace(new, path)
@@ -176,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def table(suite: dict[str, Any]) -> str:
-    """One line a section."""
+    """Return a table with one line a section."""
     lines = [f"{'section':<12} {'status':<7} {'seconds':>7}  headline"]
     for name, entry in suite["sections"].items():
         status, headline = entry["status"], entry["headline"]

@@ -19,7 +19,6 @@ SECTIONS = [
     Section("shapes", _later("suite.heads:shapes"), 65),
     Section("occupancy", _later("suite.heads:occupancy"), 25),
     Section("tokens", _later("suite.heads:tokens"), 30),
-    Section("step", _later("suite.step:step"), 30),
     Section("train_step", _later("suite.train_step:train_step"), 90),
     Section("rows", _later("suite.rows:rows"), 15),
 ]

@@ -1,4 +1,4 @@
-"""A whole step beside TRL's GRPOTrainer, sampling and learning, on a model of the device's size."""
+"""Times an optimiser step and a sampling phase beside TRL's GRPOTrainer, on a 0.6B model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = Case(prompts=2, samples=3, prompt_tokens=8, response_tokens=8)
 
 
 def train_step(run: Run) -> str:
-    """Tokens a second and memory of an optimiser step and of a sampling phase."""
+    """Report tokens a second and memory of an optimiser step and of a sampling phase."""
     if importlib.util.find_spec("transformers") is None:
         raise Skipped("transformers is not installed")
     size, case = ("tiny", TINY) if run.tiny else ("cuda", CASE)
@@ -50,7 +50,7 @@ def train_step(run: Run) -> str:
 
 
 def _race(run: Run, name: str, race: Callable[[str | None], Race]) -> str:
-    """With TRL, or, where it is absent or fails in whatever way, with the reason and without it."""
+    """Race with TRL or, where it is absent or fails in any way, without it and with the reason."""
     reason = trl_absence()
     result = None
     if reason is None:

@@ -24,9 +24,20 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 COMPILER = Path(__file__).with_name("compile_kernels.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of compiled code come last: on another core it is compiled meanwhile."""
+    """Sort the tests of compiled code last, since it is compiled meanwhile on another core.
+
+    In the interpreter, float16 repeats bfloat16, and opcheck repeats what it asks of PyTorch's
+    backend: both are slow there.
+    """
     items.sort(key=lambda item: item.path.name == "test_compile.py")
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("backend") == "triton" and not torch.cuda.is_available():
+            name = item.name.partition("[")[0]
+            if params.get("dtype") == torch.float16 or name.startswith("test_opcheck"):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
