@@ -263,7 +263,7 @@ def test_code_that_a_model_brings_is_not_run(tiny_model: Path, tmp_path: Path):
 def test_a_base_taken_apart_at_random_is_refused(adapter: Path, copied: Path, tiny_model: Path):
     """The saved adapter would be put on a base that is another one each time it is loaded."""
     random = lora(init_lora_weights="pissa_niter_4")
-    with pytest.raises(ValueError, match="use 'pissa', which takes the same each time"):
+    with pytest.raises(ValueError, match="use 'pissa', which is deterministic"):
         load_policy(tiny_model, config=CONFIG, peft_config=random)
     rewrite_config(copied, init_lora_weights="pissa_niter_4", base_model_name_or_path="nowhere")
     with pytest.raises(ValueError, match=r"adapter .*path_initial_model_for_weight_conversion"):

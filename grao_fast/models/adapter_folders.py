@@ -1,4 +1,4 @@
-"""Adapters of peft in folders and on the hub: found, and put on the base model that they name."""
+"""PEFT adapters in folders and on the hub: finding them, and loading them on their base model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AdapterFolder:
 
 
 def find_adapter(path: str) -> AdapterFolder | None:
-    """The adapter in a folder or under a hub id; None where it is a model, or nothing.
+    """Find the adapter in a folder or under a hub id; None if it is a model, or nothing.
 
     Raises:
         ValueError: the folder holds several, or a model's weights too; or no base is named.
@@ -84,7 +84,7 @@ def find_adapter(path: str) -> AdapterFolder | None:
 
 
 def _named_below(folder: Path) -> list[str]:
-    """Adapters that peft has saved beside each other, in folders with nothing else in them.
+    """Names of the adapters in subfolders that hold nothing else.
 
     A trainer's checkpoints below a folder hold more.
     """
@@ -96,7 +96,7 @@ def _named_below(folder: Path) -> list[str]:
 
 
 def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
-    """A saved adapter's peft config, checked; to train the adapter if `trained`.
+    """Read and check a saved adapter's peft config; set it for training if `trained`.
 
     Raises:
         ValueError: peft is not installed, or the adapter is of a kind that cannot be used.
@@ -110,7 +110,7 @@ def read_config(adapter: AdapterFolder, *, trained: bool) -> Any:
 
 
 def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> nn.Module:
-    """The model with a saved adapter of that config.
+    """Load a saved adapter of that config onto the model.
 
     Raises:
         ValueError: the adapter does not fit the model, key by key.
@@ -122,7 +122,7 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
         weights = load_peft_weights(adapter.path, device="cpu", **adapter.subfolder)
         _fit_vocabulary(model, weights)
         with warnings.catch_warnings():
-            # of a base model that lies elsewhere than where the adapter was trained
+            # The base model may have moved since the adapter was trained.
             warnings.filterwarnings("ignore", message=".*was renamed from.*")
             peft_model = get_peft_model(model, peft_config, adapter_name=adapter.name)  # pyright: ignore[reportArgumentType]
         loaded = peft_model.load_adapter(
@@ -133,7 +133,7 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
         )
     state = peft_model.state_dict()
     found = {t.data_ptr() for key, t in state.items() if key not in loaded.missing_keys}
-    # what layers share is saved, and found, under one of its names
+    # Tensors that layers share are saved, and found, under one of their names.
     missing = [key for key in loaded.missing_keys if state[key].data_ptr() not in found]
     unexpected = set(loaded.unexpected_keys) - said_twice(weights)
     if missing or unexpected:
@@ -145,7 +145,7 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
 
 
 def _fit_vocabulary(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Resize the base model as it was where the adapter's embeddings were saved with it.
+    """Resize the base model to the embeddings that were saved with the adapter.
 
     peft saves them where tokens were added, and loads them only into as many rows.
     """

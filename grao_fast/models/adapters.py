@@ -1,4 +1,4 @@
-"""Adapters of peft on models: checked, described, and loaded with every key accounted for."""
+"""PEFT adapters on models: checks, a description to compare, and loading that misses no key."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.utils.import_utils import is_peft_available
 
 from grao_fast.system.errors import UserError, explained, first_of
 
-DEFAULT = "default"  # the adapter that peft saves in the folder itself; others go one level below
+DEFAULT = "default"  # peft saves this adapter in the folder itself, others in subfolders
 # What peft, safetensors and torch raise for an adapter that cannot be loaded.
 UNLOADABLE = (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
-# Options of an adapter that change nothing of what it computes once its weights are drawn, or that
-# the names of what is trained say better.
+# Options that do not change what an adapter computes once its weights are drawn, or that show in
+# the names of the trained parameters.
 _NOT_COMPUTED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -36,7 +36,7 @@ _NOT_COMPUTED = (
     "target_modules",
     "task_type",
 )
-# First weights of LoRA that peft takes out of the base model, so that both together are the model.
+# LoRA initialisations for which peft subtracts the first weights from the base model.
 _TAKEN_OUT = ("corda", "lora_ga", "olora", "pissa")
 _MERGE_OR_CONTINUE = (
     "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
@@ -54,7 +54,7 @@ def is_peft_model(model: Any) -> bool:
 
 
 def check_adapter_config(peft_config: Any) -> None:
-    """Refuse what is no adapter of a language model, or cannot be packed, or loaded again."""
+    """Refuse adapters of other tasks, virtual tokens, and adapters that cannot be loaded again."""
     if isinstance(peft_config, type) or not hasattr(peft_config, "peft_type"):
         raise UserError(
             "peft_config must be a configuration of peft, such as LoraConfig, got "
@@ -72,19 +72,19 @@ def check_adapter_config(peft_config: Any) -> None:
         )
     init = getattr(peft_config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith("pissa_niter"):
-        # peft puts a saved adapter on a base out of which it takes what it then draws anew
+        # Loading draws a new random initialisation and subtracts it from the base.
         raise UserError(
-            f"init_lora_weights={init!r} takes out of the base model what it draws at random, and "
-            "what is trained fits no other draw: use 'pissa', which takes the same each time (for "
-            "an adapter that is trained, save_pretrained(path_initial_model_for_weight_conversion))"
+            f"init_lora_weights={init!r} subtracts a random draw from the base model, and the "
+            "trained adapter fits no other draw: use 'pissa', which is deterministic (for an "
+            "adapter that is trained, save_pretrained(path_initial_model_for_weight_conversion))"
         )
 
 
 def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
-    """Refuse a model in memory whose adapter would be lost, doubled or not trained.
+    """Refuse a model in memory whose adapter would be lost, nested or left untrained.
 
     Raises:
-        ValueError: says which, and the remedy.
+        UserError: names the problem and the remedy.
     """
     model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if not is_peft_model(model):
@@ -119,7 +119,7 @@ def check_module(model: nn.Module, *, peft_config: Any, trained: bool) -> None:
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:
-    """Layers that an adapter has put in place of a model's own, itself included."""
+    """The adapter layers among a module and its submodules."""
     if not is_peft_available():
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -128,7 +128,7 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 
 
 def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
-    """The model with a new adapter, whose first weights are drawn."""
+    """Wrap a model in a new, freshly initialised adapter."""
     from peft import get_peft_model
 
     try:
@@ -138,7 +138,7 @@ def new_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
 
 
 def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
-    """Keys of saved modules that peft, where tokens were added, writes by their plain name too."""
+    """Keys that repeat a saved module under its plain name, as peft does for added tokens."""
     plain = {key: key.replace(".modules_to_save.", ".") for key in weights}
     return {
         key
@@ -148,20 +148,20 @@ def said_twice(weights: Mapping[str, Tensor]) -> set[str]:
 
 
 def differing_keys(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """One phrase that names the first of each and counts the others."""
+    """A phrase that names the first missing and unexpected key and counts the others."""
     kinds = (("lacks", sorted(missing)), ("has no place for", sorted(unexpected)))
     return "; ".join(f"{what} {first_of(keys)}" for what, keys in kinds if keys)
 
 
 def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
-    """What peft saves of an adapter by its key in the file, sharing memory with the model."""
+    """The tensors that peft saves of an adapter, by key; they share memory with the model."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def check_all_saved(model: Any) -> None:
-    """Refuse what would be trained and not be in the adapter that is saved."""
+    """Refuse a model with trainable parameters that are not saved with its adapters."""
     saved = {
         tensor.data_ptr()
         for name in model.peft_config
@@ -174,22 +174,21 @@ def check_all_saved(model: Any) -> None:
     ]
     if left:
         raise UserError(
-            f"{first_of(left)} would be trained, and is not saved "
-            "with the adapter: freeze it (requires_grad_(False)), or name its module in "
-            "modules_to_save"
+            f"{first_of(left)} would be trained, and is not saved with the adapter: freeze it "
+            "(requires_grad_(False)), or name its module in modules_to_save"
         )
 
 
 @torch.no_grad()
 def load_adapters(model: Any, folder: Path) -> None:
-    """Load the adapters that `save_pretrained` wrote into `folder`: all keys, or none.
+    """Load the adapters that `save_pretrained` wrote into `folder`; on an error, nothing is loaded.
 
     Raises:
         ValueError: a key is missing, has no place in the model, or is of another shape.
     """
     from peft import load_peft_weights
 
-    whole = model.state_dict()  # where peft has saved embeddings beside the adapter
+    whole = model.state_dict()  # peft may have saved embeddings with the adapter
     pairs = []
     for name in model.peft_config:
         path = folder if name == DEFAULT else folder / name
@@ -218,18 +217,18 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 
 def alters_base(peft_config: Any) -> bool:
-    """Whether a new adapter's first weights are taken out of the base model's."""
+    """Whether initialising the adapter subtracts its first weights from the base model."""
     return getattr(peft_config, "init_lora_weights", None) in _TAKEN_OUT
 
 
 @torch.no_grad()
 def take_out_alike(model: Any, as_it_began: Callable[[], AbstractContextManager[None]]) -> None:
-    """Take out of the base model what a run took out of it, in place of what was taken here.
+    """Subtract a run's first adapter weights from the base model, instead of those drawn here.
 
-    Both come of the same base by the same matrix decomposition, whose rounding is another one with
-    other processors or numbers of threads.
+    The same matrix decomposition gave both, but it rounds differently on other processors and with
+    other numbers of threads.
 
-    as_it_began: gives the adapter the first weights of that run, for as long as it is entered.
+    as_it_began: a context in which the adapter has the first weights of that run.
     """
     altering = [name for name, config in model.peft_config.items() if alters_base(config)]
     for layer in _tuner_layers(model):
@@ -242,7 +241,7 @@ def take_out_alike(model: Any, as_it_began: Callable[[], AbstractContextManager[
 
 
 def adapter_configs(model: Any) -> dict[str, dict[str, Any]]:
-    """By adapter, the options that decide what it computes; empty where there is none."""
+    """By adapter, the options that decide what it computes; empty without adapters."""
     if not is_peft_model(model):
         return {}
     active = set(model.base_model.active_adapters)
@@ -260,12 +259,12 @@ def adapter_configs(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of an option; names in alphabetical order, as most options hold them in sets."""
+    """An option as JSON data, lists of names sorted, since most options hold them as sets."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=str)}
     if isinstance(value, (set, frozenset, list, tuple)):
         items = [_plain(item) for item in value]
         return sorted(items) if all(isinstance(item, str) for item in items) else items
     if value is None or isinstance(value, (bool, int, float, str)):
-        return getattr(value, "value", value)  # of an enumeration of texts
+        return getattr(value, "value", value)  # the value of a string enumeration
     return type(value).__name__

@@ -1,7 +1,7 @@
-"""The policy that training began with: a copy of what is trained, put back for a forward pass.
+"""The policy that training began with: a copy of the trained parameters, swapped in on demand.
 
-What is frozen stays as it is, so that the copy is all it takes, whatever an adapter's first weights
-are and whatever is trained beside it: biases, embeddings, saved modules, layers unfrozen by hand.
+Frozen parameters do not change, so the copy suffices for any adapter and for whatever is trained
+beside it: biases, embeddings, saved modules, layers unfrozen by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FILE = "beginning.safetensors"
 
 
 class Beginning:
-    """The values that a model's trainable parameters had when this was made."""
+    """The values of a model's trainable parameters when this object was created."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = trainable(model)
@@ -28,8 +28,8 @@ class Beginning:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The values of then inside, those of now after it; nothing is copied."""
-        with held():  # or a checkpoint could be written of weights that are half exchanged
+        """Swap the first values in for the block, without copying."""
+        with held():  # a signal could otherwise save half-exchanged weights
             try:
                 self._exchange()
                 with as_outside():
@@ -42,7 +42,7 @@ class Beginning:
         save_file({name: t.cpu().contiguous() for name, t in self._values.items()}, folder / _FILE)
 
     def load(self, folder: Path) -> bool:
-        """Take the values that `save` wrote, of the same parameters; False where it did not."""
+        """Load the values that `save` wrote; returns False if the folder has none."""
         file = folder / _FILE
         if not file.is_file():
             return False
@@ -55,9 +55,9 @@ class Beginning:
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.data, self._values[name] = self._values[name], parameter.data
-        torch.clear_autocast_cache()  # of a context around this, which knows parameters by address
+        torch.clear_autocast_cache()  # an enclosing autocast caches casts by parameter
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters of a model, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""What a model must be before anything is computed with it, and as what it is given back."""
+"""Checks of a user's model before it computes, and restoring it afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-# What the code of a model raises where it cannot do what it is asked, or is not whole.
+# Errors that the code of a model raises for inputs it does not support, or when it is incomplete.
 CANNOT = (
     AssertionError,
     AttributeError,
@@ -35,9 +35,9 @@ R = TypeVar("R")
 
 
 def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of a model, its first argument, with `as_it_was` and `plain_torch` around it.
+    """Decorate a function of a model, its first argument, with `as_it_was` and `plain_torch`.
 
-    Where it takes a `base_model` too, that is given back likewise.
+    A `base_model` argument is restored likewise.
     """
 
     @wraps(function)
@@ -63,7 +63,7 @@ def _check_given(name: str, model: object) -> None:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Gradients on, no autocast and tensors made on the CPU, whatever a caller has around it."""
+    """Enable gradients, disable autocast and default to the CPU, whatever the caller has set."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -76,11 +76,11 @@ def plain_torch() -> Iterator[None]:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """A module of the user's, taken out of `torch.compile`'s wrapper.
+    """Unwrap a user's module from `torch.compile`.
 
-    Raises ValueError, in one line, where it is not a causal language model of Transformers.
+    Raises UserError if it is not a usable causal language model of Transformers.
     """
-    # packed rows have a length each: what was compiled for one would be compiled anew for all
+    # Packed rows differ in length, and a compiled model would recompile for each.
     model = getattr(model, "_orig_mod", model)
     name = type(model).__name__
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -117,7 +117,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def check_weights(model: nn.Module) -> None:
-    """ValueError, naming the first parameter that holds a NaN or an infinite number."""
+    """Raise UserError for the first parameter that holds NaN or infinite numbers."""
     extremes = {
         name: torch.stack(parameter.detach().aminmax()).float()
         for name, parameter in model.named_parameters()
@@ -132,7 +132,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
-    """Say once that updates drop out what sampling does not: their log-probs differ."""
+    """Warn that dropout makes the log-probs of updates differ from those of sampling."""
     layers = [m.p for m in causal_lm.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     config: Any = causal_lm.config.get_text_config()
     of_scores = getattr(config, "attention_dropout", None) or 0.0
@@ -147,11 +147,11 @@ def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
 
 @contextmanager
 def as_it_was(model: Any) -> Iterator[None]:
-    """A user's module, when the block ends in whatever way.
+    """Restore a user's module at the end of the block, also after an error.
 
-    That is its mode, recomputation, attention, rotary frequencies and gradients. Inside, what
-    `module.compile()` has compiled runs as it was written: it would be compiled for every length.
-    What else the block gets, as a path, is loaded for the run and needs no care.
+    Restored are its mode, recomputation, attention, rotary frequencies and gradients. Inside,
+    modules compiled by `module.compile()` run uncompiled, since they would recompile for every
+    length. Anything but a module is ignored: a model given as a path is loaded for the run alone.
     """
     if not isinstance(model, nn.Module):
         yield

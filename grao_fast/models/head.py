@@ -1,4 +1,4 @@
-"""The language-model head of a Transformers model: what `linear_grao_loss` must know of it."""
+"""The language-model head of a Transformers model: how hidden states become logits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LogitTransform:
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:
-    """ValueError, with the remedy, where the loss would not be the model's own."""
+    """Raise UserError unless the head is a plain Linear layer, as the loss assumes."""
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise UserError(

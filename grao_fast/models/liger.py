@@ -12,12 +12,13 @@ logger = get_logger(__name__)
 
 
 def use_liger_layers(causal_lm: PreTrainedModel) -> None:
-    """Put Liger's layers into this model, as Trainer does; on a CPU, say they are off.
+    """Replace a model's layers by Liger's, as Trainer does; ignored on a CPU, with a log line.
 
-    Its losses stay out: `linear_grao_loss` takes the place of head and loss. Liger replaces rotary
-    embeddings in the module of the model's type, so for every model of it in this process.
+    Liger's losses are not used, since `linear_grao_loss` replaces head and loss. Liger replaces
+    rotary embeddings in the module of the model's type, hence in all such models of this process.
 
-    Raises ValueError where Liger is not installed, or does not know the model's type.
+    Raises:
+        UserError: Liger is not installed, or does not know the model's type.
     """
     if causal_lm.device.type != "cuda":
         logger.info("use_liger_kernel is off: it needs CUDA, this run is on %s", causal_lm.device)

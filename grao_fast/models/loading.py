@@ -1,4 +1,4 @@
-"""From a name to a model and its tokenizer: folders, hub ids, and adapters on their base models."""
+"""Loading models and tokenizers: from folders, from hub ids, and adapters on their base models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NONE_IF_ABSENT = {
 
 
 def existing_path(name: str | Path) -> str:
-    """A hub id as it is; what looks like a path must be a folder."""
+    """Return a hub id unchanged; raise UserError for a path that is not a folder."""
     text = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
     looks_like_path = isinstance(name, Path) or text.startswith((".", "/")) or text.count("/") > 1
     if looks_like_path and not Path(text).is_dir():
@@ -39,7 +39,7 @@ def existing_path(name: str | Path) -> str:
 
 
 def load_tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or that of the base of an adapter; the model is not loaded."""
+    """Load the tokenizer of a model, or of an adapter's base, without loading the model."""
     if isinstance(model, nn.Module):
         return _checked(_tokenizer_of_module(plain_model(model)))
     path = existing_path(model)
@@ -57,15 +57,14 @@ def load_model(
     trained: bool,
     liger: bool,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, str | None]:
-    """The model, with its adapter where it has one, its tokenizer, and the digest of its base.
+    """Load a model, with its adapter if it has one; returns model, tokenizer and base digest.
 
-    The digest is made where the adapter's first weights alter the base, before they do; else None.
-
-    A folder or hub id of an adapter gives the adapter on the base model that it names, to go on
-    training it. A frozen base is loaded in bfloat16 where `bf16` is set, all else in float32.
+    The digest is of the base model before a new adapter's first weights alter it; None if they do
+    not. A folder or hub id of an adapter gives that adapter on the base model that it names, to
+    continue training. A frozen base is loaded in bfloat16 if `bf16` is set, all else in float32.
 
     Raises:
-        ValueError: what `load_policy` says of models, tokenizers and adapters.
+        UserError: see `load_policy` on models, tokenizers and adapters.
     """
     if peft_config is not None:
         check_adapter_config(peft_config)
@@ -106,7 +105,7 @@ def load_model(
 
 
 def model_name(model: str | Path | nn.Module) -> str:
-    """What a message calls a model."""
+    """The name of a model in messages."""
     return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
@@ -133,7 +132,7 @@ def _load(name: str, *, dtype: torch.dtype, revision: str | None) -> nn.Module:
 
 
 def _is_quantised(model: nn.Module) -> bool:
-    """Whether bitsandbytes has quantised the model, or the base of an adapter: it cannot move."""
+    """Whether bitsandbytes has quantised the model or its base, which then cannot be moved."""
     return getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
 
 
@@ -162,7 +161,7 @@ def _tokenizer_of_module(model: nn.Module) -> PreTrainedTokenizerBase:
 
 
 def _load_tokenizer(path: str, base: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path`, or of the base model where an adapter comes without one."""
+    """Load the tokenizer of `path`, or of the base model if an adapter has none."""
     if path != base and cached_file(path, TOKENIZER_CONFIG_FILE, **_NONE_IF_ABSENT) is None:
         path = base
     with _loading(path):
@@ -179,7 +178,7 @@ def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Transformers' reasons for not loading, many lines long, as one that names the model."""
+    """Turn Transformers' loading errors, many lines long, into one line that names the model."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:

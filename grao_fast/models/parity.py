@@ -1,4 +1,4 @@
-"""The start-up check that a model is understood: refused by name, never trained wrong.
+"""The start-up check that hidden states and head give the model's own logits and gradients.
 
 Suffixes: T rows of the head, V vocabulary, B rows of L tokens, D width.
 """
@@ -22,27 +22,28 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 _SHORT = (4, 4, 8)  # tokens of a prompt and of two suffixes
-# With FlexAttention more than one block of 128, as in training: blocks are seen whole, in part and
-# not at all, and what is compiled for this row serves training. A shorter one would need its own.
+# For FlexAttention, more than one block of 128: full, partial and empty blocks occur, and training
+# uses the kernel compiled for this row. A shorter row would compile another.
 _LONG = (140, 50, 90)
-# Of our logits against the model's, and of gradients, relative to the largest of them.
+# Tolerance on logits and on gradients, relative to the largest.
 _TOLERANCE = 1e-3
 _TOLERANCE_16_BITS = 0.05
-# Of a sequence's logits with other tokens beside it; only a mixture of experts moves them at all.
+# How far other sequences in the row may move a sequence's logits; only experts move them at all.
 _LEAK = 1e-5
 
 
 def check_parity(policy: Policy, *, gradient: bool = True) -> None:
-    """Compare logits from the policy's hidden states with the model's own, and their gradients.
+    """Compare logits made of the policy's hidden states with the model's own, and their gradients.
 
-    The gradient is that of a sum of log-probs with respect to the embedded tokens, where every
-    layer's part arrives; it costs two backward passes over 16 tokens, or with FlexAttention 280,
-    and touches no parameter.
+    The gradient is that of a sum of log-probs with respect to the embedded tokens, to which every
+    layer contributes. It costs two backward passes over 16 tokens, or with FlexAttention 280, and
+    changes no parameter.
 
     Args:
-        gradient: False for a policy that is only to answer.
+        gradient: False for a policy that only answers.
 
-    Raises ValueError, naming the model and the remedy, where they differ or cannot be computed.
+    Raises:
+        UserError: they differ or cannot be computed; names the model and the remedy.
     """
     model = policy.causal_lm
     name, training = type(model).__name__, policy.model.training
@@ -103,7 +104,7 @@ def _lengths(policy: Policy) -> tuple[int, ...]:
 
 
 def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
-    """(T, V) of the suffixes' tokens, as the loss makes them of hidden states and head."""
+    """Logits (T, V) of the suffixes' tokens, made of hidden states and head as in the loss."""
     live_K = torch.ones(len(suffixes), dtype=torch.bool)
     group = Group(prompt, suffixes, torch.arange(len(suffixes)), live_K)
 
@@ -120,7 +121,7 @@ def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Ten
 
 @torch.no_grad()
 def _leak(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> float:
-    """By how much the logits of the last suffix move when the tokens of the others change."""
+    """How far the logits of the last suffix move when the tokens of the others change."""
     last = len(suffixes[-1])
     others = [[prompt[0]] * len(suffix) for suffix in suffixes[:-1]]
     before = _logits(policy, prompt, suffixes)[-last:]
@@ -128,7 +129,7 @@ def _leak(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> float
 
 
 def _own_logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
-    """(T, V) of the same tokens, by the model's own forward pass over each sequence."""
+    """Logits (T, V) of the same tokens, from the model's own forward pass over each sequence."""
     rows = [torch.tensor([prompt + suffix], device=policy.device) for suffix in suffixes]
     first = len(prompt) - 1  # the row that predicts a suffix's first token
     with policy.autocast():
@@ -139,7 +140,7 @@ def _own_logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) ->
 def _measure(
     policy: Policy, forward: Callable[[], Tensor], ids_T: Tensor, gradient: bool
 ) -> list[Tensor]:
-    """logits_TV of a forward pass; and with `gradient` that of each token, added up over rows."""
+    """Logits of a forward pass and, with `gradient`, the gradient of each token's embedding."""
     passed: list[tuple[Tensor, Tensor]] = []
 
     def watch(embeddings: nn.Module, args: tuple[Tensor, ...], out_BLD: Tensor) -> Tensor:

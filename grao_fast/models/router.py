@@ -1,12 +1,12 @@
-"""The auxiliary loss of a mixture of experts: it keeps the router from favouring a few of them.
+"""The auxiliary loss of a mixture of experts, which balances the load of the experts.
 
 Where the model's config asks for it (`output_router_logits`), it is taken group by group and
 averaged over the prompts of a step, as J is:
 
     loss = -J + coef / N * sum_n balance(group n)
 
-It is not linear in its tokens, so that of a whole micro-batch would depend on how the step was
-split; that of a group does not. A dead group, which is not computed, adds nothing.
+The loss is not linear in its tokens, so taken over a micro-batch it would depend on how the step is
+split; taken over a group it does not. A dead group is not computed and adds nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from grao_fast.system.interruption import as_outside, held
 
 @contextmanager
 def no_router_loss(causal_lm: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model does not compute it: with a cache, Transformers' code for it would fail."""
+    """Turn the router's loss off for the block: Transformers cannot compute it with a cache."""
     asked = getattr(causal_lm.config, "output_router_logits", None)
     if not asked:
         yield
         return
-    with held():  # the configuration is saved
+    with held():  # the configuration could be saved meanwhile
         try:
             causal_lm.config.output_router_logits = False
             with as_outside():
@@ -44,7 +44,7 @@ def no_router_loss(causal_lm: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Router:
-    """What the model's own module says of its auxiliary loss.
+    """The auxiliary loss as the model's own module defines it.
 
     balance: (logits of every layer, number of experts, experts of a token) -> loss.
     coef: its weight beside the loss proper.
@@ -57,7 +57,7 @@ class Router:
 
     @classmethod
     def of(cls, causal_lm: PreTrainedModel) -> Router | None:
-        """The router of a model that asks for its loss; ValueError where it cannot be had."""
+        """The router of a model whose config asks for its loss, else None; UserError if unknown."""
         if not getattr(causal_lm.config, "output_router_logits", False):
             return None
         module = sys.modules[type(causal_lm).__module__]

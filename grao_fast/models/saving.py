@@ -1,4 +1,4 @@
-"""Models written for `from_pretrained`, and the proof, before any work, that they can be."""
+"""Saving models for `from_pretrained`, and a trial of it before any work is done."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def save_pretrained(
     model: nn.Module, folder: Path, *, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """`model.save_pretrained`, its generation configuration as it stands.
+    """Call `model.save_pretrained`, and write the generation configuration unchanged.
 
-    Transformers refuses to save one with options that have no effect, such as a temperature beside
-    do_sample=False, which published models have: all of them, before 5.23, and later those of which
-    anything, a pad_token_id, was changed.
+    Transformers refuses to save a generation configuration with options that have no effect, such
+    as a temperature beside do_sample=False, though published models have them: before 5.23 all such
+    configurations, later those that were changed, for instance in pad_token_id.
     """
     options = {} if state_dict is None else {"state_dict": state_dict}
     generation = model.generation_config if isinstance(model, PreTrainedModel) else None
@@ -58,14 +58,14 @@ def save_pretrained(
 def prove_saving(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, merged: bool
 ) -> None:
-    """Save all but the weights of a model, and all of an adapter, to a folder that is deleted.
+    """Prove that a model can be saved: write all but its weights, or all of an adapter, and delete.
 
     Args:
-        output_dir: of the run, which holds that folder meanwhile.
+        output_dir: of the run, where the trial is written.
         merged: whether a sampler gets the model with its adapter merged.
 
     Raises:
-        ValueError: the model or its tokenizer cannot be saved; training would be for nothing.
+        UserError: the model or its tokenizer cannot be saved, so training would be lost.
         OSError: there is no room in output_dir.
     """
     causal_lm = causal_lm_of(model)
@@ -84,7 +84,7 @@ def prove_saving(
 
 @contextmanager
 def no_bar() -> Iterator[None]:
-    """Transformers without its progress bar inside: it would tear the run's own."""
+    """Disable Transformers' progress bar, which would break into the run's own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -96,7 +96,7 @@ def no_bar() -> Iterator[None]:
 
 @contextmanager
 def _refused(name: str) -> Iterator[None]:
-    """A library's reason for not saving, as one line that names what is not saved."""
+    """Turn a library's error on saving into one line that names what could not be saved."""
     try:
         yield
     except OSError:
@@ -109,7 +109,7 @@ def _refused(name: str) -> Iterator[None]:
 
 
 def _check_generation(generation: GenerationConfig | None) -> None:
-    """Refuse a generation configuration that could not be loaded again; say so of an odd one."""
+    """Refuse a generation configuration that could not be loaded again; warn of an invalid one."""
     reason = None if generation is None else _refusal(generation)
     if generation is None or reason is None:
         return
@@ -127,7 +127,7 @@ def _check_generation(generation: GenerationConfig | None) -> None:
 
 
 def _refusal(generation: GenerationConfig) -> str | None:
-    """The first reason why Transformers would not save it; None where it would."""
+    """Transformers' first reason for not saving a generation configuration; None if it would."""
     try:
         generation.validate(strict=True)
     except ValueError as error:
@@ -137,9 +137,9 @@ def _refusal(generation: GenerationConfig) -> str | None:
 
 
 def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
-    """One number in place of every tensor that has several names.
+    """A one-element tensor for every tensor that has several names.
 
-    Of the weights, their sharing is what a save can be refused for.
+    Saving can fail on shared weights, but not on the values of others, which are left out.
     """
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,9 @@
-"""Where completions come from: the `Sampler` protocol and what it returns."""
+"""Sampling: the `Sampler` protocol and what it returns.
+
+`transformers` and `generate` sample from a model of this process, `choose` picks one of them, and
+`vllm` samples from a server or an engine. `proof` and `held_weights` compare a sampler's log-probs
+with the policy's. `loading` loads a policy together with its sampler.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +29,9 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """Samples groups of completions. One call, one seed, one result: the same call repeats it.
+    """Samples groups of completions; the same call with the same seed returns the same samples.
 
-    context_length: tokens of a prompt and its completion that it holds, where it has a limit of its
-        own beside the model's.
+    context_length: most tokens of a prompt and its completion; None: the model's own limit.
     """
 
     context_length: int | None

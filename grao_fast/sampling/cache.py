@@ -1,4 +1,4 @@
-"""The cache of a model: what it holds, and one of keys and values that grows in place.
+"""The caches of models: what they hold, and a key/value cache that grows in place.
 
 Shapes: B sequences, H key/value heads, L tokens, d head width.
 """
@@ -17,16 +17,16 @@ from grao_fast.models.checks import CANNOT
 from grao_fast.models.router import no_router_loss
 from grao_fast.system.errors import UserError, first_line
 
-# Tokens that a layer makes room for when it has none left.
+# Tokens that a full layer is enlarged by.
 _ROOM = 32
-# Layers of a cache that hold keys and values and nothing else, or those of another layer.
+# Cache layers that hold keys and values only, or share those of another layer.
 _KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` with room behind its tokens: a new token is written there.
+    """A `DynamicLayer` with spare capacity, which new tokens are written to.
 
-    `DynamicLayer` copies all that it holds at every token. For use without autograd.
+    `DynamicLayer` copies all keys and values for every token. For use without autograd.
     """
 
     _room: tuple[Tensor, Tensor] | None = None
@@ -47,7 +47,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def close_up(self, places: Tensor, movers: Tensor, left: int) -> None:
-        """The sequences `movers` take `places`, and the first `left` are kept: no other moves."""
+        """Copy the sequences `movers` to `places` and keep the first `left` sequences."""
         assert self.keys is not None and self.values is not None
         for states in (self.keys, self.values):
             states[places] = states[movers]
@@ -56,14 +56,14 @@ class GrowingLayer(DynamicLayer):
             self._room = self._room[0][:left], self._room[1][:left]
 
     def _in_room(self) -> bool:
-        """Whether they still stand there: repeated or reordered sequences are a new tensor."""
+        """Whether keys and values are still in the buffer; repeating or reordering copies them."""
         assert self._room is not None and self.keys is not None
         return self.keys.untyped_storage().data_ptr() == self._room[0].untyped_storage().data_ptr()
 
     def _make_room(
         self, key_states: Tensor, value_states: Tensor, old: int, new: int
     ) -> tuple[Tensor, Tensor]:
-        spare = _ROOM if old else 0  # a prompt's keys and values are repeated first: a copy anyway
+        spare = _ROOM if old else 0  # after prefill they are repeated, which copies them anyway
         rooms = []
         for states, held in ((key_states, self.keys), (value_states, self.values)):
             B, H, _, d = states.shape
@@ -75,10 +75,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def drop_rows(cache: DynamicCache, ended: Tensor) -> Tensor:
-    """Drop the sequences that have ended, (B,) bool on the CPU; returns who is left, in new order.
+    """Drop the sequences that have ended, (B,) bool on the CPU; returns the indices left, in order.
 
-    The last ones take the places of those that ended: a `GrowingLayer` copies only these, any other
-    layer all that are left.
+    The last sequences move to the places of the ended ones. A `GrowingLayer` copies only these,
+    other layers copy all that are left.
     """
     assert cache.layers[0].keys is not None
     device = cache.layers[0].keys.device
@@ -97,22 +97,22 @@ def drop_rows(cache: DynamicCache, ended: Tensor) -> Tensor:
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A model's cache, with `GrowingLayer` where it would have a `DynamicLayer`."""
+    """A model's cache, with a `GrowingLayer` for every `DynamicLayer`."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """The argument of `forward` that takes the cache: Transformers has renamed it."""
+    """The name of `forward`'s cache argument, which Transformers has renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Kept(NamedTuple):
     """What a model keeps of earlier tokens while it generates.
 
-    keys_and_values: whether it is that alone, in a `DynamicCache`.
-    state: by name, what makes a token depend on those before it besides attention; None: nothing.
+    keys_and_values: whether it keeps keys and values only, in a `DynamicCache`.
+    state: a name for any other state that tokens depend on; None: there is none.
     """
 
     keys_and_values: bool
@@ -121,9 +121,10 @@ class Kept(NamedTuple):
 
 @torch.no_grad()
 def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
-    """Of a model, as the cache says that it makes itself in a forward pass over two tokens.
+    """What a model keeps, read off the cache that a forward pass over two tokens returns.
 
-    A class that marks itself as stateful is believed. Raises ValueError where it cannot run.
+    A class that marks itself as stateful is taken to be so. Raises UserError if the model cannot
+    run.
     """
     training = model.training
     model.eval()

@@ -1,6 +1,6 @@
-"""Changes of a policy's weights that a sampler must show, in all of them or in one part.
+"""Temporary changes of a policy's weights, all or in part, to see whether a sampler has them.
 
-Every change is undone exactly: elements are negated, or tensors swapped with others.
+Every change is undone exactly: elements are negated, or tensors are swapped.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ from grao_fast.system.interruption import as_outside, held
 
 HEAD = "head"
 
-_STRIDE = 1021  # a prime: no row or column of a matrix is met more often than others
+_STRIDE = 1021  # a prime, so that no row or column of a matrix is favoured
 _AT_LEAST = 4  # elements negated in a small tensor
-_DEVIATION = (
-    0.02  # of drawn tensors; that of an adapter's second factors is 0 before the first step
-)
+_DEVIATION = 0.02  # of drawn tensors; an adapter's second factors are 0 before the first step
 
 
 class Change(Protocol):
-    """A change of tensors that is undone on the way out."""
+    """A change of tensors, undone when its context ends."""
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """All that it is of."""
+        """All tensors that can be changed."""
         ...
 
     def of(self, tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
-        """The change in some of them; inside of it once more, they are what they were."""
+        """A context in which some of them are changed; nested in itself, it restores them."""
         ...
 
 
 class Negated:
-    """Some elements of every tensor with the other sign.
+    """Negates some elements of every tensor.
 
-    So few that the model remains much the same, and rounding in it with it; one in 1,021 moves the
-    log-probs of SmolLM2-135M by 4 nats a token, one matrix alone by 0.01 to 1. A tensor of zeros
-    stays as it is.
+    They are few, so that the model's rounding stays much the same. One in 1,021 moves the log-probs
+    of SmolLM2-135M by 4 nats a token, those of one matrix alone by 0.01 to 1. A tensor of zeros
+    does not change.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -60,13 +58,13 @@ class Negated:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """A view of elements spread over a dense tensor."""
+    """A view of some elements, spread over a dense tensor."""
     stride = max(1, min(_STRIDE, tensor.numel() // _AT_LEAST))
     return tensor.data.as_strided((-(-tensor.numel() // stride),), (stride,))
 
 
 class Swapped:
-    """Other tensors in their place, drawn once: for an adapter, half of which is 0 at first."""
+    """Swaps in tensors that are drawn once, for adapters, half of whose factors are 0 at first."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
@@ -91,9 +89,9 @@ class Swapped:
 
 @contextmanager
 def _undone_by(change: Callable[[], None]) -> Iterator[None]:
-    """Do a change that undoes itself, and do it once more on the way out.
+    """Apply a self-inverse change, and apply it again when the block ends.
 
-    No signal comes in the midst of it: the tensors may be of a user's model.
+    Signals wait while it is applied, since the tensors may belong to a user's model.
     """
     with held():
         try:
@@ -107,10 +105,10 @@ def _undone_by(change: Callable[[], None]) -> Iterator[None]:
 def parts(
     lm: nn.Module, change: Change, *, at_most: int
 ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Names of a model's parts, each with the context of the change in that part alone.
+    """The parts of a model by name, each with a context that changes this part alone.
 
-    The head, which may be tied to embeddings; layers, and neighbouring ones together where there
-    are more than `at_most`; and what lies outside of them.
+    Parts are the head, which may be tied to embeddings; the layers, neighbours joined so that there
+    are at most `at_most` parts; and all parameters outside of these.
     """
     changed = {id(tensor) for tensor in change.tensors}
     if id(lm.get_output_embeddings().weight) in changed:
@@ -134,7 +132,7 @@ def parts(
 
 @contextmanager
 def _head(lm: nn.Module, change: Change) -> Iterator[None]:
-    """The change in the head alone, for a copy that takes its place."""
+    """Change the head alone: it is replaced by a copy, which is changed."""
     head = lm.get_output_embeddings()
     own = head.weight
     head.weight = nn.Parameter(own.detach().clone(), requires_grad=False)

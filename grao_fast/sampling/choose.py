@@ -1,4 +1,4 @@
-"""Which sampler serves a model of this process."""
+"""The choice of a sampler for a model of this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 def choose_sampler(
     model: PreTrainedModel, kept: Kept, decoding: Decoding, *, static_cache: bool
 ) -> ModelSampler:
-    """Ours where a cache holds keys and values; else by Transformers' `generate`.
+    """Our own decoding if the cache holds keys and values only, else Transformers' `generate`.
 
     Args:
         kept: of `kept_by(model)`.
@@ -47,7 +47,7 @@ def choose_sampler(
 
 
 def check_sharing(model: PreTrainedModel, kept: Kept) -> None:
-    """ValueError where a suffix would see more of the row than its group's prompt and itself."""
+    """Raise UserError if state would leak between the sequences of a packed row."""
     if kept.state is not None:
         raise UserError(
             f"{type(model).__name__} carries a state from token to token ({kept.state}), which "

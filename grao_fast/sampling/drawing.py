@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, and the completions that they make up.
+"""Drawing tokens from logits, and making completions of them.
 
 Shapes: B rows, V vocabulary.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from grao_fast.sampling import Completion
 
-# Tokens whose probabilities are summed before one of them is drawn: about the vocabulary's root,
-# and a divisor of most vocabularies, which then need no padding.
+# Tokens of a block, whose probabilities are summed first: about the square root of a vocabulary,
+# and a divisor of most, which then need no padding.
 _BLOCK = 128
 
 
 def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of every row and its log-prob under the distribution it was drawn from.
+    """Draw a token for every row; returns tokens and their log-probs as they were sampled.
 
     Args:
         logits: (B, V) float32.
@@ -29,12 +29,12 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _invert(p: Tensor, u: Tensor) -> Tensor:
-    """The token of every row, (B, 1), at which its distribution function reaches 1 - u.
+    """Inverse-transform sampling: the first token (B, 1) with a cumulative probability of 1 - u.
 
-    First the block of `_BLOCK` tokens, then the token in it: `torch.multinomial` draws a random
-    number for every token of the vocabulary, and one sum over all of it had to be held in float64,
-    as in float32 it would round rare tokens away. A token of probability 0 is never drawn; a row of
-    NaN gives some token.
+    A block of `_BLOCK` tokens is found first, then the token in it. `torch.multinomial` would draw
+    a random number for every token of the vocabulary, and a cumulative sum over all of it would
+    need float64, since float32 rounds rare tokens away. A token of probability 0 is never drawn; a
+    row of NaN gives an arbitrary token.
     """
     V = p.shape[1]
     blocks = (F.pad(p, (0, -V % _BLOCK)) if V % _BLOCK else p).unflatten(1, (-1, _BLOCK))
@@ -52,7 +52,7 @@ def _invert(p: Tensor, u: Tensor) -> Tensor:
 def completions_of(
     tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor, *, model: str
 ) -> list[Completion]:
-    """One completion a row, of its first `lengths` tokens.
+    """Make one completion of each row's first `lengths` tokens.
 
     Raises FloatingPointError, naming `model`, where a log-prob is NaN.
     """

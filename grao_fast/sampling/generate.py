@@ -1,9 +1,9 @@
-"""Sampling by Transformers' own `generate`, for models that keep more than keys and values.
+"""Sampling by Transformers' `generate`, for models that keep more than keys and values.
 
-A state-space, convolution or linear-attention layer sums the tokens before into a state, which
-`generate` knows how to carry in each family. Two things differ from keys and values. Padding on the
-left may be summed as well, even under a mask: where that is not seen to change nothing, prompts are
-decoded beside prompts of their own length alone. And rows that have ended stay in the batch.
+State-space, convolution and linear-attention layers accumulate earlier tokens in a state, which
+`generate` can carry for each family. Two things differ from a key/value cache. Left padding may
+enter the state even if it is masked; unless a test shows that it does not, prompts are batched only
+with prompts of the same length. And rows that have ended stay in the batch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.system.interruption import as_outside, held
 
-# Tokens of the prompts that show whether padding changes anything, and that are sampled.
+# Lengths of the prompts that test padding, and the tokens sampled for each.
 _LENGTHS = (20, 3)
 _NEW_TOKENS = 4
-_ROUNDING = 1e-5  # nats, for each of the largest log-prob and at least for one
+_ROUNDING = 1e-5  # nats, relative to the largest log-prob, or to 1 if that is smaller
 
 
 class GenerateSampler(ModelSampler):
-    """A `Sampler` by `model.generate`; the tokens are drawn here, from the plain softmax.
+    """A `Sampler` by `model.generate`, with tokens drawn here from the plain softmax.
 
     Args:
         pads: whether prompts of different lengths are decoded in one batch; see `bears_padding`.
@@ -40,7 +40,7 @@ class GenerateSampler(ModelSampler):
         self.pads = pads
 
     def _batches(self, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
-        """As of any sampler; or prompts of one length each, the longest first."""
+        """Indices of each batch, the longest first; unless padding is safe, of one length each."""
         if self.pads:
             yield from super()._batches(prompts, size)
             return
@@ -58,7 +58,7 @@ class GenerateSampler(ModelSampler):
         temperature: float,
         generator: torch.Generator,
     ) -> list[Completion]:
-        """Completions of a batch of prompts, each prompt's one behind the other."""
+        """See `ModelSampler._decode`."""
         P, device = max(len(prompt) for prompt in prompts), self.model.device
         rows = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
         masks = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
@@ -67,11 +67,11 @@ class GenerateSampler(ModelSampler):
             for x in (rows, masks)
         )
         drawing = _Drawing(temperature, generator)
-        # nothing of the model's own generation_config: no penalties, no top_k, no max_length
+        # Overrides the model's generation_config: no penalties, no top_k, no max_length.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            # to some layers one token is a step of decoding, whatever is before it
+            # Some layers treat a single token as a decoding step.
             use_cache=ids.shape[1] > 1,
             disable_compile=True,
             eos_token_id=self.eos_ids.tolist() or None,
@@ -94,9 +94,9 @@ class GenerateSampler(ModelSampler):
 
     @contextmanager
     def _generating_by(self, config: GenerationConfig) -> Iterator[None]:
-        """`generate` fills what its `generation_config` leaves open from the model's: not here."""
+        """Replace the model's generation_config, from which `generate` would fill open options."""
         own = self.model.generation_config
-        with held():  # the model's own is saved
+        with held():  # the model could be saved meanwhile
             try:
                 self.model.generation_config = config
                 with as_outside():
@@ -106,12 +106,12 @@ class GenerateSampler(ModelSampler):
 
 
 def bears_padding(model: PreTrainedModel) -> bool:
-    """Whether padding on the left of a prompt changes nothing but the rounding.
+    """Whether padding on the left of a prompt changes nothing but rounding.
 
-    Two prompts are answered together, over two kinds of padding, and each alone. What padding is
-    made of may not change a bit; how much there is, no more than another shape of the batch does.
-    Biases are stirred meanwhile, as those of a new model may be 0 and hide what they let through
-    later. Never of weights in 16 bits, whose rounding would hide it as well.
+    Two prompts are completed together, with two padding tokens, and each alone. The padding token
+    may not change a bit; the amount of padding may change log-probs by rounding only. Biases are
+    perturbed for the test, since biases of 0, as in a new model, would hide a leak. False for
+    16-bit weights, whose rounding would hide one as well.
     """
     if model.dtype != torch.float32:
         return False
@@ -145,7 +145,7 @@ def _alike(a: Completion, b: Completion) -> bool:
 
 @contextmanager
 def _stirred_biases(model: PreTrainedModel) -> Iterator[None]:
-    """Parameters of one dimension, moved by up to 1 inside."""
+    """Move one-dimensional parameters by up to 1 for the block."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.ndim == 1]
     with held():  # the model may be the user's
         try:
@@ -162,7 +162,7 @@ def _stirred_biases(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Drawing(LogitsProcessor):
-    """Draws a token of every row and leaves `generate`, which is greedy, only that one.
+    """Draws a token for every row and masks all others, so that greedy `generate` takes it.
 
     logprobs: (B,) of every step.
     """

@@ -1,11 +1,10 @@
-"""Proof that a sampler with weights of its own holds the policy's, all of them.
+"""Proof that a sampler with its own copy of the weights has all of the policy's.
 
-A text is scored by both, token by token, at temperature 1. Small learning rates change weights by
-less than anyone could see in that, so the first two weights that a sampler is given differ much: it
-gets the policy with a change in every tensor, and then the policy. A tensor that it did not take
-over shows in one of the two, whatever the learning rate will be; so does a head that is tied to the
-embeddings and kept as a copy of its own. Every later hand-over is held to what the first two have
-shown that rounding does.
+Both score a text, token by token, at temperature 1. An update with a small learning rate changes
+log-probs too little to be seen, so before the first step the sampler is given two sets of weights
+that differ strongly: the policy with a change in every tensor, and then the policy. A tensor that
+was not taken over shows in one of the two, and so does a tied head that the sampler keeps as a
+separate copy. Later hand-overs must agree within the rounding that the first two have shown.
 
 Suffixes: n tokens of the text, B parts of the model.
 """
@@ -40,25 +39,25 @@ Im Jahr 2019 schrieb die Zeitung, daß der Fluß gestiegen sei; personne ne l'a 
 The quick brown fox jumps over the lazy dog, and $x^2 + y^2 = r^2$ is a circle of radius r."""
 _TOKENS = 256
 
-# Nats a token, root mean square. In float32, rounding parts vLLM and the policy by 8e-6 on
-# SmolLM2-135M and by 2e-7 on a tiny model; in 16 bits by what the policy's own rounding shows.
+# Nats a token, root mean square. In float32, vLLM and the policy differ by 8e-6 on SmolLM2-135M and
+# by 2e-7 on a tiny model; in 16 bits the bound comes from the policy's own rounding.
 _FLOAT32_NATS = 5e-3
 _FLOOR_NATS = {torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
-_TIMES = 10.0  # what one measurement of rounding may be above another
-_TIMES_LATER = 30.0  # the same, of a policy that has been trained meanwhile
-_SHARE = 0.5  # of what a part would do if it had been left out
-_DEVIATIONS = 6.0  # by which such a share must be sure
+_TIMES = 10.0  # factor by which measurements of rounding may differ
+_TIMES_LATER = 30.0  # the same, after training has changed the policy
+_SHARE = 0.5  # of the effect that a part would have if it had not arrived
+_DEVIATIONS = 6.0  # standard errors that such a share must exceed
 _ULP = 2.0**-23
 
 
 class HeldWeights:
-    """Holds a sampler to the policy's weights.
+    """Checks that a sampler has the policy's weights.
 
     Args:
         tokenizer: of the policy.
         dtype: in which the sampler computes.
         name: of the sampler, for messages.
-        context_length: tokens that it holds; None: nothing says so.
+        context_length: tokens that it holds; None: unlimited.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class HeldWeights:
 
     @property
     def is_proved(self) -> bool:
-        """Whether `first` has proved it."""
+        """Whether `first` has succeeded."""
         return not math.isnan(self._shown)
 
     def first(
@@ -87,12 +86,12 @@ class HeldWeights:
         *,
         change: Change | None = None,
     ) -> None:
-        """Hand over changed weights and then the policy's, and prove that each arrived whole.
+        """Hand over changed weights and then the policy's, and prove that both arrived.
 
         score: the sampler's log-probs of a text's tokens behind the first, at temperature 1.
         change: of the tensors that are handed over; None: all of the model's.
 
-        Raises ValueError that names the parts which did not, where any can be named.
+        Raises UserError that names the parts which did not, if they can be told.
         """
         change = change or Negated(policy.causal_lm.parameters())
         with _evaluating(policy.causal_lm):
@@ -101,7 +100,7 @@ class HeldWeights:
                 changed = self._compare(policy, score, change)
             hand_over(policy)
             true = self._compare(policy, score, change)
-            # Where both arrived, both differ by what rounding does, as the model magnifies it.
+            # If both arrived, both differ by rounding alone, which the model amplifies.
             rounding = min(changed.nats / changed.magnified, true.nats / true.magnified)
             for seen in (changed, true):
                 bound = _TIMES * rounding * seen.magnified + self._floor(policy)
@@ -120,7 +119,7 @@ class HeldWeights:
         )
 
     def again(self, policy: Policy, score: Scorer) -> None:
-        """Prove it of the weights that were handed over just now; see `first`."""
+        """Prove that the weights which were just handed over arrived; see `first`."""
         with _evaluating(policy.causal_lm):
             seen = self._compare(policy, score, None)
             bound = min(seen.bound, _TIMES_LATER * self._shown)
@@ -128,15 +127,15 @@ class HeldWeights:
                 raise self._refusal(policy, seen, bound, None)
 
     def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
-        """The policy as it is now beside the sampler."""
+        """Compare the policy as it is now with the sampler."""
         ids = self._ids
         ours_n = _logprobs(policy, ids)
         off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
-        # what a relative change of the embeddings by one rounding does
+        # The effect of a relative change of the embeddings by one rounding.
         magnified = max(_rms(_logprobs(policy, ids, noise=_ULP) - ours_n), _ULP)
         if self._dtypes(policy) == {torch.float32}:
             return _Comparison(off_n, magnified, bound=_FLOAT32_NATS, stale=[])
-        # Here rounding hides what one layer does to a token, but not what it does to all of them.
+        # Rounding in 16 bits hides the effect of one layer on a token, but not on all of them.
         rounding = _rms(ours_n - _logprobs(policy, ids, autocast=False))
         bound = _TIMES * (rounding + self._floor(policy))
         stale = [] if change is None else _stale_parts(policy, ids, off_n, change)
@@ -163,11 +162,11 @@ class HeldWeights:
         )
 
     def _floor(self, policy: Policy) -> float:
-        """What rounding may do at the least, in either's dtype."""
+        """The least bound on rounding, of the coarser dtype."""
         return max(_FLOOR_NATS.get(dtype, 0.02) for dtype in self._dtypes(policy))
 
     def _dtypes(self, policy: Policy) -> set[torch.dtype]:
-        """In which the two compute; TF32 rounds as float16 does."""
+        """The dtypes in which both compute; TF32 counts as float16, which rounds alike."""
         ours = policy.autocast_dtype or policy.causal_lm.dtype
         tf32 = torch.get_float32_matmul_precision() != "highest"
         return {self._dtype, torch.float16 if tf32 and ours == torch.float32 else ours}
@@ -175,12 +174,12 @@ class HeldWeights:
 
 @dataclass
 class _Comparison:
-    """A sampler beside the policy.
+    """Differences between a sampler and the policy.
 
-    off_n: log-probs, the sampler's less the policy's.
-    magnified: what the policy makes of one rounding of its embeddings.
-    bound: what rounding may do at the most, root mean square.
-    stale: parts that did not arrive, where they were looked at.
+    off_n: the sampler's log-probs less the policy's.
+    magnified: the effect on log-probs of one rounding of the embeddings.
+    bound: on the root mean square of rounding errors.
+    stale: parts that did not arrive, if they were looked for.
     """
 
     off_n: Tensor
@@ -201,7 +200,7 @@ def _rms(values_n: Tensor) -> float:
 def _logprobs(
     policy: Policy, ids: list[int], *, autocast: bool = True, noise: float = 0.0
 ) -> Tensor:
-    """(n,) log-probs at temperature 1 of the tokens behind the first, by the model's own pass."""
+    """(n,) log-probs at temperature 1 of all tokens but the first, by the model's own pass."""
     lm, row_BL = policy.causal_lm, torch.tensor([ids], device=policy.device)
 
     def disturb(module: nn.Module, args: tuple, out_BLD: Tensor) -> Tensor:
@@ -222,9 +221,9 @@ def _logprobs(
 def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) -> list[str]:
     """The parts whose absence explains `off_n`, by least squares.
 
-    What each would do if it had been left out is a vector over tokens; `off_n` is fitted by them.
-    In bfloat16 a layer of SmolLM2-135M that was left out has a share of 0.95 to 1.01 in it, the
-    head of 1.00, and none that arrived more than 0.04.
+    The effect that each part would have if it had not arrived is a vector over tokens, and `off_n`
+    is fitted by these. In bfloat16, a layer of SmolLM2-135M that did not arrive gets a coefficient
+    of 0.95 to 1.01, the head 1.00, and parts that arrived at most 0.04.
     """
     ours_n = _logprobs(policy, ids, autocast=False)
     names, effects = [], []

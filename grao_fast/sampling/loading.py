@@ -192,7 +192,7 @@ def load_policy(
     if trained:
         tell_of_dropout(causal_lm)
     check_parity(policy, gradient=trained)
-    if not config.use_vllm:  # vLLM is proved when it first gets the weights
+    if not config.use_vllm:  # vLLM is checked when it first gets the weights
         check_sampler(loaded.sampler, policy)
     return loaded
 

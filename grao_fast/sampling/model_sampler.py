@@ -1,4 +1,4 @@
-"""What samplers over a Transformers model in this process have in common."""
+"""The base of samplers that run a Transformers model in this process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelSampler:
         self.dtype = decoding.dtype
 
     def sync(self, policy: Policy) -> None:
-        """Nothing to do: it samples from the very weights that are trained."""
+        """Do nothing: the model that is trained is sampled from."""
 
     @torch.no_grad()
     def sample(
@@ -99,5 +99,5 @@ class ModelSampler:
         temperature: float,
         generator: torch.Generator,
     ) -> list[Completion]:
-        """Completions of a batch of prompts, each prompt's one behind the other."""
+        """Completions of a batch of prompts, grouped by prompt."""
         raise NotImplementedError

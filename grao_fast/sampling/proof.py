@@ -1,4 +1,4 @@
-"""A sampler is proved: what it says of its tokens is what the policy says of them."""
+"""The start-up check that a sampler's log-probs are the policy's."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from grao_fast.models.policy import Policy
 from grao_fast.sampling import Sampler
 from grao_fast.system.errors import UserError, first_line
 
-# Two lengths, so that padding would be seen; tokens of a prompt and to be sampled.
+# Lengths of two prompts, different so that padding is tested, and the tokens sampled for each.
 _LENGTHS = (5, 3)
 _NEW_TOKENS = 4
-# Nats of any token, for each of the largest log-prob and at least for one. In 16 bits a step of
-# decoding rounds otherwise than a whole row, and one token says little: nats in the mean.
+# Nats for each token, relative to the largest log-prob, or to 1 if that is smaller. In 16 bits,
+# decoding rounds differently from a pass over a whole row, so the mean over tokens is compared.
 _TOLERANCE = 1e-3
 _MEAN_16_BITS = 0.1
 
 
 class Difference(NamedTuple):
-    """Of log-probs in nats, between sampler and policy: at most, and in the mean.
+    """The differences of log-probs between sampler and policy, in nats: maximum and mean.
 
-    allowed: at most, in float32.
+    allowed: bound on the maximum in float32.
     """
 
     off: float
@@ -38,7 +38,7 @@ class Difference(NamedTuple):
 def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0) -> Difference:
     """Sample a few tokens and compare their log-probs with the policy's own.
 
-    Raises ValueError, naming the model, where it cannot be sampled or they differ.
+    Raises UserError, naming the model, if it cannot be sampled or they differ.
     """
     name = type(policy.causal_lm).__name__
     try:
@@ -63,7 +63,7 @@ def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0)
 def measure_sampler(
     sampler: Sampler, policy: Policy, *, temperature: float = 1.0, seed: int = 0
 ) -> Difference:
-    """Between the sampler, as it was last synced, and the policy, on tokens that it samples now."""
+    """Compare the sampler, as last synced, with the policy on tokens that it samples now."""
     vocabulary = policy.head()[0].shape[0]
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
     sampled = sampler.sample(
@@ -83,7 +83,7 @@ def measure_sampler(
         )
         for prompt, completions in zip(prompts, sampled, strict=True)
     ]
-    # rows of their own, by the model's own attention: `check_parity` has held the others to it
+    # Padded rows with the model's own attention; `check_parity` has compared packed rows with it.
     batch = pad(groups, pad_token_id=policy.pad_token_id)
 
     def score(head: HeadInputs) -> torch.Tensor:

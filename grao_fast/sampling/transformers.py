@@ -1,8 +1,8 @@
-"""Sampling with a Transformers model: one prefill a prompt, finished rows dropped.
+"""Sampling with a Transformers model: one prefill per prompt, finished rows dropped.
 
 `generate` prefills a prompt once for every sample and decodes until the last row has ended. Here
-the prompt is prefilled once, its key/value cache is repeated for the G samples, and rows that have
-ended leave the batch.
+the prompt is prefilled once, its key/value cache is repeated for the G samples, and finished rows
+leave the batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.system.errors import UserError
 
-# Lengths of static caches are multiples of this: every new one is compiled anew.
+# Static caches have lengths that are multiples of this, since each length is compiled separately.
 _STATIC_BLOCK = 256
 
 
 class TransformersSampler(ModelSampler):
-    """A `Sampler` over a model whose cache is keys and values.
+    """A `Sampler` over a model whose cache holds keys and values only.
 
     Args:
         static_cache: decode in a cache of fixed size, in which ended rows stay; on CUDA a step is
@@ -39,7 +39,7 @@ class TransformersSampler(ModelSampler):
         super().__init__(model, decoding)
         self.static_cache = static_cache
         self._cache_name = cache_name(model)
-        self._static: StaticCache | None = None  # kept, as CUDA graphs hold on to its memory
+        self._static: StaticCache | None = None  # kept, since CUDA graphs refer to its memory
         self._static_shape: tuple[int, int] | None = None
 
     def _decode(
@@ -50,21 +50,21 @@ class TransformersSampler(ModelSampler):
         temperature: float,
         generator: torch.Generator,
     ) -> list[Completion]:
-        """Completions of a batch of prompts, each prompt's one behind the other."""
+        """See `ModelSampler._decode`."""
         cache = growing_cache(self.model.config)
         logits, mask = self._prefill(prompts, cache)
         cache.batch_repeat_interleave(num_generations)
         logits, mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))
         position = mask.sum(1, keepdim=True)
         decode, cache, mask = self._decoder(cache, mask, max_new_tokens)
-        rows = torch.arange(logits.shape[0], device=logits.device)  # who is still in the batch
+        rows = torch.arange(logits.shape[0], device=logits.device)  # still in the batch
         ended = torch.zeros_like(rows, dtype=torch.bool)
         tokens = torch.full((len(rows), max_new_tokens), self.pad_token_id, device=rows.device)
         logprobs = torch.zeros((len(rows), max_new_tokens), dtype=torch.float32, device=rows.device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros_like(ended)
         for step in range(max_new_tokens):
-            # of every row that there was: what one draws does not depend on when others end
+            # Drawn for every original row, so that a row's draws do not depend on when others end.
             u = torch.rand(
                 len(tokens), 1, dtype=torch.float64, device=rows.device, generator=generator
             )
@@ -74,7 +74,7 @@ class TransformersSampler(ModelSampler):
             lengths[rows] += ~ended
             ended |= torch.isin(token, self.eos_ids)
             finished[rows] = ended
-            over = ended.cpu()  # the one wait for the device in a step
+            over = ended.cpu()  # the only device sync in a step
             if step + 1 == max_new_tokens or bool(over.all()):
                 break
             if not self.static_cache:
@@ -99,7 +99,7 @@ class TransformersSampler(ModelSampler):
     def _decoder(
         self, cache: DynamicCache, mask: Tensor, max_new_tokens: int
     ) -> tuple[Callable[..., Any], Cache, Tensor]:
-        """What runs a step, in which cache, under which mask."""
+        """The function that runs a decoding step, its cache and its mask."""
         if not self.static_cache:
             return self.model, cache, mask
         if any(type(layer) is not GrowingLayer for layer in cache.layers):
@@ -115,7 +115,7 @@ class TransformersSampler(ModelSampler):
         self._static.reset()
         for i, layer in enumerate(cache.layers):
             self._static.update(layer.keys, layer.values, i)
-        # all places to come are open: causality alone hides those that are not filled yet
+        # Positions not yet filled are unmasked, since causality already hides them.
         mask = torch.cat([mask, mask.new_ones(B, length - P)], dim=1)
         on_cuda = self.model.device.type == "cuda"
         step = self.model.get_compiled_call(CompileConfig()) if on_cuda else self.model
@@ -129,7 +129,7 @@ class TransformersSampler(ModelSampler):
         positions: Tensor,
         cache: Cache,
     ) -> Tensor:
-        """Logits (B, V) in float32 behind the last of `ids`."""
+        """Logits (B, V) in float32 for the token after the last of `ids`."""
         output = step(
             input_ids=ids,
             attention_mask=mask,

@@ -1,4 +1,4 @@
-"""The policy's weights in a folder, for a sampler that runs in another process."""
+"""Writing the policy's weights to a folder, for a sampler in another process."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _PREFIX = "grao-fast-weights-"
 class WeightFolder:
     """Writes checkpoints that `from_pretrained` and vLLM read, each under a name of its own.
 
-    A name that had other weights before could be one whose files the reader still has in its
-    memory. Only the last is kept, and it goes with this object.
+    A reader may still have files of an earlier checkpoint mapped, so no name is used twice. Only
+    the last checkpoint is kept, and it is deleted with this object.
 
     Args:
         parent: an existing folder; None: the system's for temporary files.
         tokenizer: written beside whole models.
 
     Raises:
-        ValueError: there is no such folder, or it cannot be written to.
+        UserError: the folder does not exist or cannot be written to.
     """
 
     def __init__(self, parent: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,7 +45,7 @@ class WeightFolder:
                 f"cannot write to vllm_sync_dir {parent!r}: {error.strerror}; name a folder that "
                 "this process and vLLM's see under the same path"
             ) from error
-        self._lock = only_run_in(Path(self._root.name))  # as long as this object lives
+        self._lock = only_run_in(Path(self._root.name))  # held for the life of this object
         self._lock.__enter__()
         _clear_left_overs(Path(self._root.name).parent)
         self._last: Path | None = None
@@ -81,12 +81,11 @@ class WeightFolder:
 
 
 def _clear_left_overs(parent: Path) -> None:
-    """Delete the weights of runs that were killed: in memory, they would fill it."""
+    """Delete the weights that killed runs have left, which may be in memory (/dev/shm)."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        # Without a lock it is just being made. Of another user, Path.exists would raise.
+        # Without a lock, it is being made now. Path.exists would raise for another user's folder.
         if os.path.exists(folder / LOCK_FILE):
-            # ValueError: in use, as far as can be seen at once; the others: deleted meanwhile by
-            # another run, or another user's
+            # ValueError: in use; the others: deleted meanwhile by another run, or another user's.
             with (
                 suppress(ValueError, FileNotFoundError, PermissionError),
                 only_run_in(folder, watch=False),
@@ -95,9 +94,9 @@ def _clear_left_overs(parent: Path) -> None:
 
 
 def merged(policy: Policy) -> PreTrainedModel:
-    """The Transformers model; where an adapter is trained, a copy that it is merged into.
+    """The Transformers model, or a copy with the adapter merged if one is trained.
 
-    Merging into the model itself and undoing it would leave its weights rounded differently.
+    Merging into the model itself and unmerging would round its weights.
     """
     if not hasattr(policy.model, "peft_config"):
         return policy.causal_lm
@@ -105,11 +104,10 @@ def merged(policy: Policy) -> PreTrainedModel:
 
 
 def _on_cpu(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state as vLLM computes, so that no more is written than read; each name on its own.
+    """The model's state on the CPU in the dtype that vLLM computes in, no two names sharing memory.
 
-    Transformers writes tensors that share memory under one name. vLLM loads that into embeddings; a
-    head that is tied to them would keep what it had, where vLLM holds it as a packed copy, as it
-    does on CPUs.
+    Transformers writes tensors that share memory under one name. vLLM would load a tied head into
+    the embeddings alone, and where it keeps the head as a packed copy, as on CPUs, not update it.
     """
     state, seen = {}, set()
     for name, tensor in model.state_dict().items():

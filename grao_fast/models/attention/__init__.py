@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 _NOT_PASSED: Any = object()
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _DROPOUTS = ("attention_dropout", "attn_pdrop")
-_NARROWEST_HEAD = 16  # what FlexAttention's lowering for CUDA says (torch 2.11, 2.13)
+_NARROWEST_HEAD = 16  # the least that FlexAttention's CUDA lowering accepts (torch 2.11, 2.13)
 
 
 def packed_attention(
@@ -48,9 +48,9 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **unused: Any,  # Transformers hands every attention function all that the model was called with
+    **unused: Any,  # Transformers passes all keyword arguments of the model to every attention
 ) -> tuple[Tensor, None]:
-    """Transformers' attention signature; returns (1, L, H, d) and no weights."""
+    """Attention with Transformers' signature; returns the output (1, L, H, d) and no weights."""
     for name, given in (("attention sinks", s_aux), ("a position bias", position_bias)):
         if given is not None:
             raise UserError(
@@ -74,7 +74,7 @@ def packed_attention(
 
 
 def _refuse_window_of_mask(module: nn.Module) -> None:
-    """A model that keeps its window to its mask would lose it here, where there is no mask."""
+    """Refuse a model whose sliding window is in its mask alone, which packed rows do not use."""
     for name in _WINDOWS:
         window = getattr(getattr(module, "config", None), name, None)
         if window is not None:
@@ -84,14 +84,14 @@ def _refuse_window_of_mask(module: nn.Module) -> None:
             )
 
 
-# Transformers reads meaning into names that hold "sdpa", "flash" or "flex_attention"
+# Transformers treats names that contain "sdpa", "flash" or "flex_attention" specially.
 for _name, _backend in (("grao_parts", sdpa), ("grao_flex", flex)):
     AttentionInterface.register(_name, partial(packed_attention, attend=_backend.attend))
     AttentionMaskInterface.register(_name, lambda **unused: None)
 
 
 def keep_score_cap(causal_lm: PreTrainedModel) -> None:
-    """Eager for SDPA, which drops a cap in silence: so Transformers before 5.21 runs Gemma 2."""
+    """Use eager attention if scores are capped: SDPA drops the cap (Gemma 2 before 5.21)."""
     cap = getattr(causal_lm.config.get_text_config(), "attn_logit_softcapping", None)
     if cap is not None and causal_lm.config._attn_implementation == "sdpa":
         logger.info("eager attention, not SDPA, which would drop attn_logit_softcapping=%s", cap)
@@ -106,12 +106,12 @@ def choose_attention(
     share_prefix: bool,
     recompute: bool,
 ) -> str | None:
-    """The attention of updates, as Transformers knows it; None: as the model was loaded.
+    """The name of the attention that updates run; None: the one that the model was loaded with.
 
     Args:
         backend: "sdpa", "flex", "flash_attention_2", or "auto": with a shared prefix FlexAttention
             on CUDA and SDPA elsewhere, and without one the model's own.
-        recompute: whether layers are computed again in the backward pass.
+        recompute: whether the backward pass recomputes layers.
 
     Raises:
         ValueError: the backend cannot serve this model, device or layout.
@@ -133,7 +133,7 @@ def choose_attention(
 
 
 def head_width(config: Any) -> int:
-    """Of queries and keys in a Transformers config that has no width for them alone."""
+    """Head dimension of a Transformers config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -147,8 +147,8 @@ def _why_not_flex(
         if getattr(config, name, 0.0):
             return f"{name}={getattr(config, name)}, and FlexAttention has no dropout"
     if recompute and getattr(config, "attn_logit_softcapping", None) is not None:
-        # PyTorch traces the cap's derivative anew in each forward, and what the trace saves puts
-        # the recomputed tensors out of order: gradients were NaN, without an error (torch 2.13)
+        # PyTorch traces the cap's derivative in each forward pass, and the tensors which that saves
+        # shift the order of the recomputed ones: gradients are NaN, without an error (torch 2.13).
         return (
             "its cap on scores gives wrong gradients in recomputed layers (gradient_checkpointing)"
         )
@@ -181,9 +181,9 @@ def _unshared(causal_lm: PreTrainedModel, device: torch.device, backend: str) ->
 
 @contextmanager
 def attending(model: PreTrainedModel, attention: str | None) -> Iterator[None]:
-    """Run `model` with an attention of `choose_attention` inside.
+    """Run `model` with an attention of `choose_attention` in the block.
 
-    Backward passes belong inside too: they run checkpointed layers again.
+    Backward passes belong in the block too, since they recompute checkpointed layers.
     """
     stock = model.config._attn_implementation
     model.set_attn_implementation(attention or stock)

@@ -1,7 +1,7 @@
 """Attention over packed groups in one FlexAttention call, for CUDA.
 
-The mask is a function of two places in the packed row; PyTorch compiles it into its kernel, which
-skips the blocks of 128 x 128 pairs where nothing is seen. Key and value heads are not repeated.
+The mask is a function of two positions in the packed row. PyTorch compiles it into its kernel,
+which skips blocks of 128 x 128 pairs that are masked entirely. Grouped heads are not repeated.
 
 flash-attn could attend in two parts, suffixes over the prefix and suffixes over themselves, merged
 by their log-sum-exp. It is not used: its public function gives the log-sum-exp no gradient, and the
@@ -39,16 +39,16 @@ def attend(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """(1, H, L, d), every suffix over its group's prefix and itself.
+    """Attention output (1, H, L, d); every suffix attends to its group's prefix and itself.
 
-    Raises ValueError on dropout, which FlexAttention does not have.
+    Raises UserError on dropout, which FlexAttention does not have.
     """
     if dropout:
         raise UserError(
             f"attention dropout is {dropout}, which FlexAttention does not have; "
             'set attention_backend="sdpa", or the dropout in the model\'s config to 0'
         )
-    # under autocast a norm of queries and keys in float32 leaves them in another dtype
+    # Under autocast, models that normalise queries and keys leave them in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     run = _compiled() if query.is_cuda else flex_attention
     return run(
@@ -64,17 +64,18 @@ def attend(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compiled on the first call; dynamic, as packed rows have a length each.
+    """FlexAttention, compiled on the first call, for rows of any length.
 
-    The whole graph, or PyTorch's limit of recompilations would end in code that holds all scores.
+    It is compiled as a full graph: past PyTorch's recompilation limit, it would otherwise fall back
+    to eager code that materialises all scores.
     """
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @cache
 def softcap_of(softcap: float, device: torch.device) -> Score:
-    """softcap * tanh(score / softcap); one function for all layers, as it is part of the kernel."""
-    # as a tensor: a captured float is a dynamic number, which FlexAttention's lowering refuses
+    """softcap * tanh(score / softcap), one function for all layers, as the kernel contains it."""
+    # A tensor, since FlexAttention's lowering refuses captured floats, which are dynamic.
     cap = torch.tensor(softcap, dtype=torch.float32, device=device)
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -84,13 +85,13 @@ def softcap_of(softcap: float, device: torch.device) -> Score:
 
 
 def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Mask:
-    """Whether the token at place q sees the one at place k.
+    """The mask function: whether the token at position q sees the one at position k.
 
-    It does where k is in the prefix of q's group or in q's own suffix, stands no later than q, and
-    is in the window that ends at q. Only tensors are captured: a number would be compiled in.
+    It does if k is in the prefix of q's group or in q's own suffix, is not later than q, and is in
+    the window that ends at q. The function captures tensors only: numbers would be compiled in.
     """
-    owners: list[int] = []  # each prefix and each suffix has a number of its own
-    prefixes: list[int] = []  # the number of the group's prefix
+    owners: list[int] = []  # the number of the prefix or suffix that a token is in
+    prefixes: list[int] = []  # the number of its group's prefix
     positions: list[int] = []
     number = 0
     for segment in segments:
@@ -115,9 +116,9 @@ def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
 def block_mask(
     segments: tuple[Segment, ...], window: int | None, device: torch.device
 ) -> BlockMask:
-    """The mask with its table of blocks, made once for all layers and passes of a micro-batch."""
+    """The mask and its table of blocks, shared by all layers and passes of a micro-batch."""
     sees, L = mask_of(segments, window, device), segments[-1].stop
-    # PyTorch's own create_block_mask holds all L x L pairs; this, those of one row of blocks
+    # PyTorch's create_block_mask materialises all L x L pairs; this, one row of blocks at a time.
     rows = [_row_of_blocks(sees, first, L, device) for first in range(0, L, BLOCK)]
     any_BB, all_BB = (torch.stack(each) for each in zip(*rows, strict=True))
     return BlockMask.from_kv_blocks(
@@ -130,7 +131,7 @@ def block_mask(
 
 
 def _row_of_blocks(sees: Mask, first: int, L: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B,) bool twice, for the queries from `first` on: some pair of a block is seen; all are."""
+    """Two (B,) bools for the block of queries at `first`: any pair is seen; all pairs are."""
     q = torch.arange(first, first + BLOCK, device=device)[:, None]
     k = torch.arange((L + BLOCK - 1) // BLOCK * BLOCK, device=device)
     nowhere = torch.zeros((), dtype=torch.int64, device=device)
@@ -140,7 +141,7 @@ def _row_of_blocks(sees: Mask, first: int, L: int, device: torch.device) -> tupl
 
 
 def _ordered(chosen_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks how many are chosen, (1, 1, B), and which first, (1, 1, B, B)."""
+    """For each row, the count of chosen blocks (1, 1, B) and their order (1, 1, B, B)."""
     counts = chosen_BB.sum(1, dtype=torch.int32)
     order = chosen_BB.int().argsort(dim=1, descending=True, stable=True).int()
     return counts[None, None], order[None, None]

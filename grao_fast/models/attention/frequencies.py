@@ -1,11 +1,12 @@
-"""Rotary frequencies that follow the longest position of a batch, held for a whole run.
+"""Rotary frequencies that depend on the longest position of a batch, fixed for a whole run.
 
-LongRoPE turns positions by other factors, and dynamic NTK by another base, once a batch is longer
-than the model was first trained for. So the same sequence would get one gradient beside a short one
-and another beside a long one, and the sampler's log-probs would not be the policy's.
+LongRoPE changes its factors, and dynamic NTK its base, once a batch exceeds the context that the
+model was first trained on. A sequence's gradient would then depend on the sequences beside it, and
+the sampler's log-probs would differ from the policy's.
 
-Here every call of such a layer sees one position more, the last of the longest context of the run,
-and drops what it makes of it: its own code decides, for all batches alike.
+Every call of such a layer is therefore given one more position, the last of the longest context of
+the run, whose output is dropped. The layer's own code then chooses the same frequencies for all
+batches.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _FOLLOWING = ("longrope", "dynamic")  # in the names of rope types
-# What undoes the holding of each model.
+# Restores each model.
 _held: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
-    """Turn positions as in a context of so many tokens, in every batch, until they are released.
+    """Fix the frequencies to those of a context of `tokens` until `release_frequencies`.
 
-    Nothing changes in a model whose frequencies are fixed. Called again, the last call counts.
+    A model whose frequencies are fixed is left unchanged. A later call replaces an earlier one.
     """
     release_frequencies(model)
     layers = [module for module in model.modules() if _rope_types(module)]
@@ -44,7 +45,7 @@ def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
     for layer in layers:
         _hold(layer, tokens - 1, _held[model])
     logger.info(
-        "%s turns positions (%s) as in a context of %d tokens, in every batch",
+        "%s uses rotary frequencies (%s) of a context of %d tokens in every batch",
         type(model).__name__,
         ", ".join(sorted({kind for layer in layers for kind in _rope_types(layer)})),
         tokens,
@@ -54,26 +55,26 @@ def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
 def longest_context(
     prompts: Iterable[Encoded], held_out: Iterable[Encoded], max_new_tokens: int
 ) -> int:
-    """Tokens of the longest prompt with its completion or reference; held-out ones only answer."""
+    """Tokens of the longest prompt with its completion or reference (held-out: completion)."""
     trained = (len(p.prompt_ids) + max(max_new_tokens, len(p.reference_ids)) for p in prompts)
     return max(chain(trained, (len(p.prompt_ids) + max_new_tokens for p in held_out)))
 
 
 def release_frequencies(model: nn.Module) -> None:
-    """Let them follow each batch again, from where they were."""
+    """Restore frequencies that depend on the batch."""
     if model in _held:
         _held.pop(model).close()
 
 
 def _rope_types(module: nn.Module) -> list[str]:
-    """The rope types of a rotary layer that follow the batch; one for each type of layer."""
+    """The rope types of a rotary layer that depend on the batch."""
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     return [k for k in kinds if isinstance(k, str) and any(name in k for name in _FOLLOWING)]
 
 
 def _hold(layer: nn.Module, last: int, until: ExitStack) -> None:
-    """See `last` in every call of a layer; `until` undoes it."""
+    """Give a layer the position `last` in every call, until `until` is closed."""
 
     def with_the_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "position_ids" in kwargs:
@@ -86,7 +87,7 @@ def _hold(layer: nn.Module, last: int, until: ExitStack) -> None:
             return output[..., :-1, :]
         return tuple(part[..., :-1, :] for part in output)
 
-    # Transformers 5.0 leaves the frequencies of the longest batch behind for those that follow
+    # Transformers 5.0 keeps the frequencies of the longest batch for later ones.
     buffers = [(name, buffer.clone()) for name, buffer in layer.named_buffers(recurse=False)]
     until.callback(_put_back, layer, buffers, getattr(layer, "max_seq_len_cached", None))
     until.callback(layer.register_forward_pre_hook(with_the_last, with_kwargs=True).remove)
@@ -101,5 +102,5 @@ def _put_back(layer: Any, buffers: list[tuple[str, Tensor]], longest: Any) -> No
 
 
 def _append(position_ids: Tensor, last: int) -> Tensor:
-    """(..., L + 1), the last one behind the others."""
+    """Append one position, giving (..., L + 1)."""
     return torch.cat([position_ids, torch.full_like(position_ids[..., :1], last)], dim=-1)

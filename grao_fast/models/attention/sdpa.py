@@ -1,8 +1,8 @@
 """Attention over packed groups in parts: prefixes, and suffixes in padded batches, by SDPA.
 
-For CPUs, and for CUDA where FlexAttention cannot serve. Shapes: H query heads, J key/value heads
-(H a multiple of J), L packed tokens, d head width, S suffixes of a group, R tokens of the longest
-of them, P tokens of the prefix.
+For CPUs, and for CUDA if FlexAttention does not support the model. Shapes: H query heads, J
+key/value heads (H a multiple of J), L packed tokens, d head width, S suffixes of a group, R tokens
+of the longest of them, P tokens of the prefix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attend(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """(1, H, L, d), every suffix over its group's prefix and itself."""
+    """Attention output (1, H, L, d); every suffix attends to its group's prefix and itself."""
     options = {"window": window, "scaling": scaling, "dropout": dropout, "softcap": softcap}
     outputs = []
     for segment in segments:
@@ -42,9 +42,9 @@ def attend(
 def _suffixes(
     q: Tensor, k: Tensor, v: Tensor, segment: Segment, options: dict[str, Any]
 ) -> list[Tensor]:
-    """All suffixes of a segment as one right-padded batch: S tensors of (H, length, d).
+    """Attend for all suffixes of a segment in one right-padded batch: S tensors (H, length, d).
 
-    The causal mask is the whole mask: the padding of a short suffix stands behind its tokens.
+    The causal mask suffices, since padding comes after the tokens of a suffix.
     """
     P, lengths = segment.prefix_length, segment.suffix_lengths
     R = max(lengths)
@@ -89,7 +89,7 @@ def _attend(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
         )
     mask = _causal_mask(Q, K, window, q.device)
-    # heads repeated here: with a mask, PyTorch's fused CUDA kernels take no grouped heads
+    # Heads are repeated, since PyTorch's fused CUDA kernels take no grouped heads with a mask.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if softcap is None:
         return F.scaled_dot_product_attention(

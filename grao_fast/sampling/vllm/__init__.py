@@ -5,14 +5,14 @@ generation_config.json says, and give log-probs of that distribution (logprobs_m
 "processed_logprobs"; by vLLM's default, they would be those at temperature 1).
 
 Weights are handed over as a checkpoint in a folder, from which vLLM's workers load them in place
-(their method `reload_weights`). It takes a write and a read of the weights for every step, in
-memory where the folder is in /dev/shm, and neither NCCL nor a second GPU. A server that was started
+(their method `reload_weights`). That costs one write and one read of the weights a step, in memory
+if the folder is in /dev/shm, and needs neither NCCL nor a second GPU. A server that was started
 for it gets a LoRA adapter alone, or all weights by vLLM's own weight transfer (`handover`). Before
-the first step and after every hand-over it is proved that they arrived
+the first step and after every hand-over, a check proves that the weights arrived
 (`grao_fast.sampling.held_weights`).
 
-Both classes are tested against vLLM 0.32.0 on CPUs (`pytest -m vllm`); on a GPU they have not been
-run. A seed repeats a sample only as far as vLLM's kernels do.
+Both classes are tested against vLLM 0.32.0 on CPUs (`pytest -m vllm`), and untested on GPUs. A seed
+repeats a sample only as far as vLLM's kernels are deterministic.
 """
 
 from grao_fast.sampling.vllm.engine import VLLMColocatedSampler

@@ -1,4 +1,4 @@
-"""HTTP to a `vllm serve`: one call, one answer or one line that says what is wrong."""
+"""An HTTP client of `vllm serve`, whose errors are one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grao_fast.system.optional import import_optional
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
 
 _RETRIES = 3
-_TIMEOUT = 3600.0  # seconds for one prompt's samples, which may wait for those of others
+_TIMEOUT = 3600.0  # seconds for the samples of one prompt, which may queue
 
 
 class VLLMClient:
@@ -39,7 +39,7 @@ class VLLMClient:
         )
 
     def call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The server's answer, as JSON. The client retries what may pass, with growing pauses.
+        """The server's answer as JSON; transient failures are retried with growing pauses.
 
         Raises:
             ConnectionError: no server answers there, or one that fails after retries.
@@ -68,7 +68,7 @@ class VLLMClient:
             raise failure(f"{url}: {first_line(error)}") from error
 
     def has(self, path: str) -> bool:
-        """Whether the server has a route for a GET there."""
+        """Whether the server has a GET route at a path."""
         try:
             self._client.get(self.base_url + path, cast_to=object)
         except self._openai.NotFoundError:
@@ -80,12 +80,12 @@ class VLLMClient:
         return True
 
     def info(self) -> dict[str, Any]:
-        """Its configuration: `vllm_config`, `vllm_env`."""
+        """The server's configuration: `vllm_config` and `vllm_env`."""
         return self.call("get", "/server_info?config_format=json")
 
 
 class HeldVersion:
-    """Marks what a server was given, so that one which lost or changed it since is recognised.
+    """Recognises a server that has lost or changed the weights that it was given.
 
     Every process of the server has an id; where it has /weight_info (vLLM 0.32 has), the weights
     have a version too.
@@ -98,7 +98,7 @@ class HeldVersion:
         self._given: tuple[Any, Any] | None = None
 
     def mark(self) -> None:
-        """The weights that it has from now on are ours."""
+        """Record that the server now has the policy's weights."""
         self._count += 1
         if self._has_version:
             version = f"grao-fast-{self._run}-{self._count}"
@@ -106,7 +106,7 @@ class HeldVersion:
         self._given = self._now()
 
     def is_lost(self) -> bool:
-        """Whether it was restarted, or given other weights, since the last mark."""
+        """Whether the server was restarted or given other weights since the last mark."""
         return self._given is not None and self._now() != self._given
 
     def _now(self) -> tuple[Any, Any]:
@@ -116,7 +116,7 @@ class HeldVersion:
 
 @contextmanager
 def paused(client: VLLMClient, *, can_pause: bool) -> Iterator[None]:
-    """The server without requests inside; it goes on afterwards, also where something failed."""
+    """Pause the server for the block; it resumes afterwards, also after an error."""
     if not can_pause:
         yield
         return
@@ -128,7 +128,7 @@ def paused(client: VLLMClient, *, can_pause: bool) -> Iterator[None]:
 
 
 def api_key(variable: str | None) -> str | None:
-    """The key in an environment variable; ValueError where there is none in it."""
+    """The API key in an environment variable; UserError if it is unset or empty."""
     if variable is None:
         return None
     if not (key := os.environ.get(variable)):

@@ -1,4 +1,4 @@
-"""Samples from a vLLM engine in this process, which gets the policy's weights."""
+"""Sampling from a vLLM engine in this process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class VLLMColocatedSampler:
         self._held: HeldWeights | None = None
 
     def sync(self, policy: Policy) -> None:
-        """See `Sampler.sync`. Returns when it is proved that the engine has the new weights.
+        """See `Sampler.sync`; returns once a check has proved that the weights arrived.
 
         Raises ValueError where it has others, does not start, or fails.
         """
@@ -141,7 +141,7 @@ class VLLMColocatedSampler:
         ]
 
     def _score(self, ids: list[int]) -> list[float]:
-        """Log-probs at temperature 1 of the tokens behind the first."""
+        """Log-probs at temperature 1 of all tokens but the first."""
         (output,) = self._generate([ids], [scoring_options()])
         behind_first = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         return [float(at[token].logprob) for at, token in behind_first]
@@ -157,9 +157,10 @@ class VLLMColocatedSampler:
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """vLLM's engine without a process of its own, which would run the user's script once more.
+    """Start vLLM's engine in this process: a process of its own would run the user's script again.
 
-    The variable is the only way that vLLM offers. On CPUs it also replaces `set_num_threads`.
+    vLLM can be told only by an environment variable. On CPUs it also replaces `set_num_threads`,
+    which is restored.
     """
     before, set_num_threads = os.environ.get(_IN_PROCESS), torch.set_num_threads
     os.environ[_IN_PROCESS] = "0"

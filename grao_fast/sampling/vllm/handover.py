@@ -1,4 +1,4 @@
-"""Ways by which a vLLM server gets the policy's weights; one is chosen for a run, and logged."""
+"""Ways to give a vLLM server the policy's weights; a run chooses one and logs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 class HandOver(Protocol):
-    """One way. The server has no request under way while it is used.
+    """A way to hand weights over, used while the server has no request in flight.
 
     model: the name to ask for afterwards.
     """
@@ -26,20 +26,20 @@ class HandOver(Protocol):
     model: str
 
     def give(self, policy: Policy) -> None:
-        """Returns when the server has the policy's weights."""
+        """Give the server the policy's weights; returns when it has them."""
         ...
 
     def give_again(self) -> None:
-        """What was given last, to a server that was restarted."""
+        """Give a restarted server the last weights again."""
         ...
 
     def change(self, policy: Policy) -> Change:
-        """Of all that is given; for the proof that it arrives."""
+        """A change of all tensors that are handed over, for the check that they arrive."""
         ...
 
 
 class WholeModel:
-    """All weights, an adapter merged, as a checkpoint that the server's workers load in place."""
+    """Hands over all weights, adapters merged, as a checkpoint that workers load in place."""
 
     def __init__(self, client: VLLMClient, folder: WeightFolder, *, model: str) -> None:
         self._client, self._folder, self.model = client, folder, model
@@ -64,7 +64,7 @@ class WholeModel:
 
 
 class AdapterAlone:
-    """A LoRA adapter as one, under a new name each time: what is cached goes by the name."""
+    """Hands over a LoRA adapter, under a new name each time, since caches go by the name."""
 
     def __init__(self, client: VLLMClient, folder: WeightFolder) -> None:
         self._client, self._folder = client, folder
@@ -89,7 +89,7 @@ class AdapterAlone:
                 f"must be a folder that it sees under that path, and may read: {error}"
             ) from error
         before, self.model = self.model, name
-        # a server that was restarted since has it no more, and would answer as if it had no route
+        # A restarted server no longer has the old adapter, and would answer as if without a route.
         if before in {card["id"] for card in self._client.call("get", "/v1/models")["data"]}:
             self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": before})
 
@@ -100,10 +100,10 @@ class AdapterAlone:
 def choose_hand_over(
     policy: Policy, client: VLLMClient, folder: WeightFolder, *, model: str
 ) -> HandOver:
-    """The adapter alone where there is one and the server takes it; else the whole model.
+    """Choose the adapter alone if the server accepts it, else the whole model.
 
-    That goes by vLLM's weight transfer where the server was started with a backend which serves
-    here, else through a folder.
+    The whole model goes by vLLM's weight transfer if the server was started with a backend that
+    works here, else through a folder.
     """
     info = client.info()
     if is_peft_model(policy.model):
@@ -124,7 +124,7 @@ def choose_hand_over(
 
 
 def _merged_because(model: Any, info: dict[str, Any]) -> str:
-    """Why an adapter cannot be sent alone; "" where it can."""
+    """Why an adapter cannot be handed over alone; "" if it can."""
     lora = info["vllm_config"].get("lora_config")
     if not lora:
         return "it was started without --enable-lora"

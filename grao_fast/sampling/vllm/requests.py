@@ -1,4 +1,4 @@
-"""What is asked of vLLM for a sample, and what is made of its answer."""
+"""vLLM's request options for samples, and the check of its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grao_fast.system.errors import UserError
 
 LOGPROBS_MODE = "processed_logprobs"
 
-# What vLLM raises for a device, model or option that it cannot serve.
+# Errors that vLLM raises for devices, models or options that it does not support.
 FAILURES = (
     AssertionError,
     AttributeError,
@@ -28,9 +28,9 @@ FAILURES = (
 def sampling_options(
     *, num_generations: int, max_new_tokens: int, temperature: float, eos_ids: list[int]
 ) -> dict[str, Any]:
-    """vLLM's parameters for samples of the plain distribution that end with an eos token.
+    """vLLM's parameters for samples of the unmodified distribution, up to an eos token.
 
-    All are set: vLLM takes what is not from the model's generation_config.json.
+    All are set, since vLLM takes missing ones from the model's generation_config.json.
     """
     return {
         "n": num_generations,
@@ -42,20 +42,20 @@ def sampling_options(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
-        "logprobs": 0,  # of the sampled token, and of none besides
+        "logprobs": 0,  # of the sampled token only
         "stop_token_ids": eos_ids,
-        "ignore_eos": True,  # stop_token_ids has all that count
+        "ignore_eos": True,  # stop_token_ids has all that end a completion
     }
 
 
 def scoring_options() -> dict[str, Any]:
-    """vLLM's parameters for the log-probs of a prompt's own tokens, which are at temperature 1."""
+    """vLLM's parameters for the log-probs of a prompt's tokens, at temperature 1."""
     one = sampling_options(num_generations=1, max_new_tokens=1, temperature=1.0, eos_ids=[])
     return one | {"prompt_logprobs": 0}
 
 
 def prompt_seeds(seed: int, prompts: int) -> list[int]:
-    """A seed for each prompt; its samples take the ones that follow."""
+    """A seed for each prompt; its samples use consecutive seeds from there."""
     draw = random.Random(seed)
     return [draw.getrandbits(31) for _ in range(prompts)]
 
@@ -67,7 +67,7 @@ def checked(
     eos_ids: Iterable[int],
     max_new_tokens: int,
 ) -> Completion:
-    """What vLLM returned, as a `Completion`; ValueError where it cannot be one."""
+    """The `Completion` that vLLM returned; UserError if it is not a valid one."""
     if not token_ids:
         raise UserError("vLLM returned no token ids; version 0.22 or later is needed")
     if logprobs is None or len(logprobs) != len(token_ids):

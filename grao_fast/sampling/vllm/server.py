@@ -1,4 +1,4 @@
-"""Samples from a running `vllm serve`, which gets the policy's weights."""
+"""Sampling from a running `vllm serve`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REQUESTS_AT_ONCE = 64
 
 
 class VLLMServerSampler:
-    """A `Sampler` over a running `vllm serve`, one request a prompt.
+    """A `Sampler` over a running `vllm serve`, with one request per prompt.
 
     The server is trusted: whoever reaches it can load weights into it.
 
@@ -77,7 +77,7 @@ class VLLMServerSampler:
         )
 
     def _find(self, model: str) -> tuple[str, int | None]:
-        """The served name of a model, and the tokens that the server holds of a sequence."""
+        """The served name of a model, and the server's limit on tokens of a sequence."""
         served = self.client.call("get", "/v1/models")["data"]
         for card in served:
             if model in (card["id"], card.get("root")):
@@ -95,7 +95,7 @@ class VLLMServerSampler:
             )
 
     def sync(self, policy: Policy) -> None:
-        """See `Sampler.sync`. Returns when it is proved that the server has the new weights.
+        """See `Sampler.sync`; returns once a check has proved that the weights arrived.
 
         Raises ValueError where it has others, ConnectionError where they do not reach it.
         """
@@ -109,7 +109,7 @@ class VLLMServerSampler:
         self._held.again(policy, self._score)
 
     def _give(self, policy: Policy | None) -> None:
-        """Hand over the policy's weights, or what was given last, with no request under way."""
+        """Hand over the policy's weights, or the last ones again, with no request in flight."""
         way = self._hand_over
         assert way is not None, "sync before the first sample"
         with paused(self.client, can_pause=self._can_pause):
@@ -117,7 +117,7 @@ class VLLMServerSampler:
                 way.give_again()
             else:
                 way.give(policy)
-            # What it remembers of prompts was computed with the old weights.
+            # Cached prefixes were computed with the old weights.
             answer = self.client.call("post", "/reset_prefix_cache")
         if isinstance(answer, dict) and answer.get("success") is False:
             raise UserError(
@@ -135,7 +135,7 @@ class VLLMServerSampler:
         temperature: float,
         seed: int,
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`. The longest prompts are asked for first.
+        """See `Sampler.sample`; the longest prompts are requested first.
 
         A server that was restarted since the last hand-over gets the weights once more; one that
         loses them while it samples is a ConnectionError.
@@ -190,7 +190,7 @@ class VLLMServerSampler:
         return self.client.call("post", "/v1/completions", body | options)["choices"]
 
     def _score(self, ids: list[int]) -> list[float]:
-        """Log-probs at temperature 1 of the tokens behind the first."""
+        """Log-probs at temperature 1 of all tokens but the first."""
         (choice,) = self._complete(ids, scoring_options())
         of_tokens = choice.get("prompt_logprobs")
         if of_tokens is None:

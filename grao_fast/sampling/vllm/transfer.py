@@ -1,7 +1,7 @@
-"""Weights by vLLM's own routes for them, over NCCL: from the trainer's GPU to the server's.
+"""Weight transfer by vLLM's own routes over NCCL, from the trainer's GPU to the server's.
 
-vLLM's library does the sending, so that it must be installed for the trainer too (0.32 or later).
-Tested are the routes, on CPUs with a backend of the test's; NCCL has not been run.
+vLLM's library sends the weights, so it must be installed for the trainer too (0.32 or later). The
+routes are tested on CPUs with a backend of the tests; NCCL is untested.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NCCL = "vllm.distributed.weight_transfer.nccl_engine"
 
 
 class WeightTransfer:
-    """A `HandOver` of all weights, an adapter merged, by a backend of vLLM's weight transfer.
+    """A `HandOver` of all weights, adapters merged, by a backend of vLLM's weight transfer.
 
-    A server that was restarted has lost its end of the connection: that ends the run.
+    A restarted server has lost its end of the connection, which ends the run.
     """
 
     def __init__(self, client: VLLMClient, *, backend: str, model: str) -> None:
@@ -56,7 +56,7 @@ class WeightTransfer:
 
 
 def cannot_transfer(policy: Policy, backend: str) -> str:
-    """Why weights cannot go by a backend; "" where they can."""
+    """Why a backend cannot transfer weights; "" if it can."""
     if backend not in BACKENDS:
         return f"its weight transfer backend {backend!r} is not one of {', '.join(BACKENDS)}"
     if backend == "nccl" and policy.device.type != "cuda":
@@ -69,7 +69,7 @@ def cannot_transfer(policy: Policy, backend: str) -> str:
 
 
 class _Routes:
-    """What vLLM's library asks of a server, by our client: it knows the key and the errors."""
+    """The requests of vLLM's library to a server, sent by our client, which has the API key."""
 
     def __init__(self, client: VLLMClient) -> None:
         self._client = client
@@ -88,7 +88,7 @@ class _Routes:
 
 
 def _source() -> Any:
-    """The policy's weights as vLLM's `WeightSource`, each name on its own, a tied head's too."""
+    """The policy's weights as vLLM's `WeightSource`, tied tensors under each of their names."""
     base = importlib.import_module(_BASE)
 
     class Weights(base.WeightSource):
@@ -111,7 +111,7 @@ def _source() -> Any:
 
 
 def _nccl(client: VLLMClient) -> Any:
-    """Where trainer (rank 0) and workers meet: at this machine's address, on a free port."""
+    """Where trainer (rank 0) and workers connect: this machine's address and a free port."""
     network = importlib.import_module("vllm.utils.network_utils")
     workers = client.call("get", "/get_world_size")["world_size"]
     return importlib.import_module(_NCCL).NCCLTrainerInitInfo(
