@@ -1,15 +1,15 @@
-"""The specification: GRAO in plain PyTorch, in whatever dtype it is given. Nothing is fast here.
+"""The specification: GRAO in plain PyTorch, in the dtype of its inputs, with no regard to speed.
 
     J = (1/G) sum_i A_i L(o_i)                    exploration
       + beta A_y L(y)                             imitation
       + lam (1/G) sum_i A_i (L(o_i) - L(y))       alignment
     A = (r - mu) / sigma,    L(s) = (1/|s|) sum_t log pi(s_t),    loss = -J, averaged over prompts
 
-Source: arXiv 2508.07750, equations 2-4. Everything else in this package is tested against this
-file in float64.
+Source: arXiv 2508.07750, equations 2-4. The rest of the package is tested against this file in
+float64.
 
 Shapes: T rows (tokens), D width, V vocabulary, N prompts, G samples a prompt, K = G + 1 sequences
-a prompt with the reference y last. NaN stands for an absent reward, and so an absent sequence.
+a prompt with the reference y last. A reward of NaN means an absent sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class ReferenceLoss(NamedTuple):
-    """What `grao_loss` returns; exploration + imitation + alignment = kl - loss."""
+    """The loss and its terms: exploration + imitation + alignment = kl - loss."""
 
     loss: Tensor
     exploration: Tensor
@@ -37,10 +37,10 @@ def group_advantages(
 ) -> Tensor:
     """A = (r - mu) / sigma in each group of K, with the population's sigma.
 
-    `statistics` names the rewards that make mu and sigma: all present ones of the "group", or
-    those of the "samples" (the literal Eq. 4). When these are all equal, or there are none, the
-    group is dead and A = 0. Equality is tested, not sigma = 0: rounding gives eight rewards of 0.1
-    a sigma of 1e-9. `reference_advantage="clip"` holds A_y at or above 0.
+    `statistics` selects the rewards behind mu and sigma: all present ones of the "group", or only
+    the "samples" (the literal Eq. 4). If these are all equal, or there are none, the group is dead
+    and A = 0. The test is for equality, not sigma = 0, because rounding gives eight rewards of 0.1
+    a sigma of 1e-9. `reference_advantage="clip"` clips A_y at 0 from below.
     """
     advantages_NK = torch.empty_like(rewards_NK)
     for n, rewards_K in enumerate(rewards_NK):
@@ -61,7 +61,7 @@ def group_advantages(
 def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
     """The coefficients of L in J = sum_i w_i L(o_i) + w_y L(y); 0 for an absent sequence.
 
-    w_i = (1 + lam) A_i / G,    w_y = beta A_y - (lam / G) sum_i A_i, G the samples present.
+    w_i = (1 + lam) A_i / G,    w_y = beta A_y - (lam / G) sum_i A_i, G present samples.
     """
     weights_NK = torch.zeros_like(advantages_NK)
     for n, advantages_K in enumerate(advantages_NK):
@@ -86,7 +86,7 @@ def token_logprobs(
 ) -> Tensor:
     """log softmax(z)[target] of each row, z = softcap((h W^T + b) * logit_scale) / temperature.
 
-    softcap(x) = c tanh(x / c), or x where there is no softcap.
+    softcap(x) = c tanh(x / c), or x if it is None.
     """
     logprobs_TV = _log_softmax(hidden_TD, head_VD, bias_V, temperature, logit_scale, softcap)
     return logprobs_TV.gather(1, target_T[:, None]).squeeze(1)
@@ -132,18 +132,18 @@ def surrogate(
     clip: tuple[float, float] | None = None,
     sampler_cap: float | None = None,
 ) -> Tensor:
-    """What takes the place of log pi(s_t) in L(s) off policy, for a sequence of this weight.
+    """Each token's value off policy, in place of log pi(s_t), for a sequence of this weight.
 
     With rho = exp(logp - old): min(w rho, w clamp(rho, 1 - low, 1 + high)) / w, as in PPO, times
-    the constant min(exp(old - sampler), cap). NaN in `old`: the row is on policy, its value logp
-    and `old` its own log-prob. NaN in `sampler`: a factor of 1.
+    the constant min(exp(old - sampler), cap). Where `old` is NaN the token is on policy: its value
+    is logp, and old is its own log-prob. Where `sampler` is NaN the factor is 1.
     """
     on_policy_T = old_logprob_T.isnan()
     old_logprob_T = torch.where(on_policy_T, logprob_T.detach(), old_logprob_T)
     rho_T = torch.exp(logprob_T - old_logprob_T)
     if clip is not None:
-        held_T = rho_T.clamp(1 - clip[0], 1 + clip[1])
-        rho_T = torch.minimum(weight * rho_T, weight * held_T) / weight
+        clipped_T = rho_T.clamp(1 - clip[0], 1 + clip[1])
+        rho_T = torch.minimum(weight * rho_T, weight * clipped_T) / weight
     factor_T = torch.exp(old_logprob_T - sampler_logprob_T)
     if sampler_cap is not None:
         factor_T = factor_T.clamp(max=sampler_cap)
@@ -152,7 +152,7 @@ def surrogate(
 
 
 def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
-    """KL(pi, ref) of samples of pi, without bias and never negative; 0 where `ref` is NaN."""
+    """Unbiased, non-negative estimates of KL(pi, ref) at samples of pi; 0 where `ref` is NaN."""
     gap_T = torch.where(ref_logprob_T.isnan(), 0, ref_logprob_T - logprob_T)
     return torch.exp(gap_T) - gap_T - 1
 
@@ -183,12 +183,12 @@ def grao_loss(
     """The loss and its three components as the paper writes them, one prompt after another.
 
     `sequence_T` holds n * K + k for a row of sequence k of prompt n, and -1 for a row that does
-    not count. L of a sequence that is absent or has no rows is 0. A sequence of weight 0 (all of
-    a dead group, a sample at the group's mean) adds nothing and is not computed: what its rows
-    hold has no effect, and `logprob_T` is NaN there.
+    not count. L of a sequence that is absent or has no rows is 0. A sequence of weight 0 (in a dead
+    group, or a sample at the group's mean) adds nothing and is not computed: its rows may hold
+    anything, and `logprob_T` is NaN there.
 
-    Off policy, `surrogate` takes the place of log pi. With `ref_logprob_T`, the loss has one more
-    term: kl = kl_coef (1/G) sum_i mean of `k3` over o_i, of samples of weight 0 as well.
+    Off policy, `surrogate` replaces log pi. With `ref_logprob_T`, the loss has one more term:
+    kl = kl_coef (1/G) sum_i mean of `k3` over o_i, samples of weight 0 included.
     """
     absent_T = torch.full_like(hidden_TD[:, 0], torch.nan)
     old_logprob_T = absent_T if old_logprob_T is None else old_logprob_T.to(absent_T)

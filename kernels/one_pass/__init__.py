@@ -1,1 +1,1 @@
-"""The pass over chunks of rows: head, loss terms and gradients; and its operators."""
+"""The pass over chunks of rows, which computes loss and gradients, and its operators."""

@@ -1,11 +1,11 @@
-"""How many rows are worked on at once, in a workspace of so many bytes.
+"""Plans how many rows are processed at once in a given workspace.
 
-Two numbers, where the logits (float32) and their gradient (16 bits) lie apart. The gradient's GEMMs
-want many rows: each adds to all of the head's gradient, whose float32 sum is read and written every
-time, 8 V D bytes against 2 R D V operations; on an H100 (3 TB/s, 700 TFLOP/s) that traffic takes as
-long as the operations at R = 930. The logits' GEMM is content with `SLAB_ROWS`: it reads the head,
-2 V D bytes, in under half of the time that 512 rows take to multiply. So the slab of logits is
-small and is used again and again, and the workspace goes into rows of gradients, at half the bytes.
+There are two numbers where the logits (float32) and their gradient (16 bits) lie apart. The
+gradient's GEMMs want many rows: each reads and writes the float32 sum of the whole head's gradient,
+8 V D bytes against 2 R D V operations; on an H100 (3 TB/s, 700 TFLOP/s) that traffic takes as long
+as the operations at R = 930. The logits' GEMM needs only `SLAB_ROWS`: reading the head, 2 V D
+bytes, takes under half of the time that multiplying 512 rows does. So a small slab of logits is
+reused, and the workspace goes into rows of gradients, at half the bytes.
 
 Shapes: L rows, V vocabulary, D width.
 """
@@ -14,28 +14,28 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Slab rows start at multiples of 64 elements, 128 bytes or more, and the bias is as long: a row can
-# be read and written 16 bytes at a time whatever V is.
+# Rows of slabs start at multiples of 64 elements, 128 bytes or more, and the bias is padded likewise,
+# so that rows can be read and written 16 bytes at a time whatever V is.
 _ROW_ALIGNMENT = 64
 SLAB_ROWS = 512
 _TILE = 128  # rows of a GEMM's tile
 
 
 class Chunks(NamedTuple):
-    rows: int  # whose gradients are carried to hidden and head together
-    slab_rows: int  # whose logits are there at once; at most `rows`
+    rows: int  # of the gradient, carried to hidden and head together
+    slab_rows: int  # of the logits, at most `rows`
 
 
 def padded(V: int) -> int:
-    """From one row of a slab to the next, in elements."""
+    """Elements from one row of a slab to the next."""
     return -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
 def plan_chunks(L: int, stride: int, D: int, itemsize: int | None, workspace_bytes: int) -> Chunks:
-    """Chunks that fit the workspace, of about one size; at least one row.
+    """Chunks of about equal size that fit the workspace; at least one row.
 
-    itemsize: bytes of an element of the logits' gradient where that lies apart, or None. Besides, a
-    row costs up to 16 D bytes: copies of hidden, dhidden and the target's row of the head, and a
+    itemsize: bytes of an element of the logits' gradient if that lies apart, else None. A row also
+    costs up to 16 D bytes: copies of hidden, dhidden and the target's row of the head, and a
     product with the target's gradient.
     """
     if itemsize is None:
@@ -51,7 +51,7 @@ def plan_chunks(L: int, stride: int, D: int, itemsize: int | None, workspace_byt
 
 
 def _even(L: int, fits: int) -> int:
-    """Rows of a chunk, where so many fit: even shares of L, of whole tiles where there is room."""
+    """Rows of a chunk if `fits` fit: an equal share of L, rounded up to whole tiles if possible."""
     fits = max(1, fits)
     chunks = max(1, -(-L // fits))
     rows = max(1, -(-L // chunks))

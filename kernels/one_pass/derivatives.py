@@ -1,7 +1,7 @@
-"""Derivatives that the functions of this package do not have are refused.
+"""Raises for derivatives that the functions of this package do not have.
 
-They have one gradient, by a backward pass. To a second derivative, to forward mode and to the
-transforms of torch.func they would be constants, whose derivatives are 0.
+They have a gradient by one backward pass. Second derivatives, forward mode and the transforms of
+torch.func would see constants, and silently give 0.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-_INSTEAD = "grao_fast.kernels.reference, in plain PyTorch, can do it"
+_INSTEAD = "grao_fast.kernels.reference, in plain PyTorch, supports it"
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that refuses create_graph=True.
+    """A backward pass that raises under create_graph=True.
 
-    PyTorch's decorator of this name lets the gradients raise where they are differentiated, but
-    only if an incoming gradient requires one. That of a loss mostly does not, and what a penalty
-    on the gradient adds would be nothing.
+    PyTorch's decorator of this name raises only where a gradient is differentiated whose incoming
+    gradient requires one. A loss's mostly does not, so a gradient penalty would silently be 0.
     """
 
     @functools.wraps(backward)
@@ -39,10 +38,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_transforms(*operands: Tensor | None, vmap: bool) -> None:
-    """ValueError in forward mode and under torch.func's transforms.
-
-    vmap: whether torch.func.vmap is allowed.
-    """
+    """ValueError in forward mode and under torch.func's transforms; `vmap` allows torch.vmap."""
     if torch.compiler.is_compiling():
         return
     refused = {"Grad", "Jvp"} if vmap else {"Grad", "Jvp", "Vmap"}
@@ -52,5 +48,5 @@ def check_transforms(*operands: Tensor | None, vmap: bool) -> None:
     if kinds or dual:
         raise ValueError(
             f"torch.func's {', '.join(sorted(kinds)).lower() or 'jvp'} and derivatives in forward "
-            f"mode end at this function: call backward or torch.autograd.grad; {_INSTEAD}"
+            f"mode do not pass this function: call backward or torch.autograd.grad; {_INSTEAD}"
         )

@@ -2,17 +2,17 @@
 
     logits  = hidden head^T        dhidden = dlogits head        dhead += dlogits^T hidden
 
-On CUDA, bfloat16 and float16 operands go to the tensor cores as they are, with a float32 result
-(`out_dtype`), so that no logit and no partial sum is rounded to them. On CPUs PyTorch rounds the
-result of a 16-bit product to 16 bits: logits are made of operands that are widened first, the head
-a few MiB at a time. Gradients go by the CPU's bfloat16 units, where it has them and operands are
-bfloat16: each chunk's product is rounded to that, and sums over chunks are in float32.
+On CUDA, 16-bit operands go to the tensor cores unchanged, with a float32 result (`out_dtype`), so
+that neither logits nor partial sums are rounded to 16 bits. On CPUs PyTorch rounds the result of a
+16-bit product to 16 bits, so for logits the operands are widened first, the head a few MiB at a
+time. Gradients use the CPU's bfloat16 units if it has them and the operands are bfloat16: each
+chunk's product is rounded to bfloat16, and chunks are summed in float32.
 
-Operands come as rows (or columns) without gaps, or with zeros in the gaps: libraries may read on
-behind a row, see `loop._slab`.
+The rows (or columns) of operands are contiguous, or padded with zeros, because libraries may read
+past the end of a row; see `loop._slab`.
 
-The target's element of dlogits is kept apart, see `TargetGradient` in `rows/statistics.py`: its
-products are added in float32 afterwards.
+The target's element of dlogits is kept apart, see `TargetGradient` in `rows/statistics.py`. Its
+products are added afterwards, in float32.
 
 Shapes: R rows of a chunk, D width, V vocabulary.
 """
@@ -26,13 +26,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Before 2.10, addmm with out_dtype wants its addend in the operands' dtype.
-_ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+# Before 2.10, addmm with out_dtype takes its addend in the operands' dtype only.
+_ADDMM_TAKES_FP32 = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 10)
 _BLOCK_BYTES = 16 * 2**20
 
 
 class Targets(NamedTuple):
-    """What is to be added to dlogits at the targets."""
+    """The gradients to be added to dlogits at the targets."""
 
     index_R: Tensor  # int64
     grad_R: Tensor  # float32
@@ -50,7 +50,7 @@ def project(hidden_RD: Tensor, head_VD: Tensor, out_RV: Tensor) -> None:
 
 def grad_hidden(dlogits_RV: Tensor, head_VD: Tensor, out_RD: Tensor, targets: Targets) -> None:
     """out = dlogits head, in float32."""
-    if _multiplies_as_it_is(dlogits_RV, head_VD):
+    if _multiplies_unwidened(dlogits_RV, head_VD):
         _multiply(dlogits_RV, head_VD, out_RD)
     else:
         out_RD.zero_()
@@ -68,9 +68,9 @@ def grad_head(
     accumulate: bool,
     scale: Tensor | None = None,
 ) -> None:
-    """out = scale dlogits^T hidden, added to what `out` holds where `accumulate`.
+    """out = scale dlogits^T hidden, plus the present `out` if `accumulate`.
 
-    `out` is float32 or has a dtype of its own, to which the sum is then rounded.
+    The sum is rounded to the dtype of `out` if that is not float32.
     """
     _sum_over_rows(dlogits_RV, hidden_RD, out_VD, accumulate, scale)
     grad_R = targets.grad_R if scale is None else targets.grad_R * scale
@@ -78,20 +78,21 @@ def grad_head(
 
 
 def add_rows(out: Tensor, index_R: Tensor, rows: Tensor) -> None:
-    """out[index] += rows, float32, for an index that may repeat; the same bits every time."""
+    """out[index] += rows, deterministically, for float32 rows and an index that may repeat."""
     if out.dtype != torch.float32:
         index_R, rows = _joined(index_R, rows)
     if out.device.type == "cpu":
         out.index_add_(0, index_R, rows.to(out.dtype))  # in order
     else:
-        # It sorts, where index_add_ would use atomics.
+        # Deterministic, as it sorts; index_add_ would use atomics.
         out.index_put_((index_R,), rows.to(out.dtype), accumulate=True)
 
 
 def _joined(index_R: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of one index summed up, in float32: in 16 bits a sum of many like terms stands still.
+    """The float32 sum of the rows of each index. Repeated 16-bit additions stop accumulating.
 
-    As many come out as went in, without a look at how many differ: the rest are 0, for index 0.
+    It returns as many rows as it takes, so that the host need not know how many indices differ;
+    the rest are zeros for index 0.
     """
     index_R, order_R = index_R.sort(stable=True)
     run_R = torch.ones_like(index_R)
@@ -109,17 +110,17 @@ def _sum_over_rows(
     accumulate: bool,
     scale: Tensor | None,
 ) -> None:
-    as_it_is = _multiplies_as_it_is(dlogits_RV, hidden_RD)
-    if as_it_is and scale is None and _adds_as_it_is(dlogits_RV, out_VD):
+    unwidened = _multiplies_unwidened(dlogits_RV, hidden_RD)
+    if unwidened and scale is None and _adds_in_one_gemm(dlogits_RV, out_VD):
         if accumulate:
             _multiply_add(dlogits_RV.T, hidden_RD, out_VD)
         else:
             _multiply(dlogits_RV.T, hidden_RD, out_VD)
         return
-    hidden_RD = hidden_RD if as_it_is else hidden_RD.float()
+    hidden_RD = hidden_RD if unwidened else hidden_RD.float()
     for vocabulary in _blocks(*out_VD.shape):
         left_BR = dlogits_RV[:, vocabulary].T
-        product_BD = _product(left_BR if as_it_is else left_BR.float(), hidden_RD)
+        product_BD = _product(left_BR if unwidened else left_BR.float(), hidden_RD)
         if scale is not None:
             product_BD = product_BD * scale
         if accumulate:
@@ -130,30 +131,30 @@ def _sum_over_rows(
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether matrix products of bfloat16 are faster on this CPU than those of float32."""
+    """Whether this CPU multiplies bfloat16 matrices faster than float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def keeps_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether gradient products take operands of this 16-bit dtype there without widening them."""
+    """Whether gradient GEMMs on the device take operands of this 16-bit dtype unwidened."""
     if device.type == "cpu":
         return dtype == torch.bfloat16 and cpu_has_bfloat16()
     return device.type == "cuda" and dtype != torch.float32
 
 
-def _multiplies_as_it_is(a: Tensor, b: Tensor) -> bool:
+def _multiplies_unwidened(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and (a.dtype == torch.float32 or keeps_16_bits(a.dtype, a.device))
 
 
-def _adds_as_it_is(a: Tensor, out: Tensor) -> bool:
-    """Whether one GEMM does the sum: with float32 results, or on CUDA into `out`'s own dtype."""
+def _adds_in_one_gemm(a: Tensor, out: Tensor) -> bool:
+    """Whether one GEMM can add to `out`: in float32, or on CUDA in `out`'s own dtype."""
     if not a.is_cuda:
         return a.dtype == out.dtype == torch.float32
     return out.dtype in (a.dtype, torch.float32)
 
 
 def _blocks(V: int, D: int) -> Iterator[slice]:
-    """The vocabulary in parts whose float32 rows take a few MiB."""
+    """Blocks of the vocabulary whose float32 rows take a few MiB."""
     block = max(1, _BLOCK_BYTES // (4 * max(D, 1)))
     for start in range(0, V, block):
         yield slice(start, min(start + block, V))

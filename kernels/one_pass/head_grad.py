@@ -1,9 +1,8 @@
-"""`head_grad_VD`: a buffer of the caller's, to which the forward pass adds the head's gradient.
+"""`head_grad_VD`: a buffer of the caller's to which the forward pass adds the head's gradient.
 
-It must add once to a loss, and `torch.utils.checkpoint` with use_reentrant=False runs the forward
-pass again, inside backward, for the tensors that it saves. What it computes then is thrown away,
-so nothing is added. (With use_reentrant=True the first of its two passes is without gradients, and
-adds nothing by itself.)
+Each loss must add once. `torch.utils.checkpoint` with use_reentrant=False runs the forward pass
+again, inside backward, only for the tensors that it saves, so nothing is added then. With
+use_reentrant=True the first of the two forward passes has gradients disabled, and adds nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .ops import LIBRARY
 
 
 def check_head_grad(head_grad_VD: Tensor, head_VD: Tensor) -> Tensor:
-    """The buffer, or of a DTensor the local part; ValueError where it is not one for this head."""
+    """The buffer, or a DTensor's local tensor; ValueError if it does not fit the head."""
     if hasattr(head_grad_VD, "to_local"):
         head_grad_VD = head_grad_VD.to_local()
     if head_grad_VD.shape != head_VD.shape or head_grad_VD.device != head_VD.device:
@@ -31,16 +30,17 @@ def check_head_grad(head_grad_VD: Tensor, head_VD: Tensor) -> Tensor:
             f"head_grad_VD must be float32 or {head_VD.dtype}, got {head_grad_VD.dtype}"
         )
     if not head_grad_VD.is_contiguous():
-        raise ValueError("head_grad_VD must be contiguous: adding to it would copy it every time")
+        raise ValueError("head_grad_VD must be contiguous, or each addition would copy it")
     check_constant("head_grad_VD", head_grad_VD)
     return head_grad_VD
 
 
 def is_recomputed() -> bool:
-    """Whether a checkpoint runs the caller again, having run it with gradients before.
+    """Whether a checkpoint is running the caller again, having run it with gradients before.
 
-    PyTorch has no other way to ask: `unpack_hook` is where a backward pass comes to the checkpoint
-    for a tensor that it did not keep. Saved-tensor hooks would tell of the innermost ones alone.
+    PyTorch has no other way to tell. Backward asks a checkpoint for a tensor that it did not keep
+    through `unpack_hook`, which is then on the stack. Saved-tensor hooks would only tell of the
+    innermost checkpoint.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -56,7 +56,7 @@ def _add_head_grad(head_grad_VD: Tensor, dhead_VD: Tensor, unscale: Tensor) -> N
         head_grad_VD.add_(dhead_VD.float() * unscale)
 
 
-# What a compiled forward pass adds with: a checkpoint around it runs its code again, too.
+# The addition of a compiled forward pass, which a checkpoint around it runs again as well.
 LIBRARY.define("add_head_grad(Tensor(a!) head_grad_VD, Tensor dhead_VD, Tensor unscale) -> ()")
 LIBRARY.impl("add_head_grad", _add_head_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("grao_fast::add_head_grad", lambda *_: None, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""What is left to do to a gradient once it is made: a factor, and the dtype it leaves in."""
+"""Scales a finished gradient and casts it to the dtype it leaves in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SCALE_BLOCK_BYTES = 64 * 2**20
 
 
 def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """scale * gradient in `dtype`, multiplied in float32; in place where the dtype stays."""
+    """scale * gradient in `dtype`, multiplied in float32; in place if the dtype is the same."""
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     if gradient.device.type == "cpu" and out is gradient and scale.item() == 1.0:
         return gradient

@@ -1,1 +1,1 @@
-"""What is done to a row of logits, in PyTorch and in Triton."""
+"""Functions of a row of logits, in PyTorch and in Triton."""

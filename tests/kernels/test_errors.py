@@ -145,11 +145,16 @@ def test_there_is_no_second_derivative(function) -> None:
 
 @pytest.mark.parametrize("function", [weighted, logprobs])
 def test_transforms_are_refused_by_name(function) -> None:
-    with pytest.raises(ValueError, match=r"torch.func's grad and derivatives in forward mode end"):
+    with pytest.raises(
+        ValueError, match=r"torch.func's grad and derivatives in forward mode do not pass"
+    ):
         torch.func.grad(function)(HIDDEN)
     with pytest.raises(ValueError, match=r"torch.func's jvp .* backward or torch.autograd.grad"):
         torch.func.jvp(function, (HIDDEN,), (HIDDEN,))
-    with forward_ad.dual_level(), pytest.raises(ValueError, match="in forward mode end at this"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(ValueError, match="in forward mode do not pass"),
+    ):
         function(forward_ad.make_dual(HIDDEN, HIDDEN))
 
 
