@@ -1,4 +1,4 @@
-"""What the pass does inside its operator, where a dispatch mode outside of it sees nothing."""
+"""Records the allocations inside the operator of the pass, which outer dispatch modes miss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grao_fast.kernels.one_pass.loop import one_pass
 
 
 class Allocations(TorchDispatchMode):
-    """Shapes and bytes of all that operators of the pass return in memory of its own."""
+    """Shapes and bytes of all tensors with memory of their own that the pass creates."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()

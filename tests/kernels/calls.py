@@ -15,7 +15,7 @@ from grao_fast.kernels.vocab_parallel import Shard
 def backward(
     case: dict[str, Any], operands: dict[str, Tensor], **options: Any
 ) -> dict[str, Tensor]:
-    """Outputs by name, and the operands' gradients as d<name>, where they get one."""
+    """Outputs by name, and gradients of operands as d<name> where there are any."""
     if case.get("compiled"):
         torch._dynamo.reset()
         function = torch.compile(_losses, fullgraph=True, backend="aot_eager")

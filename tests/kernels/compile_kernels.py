@@ -1,6 +1,6 @@
-"""Compiles the kernels ahead of time, for devices that need not be here; prints JSON.
+"""Compiles the kernels ahead of time for devices that may be absent, and prints facts as JSON.
 
-Run by test_compile.py in a process of its own, as kernels cannot be both interpreted and compiled.
+test_compile.py runs it in its own process, as one process cannot interpret and compile kernels.
 Pointers and strides are marked divisible by 16 exactly where the launcher's are.
 """
 
@@ -34,8 +34,8 @@ TARGETS = {
 _LINKER = Path("/opt/rocm/llvm/bin/ld.lld")
 if Version(triton.__version__) < Version("3.5") and not _LINKER.exists():
     del TARGETS["gfx942"]  # its linker came with Triton 3.5
-# 4096 and 8192 are read once. Production vocabularies are read twice, by one piece of code: of V it
-# sees only whether 16 divides it.
+# Rows of 4096 and 8192 are read once. Wider ones are read twice, by code that depends on V only in
+# whether 16 divides it.
 VOCABULARIES = (49152, 128256, 151936, 262144, 32001, 8192, 4096, 7)
 
 
@@ -90,7 +90,7 @@ def rows(
 
 
 def row_types(gradient: str) -> dict[str, str]:
-    """What row kernels begin with, or some of it."""
+    """The first parameters of the row kernels, or some of them."""
     return {
         "logits_ptr": "*fp32",
         "dlogits_ptr": f"*{gradient}",
@@ -176,7 +176,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def compile_for(name: str) -> dict[str, dict]:
-    """Facts of every kernel and form for one device, by device, kernel and form."""
+    """Facts of every kernel and variant for one device, by device, kernel and variant."""
     target, results = TARGETS[name], {}
     for gradient, V, transformed in product(("fp32", "bf16"), VOCABULARIES, (False, True)):
         form = "transformed" if transformed else "plain"

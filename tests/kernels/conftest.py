@@ -1,7 +1,7 @@
-"""Triton kernels run on a GPU where there is one, and else under Triton's interpreter.
+"""Triton kernels run on a GPU if there is one, else under Triton's interpreter.
 
-The interpreter must be asked for before Triton is first imported. Where another test's imports
-came first, test_own_process.py runs these tests again in a process of their own.
+The interpreter must be requested before Triton is first imported. If another test imported Triton
+first, test_own_process.py runs these tests in a process of their own.
 """
 
 from __future__ import annotations
@@ -79,6 +79,6 @@ def device(backend: str) -> str:
 
 @pytest.fixture(autouse=True)
 def quiet_padding() -> Iterator[None]:
-    """Kernels compute on a slab's padding, which may hold anything; numpy would warn of it."""
+    """Silence numpy's warnings: interpreted kernels compute on padding, which may hold anything."""
     with np.errstate(all="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter can run the kernels here."""
+"""Tells whether Triton's interpreter can run the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from packaging.version import Version
 
 
 def interpreter_fault() -> str | None:
-    """Why not. Loops of the interpreter before Triton 3.9 fail with NumPy 2.4 and later."""
+    """Why it cannot, or None. Before Triton 3.9 its loops fail with NumPy 2.4 and later."""
     import triton
 
     if Version(triton.__version__) >= Version("3.9") or Version(np.__version__) < Version("2.4"):

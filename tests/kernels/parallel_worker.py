@@ -1,4 +1,4 @@
-"""One of several processes that share a head; run by test_vocab_parallel.py, saves what it got."""
+"""One of several processes that share a head; test_vocab_parallel.py runs it and reads its file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grao_fast.kernels import VocabParallel, linear_weighted_cross_entropy
 
 
 def shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part, of the size that the kernels expect."""
+    """This process's shard of a tensor."""
     width = -(-tensor.shape[0] // dist.get_world_size())
     return tensor[dist.get_rank() * width :][:width].clone()
 
@@ -52,7 +52,7 @@ def run(case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def errors() -> dict[str, str]:
-    """What does not fit is refused in each process, by itself."""
+    """Messages of the errors that each process raises by itself."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
     hidden_TD, head_VD = torch.ones(3, 4), torch.ones(10, 4)
@@ -74,7 +74,7 @@ def errors() -> dict[str, str]:
             linear_weighted_cross_entropy(one, two, *weights, vocab_parallel=parallel)
         except ValueError as error:
             said[name] = str(error)
-    try:  # in all processes, not only in that which would have no row
+    try:  # raised in all processes, not only in the one without rows
         empty = {"vocab_parallel": VocabParallel(dist.group.WORLD, 1)}
         linear_weighted_cross_entropy(
             hidden_TD, head_VD[: 1 - rank], torch.zeros(3).long(), torch.ones(3), **empty

@@ -1,4 +1,4 @@
-"""Inputs of the GRAO loss, and three ways to run them: ours, naive, and the truth in float64."""
+"""Inputs of the GRAO loss, run three ways: by the kernels, naively, and in float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_problem(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """Random sequences of unequal lengths, every seventh row of none; logits of one size."""
+    """Random sequences of unequal lengths; every seventh row is in none. `logits`: their scale."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -100,7 +100,7 @@ def assert_matches_specification(
     truth_on: str = "cpu",
     **extra: Any,
 ) -> dict[str, Tensor]:
-    """Every output and gradient of ours against float64; both start from inputs in `dtype`."""
+    """Compare every output and gradient with float64, starting from the same inputs in `dtype`."""
     bias_V = None if problem.bias_V is None else problem.bias_V.to(dtype)
     problem = replace(
         problem,
@@ -111,7 +111,7 @@ def assert_matches_specification(
     truth = run(reference.grao_loss, problem, torch.float64, truth_on, scale)
     naive = run(reference.grao_loss, problem, dtype, truth_on, scale)
     ours = run(linear_grao_loss, problem, dtype, device, scale, backend=backend, **extra)
-    # The loss is the difference of terms that may be far larger: the five are one vector.
+    # The loss may be far smaller than its terms, so all five are compared as one vector.
     scalars = [torch.stack([each[name] for name in SCALARS]) for each in (ours, naive, truth)]
     assert_accurate("loss and its terms", *scalars, dtype)
     for name in truth.keys() - set(SCALARS):

@@ -1,4 +1,4 @@
-"""Matrix products that read on behind the rows of an operand, as oneDNN's for AMX do."""
+"""Matrix products that read past the end of an operand's rows, as oneDNN's for AMX do."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grao_fast.kernels.one_pass import logprob_ops, ops
 from grao_fast.kernels.one_pass.loop import one_pass
 
-_TILE = 32  # columns; what is read behind a row is multiplied by 0
+_TILE = 32  # columns; values read past a row are multiplied by 0
 _PLACES = {torch.ops.aten.mm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.addmm_: 1}
 
 
 class ReadingOn(TorchDispatchMode):
-    """Every product of the pass, in any dtype, reads all rows but the last up to a whole tile.
+    """Makes every product of the pass read all rows but the last up to a multiple of a tile.
 
-    oneDNN does that to the left operand, in bfloat16. Here both are read so, each along the
-    dimension that is summed over, where its elements follow each other in memory: as by a library
-    that swaps the operands.
+    oneDNN does so with the left operand in bfloat16. Here it is done in any dtype, and to both
+    operands along the summed dimension if that is contiguous, as a library might swap them.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +55,7 @@ def _read_on(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _behind(rows: Tensor, more: int) -> Tensor | None:
-    """What lies in memory behind each row but the last; None where rows are no stretch of it."""
+    """The memory behind each row but the last; None where rows are not contiguous."""
     if rows.stride(1) != 1 or len(rows) < 2 or more == 0:
         return None
     start = rows.storage_offset() + rows.shape[1]

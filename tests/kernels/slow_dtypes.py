@@ -1,4 +1,4 @@
-"""Dtypes for tests of operators and compilers: seconds for each, and the same question to all."""
+"""Dtypes for tests of operators and compilers, which take seconds each: one by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunks of rows: what they cost, and that nothing depends on them but time."""
+"""How many rows a chunk has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from grao_fast.kernels.one_pass.chunks import padded, plan_chunks
 
 
 def test_a_large_head_gets_long_chunks() -> None:
-    """V=151936, D=4096, 8192 rows: most of the room goes to rows of gradients."""
+    """With V=151936, D=4096 and 8192 rows, most of the workspace goes to rows of gradients."""
     planned = [plan_chunks(8192, padded(151936), 4096, 2, mib * 2**20) for mib in (512, 1024, 2048)]
     assert planned == [(683, 384), (2048, 512), (4096, 512)]
 

@@ -1,4 +1,4 @@
-"""Code of the kernels for devices that need not be here: registers, spills, width of accesses."""
+"""The kernels' machine code for several devices: registers, spills, width of accesses."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_rows_that_fit_are_read_once(compiled: dict[str, dict]) -> None:
 
 
 def test_blocks_are_read_and_written_16_bytes_at_a_time(compiled: dict[str, dict]) -> None:
-    """Narrower are only a row's scalars: weight, target, its logit and bias; log-prob and its
-    gradient, each in two branches."""
+    """Only a row's scalars are narrower: weight, target, its logit and bias; and log-prob and
+    target gradient, each in two branches."""
     for name, facts in compiled.items():
         accesses = Counter(facts["accesses"])
         reads = sum(number for width, number in accesses.items() if width.startswith("ld"))

@@ -1,4 +1,4 @@
-"""What does not fit is refused by name, with the value and what to do."""
+"""Errors name the argument that is wrong, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_advantage_options_refused_by_name() -> None:
 
 
 def test_a_target_is_refused_in_the_row_that_it_has() -> None:
-    """Rows before it weigh nothing, and are not there any more when targets are looked at."""
+    """The message counts the rows of weight 0, which are dropped before targets are checked."""
     weight_T, target_T = torch.ones(24), PROBLEM.target_T.clone()
     weight_T[:9], target_T[11] = 0.0, 999
     with pytest.raises(ValueError, match=r"got 999 in row 11: rows without"):
@@ -135,7 +135,7 @@ def logprobs(hidden_TD: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("function", [weighted, logprobs])
 def test_there_is_no_second_derivative(function) -> None:
-    """A penalty on the gradient would add nothing, and a Hessian would be 0."""
+    """Otherwise a gradient penalty would silently add 0, and a Hessian would be 0."""
     hidden_TD = HIDDEN.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative: .* without create_graph=True"):
         torch.autograd.grad(function(hidden_TD), hidden_TD, create_graph=True)

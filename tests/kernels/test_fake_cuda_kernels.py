@@ -1,6 +1,6 @@
-"""The operators' own code on CUDA tensors without values: devices, dtypes, launches, no waiting.
+"""The operators' code on CUDA tensors without values: devices, dtypes, launches, no waiting.
 
-What the kernels compute, test_rows.py and others show in Triton's interpreter.
+Values are tested in Triton's interpreter, by test_rows.py and others.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_autocast_of_operands_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("options", [{}, OFF_POLICY], ids=["plain", "off_policy"])
 def test_a_part_of_a_vocabulary(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What processes reduce is on the device."""
+    """Tensors that processes reduce are on the device."""
 
     def reduce(shard: Shard, tensor: Tensor) -> Tensor:
         assert tensor.is_cuda
@@ -149,7 +149,7 @@ def test_advantages_are_made_where_rewards_are() -> None:
     ids=["left behind", "waited for"],
 )
 def test_mistakes_are_seen(copy: Any, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail: what goes to the device through `to_device` alone is spoilt."""
+    """The tests above fail if `to_device` leaves a tensor behind, or waits for its copy."""
     monkeypatch.setattr(live_rows, "to_device", copy)
     problem = make_problem()
     weight_T = torch.ones(24)

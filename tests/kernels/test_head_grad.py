@@ -1,4 +1,4 @@
-"""head_grad_VD: the head's gradient added to a buffer, without another one of its size."""
+"""head_grad_VD: the head's gradient is added to a buffer, without another of its size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K = 4
 
 
 def micro_batches(dtype: torch.dtype, device: str):
-    """The prompts of one problem one after another, and the divisor of the whole."""
+    """The prompts of one problem one by one, with the divisor of the whole batch."""
     problem = make_problem(T=60, V=97, D=24)
     for n in range(3):
         rows = (problem.sequence_T // K == n).nonzero().squeeze(1)
@@ -34,7 +34,7 @@ def micro_batches(dtype: torch.dtype, device: str):
 
 
 def sum_of_gradients(head_VD: Tensor, device: str, backend: str, buffer: Tensor | None):
-    """Gradients over all micro-batches: the head's, in the buffer if there is one, and hidden's."""
+    """Gradients over all micro-batches: the head's, in `buffer` if given, and hidden's."""
     head_VD = head_VD.detach().requires_grad_()
     hidden_gradients = []
     for part in micro_batches(head_VD.dtype, device):
@@ -73,7 +73,7 @@ def test_adds_to_what_is_there(backend: str, device: str) -> None:
 
 
 def test_small_weights_survive_float16(backend: str, device: str) -> None:
-    """1e-9 is nothing to float16; the buffer, in float32, has all of it."""
+    """1e-9 underflows in float16, but not in the float32 buffer."""
     hidden_TD, head_VD, target_T, weight_T = inputs(torch.float16, device)
     buffer = torch.zeros_like(head_VD, dtype=torch.float32)
     one = torch.zeros_like(buffer)
@@ -87,7 +87,7 @@ def test_small_weights_survive_float16(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_targets_are_not_rounded_to_16_bits(dtype: torch.dtype, backend: str, device: str) -> None:
-    """The target's element outweighs the rest of its row: rounded, it would be off by 1e-3."""
+    """The target's element dominates its row; rounded, it would be off by 1e-3."""
     hidden_TD, head_VD, target_T, weight_T = inputs(dtype, device)
     head_VD = head_VD.detach()[:, :8].div(4).repeat(40, 1).contiguous()  # flat, 3880 tokens
     hidden_TD = hidden_TD.detach()[:, :8].contiguous()
@@ -153,7 +153,7 @@ def test_a_factor_that_comes_too_late(factor: float, backend: str, device: str) 
 
 
 def test_a_frequent_token_does_not_stand_still(backend: str, device: str) -> None:
-    """256 + 1 is 256 in bfloat16: like terms are summed up before they meet the buffer."""
+    """256 + 1 is 256 in bfloat16, so rows of one token are summed before they are added."""
     T = 640
     hidden_TD = torch.ones(T, 8, device=device, dtype=torch.bfloat16)
     head_VD = torch.zeros(16, 8, device=device, dtype=torch.bfloat16).requires_grad_()
@@ -212,7 +212,7 @@ def test_compiled_gives_the_same_sums(dtype, hidden_frozen, backend, device) -> 
 
 
 def loss_in_a_region(hidden_TD: Tensor, buffer: Tensor, args: tuple, backend: str) -> Tensor:
-    """A loss with work around it whose saved tensors a checkpoint has to make again."""
+    """A loss among other operations, whose saved tensors a checkpoint must recompute."""
     result = linear_weighted_cross_entropy(
         hidden_TD.tanh(), *args, head_grad_VD=buffer, backend=backend
     )
@@ -278,7 +278,7 @@ CHECKPOINTS = [
 @pytest.mark.parametrize("whole", [False, True], ids=["what_is_saved", "whole"])
 @pytest.mark.parametrize("function", CHECKPOINTS, ids=lambda function: function.__name__)
 def test_a_forward_pass_that_is_run_again_adds_nothing(function, whole: bool) -> None:
-    """Both gradients are as without a checkpoint; a compiler makes the sum in another order."""
+    """Both gradients equal those without a checkpoint; a compiler sums in another order."""
     hidden_TD, *args = inputs(torch.float32, "cpu")
     results = []
     for each in (loss_in_a_region, function):

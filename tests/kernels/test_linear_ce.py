@@ -1,4 +1,4 @@
-"""linear_weighted_cross_entropy: what autograd, memory layout and dtypes may do to it."""
+"""linear_weighted_cross_entropy under autograd, memory layouts and dtypes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_gradient_of_a_scaled_loss(dtype: torch.dtype, backend: str, device: str
 
 
 def test_small_weights_survive_float16(backend: str, device: str) -> None:
-    """1e-7 is under float16's least normal number; a gradient scaler's 2^16 must recover it."""
+    """1e-7 is below float16's least normal number; a gradient scaler's 2^16 must recover it."""
     problem = make_problem(num_prompts=10**6)
     ours = assert_matches_specification(problem, torch.float16, backend, device, scale=2.0**16)
     assert ours["dhead_VD"].any() and ours["dhidden_TD"].any()
@@ -169,7 +169,7 @@ def test_slabs_fit_the_workspace(workspace_mib, dtype, backend, device, monkeypa
     hidden_TD, head_VD, target_T, weight_T = inputs(T=100, D=4, V=257, device=device, dtype=dtype)
     head_VD.requires_grad_()
     seen = Allocations(monkeypatch)
-    # A processor without units for it would widen the gradients of the interpreter's kernels.
+    # On a CPU without bfloat16 units, the interpreter's gradients would be widened.
     monkeypatch.setattr(gemm, "cpu_has_bfloat16", lambda: True)
     linear_weighted_cross_entropy(
         hidden_TD, head_VD, target_T, weight_T, workspace_mib=workspace_mib, backend=backend

@@ -14,7 +14,7 @@ from grao_fast.kernels.one_pass import loop as one_pass
 
 
 def peaked(probability: float) -> Problem:
-    """Every target has the same, high probability: head = 1, hidden = a multiple of its row."""
+    """Every target has the same high probability: head = 1, hidden = a multiple of its row."""
     V = 16
     problem = make_problem(V=V, D=V)
     gap = math.log(probability * (V - 1) / (1 - probability))
@@ -94,7 +94,7 @@ def test_nothing_to_compute(backend: str, device: str) -> None:
 
 
 def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows as they are treated when weights lie on a device: all kept, the dead ones skipped."""
+    """Treat rows as if weights were on a device: keep all, and skip the dead ones."""
     drop_rows = one_pass.find_live_rows
 
     def keep_rows(inputs, V):
@@ -190,7 +190,7 @@ def test_empty_completion_adds_nothing(backend: str, device: str) -> None:
 
 
 def test_a_sequence_longer_than_its_neighbours_weighs_the_same() -> None:
-    """Two copies of every token of a sequence leave its mean, and so the loss, as they were."""
+    """Two copies of every token of a sequence change neither its mean nor the loss."""
     problem = make_problem()
     again = (problem.sequence_T == 8).nonzero().squeeze(1)
     assert again.numel() > 0

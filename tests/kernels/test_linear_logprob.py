@@ -22,7 +22,7 @@ OPTIONS = ("temperature", "logit_scale", "softcap")
 
 
 def peaked(probability: float) -> Problem:
-    """The target, or in every second row another token, has this probability."""
+    """Operands that give the target, or in every second row another token, this probability."""
     V = 16
     problem = make_problem(V=V, D=V)
     gap = math.log(probability * (V - 1) / (1 - probability))
@@ -49,7 +49,7 @@ def naive_logprobs(hidden_TD, head_VD, target_T, **options) -> tuple[Tensor, Ten
 
 
 def run(function, problem: Problem, dtype, device="cpu", **options) -> dict[str, Tensor]:
-    """Values, and gradients of a loss that is linear in neither."""
+    """Values, and gradients of a loss that is linear in neither log-probs nor entropies."""
     leaves = {
         name: tensor.to(device=device, dtype=dtype, copy=True).requires_grad_()
         for name in GRADIENTS
@@ -63,7 +63,7 @@ def run(function, problem: Problem, dtype, device="cpu", **options) -> dict[str,
         **problem.options,
         **options,
     )
-    # Coefficients of both signs and some of 0, the same ones for truth and naive.
+    # Coefficients of both signs, some 0; the same for truth and naive.
     weight_T = torch.linspace(-1, 1, logprob_T.numel(), dtype=torch.float64)
     weight_T[::3] = 0
     entropy_weight_T = weight_T.flip(0)
@@ -102,7 +102,7 @@ def operands(device: str, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_gradients_are_those_of_the_one_pass(dtype, backend: str, device: str) -> None:
-    """Where the loss is linear in the log-probs, the second pass is the one pass, to the bit."""
+    """For a loss that is linear in the log-probs, both agree to the bit."""
     hidden_TD, head_VD, target_T = operands(device, dtype)
     weight_T = torch.linspace(-1, 1, 20).where(torch.arange(20) % 4 > 0, 0)
     expected = linear_weighted_cross_entropy(
@@ -139,7 +139,7 @@ def test_entropy_alone_may_be_differentiated(backend: str, device: str) -> None:
 
 
 def test_vocabulary_masked_by_the_bias(backend: str, device: str) -> None:
-    """p = 0 adds nothing to the entropy, and nothing flows back: not 0 * -inf."""
+    """p = 0 adds 0 to the entropy and to the gradient, not 0 * -inf."""
     hidden_TD, head_VD, target_T = operands(device)
     masked, V = 100, head_VD.shape[0]
     bias_V = torch.zeros(V, device=device)

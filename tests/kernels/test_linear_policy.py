@@ -70,7 +70,7 @@ def test_matches_its_formula(C: int, given: OffPolicy | None, backend: str, devi
         else:
             outputs = formula(*operands, terms_CT.to(dtype), given)
         outputs[0].backward()
-        # The sum of signed terms may be far smaller than they are: they are compared as one vector.
+        # The loss may be far smaller than its terms, so all are compared as one vector.
         sums = torch.cat([outputs[0][None], outputs[1], outputs[2][None]])
         results.append([sums, outputs[3], *(each.grad for each in operands)])
     for name, *values in zip(("sums", "logprob", "dhidden", "dhead"), *results, strict=True):

@@ -1,8 +1,7 @@
-"""The host never waits for a device, and rows are found wherever 64 bits can point.
+"""The host never waits for a device, and rows beyond 2^31 elements are addressed correctly.
 
-A tensor on `meta` has no values: whatever would have to look at one, fails. So what runs there
-waits for nothing. Not run there are the products of `gemm.py` that are CUDA's alone: for these
-there is the GPU suite, on a GPU.
+A tensor on `meta` has no values, so that code which would read one fails; code that runs there
+waits for nothing. The products of `gemm.py` that only CUDA has run in test_gpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator's fake would answer for a tensor on meta: run what it stands for."""
+    """Run the operator's own code, as its fake would answer for a tensor on meta."""
 
     def run(*arguments):
         inputs, options = PassInputs.from_flat(arguments), PassOptions.from_flat(arguments)
@@ -76,7 +75,7 @@ def test_grao_loss_waits_for_nothing(dtype: torch.dtype, options: dict, rewards_
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("weights_on", ["cpu", "meta"])
 def test_the_pass_waits_for_nothing(dtype: torch.dtype, weights_on: str) -> None:
-    """As the weighted loss calls it, and as both passes of linear_logprobs do."""
+    """As linear_policy_loss calls it, and as both passes of linear_logprobs do."""
     hidden_TD, head_VD, target_T = (x.detach() for x in operands(dtype))
     bias_V = torch.zeros(257, device="meta")
     weight_T = torch.linspace(-1, 1, 24).where(torch.arange(24) % 5 > 0, 0).to(weights_on)
@@ -92,7 +91,7 @@ def test_the_pass_waits_for_nothing(dtype: torch.dtype, weights_on: str) -> None
 
 
 def test_a_look_at_a_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail."""
+    """The tests above fail if a value is read."""
     sums = one_pass._sums
 
     def nosy(rows, logprob_L):
@@ -106,7 +105,7 @@ def test_a_look_at_a_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory that is reserved and not there: Linux")
 def test_slab_of_more_than_2_31_logits(backend: str, device: str) -> None:
-    """Three rows, of which the last begins beyond what 32 bits can count."""
+    """Three rows, of which the last begins beyond 2^31 elements."""
     R, V, stride = 3, 300, 2**30 + 64
     elements = (R - 1) * stride + 320
     assert (R - 1) * stride > 2**31

@@ -1,4 +1,4 @@
-"""linear_grao_loss off policy: ratio, importance weight, KL; and what else comes from its pass."""
+"""linear_grao_loss off policy: ratio, importance weight, KL; and entropies and top-1 hits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("old_logprob_T", "sampler_logprob_T", "ref_logprob_T")
 
 
 def off_policy(problem: Problem, *names: str, **options) -> Problem:
-    """Log-probs beside the row's own by 0, +-0.1 and +-0.5, far from the bounds of 0.8 and 1.3."""
+    """Log-probs 0, 0.1 and 0.5 off the row's own, so that ratios are far from 0.8 and 1.3."""
     logprob_T = reference.token_logprobs(
         problem.hidden_TD, problem.head_VD, problem.target_T, bias_V=problem.bias_V
     )
@@ -89,7 +89,7 @@ def test_rows_without_old_are_on_policy(backend: str, device: str) -> None:
 
 
 def test_held_rows_have_no_gradient(backend: str, device: str) -> None:
-    """Beyond the bound that their weight pushes to, and only there."""
+    """The gradient is 0 beyond the bound that the weight pushes to, and only there."""
     problem = PROBLEMS["clipped_ratio"]
     result = run(linear_grao_loss, problem, torch.float32, device, backend=backend)
     rho_T = (result["logprob_T"].cpu() - problem.options["old_logprob_T"]).exp()
@@ -113,7 +113,7 @@ def test_kl_holds_samples_of_dead_groups_and_no_reference(backend: str, device: 
     moved_T = result["dhidden_TD"].cpu().any(1)
     assert moved_T[dead_T & ~reference_T].all() and not moved_T[dead_T & reference_T].any()
     assert not own["dhidden_TD"].cpu()[dead_T].any()
-    # Every token is 0.3 below its reference: the mean is a token's, of samples that have any.
+    # Every token is 0.3 below its reference, so each sample's mean is a token's value.
     k3 = math.exp(0.3) - 0.3 - 1
     present = [k for n in range(3) for k in range(K - 1) if (problem.sequence_T == n * K + k).any()]
     assert result["kl"].item() == pytest.approx(k3 * len(present) / (3 * (K - 1)), rel=1e-5)
@@ -197,7 +197,7 @@ def test_surrogate_by_hand() -> None:
 
 
 def test_what_weighs_nothing_in_the_kl_may_be_far_away(backend: str, device: str) -> None:
-    """A reference that the policy has unlearned: exp(ref - logp) overflows, and weighs 0."""
+    """The policy has unlearned the reference: exp(ref - logp) overflows, with a weight of 0."""
     V, T = 8, 5
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(T, 4, generator=generator).to(device).requires_grad_()

@@ -1,4 +1,4 @@
-"""The operators of torch.library: what a compiler is told of them, and what it makes of them."""
+"""The operators of torch.library: their fakes and gradients, and compiled code around them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiled(function, **options):
 def pass_arguments(
     dtype: torch.dtype, backend: str, device: str, wants: list[bool], off_policy: bool = False
 ) -> tuple:
-    """Every row live: opcheck holds NaN, the log-prob of a dead row, to differ from NaN."""
+    """Every row is live, as opcheck takes NaN, the log-prob of a dead row, to differ from NaN."""
     problem = make_problem(T=6, D=5, V=11, bias=True)
     hidden_TD, head_VD, bias_V = (
         x.to(device, dtype).requires_grad_(wanted)
@@ -73,7 +73,7 @@ def test_opcheck_of_the_coefficients(num_prompts: float | None, dtype: torch.dty
 
 
 class Model(nn.Module):
-    """Both losses behind a layer, as a trainer would compile them."""
+    """Both losses after a layer, as a trainer would compile them."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, device: str, backend: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Model(nn.Module):
             "entropy": True,
             "top1": True,
         }
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: there, exact products.
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds, so use exact products.
         self.scale = 2.0 if backend == "triton" and device == "cpu" else 1.7
 
     def forward(self, target_T: Tensor, sequence_T: Tensor, rewards_NK: Tensor, weight_T: Tensor):
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
 
 def step(model: Model, forward, problem: Problem, T: int = 24) -> list[Tensor]:
-    """Outputs and gradients; NaN, where the log-prob of a dead row is, as 7."""
+    """Outputs and gradients, with 7 for NaN, the log-prob of a dead row."""
     model.zero_grad()
     weight_T = torch.linspace(-1, 1, T).where(torch.arange(T) % 5 > 0, 0)
     target_T, sequence_T = problem.target_T[:T].clone(), problem.sequence_T[:T].clone()
@@ -129,7 +129,7 @@ def test_compiled_module_gives_the_same_bits(dtype: torch.dtype, backend: str, d
 
 @pytest.mark.slow
 def test_compiled_to_code_gives_the_same_bits() -> None:
-    """In float32: in 16 bits the compiler adds the two losses' gradients before it rounds them."""
+    """In float32; in 16 bits the compiler adds the two losses' gradients before rounding them."""
     problem = make_problem(bias=True)
     model = Model(problem, torch.float32, "cpu", "torch")
     eager = step(model, model, problem)
@@ -186,7 +186,7 @@ def test_values_are_refused_when_compiled_too() -> None:
 
 
 def test_operator_may_be_differentiated_twice_over() -> None:
-    """The operator writes to no buffer: it may keep its graph, unlike the public functions."""
+    """The operator writes to no buffer, so unlike the public functions it may keep its graph."""
     arguments = pass_arguments(torch.float32, "torch", "cpu", [True] * 3)
     loss, *_ = torch.ops.grao_fast.policy_loss(*arguments)
     once = torch.autograd.grad(2 * loss, arguments[:3], retain_graph=True)
@@ -195,7 +195,7 @@ def test_operator_may_be_differentiated_twice_over() -> None:
 
 
 def test_backward_scales_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient that arrives is the buffer that the pass has filled, whatever the scale."""
+    """The gradient that arrives is the buffer that the pass filled, whatever the scale."""
     made: list[Tensor] = []
     policy_loss = ops.policy_loss
 
@@ -215,7 +215,7 @@ def test_backward_scales_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shapes_without_values() -> None:
-    """Under a fake mode, as memory is estimated, nothing is computed: this head takes 2 TB."""
+    """Under a fake mode, which estimates memory, nothing is computed: this head takes 2 TB."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     problem = make_problem(T=8)
@@ -230,7 +230,7 @@ def test_shapes_without_values() -> None:
 
 
 def test_the_first_call_does_not_import_the_compiler() -> None:
-    """It takes a second and more; `torch.library.custom_op` would bring it in."""
+    """Importing it takes over a second; `torch.library.custom_op` would do so."""
     code = (
         "import sys, torch\n"
         "from grao_fast.kernels import linear_weighted_cross_entropy as loss\n"

@@ -1,4 +1,4 @@
-"""What must be shown in a process of its own: what imports import, and Triton's interpreter."""
+"""Tests that need a process of their own: of imports, and of Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_interpreter_where_triton_came_too_early() -> None:
     from grao_fast.kernels.rows import triton_rows as rowwise
 
     if rowwise.runs_on(torch.device("cpu")) or torch.cuda.is_available():
-        return  # the triton cases of this folder run in this very process
+        return  # this process runs the triton cases of this folder
     files = [str(path) for path in HERE.glob("test_*.py") if path.name != Path(__file__).name]
     result = python("-m", "pytest", "-q", "-k", "triton", *files, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-4000:]

@@ -1,8 +1,8 @@
-"""What lies outside of a matrix, in a slab's padding or around a view, reaches no result.
+"""Memory outside of a matrix, in a slab's padding or around a view, affects no result.
 
-A run whose surroundings hold NaN, or the largest number, is compared to the bit with one where
-they hold 0. Where the processor has AMX, its products read on behind a row by themselves; that they
-do on every processor, a stand-in sees to.
+A run whose surroundings hold NaN, or the largest number, must agree to the bit with one where they
+hold 0. Products on a CPU with AMX read past the end of a row; `ReadingOn` makes them do so on every
+CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows, width and vocabulary: odd, and 1, 2 and 3 beyond a multiple of 16.
 SHAPES = [(1, 7, 33), (2, 17, 7), (17, 33, 50), (31, 18, 97), (40, 51, 113), (33, 64, 64)]
 LONG = [(300, 19, 131), (257, 50, 65), (128, 5, 1009)]
-FEW = [(2, 17, 50), (2, 33, 97)]  # what Triton's interpreter has time for
+FEW = [(2, 17, 50), (2, 33, 97)]  # few enough for Triton's interpreter
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gaps": {},
     "transposed": {"transposed": True},
@@ -43,7 +43,7 @@ POISONS = ("nan", "huge")
 
 
 class Surroundings:
-    """New memory holds `poison` until it is written, and so does all that is around a view."""
+    """Fills new memory, and the surroundings of views, with `poison`."""
 
     def __init__(self, dtype: torch.dtype, poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.value = {"nan": math.nan, "huge": torch.finfo(dtype).max, "zero": 0.0}[poison]
@@ -59,7 +59,7 @@ class Surroundings:
         return made
 
     def view(self, tensor: Tensor, *, transposed: bool = False, gaps: bool = True) -> Tensor:
-        """`tensor` with rows before and behind it and, with gaps, columns left and right of it."""
+        """A view equal to `tensor`, with rows around it and, if `gaps`, columns."""
         if transposed:
             return self.view(tensor.T, gaps=gaps).T
         rows, columns = tensor.shape
@@ -70,7 +70,7 @@ class Surroundings:
         return whole[place]
 
     def every_third(self, vector: Tensor) -> Tensor:
-        """`vector` as a column of a matrix; of an index, the other columns hold another index."""
+        """`vector` as a column of a matrix, whose other columns hold another index for an index."""
         other = self.value if vector.is_floating_point() else int(self.value != 0)
         whole = vector.new_full((len(vector), 3), other)
         whole[:, 1] = vector
@@ -93,7 +93,7 @@ def outputs(
     device: str,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Of one of the public functions, and the gradients of its operands."""
+    """Outputs of one of the public functions, and the gradients of its operands."""
     T, D, V = shape
     generator = torch.Generator().manual_seed(T)
 
@@ -106,7 +106,7 @@ def outputs(
         "bias_V": surroundings.every_third(randn(1, V)[0]),
     }
     sequence_T, weight_T = torch.arange(T) % 6, torch.linspace(1, 2, T)
-    if layout == "gaps" and T > 2:  # a dead row: the others are gathered
+    if layout == "gaps" and T > 2:  # a dead row, so that the others are gathered
         sequence_T[T // 2], weight_T[T // 2] = -1, 0.0
     target_T = torch.randint(0, V, (T,), generator=generator)
     rows = T if T < 100 else T // 3  # of a chunk
@@ -133,7 +133,7 @@ def assert_same(one: Tensor, two: Tensor, *what: object) -> None:
 def assert_nothing_else_is_read(
     shapes: list[tuple[int, int, int]], dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    """To the bit, whatever the surroundings hold; the functions take turns."""
+    """Results agree to the bit whatever the surroundings hold; the functions take turns."""
     for turn, (shape, layout) in enumerate(product(shapes, LAYOUTS)):
         function = FUNCTIONS[(turn + turn // len(LAYOUTS)) % len(FUNCTIONS)]
         results = []
@@ -153,7 +153,7 @@ def assert_nothing_else_is_read(
 
 @pytest.fixture(params=["as_they_are", "reading_on"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The processor's matrix products, or ones that read on, of bfloat16 too."""
+    """The CPU's own matrix products, or ones that read past the end of rows."""
     if request.param == "reading_on":
         ReadingOn(monkeypatch)
         monkeypatch.setattr(gemm, "cpu_has_bfloat16", lambda: True)

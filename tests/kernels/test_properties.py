@@ -1,4 +1,4 @@
-"""Properties of any input, drawn by hypothesis; nothing else of the tests needs it."""
+"""Properties of any input, drawn by hypothesis, which no other test needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification itself: by hand, in its limits, and by finite differences."""
+"""The specification itself, by hand, in limiting cases and by finite differences."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_without_beta_and_lam_it_is_a_policy_gradient() -> None:
 
 
 def test_samples_statistics_make_the_regulariser_more_exploration() -> None:
-    """sum A_i = 0 leaves nothing of L(y) in the third term: it is lam times the first."""
+    """sum A_i = 0 cancels L(y) in the third term, which is then lam times the first."""
     problem = make_problem(T=60, statistics="samples", lam=0.6)
     result = run(reference.grao_loss, problem, torch.float64)
     torch.testing.assert_close(result["alignment"], 0.6 * result["exploration"])
@@ -108,7 +108,7 @@ def test_samples_statistics_make_the_regulariser_more_exploration() -> None:
 def test_equal_rewards_are_dead_whatever_they_round_to(statistics: str) -> None:
     rewards_NK = table([0.1] * 9)
     assert not reference.group_advantages(rewards_NK, statistics=statistics).any()
-    assert rewards_NK[0, :8].std() < 1e-9  # what a test of sigma = 0 would rest on
+    assert rewards_NK[0, :8].std() < 1e-9  # so that sigma = 0 cannot be tested reliably
 
 
 def test_samples_statistics_see_only_the_samples() -> None:

@@ -1,4 +1,4 @@
-"""A head spread over two processes gives what one process with all of it gives."""
+"""A head sharded over two processes gives the results of a whole one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OFF_POLICY = {
 
 
 def case(function: str, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
-    """257 logits, so that the second process has one less than the first."""
+    """257 logits, so that the second process has one fewer than the first."""
     problem = make_problem(bias=True, **changes.pop("problem", {}))
     operands = {name: getattr(problem, name).to(dtype) for name in GRADIENTS}
     return {
@@ -51,7 +51,7 @@ def case(function: str, dtype: torch.dtype = torch.float32, **changes: Any) -> d
 
 
 def first_half_masked() -> dict[str, Any]:
-    """All that the first process has is -inf."""
+    """All logits of the first process are -inf."""
     masked = case("weighted")
     masked["operands"]["bias_V"][:129] = -math.inf
     masked["target_T"] = masked["target_T"] % 128 + 129
@@ -82,7 +82,7 @@ CASES = {
 
 
 def launch(folder: Path, backend: str, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of both processes, which save them in this folder."""
+    """The results of both processes, which save them in `folder`."""
     for each in cases.values():
         each["options"]["backend"] = backend
     torch.save(cases, folder / "cases.pt")
@@ -103,7 +103,7 @@ def launch(folder: Path, backend: str, cases: dict[str, dict[str, Any]]) -> list
     return [torch.load(folder / f"result-{rank}.pt") for rank in range(PROCESSES)]
 
 
-# What differs between the backends is the two halves of a row; the rest is tried on one.
+# Backends differ only in the two halves of a row function; one backend runs all cases.
 ON_TRITON = ("grao", "grao_bf16", "grao_off_policy", "weighted_masked_half", "logprobs_transform")
 RUNS = {name: ("torch", name) for name in CASES}
 RUNS |= {f"{name}_interpreted": ("triton", name) for name in ON_TRITON}
@@ -111,7 +111,7 @@ RUNS |= {f"{name}_interpreted": ("triton", name) for name in ON_TRITON}
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """By backend, each in processes of its own: neither needs Triton to be interpreted in this."""
+    """Results by backend, each in its own processes, so this one need not interpret Triton."""
 
     @cache
     def results(backend: str) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dic
 
 
 def alone(one: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What one process makes of the whole head, on the backend that needs no Triton."""
+    """Results of one process with the whole head, on the backend that needs no Triton."""
     operands = {name: x.to(dtype, copy=True) for name, x in one["operands"].items()}
     operands = {name: x.requires_grad_() for name, x in operands.items()}
     outputs = backward(one, operands, backend="torch", workspace_mib=512)
@@ -154,7 +154,7 @@ def test_two_processes_give_what_one_gives(backend, name, spread) -> None:
             parts = [torch.cat(parts)]
         else:
             assert torch.equal(parts[0].nan_to_num(7), parts[1].nan_to_num(7)), key
-        if key in SCALARS:  # differences of terms that may be far larger
+        if key in SCALARS:  # sums of terms that may be far larger
             assert (parts[0] - value).abs() <= 8 * torch.finfo(dtype).eps * scale, key
             continue
         assert_accurate(key, parts[0], naive[key], value, dtype)
