@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Rows of a slab start at multiples of 64 elements, 128 bytes or more, and the bias is padded too, so
-# that rows can be read and written 16 bytes at a time whatever V is.
+# Rows of a slab start at multiples of 64 elements, 128 bytes or more, and the bias is padded too.
+# They can then be read and written 16 bytes at a time whatever V is.
 _ROW_ALIGNMENT = 64
 SLAB_ROWS = 512
 _TILE = 128  # rows of a GEMM's tile

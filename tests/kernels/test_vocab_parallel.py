@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(spread) -> None:
         assert "leaves the last of 2 processes without rows" in said["empty"]
         assert "DTensor.from_local(hidden_TD" in said["plain_hidden"]
         assert "under FSDP, gather the head first" in said["plain_hidden"]
-        assert "needed: [Shard(0)]" in said["placement"]
+        assert "it must be [Shard(0)]" in said["placement"]
         assert "leave out vocab_parallel" in said["both"]
         assert "hidden_TD is a DTensor and head_VD is not" in said["hidden_alone"]
         assert "must be in [0, 10), got 10 in row 1" in said["target"]
