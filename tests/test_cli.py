@@ -268,15 +268,19 @@ def test_yaml_and_overrides(passed: Callable[[str], dict[str, Any]], folder: Pat
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 8, {"q_proj", "v_proj"})
 
 
+AUTO = "--resume_from_checkpoint auto"
+
+
 @pytest.mark.parametrize(
-    ("checkpoints", "said"),
+    ("checkpoints", "given", "said"),
     [
-        ([], "before the first step was done"),
-        ([2, 10], f"checkpoint-10: grao-fast {TRAIN}--resume_from_checkpoint true"),
+        ([], "", "before the first step was done"),
+        ([2, 10], "", f"checkpoint-10: grao-fast {TRAIN}--resume_from_checkpoint true\n"),
+        ([2], AUTO, f"checkpoint-2: grao-fast {TRAIN}{AUTO}\n"),
     ],
-    ids=["none yet", "two written"],
+    ids=["none yet", "two written", "auto"],
 )
-def test_interrupt_says_how_to_resume(checkpoints, said, folder, capsys, monkeypatch) -> None:
+def test_interrupt_says_how_to_resume(checkpoints, given, said, folder, capsys, monkeypatch):
     import grao_fast.trainer
 
     def interrupted(**options: Any) -> None:
@@ -285,7 +289,7 @@ def test_interrupt_says_how_to_resume(checkpoints, said, folder, capsys, monkeyp
     monkeypatch.setattr(grao_fast.trainer, "train", interrupted)
     for step in checkpoints:
         (folder / f"grao-output/checkpoint-{step}").mkdir(parents=True)
-    assert main(TRAIN.split()) == 130
+    assert main((TRAIN + given).split()) == 130
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -105,9 +105,10 @@ def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
     checkpoints = list_checkpoints(Path(options["output_dir"]).expanduser())
     if not checkpoints:
         return f"{what} before the first step was done; there is nothing to resume"
-    # Of several --resume_from_checkpoint the last counts, so one more also works for a resumed run.
-    again = shlex.join([PROGRAM, *arguments, "--resume_from_checkpoint", "true"])
-    return f"{what}; to resume from {checkpoints[0].name}: {again}"
+    again = [PROGRAM, *arguments]
+    if options["resume_from_checkpoint"] not in (True, "auto"):  # as they are, these resume
+        again += ["--resume_from_checkpoint", "true"]  # of several the last counts
+    return f"{what}; to resume from {checkpoints[0].name}: {shlex.join(again)}"
 
 
 # Commands --------------------------------------------------------------------------------------
