@@ -1,4 +1,4 @@
-"""`train`: the run from a dataset and a reward to an aligned model, read from top to bottom."""
+"""`train`: a run from a dataset and a reward to an aligned model."""
 
 from __future__ import annotations
 
@@ -87,26 +87,26 @@ def train(
         callbacks: see `grao_fast.callbacks.Callback`.
         output_dir: made if needed; one run at a time holds it.
         resume_from_checkpoint: True for the latest whole checkpoint in output_dir, "auto" for that
-            one or, where there is none yet, to begin; or a checkpoint's path. None: output_dir must
-            hold no results of another run.
+            one or, if there is none yet, to start anew; or a checkpoint's path. None: output_dir
+            must hold no results of another run.
 
     Returns:
         TrainResult; the model is also in `output_dir/final`.
 
     Raises:
-        ValueError: an argument, the dataset, a reward or the model is not usable; said before the
-            model is loaded where that can be known.
-        RewardError: a reward failed or returned something else than one number a completion.
+        ValueError: an argument, the dataset, a reward or the model is not usable; raised before the
+            model is loaded if possible.
+        RewardError: a reward failed or did not return one number per completion.
         CheckpointError: nothing whole to resume from, or results that would be overwritten.
-        OSError: something could not be written; what was saved before is whole.
+        OSError: something could not be written; earlier checkpoints are whole.
         FloatingPointError: the gradient became NaN or infinite.
         Preempted: SIGTERM or SIGHUP came. It is a SystemExit, of status 143 or 129.
         KeyboardInterrupt: Ctrl-C.
 
     A run that ends early, by a signal or an error, leaves a checkpoint of the steps that are done,
-    also with save_steps=0. A signal ends sampling, rewards, evaluations and gradients at once; an
-    optimiser's step and a save it waits for. A second Ctrl-C waits for nothing. Signals are looked
-    after in the main thread alone, and as long as `train` runs.
+    even with save_steps=0. A signal interrupts sampling, rewards, evaluations and gradients at
+    once, but lets an optimiser step or a save finish. A second Ctrl-C waits for nothing. Signals
+    are handled in the main thread only, and only while `train` runs.
     """
     config = config or GRAOConfig()
     check_one_process()
@@ -133,7 +133,7 @@ def train(
         if not isinstance(model, nn.Module):
             tokenizer = tokenizer or load_tokenizer(model)
             inputs.check_templates(tokenizer)
-        set_seed(config.seed)  # of an adapter's first weights
+        set_seed(config.seed)  # for an adapter's first weights
         loaded = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
         prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
         run = _Run(
@@ -143,7 +143,7 @@ def train(
 
 
 class _Run:
-    """One run: everything that lives as long as its loop."""
+    """The state of one run, and its loop."""
 
     def __init__(
         self,
@@ -295,13 +295,13 @@ class _Run:
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 
     def _sync(self, metrics: dict[str, float]) -> None:
-        """Give the sampler the weights of a finished step, which is kept even if this fails."""
+        """Give the sampler the weights of a finished step, which is not lost if this fails."""
         started = time.perf_counter()
         self.loaded.sampler.sync(self.loaded.policy)
         metrics["time/sync"] = time.perf_counter() - started
 
     def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
-        """Evaluate on the held-out prompts, where there are any; step 0 is before training."""
+        """Evaluate on the held-out prompts, if any; step 0 is before training."""
         if self.held_out is None:
             return None
         result = self.held_out.begin() if step == 0 else self.held_out.evaluate()

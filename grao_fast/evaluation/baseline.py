@@ -15,7 +15,7 @@ _BASELINE = "baseline.json"
 
 
 def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None:
-    """Keep the greedy answers from before training, which a run that resumes cannot make again.
+    """Write the greedy answers from before training, which a resumed run could not reproduce.
 
     Args:
         data: digest of the prompts that they answer.
@@ -24,7 +24,7 @@ def write_baseline(output_dir: Path, texts: Sequence[str], *, data: str) -> None
 
 
 def read_baseline(output_dir: Path, *, data: str, prompts: int) -> list[str] | None:
-    """The answers that `write_baseline` kept; None, said in a line, where there are none of these.
+    """Read the answers that `write_baseline` wrote; None, with a log line, if there are none.
 
     Args:
         data: digest of the prompts to be answered.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
-_CHUNK = 4_000_000  # resamples x prompts at once, 32 MB
+_CHUNK = 4_000_000  # resamples x prompts held at once, 32 MB
 
 
 def bootstrap_intervals(
@@ -16,7 +16,7 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95% percentile intervals of the means, from resamples of the prompts.
 
-    All metrics share the resamples. NaN is left out of a mean, as in the estimate itself.
+    All metrics share the resamples. Means ignore NaN, as the estimate itself does.
     """
     if not per_prompt:
         return {}
@@ -31,7 +31,7 @@ def bootstrap_intervals(
         B = min(chunk, RESAMPLES - done)
         drawn_BN = torch.randint(N, (B, N), generator=generator)
         drawn_BN += N * torch.arange(B)[:, None]
-        # How often each prompt was drawn: a resample's sum is then a row of a matrix product.
+        # Counts of each prompt turn the sums of all resamples into one matrix product.
         count_BN = torch.bincount(drawn_BN.view(-1), minlength=B * N).view(B, N).double()
         means.append((count_BN @ values_NM) / (count_BN @ present_NM))
         done += B

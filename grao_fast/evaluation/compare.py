@@ -1,4 +1,4 @@
-"""Completions compared with references and with a baseline's completions; see `result.py`.
+"""Comparing completions with references and with a baseline's completions; see `result.py`.
 
 Suffixes: N prompts, K sequences of a prompt, the reference last.
 """
@@ -50,7 +50,7 @@ def evaluate_completions(
 
     Raises:
         RewardError: the reward or the metric failed.
-        ValueError: not one completion for every example.
+        UserError: the number of completions is not that of the examples.
     """
     for name, texts in (("completions", completions), ("baseline", baseline)):
         if texts is not None and len(texts) != len(examples):
@@ -92,12 +92,12 @@ def _score(
     baseline: Sequence[str] | None,
     reward_type: RewardType,
 ) -> dict[str, Tensor]:
-    """Rewards and comparisons of every prompt, float64; NaN where there is none."""
+    """Rewards and comparisons for every prompt, float64, NaN where absent."""
     absent_N = torch.full((len(examples),), math.nan, dtype=torch.float64)
     scores: dict[str, Tensor] = {"vs_baseline": absent_N, "metric": absent_N}
     groups = [[text] for text in completions]
     if reward_type == "pointwise" and baseline is not None:
-        # One call scores them all; a reward that is noisy or slow is asked once for each text.
+        # One call scores all texts once, since a reward may be noisy or slow.
         groups = [list(pair) for pair in zip(completions, baseline, strict=True)]
     rewards_NK = reward.score_groups(examples, groups, reward_type=reward_type).rewards_NK
     scores["reward"], scores["reference_reward"] = rewards_NK[:, 0], rewards_NK[:, -1]
@@ -116,7 +116,7 @@ def _tensor(values: Sequence[float]) -> Tensor:
 
 
 def _where_present(values_N: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function of every value, NaN of NaN: comparisons and sign() would make it 0."""
+    """Apply a function to every value but NaN, for which comparisons and sign() would give 0."""
     return torch.where(values_N.isnan(), values_N, function(values_N).double())
 
 

@@ -56,13 +56,13 @@ def evaluate(
             names; or a Transformers causal language model, or a PeftModel.
         dataset: as `grao_fast.train` takes it; of several splits, "test".
         reward: as `grao_fast.train` takes it.
-        base_model: the model before alignment, for NAG; loaded when `model` has answered, so that
+        base_model: the model before alignment, for NAG; loaded after `model` has answered, so that
             only one is in memory.
         config: `reward_type`, `reward_weights`, `reward_timeout`, the lengths,
             `generation_batch_size`, `cache_implementation`, `device`, `bf16` and `seed` are read.
         tokenizer: of both models; None loads the one beside each.
         metric: a held-out measure, called as a pointwise reward is.
-        output_dir: eval.json and completions.jsonl are written there; None: nowhere.
+        output_dir: where eval.json and completions.jsonl are written; None: they are not.
 
     Raises:
         ValueError: as `grao_fast.train`; use_vllm is set; output_dir cannot be written, or is that
@@ -70,7 +70,7 @@ def evaluate(
         RewardError: the reward or the metric failed.
         Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
-    # Neither gradients nor packing: what cannot be trained can still be evaluated.
+    # Without gradients and packing, models that cannot be trained can still be evaluated.
     config = config or GRAOConfig()
     if config.use_vllm:
         raise UserError("evaluate samples with Transformers: leave use_vllm and vllm_* out")
@@ -102,7 +102,7 @@ def evaluate(
             tokenizer = loaded.tokenizer
         del loaded  # frees the model before the next is loaded
         base = load_policy(base_model, config=config, tokenizer=tokenizer, trained=False)
-        # Both answer the same prompts: what was too long for the first has been dropped.
+        # Both answer the same prompts; those that were too long have been dropped.
         asked = [replace(each, reference=None) for each in examples]
         unlimited = replace(config.sampling, max_prompt_length=None)
         _, baseline = _answer(base, asked, unlimited, seed=config.seed)

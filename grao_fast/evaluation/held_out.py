@@ -28,8 +28,8 @@ class HeldOut:
         seed: of the bootstrap.
         output_dir: of the run, where the answers from before training are kept.
 
-    before: the evaluation from before training; None until it is made or recalled, and where a run
-        that resumes cannot recall it.
+    before: the evaluation from before training; None until `begin` or `recall` has set it, and if
+        `recall` finds no answers.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class HeldOut:
         return self.before
 
     def recall(self) -> None:
-        """The evaluation from before training of the run that resumes, from what it kept."""
+        """Restore the evaluation from before training, from the answers that the run has kept."""
         texts = read_baseline(self.output_dir, data=self.digest, prompts=len(self.prompts))
         if texts is not None:
             self._first_texts, self.before = texts, self._compare(texts, None)
 
     def evaluate(self) -> EvaluationResult:
-        """Evaluate the policy as it is, compared with that from before training."""
+        """Evaluate the policy as it is, and compare it with the one from before training."""
         return self._compare(self._answer(), self._first_texts)
 
     def is_due(self, step: int, *, last: bool) -> bool:

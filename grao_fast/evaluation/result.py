@@ -1,8 +1,8 @@
-"""What an evaluation says: means over prompts with their intervals, and what each prompt scored.
+"""The result of an evaluation: means over prompts with intervals, and the scores of each prompt.
 
-R(a, b) > 0 means that answer a is better than b. A pairwise reward says so itself; a pointwise
-one by the difference R(a) - R(b). Over the prompts, with greedy answers o, references y, and
-answers of the aligned model (post) and of the base model (pre):
+R(a, b) > 0 means that answer a is better than b. A pairwise reward gives R(a, b) itself, a
+pointwise one as the difference R(a) - R(b). Over the prompts, with greedy answers o, references y,
+and answers of the aligned model (post) and of the base model (pre):
 
     RAS              share with R(o, y) > 0
     ras_win_or_tie   share with R(o, y) >= 0
@@ -10,8 +10,8 @@ answers of the aligned model (post) and of the base model (pre):
     nag_wins         share with R(post, pre) > 0
 
 The paper (arXiv 2508.07750) counts a win in RAS as R > 0 in one place and R >= 0 in its appendix,
-so both are reported. It prints NAG as the share with R(post) > R(pre), and a table in which a NAG
-is negative, which no share can be: `nag` is the reading that can, `nag_wins` the printed one.
+so both are reported. It defines NAG as the share with R(post) > R(pre), but its tables contain a
+negative NAG, which a share cannot be: `nag` can be negative, and `nag_wins` is the share.
 
 Intervals are 95% percentile bootstrap intervals over prompts, of 10,000 resamples.
 """
@@ -31,7 +31,7 @@ METRICS = ("reward", "ras", "ras_win_or_tie", "nag", "nag_wins", "metric")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Means over prompts; None where there was nothing to take it over.
+    """Means over prompts; None if no prompt has a value.
 
     prompts: how many were evaluated.
     reward: mean of R(o), or of R(o, y) where the reward is pairwise.
@@ -39,7 +39,7 @@ class EvaluationResult:
         references, NAG completions of a base model.
     metric: mean of the held-out metric.
     intervals: the 95% bootstrap interval (low, high) of every one that is not None.
-    rows: for every prompt, what was said and what it scored.
+    rows: the texts and scores of every prompt.
     """
 
     prompts: int
@@ -53,12 +53,12 @@ class EvaluationResult:
     rows: list[dict[str, Any]] = field(repr=False)
 
     def metrics(self) -> dict[str, float]:
-        """The means that there are, by name."""
+        """The means that are not None, by name."""
         values = {name: getattr(self, name) for name in METRICS}
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: prompts, the means that there are, and `intervals`."""
+        """Plain data for JSON: prompts, the means that are not None, and `intervals`."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         return {"prompts": self.prompts, **self.metrics(), "intervals": intervals}
 

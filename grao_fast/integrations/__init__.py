@@ -1,1 +1,1 @@
-"""GRAO inside other trainers; each module imports the one that it is for."""
+"""GRAO inside other trainers; each module needs the library of its trainer."""

@@ -94,7 +94,7 @@ def token_weights(advantages_NK: Tensor, sequence_T: Tensor, objective: Objectiv
 def held_ratios(
     weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
 ) -> Tensor:
-    """(T,) 1 where the clip holds a ratio, 0 where not, NaN where there is none."""
+    """(T,) 1 where the ratio is clipped, 0 where not, NaN where there is none."""
     low, high = clip
     weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
     held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))

@@ -1,7 +1,7 @@
-"""The checkpoints in the folder of a run: which there are, and which one a run goes on from.
+"""The checkpoints in the folder of a run, and the choice of the one to resume from.
 
 A checkpoint is a sealed folder (see `grao_fast.system.files`) with a state.json. One whose files
-differ from its manifest is torn: it is never loaded, and never stands in the way of the one before.
+differ from its manifest is torn: it is never loaded, and the one before it is used instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError unless a checkpoint is whole and says that it is of its name's step."""
+    """Raise CheckpointError unless a checkpoint is whole and of the step that its name says."""
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
     try:
@@ -52,7 +52,7 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its step, at least."""
+    """The contents of a checkpoint's state.json, which name its step at least."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -77,11 +77,11 @@ def step_of(path: Path) -> int:
 
 
 def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
-    """The checkpoint that a run in `output_dir` goes on from; None: it begins.
+    """Choose the checkpoint that a run in `output_dir` resumes from; None if it starts anew.
 
     Args:
         resume_from: a checkpoint's folder; True for the latest whole one in output_dir; "auto" for
-            that one or, where there is none, to begin; None or False to begin.
+            that one or, if there is none, to start anew; None or False to start anew.
 
     Raises:
         CheckpointError: the folder given is missing or torn, there is no whole checkpoint, or
@@ -125,7 +125,7 @@ def choose_checkpoint(output_dir: Path, resume_from: ResumeFrom) -> Path | None:
 
 
 def check_fresh(output_dir: Path) -> None:
-    """Refuse a folder with results of a run: another would overwrite them, or mix with them."""
+    """Refuse a folder with a run's results, which another run would overwrite."""
     names = [path.name for path in list_checkpoints(output_dir)]
     names += [FINAL] if (output_dir / FINAL).exists() else []
     for path in sorted(output_dir.iterdir() if output_dir.exists() else ()):

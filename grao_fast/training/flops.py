@@ -4,14 +4,14 @@ A multiply-add is two operations, and only matrix products are counted:
 
     a weight of N elements   2 N a token forward, 2 N for the tokens' gradient, 2 N for its own
     a pair in attention      2 (d_qk + d_v) a head forward; backward 2 (3 d_qk + 2 d_v), as the
-                             scores are made again
+                             scores are recomputed
     recomputed layers        forward once more (gradient_checkpointing); PyTorch stops short of
                              each layer's last product, which is counted all the same
     the head                 2 D V a row that predicts a token: logits, the row's gradient, its own
 
-A pair is a query with a key that it sees: causal, in the window of its layer, in its own sequence.
-Weights and heads that are frozen have no gradient of their own. Of a mixture of experts, those that
-a token is sent to count. What recurrent layers do between their weights does not.
+A pair is a query and a key that it attends to: causal, in the layer's window, in its own sequence.
+Frozen weights and heads have no gradient of their own. In a mixture of experts, only the experts
+that a token is routed to count. The state updates of recurrent layers are not counted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from grao_fast.models.attention import head_width
 
 Window = int | None
 
-# What Transformers calls layers without attention.
+# Transformers' names for layers without attention.
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp")
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a token, a pair and a row cost in one model, forward and backward.
+    """The FLOPs of a token, a pair and a row in one model, forward and backward.
 
-    layers: how many layers attend in each window; None: in none.
+    layers: the number of layers for each attention window; None is no window.
     """
 
     forward: float  # of all weights but the head's, a token
@@ -50,7 +50,7 @@ class ModelCost:
 
     @classmethod
     def of(cls, causal_lm: PreTrainedModel, *, recompute: bool) -> ModelCost:
-        """Of a model as it is trained; with `recompute`, its layers run forward twice."""
+        """The cost of a model as it is trained; with `recompute`, its layers run forward twice."""
         config: Any = causal_lm.config.get_text_config()
         weights = list(_weights(causal_lm, config))
         total = sum(size for size, _ in weights)
@@ -75,19 +75,19 @@ class ModelCost:
         )
 
     def updates(self, work: Work) -> float:
-        """Of one forward and backward pass."""
+        """FLOPs of one forward and backward pass."""
         pairs = sum(n * work.pairs[window] for window, n in self.layers.items())
         return self.update * work.tokens + self.pair_update * pairs + self.row_update * work.rows
 
     def scores(self, work: Work) -> float:
-        """Of one forward pass, as the reference policy's."""
+        """FLOPs of one forward pass, such as the reference policy's."""
         pairs = sum(n * work.pairs[window] for window, n in self.layers.items())
         return self.forward * work.tokens + self.pair_forward * pairs + self.row_forward * work.rows
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens, rows of the head, and pairs that one layer of each window sees."""
+    """The tokens, rows of the head, and pairs in a layer of each window, of some pass."""
 
     tokens: int
     rows: int
@@ -100,9 +100,9 @@ class Work:
 def group_work(
     prompt: int, sequences: Sequence[int], windows: Iterable[Window], *, share_prefix: bool
 ) -> Work:
-    """Of a prompt of so many tokens and sequences behind it, the prompt computed once or for each.
+    """The work of a prompt and the sequences after it, given as numbers of tokens.
 
-    Without sequences there is none.
+    The prompt is computed once, or for each sequence. Without sequences there is no work.
     """
     windows = set(windows)
     copies = (1 if share_prefix else len(sequences)) if sequences else 0
@@ -115,13 +115,13 @@ def group_work(
 
 
 def causal_pairs(length: int, window: Window) -> int:
-    """Pairs of a sequence that sees itself and what is before it, in its window."""
+    """Pairs of a sequence under causal attention in a window."""
     reach = length if window is None else min(window, length)
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def layer_windows(config: Any) -> list[Window]:
-    """The window of each layer of a Transformers config that attends."""
+    """The window of each attention layer of a Transformers config."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
@@ -132,7 +132,7 @@ def layer_windows(config: Any) -> list[Window]:
 
 
 def _weights(causal_lm: PreTrainedModel, config: Any) -> Iterable[tuple[float, bool]]:
-    """(elements that meet a token, whether they train) of each weight below the head."""
+    """(elements that a token is multiplied with, whether trained) of each weight below the head."""
     tables = {id(m.weight) for m in causal_lm.modules() if isinstance(m, nn.Embedding)}
     tables.add(id(causal_lm.get_output_embeddings().weight))
     for parameter in causal_lm.parameters():
@@ -140,13 +140,13 @@ def _weights(causal_lm: PreTrainedModel, config: Any) -> Iterable[tuple[float, b
             continue
         share = 1.0
         if parameter.ndim == 3 and hasattr(config, "num_experts_per_tok"):
-            # the weights of all experts, of which a token meets a few
+            # The weights of all experts, a few of which a token is multiplied with.
             share = config.num_experts_per_tok / parameter.shape[0]
         yield parameter.numel() * share, parameter.requires_grad
 
 
 def batch_work(batch: MicroBatch, windows: Iterable[Window]) -> Work:
-    """Of a micro-batch as it is laid out, padding included."""
+    """The work of a micro-batch as it is laid out, padding included."""
     windows = set(windows)
     if batch.segments is not None:
         works = [
@@ -171,14 +171,14 @@ def update_flops(
     """`flops/done`, `flops/saved_dead` and `flops/saved_prefix` of the updates of one step.
 
     Args:
-        groups: all of the step, dead ones too.
+        groups: all groups of the step, dead ones included.
         batches: its micro-batches.
         updates: forward and backward passes over all of them.
         scored: whether the policy that training began with has scored them once.
 
-    saved_dead is what the groups and sequences that are not live would have cost in this layout,
-    and saved_prefix what the live ones would have cost more with a prompt before each; neither
-    counts absent sequences or padding.
+    saved_dead is the cost that dead groups and sequences would have had in this layout, and
+    saved_prefix the additional cost of the live ones with a prompt before each. Neither counts
+    absent sequences or padding.
     """
 
     def of(work: Work) -> float:

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to, written in it and compared before a run goes on from it."""
+"""The identity of a run and its policy: written into checkpoints, and compared on resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from grao_fast.training.checkpoint import CheckpointError
 
 logger = get_logger(__name__)
 
-# Options of a model that change nothing of what it computes of given tokens.
+# Options of a model that do not change what it computes from token ids.
 _NOT_COMPUTED = (
     "architectures",
     "bos_token_id",
@@ -45,12 +45,12 @@ _NOT_COMPUTED = (
     "transformers_version",
     "use_cache",
 )
-FORMAT = 2  # of state.json and what lies beside it
+FORMAT = 2  # of a checkpoint's files
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What does not change while a run lasts, known before a model is loaded.
+    """What stays the same for a whole run, and is known before a model is loaded.
 
     data: `fingerprint` of the dataset.
     reward: names of the reward functions.
@@ -66,15 +66,15 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class PolicyIdentity:
-    """What does not change of a policy while it is trained.
+    """What stays the same about a policy while it is trained.
 
-    model: its class and name, which are only said.
+    model: its class and name, for messages only.
     config: the options of its class that decide what it computes.
     adapters: by name, the options that decide what an adapter computes.
     trained: dtype and shape of every trained parameter.
     tokenizer: digest of vocabulary, chat template and special tokens.
-    start: digest of what checkpoints hold, as training began with it: all weights of a model, or
-        the trained ones where an adapter is.
+    start: digest of the weights that checkpoints hold, from before training: all weights of a
+        model, or the trained ones if an adapter is trained.
     base: `LoadedPolicy.base_digest`.
     """
 
@@ -88,7 +88,7 @@ class PolicyIdentity:
 
     @classmethod
     def of(cls, loaded: LoadedPolicy) -> PolicyIdentity:
-        """Of a policy before its first step, or before it takes a checkpoint's weights."""
+        """The identity of a policy before its first step, or before a checkpoint is loaded."""
         return cls(
             model=_described(loaded.causal_lm),
             config=_computed(loaded.causal_lm.config.to_dict()),
@@ -109,17 +109,17 @@ def _described(causal_lm: PreTrainedModel) -> str:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Of what checkpoints hold of a model, bit by bit."""
+    """An exact digest of the weights that checkpoints hold of a model."""
     return digest_tensors(_held(model), exact=True)
 
 
 def _held(model: nn.Module) -> Mapping[str, Tensor]:
-    """All of a model, or what is trained where an adapter is."""
+    """The tensors that checkpoints hold: all of a model, or the trained ones with an adapter."""
     return trainable(model) if is_peft_model(model) else _tensors(model)
 
 
 def digest_frozen(model: nn.Module) -> str | None:
-    """Of all that an adapter's checkpoint does not hold; None where it holds a whole model."""
+    """A digest of all weights that an adapter's checkpoint does not hold; None without adapters."""
     if not is_peft_model(model):
         return None
     held = {
@@ -131,12 +131,12 @@ def digest_frozen(model: nn.Module) -> str | None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, less what modules keep in it that is no tensor."""
+    """The tensors in a model's state, in which modules may keep other objects."""
     return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration, what decides what the model computes."""
+    """The part of a configuration that decides what the model computes."""
     return {
         key: _computed(value) if isinstance(value, dict) else value
         for key, value in json.loads(json.dumps(config, default=str)).items()
@@ -152,7 +152,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_same_run(
     path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig
 ) -> None:
-    """Refuse a checkpoint of other data or another reward; say which options have changed.
+    """Refuse a checkpoint of other data or another reward, and log which options have changed.
 
     Raises:
         CheckpointError: it is of another format; or it names what differs, and both sides.
@@ -192,8 +192,8 @@ def check_same_policy(
 ) -> None:
     """Refuse a checkpoint of another model, adapter or tokenizer, or that trains other parameters.
 
-    as_far: the model holds the checkpoint's weights already, and need not say what its run began
-        with: the same object again, or the checkpoint's own folder given as model.
+    as_far: the model already has the checkpoint's weights (it is the same object again, or was
+        loaded from the checkpoint's folder), so its weights need not be those the run began with.
 
     Raises:
         CheckpointError: names what differs, and both sides.
@@ -205,15 +205,15 @@ def check_same_policy(
     if before["tokenizer"] != now["tokenizer"]:
         sides = (f"of digest {side['tokenizer']}" for side in (before, now))
         raise _other(path, "the tokenizer, or its chat template,", *sides)
-    # An adapter's first weights are drawn, and replaced by the checkpoint's; its base is compared
-    # by `check_base`.
+    # An adapter's first weights are random and replaced by the checkpoint's; `check_base` compares
+    # its base.
     if not now["adapters"] and before["start"] != now["start"] and not as_far:
         sides = (f"{side['model']} (weights of digest {side['start']})" for side in (before, now))
         raise _other(path, "the model that training began with", *sides)
 
 
 def check_base(path: Path, state: Mapping[str, Any], loaded: LoadedPolicy) -> None:
-    """Refuse a checkpoint whose adapter was trained on another base; to call when it is loaded.
+    """Refuse a checkpoint, once loaded, whose adapter was trained on another base.
 
     Raises:
         CheckpointError: names both.
@@ -241,7 +241,7 @@ def _named(adapters: dict[str, Any]) -> str:
 
 
 def _check_options(path: Path, what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    # those that one version of a library knows and another does not say nothing
+    # Options that only one version of a library has are ignored.
     changed = [key for key in before if key in now and before[key] != now[key]]
     if changed:
         sides = (", ".join(f"{key}={side[key]}" for key in changed) for side in (before, now))

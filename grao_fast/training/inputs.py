@@ -36,7 +36,7 @@ class Inputs:
 
     @property
     def sets(self) -> list[list[Example]]:
-        """The examples, and the held-out ones where there are any."""
+        """The examples, and the held-out ones if any."""
         return [rows for rows in (self.examples, self.eval_examples) if rows]
 
     def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -81,7 +81,7 @@ def read_inputs(
 
 
 def check_one_process() -> None:
-    """Refuse a launcher that starts several processes: each would train a model of its own."""
+    """Refuse a launcher of several processes, each of which would train its own model."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(

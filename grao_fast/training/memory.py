@@ -1,17 +1,16 @@
-"""The token budget of a micro-batch, found before the first step instead of at the 700th.
+"""The token budget of a micro-batch, found before the first step.
 
-The largest group that a run can meet is the longest prompt with G samples of max_new_tokens and the
-longest reference. On CUDA it is run, then two of it, four..., and the peaks are measured. On a CPU,
-where that would take minutes, three small groups in its proportions are run, and
+The largest group of a run is the longest prompt with G samples of max_new_tokens and the longest
+reference. On CUDA, passes over one, two, four... of it are run and their peaks measured. On a CPU,
+where that would take minutes, three small groups of the same proportions are run, and
 
     bytes(T) = a + b T + c T^2 + gradients        T tokens
 
-goes through their peaks: c is of what attention holds for pairs, and the gradients that are on
-their way to their parameters are counted apart, as their peak may come at another time. Groups in
-one row add up.
+is fitted to their peaks. c stands for what attention stores per pair. Gradients not yet added to
+their parameters are counted apart, since they may peak at another time. Groups in one row add up.
 
 Bytes are those of a forward and backward pass, besides parameters, their gradients and AdamW's
-moments. Nothing that training reads is left changed.
+moments. Probing leaves no trace in the state of training.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from grao_fast.training.step import micro_batch_loss
 logger = get_logger(__name__)
 
 _MIB = 2**20
-_CPU_BUDGET_MIB = 8192  # fixed, so that a run is split alike, to the bit, wherever it goes on
-_CUDA_SHARE = 0.9  # of what is free: the rest is for fragments, and for what sampling keeps
+_CPU_BUDGET_MIB = 8192  # fixed, so that a run resumed elsewhere is split alike, to the bit
+_CUDA_SHARE = 0.9  # of free memory; the rest allows for fragmentation and for sampling
 _SMALLEST = 128  # tokens of the smallest group tried on a CPU
 _MULTIPLES = (1, 2, 4)
 
@@ -59,12 +58,12 @@ def token_budget(
     """Tokens of as many of the largest group as fit the memory in one micro-batch.
 
     Args:
-        shape: of the largest group that the run can meet.
+        shape: of the largest group of the run.
         most: groups of a step.
         memory_budget_mib: for a pass; None: see `GRAOConfig.memory_budget_mib`.
 
     Raises:
-        ValueError: not even one group fits; names what it needs and what would help.
+        UserError: not even one group fits; names its need and the remedies.
     """
     probe = Probe(policy, objective, workspace_mib)
     with _untouched(policy):
@@ -92,7 +91,7 @@ def token_budget(
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Tokens of a prompt and of each sequence behind it."""
+    """Tokens of a prompt and of each of its sequences."""
 
     prompt: int
     sequences: tuple[int, ...]
@@ -105,7 +104,7 @@ class GroupShape:
         return cls(max(len(prompt.prompt_ids) for prompt in prompts), (*samples, reference))
 
     def scaled(self, factor: float) -> GroupShape:
-        """In its proportions, no part empty that was not."""
+        """This shape scaled, with at least one token where there was any."""
 
         def scale(length: int) -> int:
             return max(min(1, length), round(length * factor))
@@ -113,7 +112,7 @@ class GroupShape:
         return GroupShape(scale(self.prompt), tuple(map(scale, self.sequences)))
 
     def group(self) -> Group:
-        """A group of this shape, all live; a loss takes as much memory whatever its tokens."""
+        """A group of this shape, all live; the memory of a loss does not depend on token ids."""
         K = len(self.sequences)
         return Group(
             prompt_ids=[0] * self.prompt,
@@ -169,7 +168,7 @@ class Probe:
 
 
 def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
-    """Bytes that a pass may take: what is free, less the moments that the first step will make."""
+    """Bytes for a pass: free memory less the moments that the first step will allocate."""
     device = policy.device
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -178,7 +177,7 @@ def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
 
 
 def _measured_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
-    """n -> bytes at the peak of a pass over n groups; infinite where CUDA has not so much."""
+    """n -> peak bytes of a pass over n groups, measured; infinite if CUDA runs out of memory."""
     peaks: dict[int, float] = {}
     device = probe.policy.device
 
@@ -200,14 +199,14 @@ def _measured_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch's allocator, or a library that allocates past it, says so."""
+    """Whether an error is PyTorch's, or a library's, for lack of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
 
 
 def _estimated_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
-    """n -> bytes, by a parabola through the peaks of three small groups."""
+    """n -> peak bytes of a pass over n groups, by a parabola through those of three small ones."""
     policy = probe.policy
 
     def tokens(shape: GroupShape) -> int:
@@ -219,21 +218,20 @@ def _estimated_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
         return held
 
     whole = tokens(shape)
-    # multiples of one small shape: in other proportions, a parabola would go anywhere
+    # Multiples of one small shape, since the parabola holds for fixed proportions only.
     small = shape.scaled(min(1.0, _SMALLEST / whole))
     shapes = [small.scaled(multiple) for multiple in _MULTIPLES]
     held = [tried(each) for each in shapes]
     a, b, c = parabola([tokens(each) for each in shapes], [each.peak for each in held])
     fixed, of_group = max(a, 0.0), b * whole + c * whole**2
     fixed += max(each.gradients_peak for each in held)
-    # the loss is one operator, which holds its logits inside
+    # The loss is one operator, whose logits the dispatch mode does not see.
     fixed += workspace_bytes(probe.workspace_mib, policy.device)
     return lambda n: fixed + n * of_group
 
 
 def parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
-    """(a, b, c) of a + b x + c x^2 through three points; a line through the last two instead of one
-    that bends down."""
+    """(a, b, c) of a + b x + c x^2 through three points; if c < 0, of a line through two."""
     slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in (0, 1)]
     c = (slopes[1] - slopes[0]) / (x[2] - x[0])
     if c <= 0:
@@ -243,10 +241,10 @@ def parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
 
 
 class _Held(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still held.
+    """Counts the bytes of live storages that operators have allocated.
 
-    peak: at the most, of all that has not the shape of a trained parameter.
-    gradients_peak: at the most, of what has: gradients on their way to their parameters.
+    peak: the most, without tensors of the shape of a trained parameter.
+    gradients_peak: the most of those: gradients on their way to their parameters.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -284,14 +282,14 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _untouched(policy: Policy) -> Iterator[None]:
-    """Passes inside leave parameters, gradients, random numbers and mode as they were."""
+    """Restore gradients, random state and mode after the passes in the block."""
     training = policy.model.training
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     kept = [p.grad for p in trained]
     devices = [policy.device] if policy.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), policy.updating():
-            for parameter in trained:  # as from the second micro-batch of a step on
+            for parameter in trained:  # as after the first micro-batch of a step
                 parameter.grad = torch.zeros_like(parameter)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""What a step reports: of its rollout, and of the updates made on it.
+"""The metrics of a step: of its rollout, and of its updates.
 
 Suffixes: N prompts, G samples, K = G + 1 sequences, T rows of the head (each predicts a token).
 """
@@ -16,7 +16,7 @@ from grao_fast.training.rollout import Rollout
 
 
 def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor]:
-    """Groups that teach nothing, and the reference's health; NaN where no reference is there."""
+    """The share of dead groups and the references' health; NaN without references."""
     reference_N = advantages_NK[:, -1]
     present_N = reference_N[~reference_N.isnan()]
     return {
@@ -28,7 +28,7 @@ def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Rewards, lengths and the reference's health; the reference stays out of `reward`."""
+    """Rewards, lengths and the references' health; `reward` is of samples alone."""
     samples_NG = rollout.rewards_NK[:, :-1]
     completions = [completion for group in rollout.completions for completion in group]
     metrics = {
@@ -46,7 +46,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def _range(samples_NG: Tensor) -> Tensor:
-    """Largest less smallest reward of each group, NaN left out; 0 where there is none."""
+    """The range of rewards in each group, ignoring NaN; 0 if all are NaN."""
     present_NG = ~samples_NG.isnan()
     high_N = samples_NG.where(present_NG, -torch.inf).amax(1)
     low_N = samples_NG.where(present_NG, torch.inf).amin(1)
@@ -54,13 +54,13 @@ def _range(samples_NG: Tensor) -> Tensor:
 
 
 def _nanstd(samples_NG: Tensor) -> Tensor:
-    """Mean over groups of the samples' population deviation, NaN left out."""
+    """Mean over groups of the samples' population standard deviation, ignoring NaN."""
     mean_N = samples_NG.nanmean(1, keepdim=True)
     return (samples_NG - mean_N).square().nanmean(1).sqrt().nanmean()
 
 
 class _Mean:
-    """A running mean and maximum, NaN left out; NaN while empty."""
+    """A running mean and maximum that ignore NaN; NaN while empty."""
 
     def __init__(self) -> None:
         self.total, self.count, self.max = 0.0, 0, math.nan
@@ -78,7 +78,7 @@ class _Mean:
 
 
 class LossMetrics:
-    """The losses of an update's micro-batches, added up."""
+    """Accumulates the losses of an update's micro-batches."""
 
     def __init__(self) -> None:
         self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
@@ -95,8 +95,8 @@ class LossMetrics:
     ) -> None:
         """Add a micro-batch.
 
-        held_T: 1 where the clip holds a ratio, 0 where not, NaN where there is none.
-        router: its part of the loss, beside GRAO's.
+        held_T: 1 where the ratio is clipped, 0 where not, NaN where there is none.
+        router: the router's part of the loss.
         """
         self.terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
         self.kl += float(loss.kl)

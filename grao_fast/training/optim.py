@@ -1,4 +1,4 @@
-"""The optimiser and the length of its schedule."""
+"""The optimiser, and the length and learning rate of its schedule."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grao_fast.system.errors import UserError
 
 
 def count_steps(optimisation: OptimisationOptions, *, prompts: int, prompts_per_step: int) -> int:
-    """Steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
+    """The steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
     if optimisation.max_steps > 0:
         return optimisation.max_steps
     return max(1, math.ceil(optimisation.num_train_epochs * prompts / prompts_per_step))
 
 
 def adamw(model: nn.Module, optimisation: OptimisationOptions) -> Optimizer:
-    """AdamW over what is trainable; matrices decay, norms and biases do not."""
+    """AdamW over the trainable parameters, with weight decay on matrices only."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("the model has no trainable parameter; unfreeze it or pass peft_config")
@@ -43,7 +43,7 @@ def adamw(model: nn.Module, optimisation: OptimisationOptions) -> Optimizer:
         lr=optimisation.learning_rate,
         betas=(optimisation.adam_beta1, optimisation.adam_beta2),
         eps=optimisation.adam_epsilon,
-        # PyTorch's default on CUDA holds one more tensor of each parameter's size while it steps
+        # PyTorch's default on CUDA allocates another tensor of each parameter's size in a step.
         fused=True if trainable[0].is_cuda else None,
     )
 
@@ -51,7 +51,7 @@ def adamw(model: nn.Module, optimisation: OptimisationOptions) -> Optimizer:
 def lr_schedule(
     optimizer: Optimizer, optimisation: OptimisationOptions, *, total_steps: int
 ) -> LambdaLR:
-    """The schedule of the learning rate over a run."""
+    """The learning-rate schedule of a run of `total_steps`."""
     return get_scheduler(
         optimisation.lr_scheduler_type,
         optimizer,

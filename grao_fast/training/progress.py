@@ -1,4 +1,4 @@
-"""How far a run is, and its checkpoints: written, resumed from, and rescued when it ends early."""
+"""The progress of a run: its checkpoints, resuming, and saving when it ends early."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Progress:
         output_dir: of the run.
 
     done: steps done; None within an update, which cannot be saved.
-    flush: called before a checkpoint is written, so that the files of the run reach as far as it.
+    flush: called before a checkpoint is written, so that metrics.jsonl is complete up to it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
         self.loaded, self.optimizer, self.scheduler = loaded, optimizer, scheduler
         self.identity, self.prompts, self.config = identity, prompts, config
         self.policy_identity = PolicyIdentity.of(loaded)
-        self.frozen: str | None = None  # known once the first weights are
+        self.frozen: str | None = None  # set by `begin`
         self.done: int | None = 0
         self.flush: Callable[[], None] = lambda: None
         self.saver = Saver(output_dir, self._write, keep=config.save_total_limit)
@@ -87,7 +87,7 @@ class Progress:
             raise SaveError(f"{name} could not be saved ({one_line(error)}); {kept}") from error
 
     def rescue(self) -> None:
-        """Save the steps that are done when the run ends early, and log where they are; once."""
+        """Save the finished steps when the run ends early, and log where they are; only once."""
         if self._rescued:
             return
         self._rescued = True
@@ -100,7 +100,7 @@ class Progress:
             logger.warning("the run ended early; %s", where)
 
     def _commit(self, *_: Any) -> None:
-        """Before the optimiser changes weights: from here on the step can only be finished."""
+        """Called before the optimiser changes weights: the step can no longer be abandoned."""
         interruption.hold()  # first: a signal in between would leave nothing to save
         self.done = None
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""The result of a run, and its summary.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grao_fast.training.state import versions
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind.
+    """The result of a run.
 
     steps: steps done, those before a resume included.
     metrics: of the last step, by the names in metrics.jsonl.
@@ -37,7 +37,7 @@ class TrainResult:
 
 
 def samples(rollout: Rollout) -> list[dict[str, Any]]:
-    """A row for every prompt of a step, for the tables of samples."""
+    """A row for every prompt of a step, for tables of completions."""
     return [
         {
             "prompt": prompt.example.prompt,

@@ -1,4 +1,4 @@
-"""A rollout: prompts, the completions sampled for them, and what these earned.
+"""A rollout: prompts, the completions sampled for them, and their rewards.
 
 Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, the reference last.
 """
@@ -22,7 +22,7 @@ from grao_fast.sampling.loading import LoadedPolicy
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one step sampled and what it earned.
+    """The samples of one step and their rewards.
 
     prompts: N encoded examples.
     completions, texts: N lists of G.

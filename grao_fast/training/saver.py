@@ -1,4 +1,4 @@
-"""When a run saves, and what it leaves when it cannot."""
+"""Writing checkpoints, and saving elsewhere or in another form if that fails."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ logger = get_logger(__name__)
 
 
 class SaveError(OSError):
-    """A run that was done could not save its model; says where the weights are."""
+    """Saving failed; the message says where the weights are."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, and knows which is the last that is whole.
+    """Writes the checkpoints of a run, and keeps track of the last whole one.
 
     Args:
         output_dir: of the run.
-        write: write(path, step, bare) writes a whole checkpoint, or none; bare, its weights are
-            written without the model's and the tokenizer's own `save_pretrained`.
+        write: write(path, step, bare) writes a whole checkpoint, or none; if bare, weights are
+            written without the `save_pretrained` of model and tokenizer.
         keep: checkpoints kept; None: all.
 
-    checkpoint: the last that was written or resumed from; None: there is none.
-    step: its steps; 0 where there is none.
+    checkpoint: the last one written or resumed from, if any.
+    step: its step; 0 without one.
     """
 
     def __init__(
@@ -38,22 +38,22 @@ class Saver:
         self.step = 0
 
     def resumed(self, checkpoint: Path, step: int) -> None:
-        """Take note of the checkpoint that the run goes on from."""
+        """Record the checkpoint that the run resumes from."""
         self.checkpoint, self.step = checkpoint, step
         if checkpoint.resolve().parent == self.output_dir.resolve():
-            delete_old(checkpoint, self._keep)  # which a kill may have left
+            delete_old(checkpoint, self._keep)  # left over if a run was killed
 
     def save(self, step: int) -> Path:
-        """Write the checkpoint of a step, and delete what is not kept."""
+        """Write the checkpoint of a step, and delete old ones."""
         self._save(checkpoint_path(self.output_dir, step), step)
         delete_old(self.checkpoint, self._keep)
         return self.checkpoint
 
     def rescue(self, step: int) -> None:
-        """Write the checkpoint of a step wherever, and however, that can be done.
+        """Write the checkpoint of a step in any way that works.
 
-        In output_dir, bare where a library fails; else in a new folder among temporary files. What
-        fails is said, not raised: the run is ending for a reason of its own.
+        It goes to output_dir, bare if a library fails, else to a new temporary folder. Failures are
+        logged, not raised, since the run is ending with another error.
         """
         if self._rescued_in(self.output_dir, step):
             delete_old(checkpoint_path(self.output_dir, step), self._keep)
@@ -69,7 +69,7 @@ class Saver:
             elsewhere.rmdir()
 
     def where(self) -> str | None:
-        """How to go on from the last checkpoint, in words; None where there is none."""
+        """How to resume from the last checkpoint, in words; None without one."""
         if self.checkpoint is None:
             return None
         if self.checkpoint.parent == self.output_dir:
@@ -86,7 +86,7 @@ class Saver:
                     "step %d could not be saved in %s: %s",
                     step, folder, one_line(error),
                 )  # fmt: skip
-                if isinstance(error, OSError):  # of the disk: it takes bare weights no better
+                if isinstance(error, OSError):  # a disk error, which bare weights would meet too
                     return False
         return False
 

@@ -1,7 +1,7 @@
-"""What a run needs to go on exactly where it was.
+"""The state that a run needs to resume exactly.
 
 All randomness of a step is a function of (seed, step), and the data cursor is a function of the
-step, so that weights, optimiser and scheduler are the whole state.
+step, so weights, optimiser and scheduler are the whole state.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def save_checkpoint(
 ) -> None:
     """Write a whole checkpoint, or none.
 
-    belongs_to: what is compared when a run resumes from it, see `grao_fast.training.identity`.
-    bare: weights alone, as PyTorch writes them, where `save_pretrained` fails.
+    belongs_to: facts compared on resuming, see `grao_fast.training.identity`.
+    bare: write weights by torch.save alone, for use if `save_pretrained` fails.
     """
 
     def fill(folder: Path) -> None:
@@ -95,7 +95,7 @@ def save_checkpoint(
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, folder / OPTIMIZER)
         if loaded.beginning is not None and is_peft_model(loaded.model):
-            loaded.beginning.save(folder)  # a whole model's is the model that is given
+            loaded.beginning.save(folder)  # a whole model is given again on resuming
         facts = {
             "format": FORMAT,
             "step": step,
@@ -112,9 +112,9 @@ def save_checkpoint(
 def resume_policy(
     loaded: LoadedPolicy, given: PolicyIdentity, path: Path, state: Mapping[str, Any]
 ) -> PolicyIdentity:
-    """Load a checkpoint's weights into the policy that it belongs to, and what its run began with.
+    """Load a checkpoint's weights into the policy, and the first weights of its run.
 
-    given: the identity of the policy as it stands; returns that of the policy the run began with.
+    given: the identity of the policy as it is; returns that of the policy the run began with.
 
     Raises:
         CheckpointError: the checkpoint is of another policy, or does not hold all that is trained.
@@ -137,7 +137,7 @@ def resume_policy(
 
 
 def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
-    """Load a checkpoint's weights into the model as it stands, every one of them.
+    """Load all of a checkpoint's weights into the model.
 
     Raises:
         CheckpointError: a weight is missing, is not the model's, or is not what was saved.
@@ -157,7 +157,7 @@ def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any]) -> None
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: all of a model, or an adapter and what is trained with it."""
+    """The tensors that training changes, by name: a whole model, or what is trained of it."""
     if not is_peft_model(model):
         return model.state_dict()
     return {name: parameter.detach() for name, parameter in trainable(model).items()}
@@ -166,10 +166,10 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
     loaded: Any = type(causal_lm).from_pretrained(
         path,
-        dtype=torch.float32,  # which holds all others, where frozen layers are of another
+        dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
         trust_remote_code=False,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, in one line
+        ignore_mismatched_sizes=True,  # refused below, in one line
     )
     saved, info = loaded
     missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
@@ -183,9 +183,9 @@ def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
 
 
 def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:
-    """Load a checkpoint's moments and place in the schedule; options stay the config's own."""
-    # to the CPU: AdamW moves its moments to their parameters, and its step counts where it, fused
-    # or not, wants them, which it reads from the options that are loaded
+    """Load a checkpoint's moments and schedule step; options remain those of the config."""
+    # To the CPU: AdamW moves moments to their parameters, and step counts to where its
+    # implementation, fused or not, needs them, according to the loaded options.
     state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     own_groups = optimizer.state_dict()["param_groups"]
     for group, own in zip(state["optimizer"]["param_groups"], own_groups, strict=True):

@@ -136,7 +136,7 @@ def update(
     workspace_mib = optimisation.workspace_mib
     passes: list[LossMetrics] = []
     norms: list[float] = []
-    optimizer.zero_grad(set_to_none=True)  # of an interrupted run, or a caller's
+    optimizer.zero_grad(set_to_none=True)  # left by an interrupted run, or a caller
     with policy.updating():
         parts = [
             _Part(policy.lay_out(part))
@@ -191,9 +191,9 @@ class _Part:
     ref_logprob_T: Tensor | None = None
 
     def keep_old_logprobs(self) -> None:
-        """Ratios of the next updates are to the log-probs of the last pass.
+        """Make the log-probs of the last pass the denominators of the next updates' ratios.
 
-        References were not sampled: L(y) needs no ratio, and its gradient is exact as it is.
+        References were not sampled: L(y) needs no ratio, and its gradient is exact without one.
         """
         assert self.logprob_T is not None, "after a pass"
         K = self.batch.rewards_NK.shape[1]
@@ -208,7 +208,7 @@ def _backward(
     num_prompts: int,
     workspace_mib: int | None,
 ) -> LossMetrics:
-    """Add the gradients of all micro-batches of a step up in the parameters."""
+    """Accumulate the gradients of all micro-batches of a step in the parameters."""
     metrics = LossMetrics()
     for part in parts:
         loss = micro_batch_loss(
@@ -233,7 +233,7 @@ def _backward(
 def _optimizer_step(optimizer: Optimizer, *, max_norm: float) -> float:
     """Clip, check and apply the gradient; returns its norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # max_grad_norm 0 turns clipping off; the norm is measured all the same
+    # max_grad_norm 0 turns clipping off, but the norm is still measured.
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
     if not math.isfinite(norm):
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""Watches a run's metrics and says in words what they mean when something is wrong."""
+"""Warnings derived from a run's metrics."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-# The references' log-prob has collapsed when its moving average lost this many nats a token.
+# A fall of the references' average log-prob, in nats a token, that counts as a collapse.
 _COLLAPSE_NATS = 1.0
 _SMOOTHING = 0.8
-# Rounding alone parts a sampler from the policy by less than this many nats a token: by 0.03 on
-# SmolLM2-135M in bfloat16, by 5e-6 in float32. What the first step shows narrows it down.
+# Upper bound on the rounding difference between sampler and policy, in nats a token: it is 0.03 on
+# SmolLM2-135M in bfloat16, and 5e-6 in float32. The first step's difference tightens the bound.
 _MISMATCH_NATS = 0.1
 _MISMATCH_TIMES = 10.0
 _LEAST_MISMATCH_NATS = 1e-3
@@ -18,7 +18,7 @@ _REPEAT_EVERY = 10
 
 
 class Watch:
-    """Turns metrics into messages, each kind once or at most every tenth time."""
+    """Turns metrics into warnings, each kind once or at most every tenth time."""
 
     def __init__(self) -> None:
         self._dead_steps = 0
@@ -29,7 +29,7 @@ class Watch:
         self._mismatch_nats: float | None = None  # unknown before the first step
 
     def recall(self, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """Take note of the steps that metrics.jsonl holds; returns the metrics of the last."""
+        """Replay the steps in metrics.jsonl; returns the metrics of the last."""
         metrics: dict[str, float] = {}
         for row in rows:
             if "loss" in row:
@@ -38,13 +38,13 @@ class Watch:
         return metrics
 
     def messages(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """The warnings that a step gives rise to."""
+        """The warnings for a step."""
         checks = (self._no_signal, self._collapse, self._mismatch)
         found = (check(step, metrics) for check in checks)
         return [message for message in found if message is not None]
 
     def _no_signal(self, step: int, metrics: dict[str, float]) -> str | None:
-        if metrics["frac_dead"] < 1 or "kl" in metrics:  # the KL term makes a loss of its own
+        if metrics["frac_dead"] < 1 or "kl" in metrics:  # the KL term gives a loss of its own
             return None
         self._dead_steps += 1
         if self._dead_steps % _REPEAT_EVERY != 1:

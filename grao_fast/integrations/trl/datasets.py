@@ -1,4 +1,4 @@
-"""What GRAOTrainer asks of datasets, before TRL loads a model for them."""
+"""GRAOTrainer's checks of datasets, made before TRL loads a model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = get_logger(__name__)
 
 @visible_errors()
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse, by name, data without prompts or references, and rows that cannot be read.
+    """Refuse datasets without prompts or references, and rows that cannot be read.
 
-    Data for evaluation may do without references: it is then of samples alone. Rows without one
-    are counted, but not those of a stream, of which the first is looked at.
+    Evaluation data may lack references, and then evaluates samples alone. Rows without a reference
+    are counted; of a stream only the first row is read.
     """
     _check("train_dataset", train_dataset, needs_references=True)
     if not isinstance(eval_dataset, Mapping):
@@ -69,7 +69,7 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
 
 
 def _columns_of(dataset: Any) -> list[str] | None:
-    """None where there is no dataset, or a stream of nothing."""
+    """The columns of a dataset; None if it is not one, or an empty stream."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return None  # which TRL refuses
     columns = dataset.column_names

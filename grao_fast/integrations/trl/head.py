@@ -1,4 +1,4 @@
-"""What happens at the LM head, inside the model's forward pass.
+"""Losses and log-probs at the LM head, made inside the model's forward pass.
 
 Suffixes: B or S rows of L tokens, C columns that are scored, T tokens, D width, 3 terms.
 """
@@ -22,7 +22,7 @@ from grao_fast.system.errors import UserError
 
 
 def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model has an embedding of; ValueError if padding is none of them."""
+    """The number of tokens that the model embeds; UserError if padding is not one of them."""
     rows = len(causal_lm_of(model).get_input_embeddings().weight)
     if tokenizer.pad_token_id >= rows:
         raise UserError(
@@ -39,9 +39,10 @@ def logit_transform_of(
     autocast_dtype: torch.dtype | None,
     compare: bool,
 ) -> LogitTransform:
-    """How the kernels make the model's logits, held to the model's own where asked to `compare`.
+    """The model's logit transform; with `compare`, checked against the model's own logits.
 
-    Raises ValueError, by name, for a model whose logits are others.
+    Raises:
+        UserError: the model's logits differ.
     """
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
@@ -55,7 +56,7 @@ def logit_transform_of(
         autocast_dtype=autocast_dtype,
         pad_token_id=tokenizer.pad_token_id,
     )
-    check_parity(policy, gradient=False)  # of its layers, which run as they are
+    check_parity(policy, gradient=False)  # its layers run as they are
     return transform
 
 
@@ -64,12 +65,12 @@ def loss_of(
 ) -> Callable[[HeadInputs], PolicyLoss]:
     """The loss of a micro-batch, its terms, log-probs and entropies, in one pass.
 
-    It is `linear_policy_loss` on coefficients that are known already: `linear_grao_loss` weighs
-    whole groups, and TRL's micro-batches split them.
+    The coefficients are given, since `linear_grao_loss` weighs whole groups, and TRL's
+    micro-batches split them.
     """
 
     def loss(head: HeadInputs) -> PolicyLoss:
-        # No head_grad_VD, as DDP must see the head's gradient.
+        # No head_grad_VD, since DDP must see the head's gradient.
         return linear_policy_loss(
             head.hidden_TD,
             head.head_VD,

@@ -1,4 +1,4 @@
-"""What GRAOTrainer refuses of GRPOTrainer's options, by name and with the remedy."""
+"""The options of GRPOTrainer that GRAOTrainer refuses, each with its remedy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from grao_fast.system.errors import UserError
 
-# Fields of GRPOConfig that GRAO's objective leaves no room for, or whose other values are not
-# written here.
+# Fields of GRPOConfig with the only value that GRAO's objective, or this implementation, allows.
 _ONLY = {
-    "loss_type": "grpo",  # a sequence counts by its mean log-prob
+    "loss_type": "grpo",  # a sequence enters by its mean log-prob
     "scale_rewards": "group",
     "multi_objective_aggregation": "sum_then_normalize",
     "importance_sampling_level": "token",
@@ -21,15 +20,15 @@ _ONLY = {
     "use_adaptive_entropy": False,
     "delta": None,
     "off_policy_mask_threshold": None,
-    "mask_truncated_completions": False,  # y would be weighed against samples that are not there
-    "cast_lm_head_to_fp32": False,  # the logits are summed in float32 as it is
+    "mask_truncated_completions": False,  # y would be weighed against samples that are left out
+    "cast_lm_head_to_fp32": False,  # logits are computed in float32 anyway
     "torch_compile": False,
-    "remove_unused_columns": False,  # the reference is in one of them
+    "remove_unused_columns": False,  # the reference is a column
 }
 
 
 def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
-    """ValueError where GRPOTrainer would do with an option what GRAOTrainer does not.
+    """Raise UserError for options of GRPOTrainer that GRAOTrainer does not support.
 
     options: GRPOTrainer's keyword arguments.
     """
@@ -59,7 +58,7 @@ def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
 
 
 def check_kl_policy(model: str | nn.Module, args: GRPOConfig, options: dict[str, Any]) -> None:
-    """ValueError where TRL could not load the policy that its KL term holds to."""
+    """Raise UserError if TRL could not load the reference policy of its KL term."""
     if args.beta == 0.0 or isinstance(model, str) or options.get("peft_config") is not None:
         return
     if not hasattr(model, "peft_config") and not getattr(model.config, "_name_or_path", ""):

@@ -1,12 +1,12 @@
-"""The references of a generation batch: found, encoded, and given a row of their group to ride on.
+"""The references of a generation batch: reading, encoding, and attaching them to rows.
 
-A generation batch is B rows in each process, groups of G one after another over all processes, so
-that a group may begin in one process and end in the next. Its reference rides on the row that
-begins it, its carrier, and is scored by the process that holds that row.
+A generation batch is B rows in each process. Groups of G rows follow one another over all
+processes, so a group may begin in one process and end in the next. A reference is attached to the
+first row of its group, its carrier, and is scored by the process that has that row.
 
 Suffixes: N prompts of all processes, K = G + 1 sequences of each, 3 terms of the objective, 2 for
-a row's sample and the reference that rides on it; P processes, C carriers of one at most, R of
-these that have a reference.
+a row's sample and its attached reference; P processes, at most C carriers in each, R of which have
+a reference.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from grao_fast.system.visible import visible_errors
 
 
 class References(NamedTuple):
-    """Of some rows. Where absent, `present` is False and there are no token ids.
+    """The references of some rows. An absent one has `present` False and no token ids.
 
-    completions: as TRL's rewards are called with.
+    completions: in the form in which TRL calls rewards.
     """
 
     present: list[bool]
@@ -43,7 +43,7 @@ def reference_column(columns: Iterable[str]) -> str | None:
 
 
 def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | Messages | None]:
-    """Prompt and reference; None where it is absent. ValueError on what cannot be read."""
+    """A row's prompt and its reference, None if absent; UserError if they cannot be read."""
     column = reference_column(row)
     prompt = read_prompt(row["prompt"], f"{where}, `prompt`")
     value = None if column is None else row[column]
@@ -54,10 +54,10 @@ def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | 
 def read_references(
     rows: Sequence[Mapping[str, Any]], encoder: Encoder, embedding_rows: int
 ) -> References:
-    """References of rows with `prompt`, each with an end-of-sequence token.
+    """Read and encode the references of rows, each with an end-of-sequence token.
 
-    Their texts are read from their tokens as TRL reads samples: without special tokens. ValueError
-    where the model has no embedding of a token, of the prompt or the reference.
+    Their texts are decoded from tokens without special tokens, as TRL decodes samples. UserError if
+    the model does not embed a token of a prompt or reference.
     """
     read = [read_row(row, "a row") for row in rows]
     prompts, given = [prompt for prompt, _ in read], [reference for _, reference in read]
@@ -79,17 +79,17 @@ def carriers(process: int, B: int, G: int) -> range:
 
 
 def most_carriers(B: int, G: int) -> int:
-    """How many rows of a process may begin a group."""
+    """The most rows of a process that can begin a group."""
     return -(-B // G)
 
 
 def to_score(
     rows: list[Mapping[str, Any]], references: References, samples: Sequence[list], most: int
 ) -> list[list]:
-    """Rows, prompts, completions and token ids of the references that are there, for rewards.
+    """The rows, prompts, completions and token ids of the references, for rewards to score.
 
-    They are filled up to `most`, as many in every process, to gather: with the first of them, or
-    where there is none with a sample, which is something that rewards can take.
+    To be gathered, they are padded to `most`, the same number in every process: with the first
+    reference or, without any, with a sample, which rewards accept.
     """
     given = [rows, [row["prompt"] for row in rows], references.completions, references.token_ids]
     present = [list(compress(column, references.present)) for column in given]
@@ -101,8 +101,8 @@ def in_order(present_PC: Tensor, rewards_PR: Tensor, B: int, G: int) -> Tensor:
     """rewards_N of all groups' references, NaN where absent.
 
     Args:
-        present_PC: which carriers of each process have a reference, False behind the last one.
-        rewards_PR: of these, in that order, and of whatever else a process scored behind them.
+        present_PC: which carriers of each process have a reference, padded with False.
+        rewards_PR: the rewards of these in order, followed by those of padding.
     """
     rewards_PC = rewards_PR.new_full(present_PC.shape, torch.nan)
     place_PC = (present_PC.cumsum(1) - 1).clamp(min=0)
@@ -116,18 +116,18 @@ def in_order(present_PC: Tensor, rewards_PR: Tensor, B: int, G: int) -> Tensor:
 def ride(
     terms_3NK: Tensor, token_ids: Sequence[Sequence[int]], process: int, B: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """What each of a process's B rows adds to the objective, and the reference that rides on it.
+    """The coefficients of a process's B rows in the objective, and their attached references.
 
     Args:
         terms_3NK: coefficients of all processes' sequences, the references last.
-        token_ids: of the references of this process's carriers; what comes behind is not read.
+        token_ids: of the references of this process's carriers; further ones are ignored.
 
     Returns:
-        terms_B23 of the row's sample and of the reference that rides on it, 0 where none does; and
-        the token ids of the latter, empty where none does.
+        terms_B23 of each row's sample and attached reference, 0 without one; and the token ids of
+        the latter, empty without one.
     """
     G = terms_3NK.shape[2] - 1
-    own_B = torch.arange(B) + process * B  # places of the rows among all processes'
+    own_B = torch.arange(B) + process * B  # indices of the rows among those of all processes
     riding = list(carriers(process, B, G))
     terms_B23 = terms_3NK.new_zeros(B, 2, 3)
     terms_B23[:, 0] = terms_3NK[:, :, :-1].flatten(1)[:, own_B].T

@@ -1,7 +1,7 @@
-"""A micro-batch of TRL's, samples and the references that ride on them, as rows for one pass.
+"""TRL's micro-batches, samples and attached references, as rows for one pass.
 
-Suffixes: B rows of TRL's micro-batch, 2 for the sample of a row and the reference that rides on
-it, 3 for the terms of the objective (exploration, imitation, alignment), S sequences that are
+Suffixes: B rows of TRL's micro-batch, 2 for the sample of a row and its attached reference,
+3 for the terms of the objective (exploration, imitation, alignment), S sequences that are
 computed, P, C and L columns (prompt, what follows it, both), T tokens.
 """
 
@@ -20,9 +20,9 @@ class Rows:
 
     input_ids_SL, attention_mask_SL: int64, on the device of TRL's batch.
     samples: how many of the S sequences are samples; the rest are references.
-    source_S: int64 on the CPU, the row of the micro-batch that each sequence stands in.
-    length_S: int64 on the CPU, tokens of each sequence behind its prompt.
-    sequence_T, token_T: int64 on the CPU, whose token it is, and which of it.
+    source_S: int64 on the CPU, the row of the micro-batch that each sequence is in.
+    length_S: int64 on the CPU, tokens of each sequence after its prompt.
+    sequence_T, token_T: int64 on the CPU, the sequence of each token, and its place in it.
     """
 
     input_ids_SL: Tensor
@@ -36,7 +36,7 @@ class Rows:
 
     @property
     def row_T(self) -> Tensor:
-        """Place in the flattened (S, L) whose hidden state predicts the token."""
+        """Places in the flattened (S, L) rows whose hidden states predict the tokens."""
         L = self.input_ids_SL.shape[1]
         return self.sequence_T * L + self.prompt_columns - 1 + self.token_T
 
@@ -49,7 +49,7 @@ class Rows:
         return self.sequence_T < self.samples
 
     def of_samples(self, values_BC: Tensor | None) -> Tensor:
-        """(T,) of what TRL keeps for each token of the samples; NaN where it keeps nothing."""
+        """(T,) of TRL's per-token values of samples; NaN for references, or without values."""
         if values_BC is None:
             return torch.full(self.token_T.shape, torch.nan, device=self.input_ids_SL.device)
         column_T = self.token_T.clamp(max=values_BC.shape[1] - 1)  # references may be longer
@@ -57,7 +57,7 @@ class Rows:
         return values_T.where(self.is_sample_T.to(values_T.device), torch.nan)
 
     def sequence_means(self, logprob_T: Tensor) -> Tensor:
-        """(S,) mean log-prob of each sequence over the tokens that were computed; NaN for none."""
+        """(S,) mean log-prob of each sequence over computed tokens; NaN if there are none."""
         sequence_T = self.sequence_T.to(logprob_T.device)
         sums_2S = logprob_T.new_zeros(2, len(self.source_S))
         sums_2S[0].index_add_(0, sequence_T, logprob_T.nan_to_num())
@@ -66,7 +66,7 @@ class Rows:
 
 
 def model_inputs(input_ids_SL: Tensor, attention_mask_SL: Tensor) -> dict[str, Tensor]:
-    """With positions that count from each prompt's first token, as `generate` counts them."""
+    """Arguments of forward, with positions from each prompt's first token as in `generate`."""
     return {
         "input_ids": input_ids_SL,
         "attention_mask": attention_mask_SL,
@@ -75,12 +75,12 @@ def model_inputs(input_ids_SL: Tensor, attention_mask_SL: Tensor) -> dict[str, T
 
 
 def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool) -> Rows:
-    """The sequences of a micro-batch that the objective asks for, or with `all_samples` the KL.
+    """The sequences of a micro-batch that enter the objective or, with `all_samples`, the KL.
 
     batch: TRL's prompt_ids, prompt_mask and completion_ids; and reference_ids (B, C'), and on the
-        CPU lengths_B2 and terms_B23, 0 where nothing rides. A sequence whose terms are all 0 is
-        left out. Were none left, a process without a backward pass would hold up the others: then
-        the first row is computed for nothing.
+        CPU lengths_B2 and terms_B23, 0 without a reference. A sequence whose terms are all 0 is
+        left out. If none is left, the first row is computed all the same, since the other processes
+        would wait for this one's backward pass.
     """
     lengths_B2, terms_B23 = batch["lengths_B2"], batch["terms_B23"]
     live_B2 = (terms_B23.sum(2) != 0) & (lengths_B2 > 0)
@@ -113,9 +113,9 @@ def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool
 
 
 def row_terms(rows: Rows, batch: Mapping[str, Tensor], *, num_prompts: float) -> Tensor:
-    """terms_3T: what each token adds to the objective's terms, a log-prob at a time.
+    """terms_3T: the coefficient of each token's log-prob in each of the objective's terms.
 
-    batch: as in `lay_out`; importance_sampling_ratio (B, C) or (B, 1), where TRL has one, is a
+    batch: as in `lay_out`; importance_sampling_ratio (B, C) or (B, 1), if TRL gives one, is a
         factor of the samples' tokens.
     """
     kind_S = (torch.arange(len(rows.source_S)) >= rows.samples).long()
@@ -124,6 +124,6 @@ def row_terms(rows: Rows, batch: Mapping[str, Tensor], *, num_prompts: float) ->
     terms_3T = terms_S3[rows.sequence_T].T
     if "importance_sampling_ratio" in batch:
         ratio_T = rows.of_samples(batch["importance_sampling_ratio"])
-        terms_3T = terms_3T * ratio_T.nan_to_num(1.0)  # of references: 1
-    # What cancels to 0 is not computed, so none of its terms count: they still sum to the loss.
+        terms_3T = terms_3T * ratio_T.nan_to_num(1.0)  # 1 for references
+    # Rows whose terms cancel are not computed; their terms are zeroed, so terms sum to the loss.
     return terms_3T.where(terms_3T.sum(0) != 0, 0.0).float()

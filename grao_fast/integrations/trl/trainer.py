@@ -1,8 +1,8 @@
 """`GRAOTrainer`: TRL's GRPOTrainer with references and GRAO's objective.
 
-TRL samples, scores, shuffles, splits, accumulates and launches as it does for GRPO. What differs:
-each group's reference, scored by the same rewards, rides on one row of the group through TRL's
-shuffle and split, and a micro-batch's loss is made in one pass at the LM head.
+TRL samples, scores, shuffles, splits, accumulates and launches as it does for GRPO, with two
+differences: each group's reference, scored by the same rewards, is attached to one row of the group
+through TRL's shuffle and split, and a micro-batch's loss is made in one pass at the LM head.
 
 Suffixes: N prompts of all processes, G samples and K = G + 1 sequences of each, the reference
 last; F reward functions; the rest as in `rows.py`.
@@ -62,25 +62,25 @@ class GRAOTrainer(GRPOTrainer):
     end-of-sequence token and is never cut. A pairwise reward compares it with itself, and should
     find a tie. Data for evaluation may have no references.
 
-    Where a step holds whole generation batches (`steps_per_generation` divides
-    `gradient_accumulation_steps`), its gradient is GRAO's to rounding; where a generation batch is
-    spread over several steps, each has the part of the sum that TRL's shuffle dealt it.
+    If a step holds whole generation batches (`steps_per_generation` divides
+    `gradient_accumulation_steps`), its gradient is GRAO's up to rounding. If a generation batch is
+    spread over several steps, each gets the part of the sum that TRL's shuffle assigns to it.
 
     Args:
-        model, reward_funcs, args, train_dataset, and by name all others: GRPOTrainer's. `args`
-            needs loss_type="grpo". Its `beta` is a KL penalty on samples, its `epsilon` clips the
-            ratios of samples where they are off policy; a reference has neither.
+        model, reward_funcs, args, train_dataset, options: as for GRPOTrainer. `args` needs
+            loss_type="grpo". Its `beta` is a KL penalty on samples, its `epsilon` clips the ratios
+            of off-policy samples; references have neither.
         grao_beta, grao_lam: weights of imitation and of the alignment regulariser.
         statistics, reference_advantage: as in `grao_fast.kernels.group_advantages`.
 
-    Metrics, beside TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
+    Metrics, besides TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
     `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
-    samples'), `frac_dead`. `loss` is -J, plus TRL's beta times `kl`; off policy, ratios stand in it
-    where the samples' log-probs do. Of ratios there is `clip_ratio/region_mean` alone. Log-probs
-    and `entropy` are over sequences of some weight.
+    samples'), `frac_dead`. `loss` is -J, plus TRL's beta times `kl`; off policy, it has ratios in
+    place of the samples' log-probs. The only metric of ratios is `clip_ratio/region_mean`.
+    Log-probs and `entropy` are over sequences of non-zero weight.
 
     Raises:
-        ValueError: an option, a model or a dataset that does not fit, by name.
+        ValueError: an option, a model or a dataset is not supported; the message names it.
     """
 
     # For the model card that TRL writes.
@@ -137,7 +137,7 @@ class GRAOTrainer(GRPOTrainer):
             self.model,
             self._tokenizer,
             autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
-            compare=self.accelerator.is_main_process,  # others may not have the weights yet
+            compare=self.accelerator.is_main_process,  # others may not have weights yet
         )
         self._logits = {
             "temperature": self.temperature,
@@ -152,10 +152,10 @@ class GRAOTrainer(GRPOTrainer):
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    # A rollout: TRL's, and the references beside it.
+    # The rollout: TRL's, with references.
 
     def _calculate_rewards(self, *arguments: Any) -> Tensor:
-        """TRL's rewards of the samples of all processes, (N * G, F), which it does not hand on."""
+        """TRL's rewards of all processes' samples, (N * G, F), kept since TRL discards them."""
         self._samples = arguments
         self._sample_rewards_SF = super()._calculate_rewards(*arguments)
         return self._sample_rewards_SF
@@ -188,20 +188,20 @@ class GRAOTrainer(GRPOTrainer):
             ids_B, self._tokenizer.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of
         )
         output["reference_ids"] = reference_ids_BC.to(output["prompt_ids"].device)
-        # On the CPU, where the loss reads them without waiting for a device.
+        # On the CPU, where the loss reads them without a device sync.
         output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2}
         if "importance_sampling_ratio" in output:
             output["importance_sampling_ratio"] = output["importance_sampling_ratio"].cpu()
         micro_batches = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % micro_batches == 0:
-            output.pop("old_per_token_logps", None)  # made for vLLM's correction: of this policy
+            output.pop("old_per_token_logps", None)  # for vLLM's correction; of this policy
         del output["advantages"]  # GRPO's
         return output
 
     def _score_references(
         self, rows: list[dict[str, Any]], references: References, B: int, G: int
     ) -> Tensor:
-        """rewards_N of the references of all processes, of which this one has those of `rows`."""
+        """rewards_N of the references of all processes; this one scores those of `rows`."""
         processes = self.accelerator.num_processes
         present_C = torch.zeros(most_carriers(B, G), dtype=torch.bool)
         present_C[: len(rows)] = torch.tensor(references.present, dtype=torch.bool)
@@ -212,7 +212,7 @@ class GRAOTrainer(GRPOTrainer):
         if most:
             scored = to_score(rows, references, self._samples, most)
             rewards_PR = self._total(super()._calculate_rewards(*scored)).view(processes, most)
-            # What a reward has to say to the table of completions and to the metrics is of samples.
+            # Rewards may log to the completions table and metrics, which are of samples alone.
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
         return in_order(present_PC, rewards_PR, B, G)
@@ -225,7 +225,7 @@ class GRAOTrainer(GRPOTrainer):
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
         self._record(group_metrics(rewards_NK, advantages_NK))
-        # The table of completions has GRPO's.
+        # Replaces GRPO's advantages in the table of completions.
         table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
         for _ in range(min(len(table), len(advantages))):
             table.pop()
@@ -234,7 +234,7 @@ class GRAOTrainer(GRPOTrainer):
     # The loss.
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """-J of a micro-batch of B rows, which stand for B / G prompts, and TRL's KL term."""
+        """-J of a micro-batch of B rows, which count as B / G prompts, plus TRL's KL term."""
         B, training = inputs["prompt_ids"].shape[0], self.model.training
         rows = lay_out(
             inputs, pad_token_id=self._tokenizer.pad_token_id, all_samples=self.beta != 0.0
@@ -246,7 +246,7 @@ class GRAOTrainer(GRPOTrainer):
         )
         off_policy = None
         if "old_per_token_logps" in inputs or self.beta != 0.0:
-            # TRL's KL is a mean over the tokens of a sample, and over all samples.
+            # TRL's KL is a mean over a sample's tokens, then over all samples.
             kl_coef_T = self.beta / (B * rows.length_S[rows.sequence_T])
             off_policy = OffPolicy(
                 old_logprob_T=old_T,
@@ -292,7 +292,7 @@ class GRAOTrainer(GRPOTrainer):
         )
 
     def _record(self, metrics: dict[str, Tensor]) -> None:
-        """For TRL's log, which takes means; NaN, which is nothing to report, is left out here."""
+        """Add metrics to TRL's log, which averages them; NaN is left out."""
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
             if not value.isnan():
@@ -309,7 +309,7 @@ class GRAOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, None, None]:
         """(B, logits_to_keep) log-probs as the loss makes them, 0 on padding.
 
-        TRL asks for them of an old policy, and of the one that its KL term holds to.
+        TRL calls this for old policies, and for the reference policy of its KL term.
         """
         logprobs = []
         size = batch_size or len(input_ids)
