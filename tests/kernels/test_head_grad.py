@@ -115,7 +115,7 @@ def inputs(dtype: torch.dtype, device: str):
 
 
 def test_no_second_buffer_of_the_head_s_size(backend, device, monkeypatch) -> None:
-    """A head far larger than hidden and the slabs: nothing of its size appears but its buffer."""
+    """With a head far larger than hidden and the slabs, only its buffer has its size."""
     hidden_TD = torch.randn(4, 2048, device=device)
     head_VD = torch.randn(64, 2048, device=device).requires_grad_()
     target_T, weight_T = torch.arange(4, device=device), torch.ones(4)
@@ -186,7 +186,7 @@ def test_refused_by_name(buffer: Tensor, message: str) -> None:
 @pytest.mark.parametrize("hidden_frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_gives_the_same_sums(dtype, hidden_frozen, backend, device) -> None:
-    """In a float32 buffer, of 16-bit operands too."""
+    """In a float32 buffer, even with 16-bit operands."""
     hidden_TD, head_VD, target_T, weight_T = inputs(dtype, device)
     hidden_TD.requires_grad_(not hidden_frozen)
 

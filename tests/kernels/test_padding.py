@@ -171,7 +171,7 @@ def test_nothing_else_is_read(dtype: torch.dtype, products: str, backend: str, d
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_padding_that_is_left_as_it_was_found_is_seen(dtype, monkeypatch) -> None:
-    """The test above can fail: on any processor, as far as products are of slabs themselves."""
+    """The test above fails on any CPU if a slab's padding is left uninitialised."""
     slab = one_pass._slab
 
     def as_found(rows: int, V: int, dtype: torch.dtype, device: torch.device):
@@ -186,7 +186,7 @@ def test_padding_that_is_left_as_it_was_found_is_seen(dtype, monkeypatch) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_nothing_else_is_written(dtype, products, backend, device) -> None:
-    """A buffer for the head's gradient may be rows of a larger one."""
+    """A buffer for the head's gradient may be some rows of a larger one."""
     results = []
     for poison in ("zero", *POISONS):
         with pytest.MonkeyPatch.context() as patch:
@@ -206,7 +206,7 @@ def test_nothing_else_is_written(dtype, products, backend, device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_of_a_part_of_a_vocabulary_nothing_else_is_read(dtype, backend, device, monkeypatch):
-    """Where the statistics of a row come before its gradient; the first of two processes."""
+    """As the first of two processes that share a head."""
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2, group_name="two")
     monkeypatch.setattr(Shard, "group", group)
     for name in ("sum_", "max_"):
@@ -230,7 +230,7 @@ def test_of_a_part_of_a_vocabulary_nothing_else_is_read(dtype, backend, device, 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("V", [7, 50, 8200], ids=["tiny", "one_block", "three_blocks"])
 def test_row_functions_keep_zeros_behind_a_row(V, in_place, backend, device) -> None:
-    """Whatever stands behind the bias and, where they lie apart, behind the logits."""
+    """Whatever the padding of the bias holds and, if gradients lie apart, that of the logits."""
     rows = row_functions(backend)
     x_RV = torch.linspace(-3, 3, 2 * V, device=device).view(2, V)
     target_R = torch.tensor([1, 5], device=device)

@@ -137,7 +137,7 @@ SCALARS = ("loss", "exploration", "imitation", "alignment", "kl")
 
 @pytest.mark.parametrize("backend, name", RUNS.values(), ids=RUNS)
 def test_two_processes_give_what_one_gives(backend, name, spread) -> None:
-    """The whole is tested against float64 elsewhere; rounding may differ as between two orders."""
+    """Up to the rounding of another order; other tests compare a whole head with float64."""
     if backend == "triton":
         pytest.importorskip("triton")
         if fault := interpreter_fault():
