@@ -97,7 +97,7 @@ def test_a_template_refuses_before_the_model_is_loaded(run, tiny_model, monkeypa
         AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded the model")
     )
     rows = [{"prompt": [{"role": "user", "content": "hi"}], "reference": "ho"}]
-    with pytest.raises(ValueError, match=r"example 0: the chat .* only the system may speak"):
+    with pytest.raises(ValueError, match=r"example 0 of 1: the chat .* only the system may speak"):
         run(
             str(tiny_model),
             rows,

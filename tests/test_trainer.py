@@ -73,13 +73,13 @@ def test_it_learns(tiny_model, tmp_path: Path):
     def vowels(prompts, completions):
         return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in completions]
 
-    config = CONFIG.replace(max_steps=40, save_steps=0, num_generations=8, learning_rate=1e-2)
+    config = CONFIG.replace(max_steps=24, save_steps=0, num_generations=8, learning_rate=1e-2)
     result = run(tiny_model, tmp_path, reward=vowels, config=config, eval_dataset=ROWS)
     rewards = [row["reward"] for row in lines(tmp_path) if "reward" in row]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     assert result.after.ras > result.before.ras
     assert result.after.nag > 0.5
-    assert len((tmp_path / "eval-40.jsonl").read_text().splitlines()) == len(ROWS)
+    assert len((tmp_path / "eval-24.jsonl").read_text().splitlines()) == len(ROWS)
     assert not same_bits(tmp_path / "final", tiny_model)
 
 

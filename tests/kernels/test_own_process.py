@@ -24,16 +24,6 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_kernels_import_neither_transformers_nor_the_trainer_nor_triton() -> None:
-    code = (
-        "import sys, grao_fast.kernels\n"
-        "unwanted = ('transformers', 'datasets', 'triton', 'grao_fast.trainer')\n"
-        "print([name for name in unwanted if name in sys.modules])"
-    )
-    result = python("-c", code)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr
-
-
 def test_without_triton_the_torch_backend_works_and_the_other_says_why() -> None:
     code = (
         "import sys\n"
