@@ -158,4 +158,5 @@ def test_the_check_at_the_start_leaves_no_trace(tiny_model):
     policy = load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False)).policy
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     assert not policy.model.get_input_embeddings()._forward_hooks
+    assert "forward" not in vars(policy.causal_lm)  # that ran the losses
     assert policy.causal_lm.config._attn_implementation == "sdpa"

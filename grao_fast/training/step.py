@@ -144,14 +144,9 @@ def update(
         ]
         if objective.kl_coef:
             assert beginning is not None, "kept where kl_coef is not 0"
+            options = {"temperature": objective.temperature, "workspace_mib": workspace_mib}
             for part in parts:
-                part.ref_logprob_T = reference_logprobs(
-                    policy,
-                    beginning,
-                    part.batch,
-                    temperature=objective.temperature,
-                    workspace_mib=workspace_mib,
-                )
+                part.ref_logprob_T = reference_logprobs(policy, beginning, part.batch, **options)
         for iteration in range(optimisation.num_iterations):
             passes.append(_backward(policy, parts, objective, len(groups), workspace_mib))
             norms.append(_optimizer_step(optimizer, max_norm=optimisation.max_grad_norm))
