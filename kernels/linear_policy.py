@@ -207,5 +207,7 @@ def _off_policy_rows(
     if kl_coef_T is None:
         kl_coef_T = terms_CT.new_zeros(T)
     low, high = (-math.inf, math.inf) if clip is None else (1 - clip[0], 1 + clip[1])
-    cap = math.inf if sampler_cap is None else sampler_cap
-    return OffPolicyRows("clipped_ratio", torch.stack(logprobs), kl_coef_T.float(), low, high, cap)
+    importance_cap = math.inf if sampler_cap is None else sampler_cap
+    return OffPolicyRows(
+        "clipped_ratio", torch.stack(logprobs), kl_coef_T.float(), low, high, importance_cap
+    )

@@ -161,3 +161,5 @@ def test_config_rejects_what_cannot_be_right():
         GRAOConfig.from_dict({"lerning_rate": 1})
     config = GRAOConfig(beta=0.1, reward_weights=[1.0, 2.0])
     assert GRAOConfig.from_dict(config.to_dict()) == config
+    assert config.objective.beta == 0.1
+    assert set(vars(config)) == {field.name for field in dataclasses.fields(config)}  # no views

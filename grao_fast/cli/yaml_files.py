@@ -21,7 +21,7 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 
 
 def check_no_key_twice(file: str) -> None:
-    """Raise ValueError if a key occurs twice, where YAML would take the last, or for wrong UTF-8.
+    """Raise UserError if a key occurs twice, where YAML would take the last, or for wrong UTF-8.
 
     Files that cannot be read, or are not YAML, are left for the parser of the options to report.
     """

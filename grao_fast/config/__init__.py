@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from grao_fast.config.rules import AT_LEAST, CHOICES, check_at_least, check_effect
@@ -242,7 +241,7 @@ class GRAOConfig:
         trackers = (t if isinstance(t, str) else t.name for t in self.report_to)
         return values | {"report_to": tuple(trackers)}
 
-    @cached_property
+    @property
     def objective(self) -> ObjectiveOptions:
         """The view of what the loss is made of."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -252,12 +251,12 @@ class GRAOConfig:
             sampler_cap=self.vllm_importance_sampling_clip_max if self.use_vllm else None,
         )
 
-    @cached_property
+    @property
     def sampling(self) -> SamplingOptions:
         """The view of how many completions are sampled, and how long."""
         return SamplingOptions(**same_named(self, SamplingOptions))
 
-    @cached_property
+    @property
     def optimisation(self) -> OptimisationOptions:
         """The view of the optimiser, its schedule and its updates."""
         return OptimisationOptions(**same_named(self, OptimisationOptions))

@@ -84,7 +84,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
 
 
 def check_effect(config: Any) -> None:
-    """Raise ValueError for options that would have no effect."""
+    """Raise UserError for options that would have no effect."""
     default = type(config)
     for name, needed in _NEEDS.items():
         value = getattr(config, name)

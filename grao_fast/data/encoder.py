@@ -94,7 +94,7 @@ class Encoder:
         prompts: Sequence[str | Messages],
         references: Sequence[str | Messages | None],
     ) -> list[TokenIds]:
-        """Tokenise examples. Raises ValueError for messages without a chat template."""
+        """Tokenise examples. Raises UserError for messages without a chat template."""
         encoded: list[TokenIds] = []
         for start in range(0, len(prompts), _BATCH):
             encoded += self._encode_batch(
@@ -105,14 +105,14 @@ class Encoder:
     def check(
         self, prompts: Sequence[str | Messages], references: Sequence[str | Messages | None]
     ) -> None:
-        """Raise ValueError if a template is missing or refuses an example; tokenise nothing."""
+        """Raise UserError if a template is missing or refuses an example; tokenise nothing."""
         for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
             self._render(index, prompt, reference)
         self._count = len(prompts)
         self._raise_refusals()
 
     def report(self) -> None:
-        """Raise ValueError for refused examples, and log each kind of warning once."""
+        """Raise UserError for refused examples, and log each kind of warning once."""
         self._raise_refusals()
         if self._ends_of_turns and "turns" not in self._reported:
             self._reported.add("turns")

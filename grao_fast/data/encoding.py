@@ -55,7 +55,7 @@ class Limits:
 
 
 def check_templates(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError for examples that the chat template refuses; needs no model."""
+    """Raise UserError for examples that the chat template refuses; needs no model."""
     Encoder(tokenizer).check(
         [example.prompt for example in examples], [example.reference for example in examples]
     )
@@ -124,7 +124,7 @@ def check_tokens(
     *,
     references: bool,
 ) -> None:
-    """Raise ValueError for token ids beyond the model's embedding, as of a tokenizer that grew."""
+    """Raise UserError for token ids beyond the model's embedding, as of a tokenizer that grew."""
     largest = [
         max([*each.prompt, *(each.reference if references else ())], default=0) for each in ids
     ]

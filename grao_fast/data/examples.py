@@ -31,7 +31,7 @@ from grao_fast.data.fields import (
     read_reference,
     shared_prefix,
 )
-from grao_fast.data.sources import Rows, read_rows
+from grao_fast.data.sources import SourceRows, read_rows
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, visible_errors
 
@@ -110,7 +110,7 @@ class _Columns:
     transcripts: bool  # whether `chosen` holds HH transcripts
 
     @classmethod
-    def of(cls, rows: Rows) -> _Columns:
+    def of(cls, rows: SourceRows) -> _Columns:
         present = rows.columns
         for name in RESERVED_COLUMNS:
             if name in present:

@@ -23,7 +23,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def check_text(value: Any, where: str, within: tuple[int, ...] = ()) -> None:
-    """Raise ValueError for lone surrogates, which JSON can hold and no tokenizer or file can.
+    """Raise UserError for lone surrogates, which JSON can hold and no tokenizer or file can.
 
     within: identities of the containers around the value, since a row may contain itself.
     """

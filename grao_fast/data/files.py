@@ -175,7 +175,7 @@ def _checked(row: Any, where: str) -> Row:
 
 @contextmanager
 def _open(path: str, name: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed. Raises ValueError, with its name, if it is damaged."""
+    """Open a file for reading, decompressed. Raises UserError, with its name, if it is damaged."""
     compression = COMPRESSIONS.get(PurePath(name).suffix.lower())
     try:
         if compression == "zip":

@@ -43,7 +43,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """The rows of a dataset, its columns, and its name for errors."""
 
     name: str
@@ -53,8 +53,8 @@ class Rows:
 
 def read_rows(
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
-) -> Rows:
-    """Read all rows of a dataset into memory. Raises ValueError if there are none."""
+) -> SourceRows:
+    """Read all rows of a dataset into memory. Raises UserError if there are none."""
     import datasets
 
     source: Any = dataset
@@ -69,12 +69,12 @@ def read_rows(
     if isinstance(source, datasets.Dataset):
         # with_format(None): plain Python values, whatever format the caller had set
         rows = [_without_padding(row) for row in source.with_format(None).to_list()]
-        rows = Rows(name, source.column_names, rows)
+        rows = SourceRows(name, source.column_names, rows)
     elif isinstance(source, Sequence):
         for index, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise UserError(f"row {index} must be a dict, got {type(row).__name__}")
-        rows = Rows(name, list(dict.fromkeys(key for row in source for key in row)), source)
+        rows = SourceRows(name, list(dict.fromkeys(key for row in source for key in row)), source)
     else:
         raise UserError(
             "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts, "

@@ -127,7 +127,7 @@ class Tracker:
 
 
 def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
-    """Raise ValueError if `report_to` names an unknown tracker, or one that is not installed."""
+    """Raise UserError if `report_to` names an unknown tracker, or one that is not installed."""
     names = [item for item in report_to if isinstance(item, str)]
     if not names:
         return

@@ -11,7 +11,7 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 
 def check_types(options: Any) -> None:
-    """Raise ValueError for values of another type than their field's, such as "false" for a bool.
+    """Raise UserError for values of another type than their field's, such as "false" for a bool.
 
     An int is accepted as a float, a bool as neither. NumPy's numbers are replaced by Python's, and
     lists by tuples. A field of several words (Literal) is only checked not to be None.

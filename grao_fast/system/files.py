@@ -119,7 +119,7 @@ def _delete_gone(gone: Path) -> None:
 
 
 def verify_folder(path: Path) -> None:
-    """Raise ValueError, with the reason, unless a folder's files match its manifest."""
+    """Raise UserError, with the reason, unless a folder's files match its manifest."""
     for name, (size, digest) in _read_manifest(path).items():
         file = path / name
         try:
@@ -132,7 +132,7 @@ def verify_folder(path: Path) -> None:
 
 
 def sealed_files(path: Path) -> set[str]:
-    """Return the names in a folder's manifest. Raises ValueError if it cannot be read."""
+    """Return the names in a folder's manifest. Raises UserError if it cannot be read."""
     return set(_read_manifest(path))
 
 

@@ -9,7 +9,7 @@ from grao_fast.system.errors import UserError
 
 
 def import_optional(name: str, *, extra: str, option: str) -> ModuleType:
-    """Import a package, or raise ValueError that names the option that needs it and the extra."""
+    """Import a package, or raise UserError that names the option that needs it and the extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -3,15 +3,16 @@
 Without a form, a row of weight w adds w logp to the objective, and w is its coefficient, what
 multiplies the gradient of -logp. A form replaces both by functions of the row's own log-prob, so
 that the loss still takes one pass. To add one, write its two functions here and its coefficient in
-`triton_forms.py`, and enter it in `FORMS` and in `triton_forms.form_coefficient`.
+`triton_forms.py`, and enter it in `FORMS` and in `triton_forms._form_coefficient`.
 
 "clipped_ratio": a row adds w value - kl_coef kl, with
 
     value = logp, or off policy rho = exp(logp - old), clipped as in PPO: at or below `high` where
-            w > 0, at or above `low` where w < 0; times the constant min(exp(old - sampler), cap)
+            w > 0, at or above `low` where w < 0; times the importance weight, a constant
+    importance weight = min(exp(old - sampler), importance_cap)
     kl    = exp(ref - logp) - (ref - logp) - 1
 
-    coefficient = w min(exp(old - sampler), cap) (rho, or 0 where it is clipped)
+    coefficient = w importance weight (rho, or 0 where it is clipped)
                 + kl_coef (exp(ref - logp) - 1)
 
 Sources: arXiv 1707.06347 (the clipped ratio), Schulman 2020, "Approximating KL Divergence" (k3).
@@ -35,11 +36,11 @@ class OffPolicyRows(NamedTuple):
     kl_coef_R: Tensor  # float32
     low: float
     high: float
-    cap: float
+    importance_cap: float
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        return self.low, self.high, self.cap
+        return self.low, self.high, self.importance_cap
 
     def rows(self, start: int, stop: int) -> OffPolicyRows:
         return self._replace(
@@ -96,12 +97,12 @@ def _clipped_ratio_value(
 
 def _ratio(weight_R: Tensor, logprob_R: Tensor, constants: OffPolicyRows) -> _Ratio:
     old_R, sampler_R, _ = constants.logprob_3R
-    low, high, cap = constants.low, constants.high, constants.cap
+    low, high, importance_cap = constants.bounds
     on_policy_R = old_R.isnan()
     old_R = torch.where(on_policy_R, logprob_R, old_R)
     rho_R = (logprob_R - old_R).exp()
     clipped_R = torch.where(weight_R > 0, rho_R.clamp(max=high), rho_R.clamp(min=low))
-    importance_R = (old_R - sampler_R).exp().clamp(max=cap)
+    importance_R = (old_R - sampler_R).exp().clamp(max=importance_cap)
     return _Ratio(on_policy_R, rho_R, clipped_R, torch.where(sampler_R.isnan(), 1, importance_R))
 
 
