@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from grao_fast.config import GRAOConfig
-from grao_fast.evaluation.result import EvaluationResult
-from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.errors import UserError
+
+if TYPE_CHECKING:  # a module of callbacks need not wait for torch and transformers
+    from grao_fast.config import GRAOConfig
+    from grao_fast.evaluation.result import EvaluationResult
+    from grao_fast.sampling.loading import LoadedPolicy
 
 
 class Callback:

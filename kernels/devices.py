@@ -1,4 +1,4 @@
-"""What a device decides: backend, workspace, dtype of the operands; and copies to it."""
+"""Choices that depend on the device: backend, workspace, dtype of the operands; copies to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checks import check_choice, check_number
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
-    """`backend`, or by default "triton" on CUDA and "torch" elsewhere."""
+    """Return `backend`, by default "triton" on CUDA and "torch" elsewhere."""
     if backend is None:
         backend = "triton" if device.type == "cuda" else "torch"
     check_choice("backend", backend, ("triton", "torch"))
@@ -20,7 +20,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """ValueError where the backend cannot run. It imports Triton, so a compiler cannot trace it."""
+    """Raise ValueError if the backend cannot run; not traceable, since it imports Triton."""
     if backend != "triton":
         return
     if find_spec("triton") is None:
@@ -38,14 +38,14 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """`choose_backend`, with a ValueError at once where that backend cannot run."""
+    """Return what `choose_backend` does; raise ValueError if that backend cannot run."""
     backend = choose_backend(backend, device)
     check_backend(backend, device)
     return backend
 
 
 def workspace_bytes(workspace_mib: float | None, device: torch.device) -> int:
-    """The workspace asked for, or the device's default; see `one_pass/chunks.py`."""
+    """Return the workspace in bytes, by default the device's; see `one_pass/chunks.py`."""
     if workspace_mib is None:
         workspace_mib = 512 if device.type == "cpu" else 2048
     check_number("workspace_mib", workspace_mib, above=0)
@@ -53,7 +53,7 @@ def workspace_bytes(workspace_mib: float | None, device: torch.device) -> int:
 
 
 def compute_dtype(hidden_TD: Tensor, head_VD: Tensor) -> torch.dtype:
-    """The dtype of the GEMMs' operands: autocast's if it is on, else the tensors' own."""
+    """Return the dtype of the GEMMs' operands: autocast's if it is on, else the tensors'."""
     device_type = hidden_TD.device.type
     # Not torch.amp.is_autocast_available: torch 2.8 to 2.11 cannot compile it.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -67,14 +67,14 @@ def compute_dtype(hidden_TD: Tensor, head_VD: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Turns autocast off inside an operator, which casts by itself."""
+    """Return a context without autocast, for operators, which cast by themselves."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the host does not wait for a copy to CUDA."""
+    """Return the tensor on the device; the host does not wait for a copy to CUDA."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -122,7 +122,9 @@ def test_source_archive_builds_the_same_wheel_and_carries_the_tests(source, whee
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.parametrize("module", ["grao_fast", "grao_fast.kernels", "grao_fast.cli.commands"])
+@pytest.mark.parametrize(
+    "module", ["grao_fast", "grao_fast.callbacks", "grao_fast.kernels", "grao_fast.cli.commands"]
+)
 def test_importing_brings_in_no_more_than_it_needs(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(

@@ -31,15 +31,15 @@ def _token_logprobs_fake(hidden_TD, *arguments):
     _token_logprobs_fake,
 )
 def token_logprobs(
-    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, *options
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, *flat_options
 ) -> tuple[Tensor, Tensor]:
     """logprob_T, and entropy_T, which is empty unless asked for."""
-    told = PassOptions.from_flat(options)
-    check_backend(told.backend, hidden_TD.device)
+    options = PassOptions.from_flat(flat_options)
+    check_backend(options.backend, hidden_TD.device)
     # Weights on the CPU tell the host that all rows count.
     ones_1T = torch.ones(1, hidden_TD.shape[0], dtype=torch.float32)
     with without_autocast(hidden_TD.device):
-        result = one_pass(PassInputs(hidden_TD, head_VD, bias_V, target_T, ones_1T), told)
+        result = one_pass(PassInputs(hidden_TD, head_VD, bias_V, target_T, ones_1T), options)
     entropy_T = result.logprob_T.new_empty(0) if result.entropy_T is None else result.entropy_T
     return result.logprob_T, entropy_T
 
@@ -66,22 +66,22 @@ def token_logprobs_backward(
     target_T: Tensor,
     grad_logprob_T: Tensor | None,
     grad_entropy_T: Tensor | None,
-    *options,
+    *flat_options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, head and bias; empty where not wanted."""
-    told = PassOptions.from_flat(options)._replace(entropy=grad_entropy_T is not None)
+    options = PassOptions.from_flat(flat_options)._replace(entropy=grad_entropy_T is not None)
     if grad_logprob_T is None:
         grad_logprob_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=torch.float32)
     inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, -grad_logprob_T[None], grad_entropy_T)
     with without_autocast(hidden_TD.device):
-        gradients = one_pass(inputs, told).gradients
-    kept = rounded_gradients(gradients, inputs, told)
-    if told.dtype != torch.float16:
+        gradients = one_pass(inputs, options).gradients
+    kept = rounded_gradients(gradients, inputs, options)
+    if options.dtype != torch.float16:
         return kept
     dhidden_TD, dhead_VD, dbias_V = (
         gradient
         if operand is None
-        else scaled_gradient(gradient, gradients.unscale, operand.dtype, told.backend)
+        else scaled_gradient(gradient, gradients.unscale, operand.dtype, options.backend)
         for operand, gradient in zip(inputs.operands, kept, strict=True)
     )
     return dhidden_TD, dhead_VD, dbias_V

@@ -1,4 +1,4 @@
-"""What the pass is told: its records, and their flat form as arguments of operators.
+"""Tensors and options of the pass as records, and their flat form as arguments of operators.
 
 `torch.library` takes flat argument lists only. This is the one place that knows their order: a
 record's `flat()` makes the list, `from_flat` reads it, and the schemas below declare it.
@@ -30,7 +30,7 @@ _OPERANDS, _OPTIONS = (len(each.split(", ")) for each in (OPERANDS_SCHEMA, OPTIO
 
 
 class PassOptions(NamedTuple):
-    """What the pass is told besides its tensors."""
+    """Options of the pass."""
 
     constants: LogitConstants
     workspace_bytes: int
@@ -49,12 +49,11 @@ class PassOptions(NamedTuple):
 
     @classmethod
     def from_flat(cls, arguments: tuple) -> PassOptions:
-        """The options at the end of an operator's arguments."""
-        slope, inner, cap, *told, group_name, vocab_size, head_float32, wants = arguments[
-            -_OPTIONS:
-        ]
+        """Read the options at the end of an operator's arguments."""
+        options = arguments[-_OPTIONS:]
+        slope, inner, cap, *plain, group_name, vocab_size, head_float32, wants = options
         shard = None if group_name is None else Shard(group_name, vocab_size)
-        return cls(LogitConstants(slope, inner, cap), *told, shard, head_float32, tuple(wants))
+        return cls(LogitConstants(slope, inner, cap), *plain, shard, head_float32, tuple(wants))
 
 
 class PassInputs(NamedTuple):
@@ -86,7 +85,7 @@ class PassInputs(NamedTuple):
 
     @classmethod
     def from_flat(cls, arguments: tuple) -> PassInputs:
-        """The inputs at the beginning of an operator's arguments."""
+        """Read the inputs at the beginning of an operator's arguments."""
         operands = arguments[:_OPERANDS]
         terms_CT, form, *rows = arguments[_OPERANDS:-_OPTIONS]
         off_policy = None if form is None else OffPolicyRows(form, *rows)

@@ -1,4 +1,4 @@
-"""What a row of logits takes and gives: the records that all row functions share.
+"""Inputs, outputs and constants of a row of logits: the records that all row functions share.
 
 A row function turns a slab of logits into log-probs and gradients:
 
