@@ -117,10 +117,10 @@ def fake_cuda(*, may_wait: bool = False, look: float | None = None) -> Iterator[
 
 def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched: what they would be launched with is checked."""
-    rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
-    for name in [each for each in vars(rowwise) if each.endswith("_kernel")]:
-        monkeypatch.setattr(rowwise, name, _Launcher(getattr(rowwise, name)))
-    monkeypatch.setattr(rowwise, "runs_on", lambda device: device.type == "cuda")
+    triton_rows = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
+    for name in [each for each in vars(triton_rows) if each.endswith("_kernel")]:
+        monkeypatch.setattr(triton_rows, name, _Launcher(getattr(triton_rows, name)))
+    monkeypatch.setattr(triton_rows, "runs_on", lambda device: device.type == "cuda")
 
 
 class _Launcher:

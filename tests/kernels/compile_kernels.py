@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grao_fast.kernels.rows import triton_kernels as row_kernels
-from grao_fast.kernels.rows import triton_rows as rowwise
+from grao_fast.kernels.rows import triton_rows
 from grao_fast.kernels.rows.off_policy import FORMS
 
 TARGETS = {
@@ -60,7 +60,7 @@ def rows(
     entropy: bool = False,
     off_policy: bool = False,
 ):
-    shape = rowwise.launch_shape(V, target.warp_size)
+    shape = triton_rows.launch_shape(V, target.warp_size)
     types = {
         **row_types(gradient),
         "weight_ptr": "*fp32",
@@ -105,7 +105,7 @@ def aligned_rows(V: int) -> list[str]:
 
 
 def shard_statistics(target, V: int, transformed: bool, entropy: bool):
-    shape = rowwise.launch_shape(V, target.warp_size)
+    shape = triton_rows.launch_shape(V, target.warp_size)
     types = row_types("fp32") | {"statistics_ptr": "*fp32"} | shard_scalars()
     del types["dlogits_ptr"], types["target_grad_ptr"]
     constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_ENTROPY": entropy}
@@ -116,7 +116,7 @@ def shard_statistics(target, V: int, transformed: bool, entropy: bool):
 
 
 def shard_gradient(target, gradient: str, V: int, transformed: bool, entropy: bool):
-    shape = rowwise.launch_shape(V, target.warp_size)
+    shape = triton_rows.launch_shape(V, target.warp_size)
     types = {name: row_types(gradient)[name] for name in ("logits_ptr", "dlogits_ptr", "bias_ptr")}
     types |= {"zero_ptr": "*i64", "factors_ptr": "*fp32"} | shard_scalars()
     constants = {"HAS_BIAS": transformed, "HAS_CAP": transformed, "HAS_PULL": entropy}
@@ -133,7 +133,7 @@ def shard_scalars() -> dict[str, str]:
 
 def scale(target, in_place: bool):
     types = {"gradient_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "numel": "i64"}
-    constants = {"IN_PLACE": in_place, "BLOCK": rowwise._SCALE_BLOCK}
+    constants = {"IN_PLACE": in_place, "BLOCK": triton_rows._SCALE_BLOCK}
     return compile_kernel(
         row_kernels._scale_kernel, types, constants, ["gradient_ptr", "out_ptr"], target, 8
     )

@@ -60,8 +60,8 @@ def compiler(
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
-        rowwise = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
-        if not rowwise.runs_on(torch.device(device_for("triton"))):
+        triton_rows = pytest.importorskip("grao_fast.kernels.rows.triton_rows")
+        if not triton_rows.runs_on(torch.device(device_for("triton"))):
             pytest.skip("Triton was imported without its interpreter; see test_own_process.py")
         if not torch.cuda.is_available() and (fault := interpreter_fault()):
             pytest.skip(fault)

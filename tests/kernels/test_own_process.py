@@ -64,9 +64,9 @@ def test_triton_on_cpu_tensors_names_the_remedy() -> None:
 
 def test_interpreter_where_triton_came_too_early() -> None:
     pytest.importorskip("triton")
-    from grao_fast.kernels.rows import triton_rows as rowwise
+    from grao_fast.kernels.rows import triton_rows
 
-    if rowwise.runs_on(torch.device("cpu")) or torch.cuda.is_available():
+    if triton_rows.runs_on(torch.device("cpu")) or torch.cuda.is_available():
         return  # this process runs the triton cases of this folder
     files = [str(path) for path in HERE.glob("test_*.py") if path.name != Path(__file__).name]
     result = python("-m", "pytest", "-q", "-k", "triton", *files, TRITON_INTERPRET="1")
