@@ -125,11 +125,13 @@ def test_names_of_modules_and_paths_of_files_exist(name: str) -> None:
 
 
 def resolve(dotted: str) -> None:
-    """Fail unless `dotted` is a module, or an attribute of one."""
+    """Fail unless `dotted` is a module, or an attribute of one; of TRL's adapter only with TRL."""
     module, attributes = dotted, []
     while not is_module(module):
         module, _, last = module.rpartition(".")
         attributes.insert(0, last)
+    if module.startswith("grao_fast.integrations.trl") and find_spec("trl") is None:
+        return
     found: Any = importlib.import_module(module)
     for attribute in attributes:
         assert hasattr(found, attribute), dotted
