@@ -135,8 +135,8 @@ def surrogate(
     """Each token's value off policy, in place of log pi(s_t), for a sequence of this weight.
 
     With rho = exp(logp - old): min(w rho, w clamp(rho, 1 - low, 1 + high)) / w, as in PPO, times
-    the constant min(exp(old - sampler), cap). Where `old` is NaN the token is on policy: its value
-    is logp, and old is its own log-prob. Where `sampler` is NaN the factor is 1.
+    the constant min(exp(old - sampler), sampler_cap). Where `old` is NaN the token is on policy:
+    its value is logp, and old is its own log-prob. Where `sampler` is NaN the factor is 1.
     """
     on_policy_T = old_logprob_T.isnan()
     old_logprob_T = torch.where(on_policy_T, logprob_T.detach(), old_logprob_T)

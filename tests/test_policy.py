@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import pack, pad
 from grao_fast.models.attention import packed_attention, sdpa
 from grao_fast.models.head import LogitTransform
-from grao_fast.sampling import transformers as rollout_transformers
+from grao_fast.models.objective import answer_objectives
+from grao_fast.sampling import transformers as transformers_sampler
 from grao_fast.sampling.loading import load_policy
 
 
@@ -137,8 +140,8 @@ def test_a_sampler_that_says_other_log_probs_is_refused(tiny_model, monkeypatch)
     def warmer(logits, temperature, u):
         return draw(logits / 1.1, temperature, u)
 
-    draw = rollout_transformers.draw
-    monkeypatch.setattr(rollout_transformers, "draw", warmer)
+    draw = transformers_sampler.draw
+    monkeypatch.setattr(transformers_sampler, "draw", warmer)
     message = r"LlamaForCausalLM: log-probs of TransformersSampler differ .* nats"
     with pytest.raises(ValueError, match=message):
         load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
@@ -148,7 +151,7 @@ def test_a_model_that_cannot_be_sampled_is_refused_at_the_start(tiny_model, monk
     def prefill(*_):
         raise IndexError("no such layer")
 
-    monkeypatch.setattr(rollout_transformers.TransformersSampler, "_prefill", prefill)
+    monkeypatch.setattr(transformers_sampler.TransformersSampler, "_prefill", prefill)
     message = "LlamaForCausalLM cannot be sampled by TransformersSampler: no such layer"
     with pytest.raises(ValueError, match=message):
         load_policy(tiny_model, config=GRAOConfig(gradient_checkpointing=False))
@@ -160,3 +163,17 @@ def test_the_check_at_the_start_leaves_no_trace(tiny_model):
     assert not policy.model.get_input_embeddings()._forward_hooks
     assert "forward" not in vars(policy.causal_lm)  # that ran the losses
     assert policy.causal_lm.config._attn_implementation == "sdpa"
+
+
+def test_a_deep_copy_of_a_model_that_answers_objectives_computes_with_its_own_weights(
+    tiny_model: Path,
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    answer_objectives(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        ids_BL = torch.tensor([[5, 6, 7]])
+        assert copied(ids_BL).logits.count_nonzero() == 0
+        assert model(ids_BL).logits.count_nonzero() > 0

@@ -69,11 +69,14 @@ def answer_objectives(causal_lm: PreTrainedModel) -> None:
     Without `objective` the forward pass is unchanged.
     """
     without = causal_lm.forward
+    function = getattr(without, "__func__", None)  # None for a patch that is no method
 
     @functools.wraps(without)  # `generate` reads the signature
     def forward(
         self: PreTrainedModel, *arguments: Any, objective: Objective | None = None, **named: Any
     ) -> Any:
+        if objective is None and function is not None:
+            return function(self, *arguments, **named)  # `self` may be a deep copy of the model
         if objective is None:
             return without(*arguments, **named)
         # PEFT passes every argument that it knows, None where it was not given

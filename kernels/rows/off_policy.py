@@ -55,14 +55,14 @@ class Form(NamedTuple):
 
 
 def row_coefficient(weight_R: Tensor, logprob_R: Tensor, constants: OffPolicyRows) -> Tensor:
-    """What multiplies the gradient of -logp."""
+    """Return the coefficient of the gradient of -logp."""
     return FORMS[constants.form].coefficient(weight_R, logprob_R, constants)
 
 
 def row_value(
     weight_R: Tensor, logprob_R: Tensor, constants: OffPolicyRows
 ) -> tuple[Tensor, Tensor]:
-    """What the weight multiplies in the objective, and the row's KL."""
+    """Return the value that the weight multiplies in the objective, and the row's KL."""
     return FORMS[constants.form].value(weight_R, logprob_R, constants)
 
 

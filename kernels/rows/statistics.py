@@ -88,7 +88,7 @@ def row_outcome(statistics: Statistics, entropy: bool, top1: bool) -> Outcome:
 def row_factors(
     statistics: Statistics, logprob_R: Tensor, inputs: RowInputs, constants: LogitConstants
 ) -> tuple[Factors, TargetGradient]:
-    """What each row's gradient is made of; a form turns its weight into a coefficient first."""
+    """Return the factors of each row's gradient; with a form, of its coefficient."""
     weight_R, entropy_weight_R = inputs.weight_R, inputs.entropy_weight_R
     if inputs.off_policy is not None:
         weight_R = row_coefficient(weight_R, logprob_R, inputs.off_policy)
