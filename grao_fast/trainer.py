@@ -23,7 +23,7 @@ from grao_fast.models.attention.frequencies import (
     longest_context,
     release_frequencies,
 )
-from grao_fast.models.checks import gives_models_back
+from grao_fast.models.checks import restores_models
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import Tracker, check_trackers
@@ -56,7 +56,7 @@ logger = get_logger(__name__)
 @interruption.stoppable
 @lenient_streams()
 @visible_errors()
-@gives_models_back
+@restores_models
 def train(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],

@@ -15,7 +15,7 @@ import grao_fast
 from grao_fast import GRAOConfig
 from grao_fast.data.packing import Group, pad
 from grao_fast.sampling import Completion
-from grao_fast.sampling.generate import GenerateSampler, bears_padding
+from grao_fast.sampling.generate import GenerateSampler, supports_left_padding
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.training.flops import layer_windows
@@ -74,7 +74,7 @@ def test_padding_that_is_masked_everywhere_is_used(loaded: LoadedPolicy):
     assert isinstance(loaded.sampler, GenerateSampler) and loaded.sampler.pads
     assert list(loaded.sampler._batches(PROMPTS, 64)) == [[2, 0, 3, 1]]
     before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
-    assert bears_padding(loaded.causal_lm)
+    assert supports_left_padding(loaded.causal_lm)
     after = loaded.model.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
@@ -91,9 +91,9 @@ def test_padding_that_reaches_a_state_is_never_made(leak: str):
         conv.forward = lambda *args, **kwargs: inner(*args, **kwargs | {"attention_mask": None})
     else:
         conv.in_proj.bias = nn.Parameter(torch.zeros(conv.in_proj.out_features))
-    assert not bears_padding(model)
+    assert not supports_left_padding(model)
     model.to(torch.bfloat16)
-    assert not bears_padding(model)
+    assert not supports_left_padding(model)
     sampler = GenerateSampler(model, Decoding(eos_token_ids=(), pad_token_id=0, batch_size=64))
     assert list(sampler._batches(PROMPTS, 64)) == [[2], [0, 3], [1]]
 

@@ -16,7 +16,7 @@ from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.compare import RewardSpec, evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
-from grao_fast.models.checks import gives_models_back
+from grao_fast.models.checks import restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
 from grao_fast.rewards import resolve_reward
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
@@ -37,7 +37,7 @@ RESULT_FILE = "eval.json"
 @stoppable
 @lenient_streams()
 @visible_errors()
-@gives_models_back
+@restores_models
 def evaluate(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],

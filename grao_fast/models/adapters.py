@@ -222,7 +222,9 @@ def alters_base(peft_config: Any) -> bool:
 
 
 @torch.no_grad()
-def take_out_alike(model: Any, as_it_began: Callable[[], AbstractContextManager[None]]) -> None:
+def subtract_first_weights(
+    model: Any, as_it_began: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Subtract a run's first adapter weights from the base model, instead of those drawn here.
 
     The same matrix decomposition gave both, but it rounds differently on other processors and with

@@ -19,7 +19,7 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 # Errors that the code of a model raises for inputs it does not support, or when it is incomplete.
-CANNOT = (
+MODEL_ERRORS = (
     AssertionError,
     AttributeError,
     ImportError,
@@ -34,8 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of a model, its first argument, with `as_it_was` and `plain_torch`.
+def restores_models(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a model, its first argument, with `restored` and `plain_torch`.
 
     A `base_model` argument is restored likewise.
     """
@@ -46,7 +46,7 @@ def gives_models_back(function: Callable[P, R]) -> Callable[P, R]:
         _check_given("model", model)
         if base is not None:
             _check_given("base_model", base)
-        with as_it_was(model), as_it_was(base), plain_torch():
+        with restored(model), restored(base), plain_torch():
             return function(*args, **kwargs)
 
     return run
@@ -131,7 +131,7 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
+def warn_of_dropout(causal_lm: PreTrainedModel) -> None:
     """Warn that dropout makes the log-probs of updates differ from those of sampling."""
     layers = [m.p for m in causal_lm.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     config: Any = causal_lm.config.get_text_config()
@@ -146,7 +146,7 @@ def tell_of_dropout(causal_lm: PreTrainedModel) -> None:
 
 
 @contextmanager
-def as_it_was(model: Any) -> Iterator[None]:
+def restored(model: Any) -> Iterator[None]:
     """Restore a user's module at the end of the block, also after an error.
 
     Restored are its mode, recomputation, attention, rotary frequencies and gradients. Inside,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grao_fast.data.packing import Group
 from grao_fast.kernels.devices import resolve_backend
 from grao_fast.models.attention import attending
-from grao_fast.models.checks import CANNOT
+from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.system.errors import UserError, first_line
@@ -58,7 +58,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
             ours = _measure(policy, lambda: _logits(policy, prompt, suffixes), ids_T, gradient)
             leak = _leak(policy, prompt, suffixes) if policy.share_prefix else 0.0
         its_own = _measure(policy, lambda: _own_logits(policy, prompt, suffixes), ids_T, gradient)
-    except CANNOT as error:
+    except MODEL_ERRORS as error:
         raise UserError(f"{name} cannot run as a policy: {first_line(error)}; {remedy}") from error
     finally:
         policy.model.train(training)

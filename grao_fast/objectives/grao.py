@@ -91,11 +91,11 @@ def token_weights(advantages_NK: Tensor, sequence_T: Tensor, objective: Objectiv
     return weight_NK.flatten()[sequence_T]
 
 
-def held_ratios(
+def clipped_ratios(
     weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
 ) -> Tensor:
     """(T,) 1 where the ratio is clipped, 0 where not, NaN where there is none."""
     low, high = clip
     weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
-    held_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
-    return held_T.float().where(~rho_T.isnan(), torch.nan)
+    clipped_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    return clipped_T.float().where(~rho_T.isnan(), torch.nan)

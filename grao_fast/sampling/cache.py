@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from grao_fast.models.checks import CANNOT
+from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.router import no_router_loss
 from grao_fast.system.errors import UserError, first_line
 
@@ -133,7 +133,7 @@ def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
         autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
         with autocast, no_router_loss(model):
             output = model(input_ids=ids, use_cache=True)
-    except CANNOT as error:
+    except MODEL_ERRORS as error:
         raise UserError(f"{type(model).__name__} cannot run: {first_line(error)}") from error
     finally:
         model.train(training)

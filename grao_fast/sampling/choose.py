@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from grao_fast.models.checks import CANNOT
+from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.sampling.cache import Kept
-from grao_fast.sampling.generate import GenerateSampler, bears_padding
+from grao_fast.sampling.generate import GenerateSampler, supports_left_padding
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.system.errors import UserError, first_line
@@ -34,8 +34,8 @@ def choose_sampler(
             'cache_implementation="dynamic"'
         )
     try:
-        pads = bears_padding(model)
-    except CANNOT as error:
+        pads = supports_left_padding(model)
+    except MODEL_ERRORS as error:
         raise UserError(f"{name} cannot be sampled by generate: {first_line(error)}") from error
     logger.info(
         "%s keeps %s: it samples by Transformers' generate, %s",

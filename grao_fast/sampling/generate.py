@@ -32,7 +32,8 @@ class GenerateSampler(ModelSampler):
     """A `Sampler` by `model.generate`, with tokens drawn here from the plain softmax.
 
     Args:
-        pads: whether prompts of different lengths are decoded in one batch; see `bears_padding`.
+        pads: whether prompts of different lengths are decoded in one batch; see
+            `supports_left_padding`.
     """
 
     def __init__(self, model: PreTrainedModel, decoding: Decoding, *, pads: bool = False) -> None:
@@ -105,7 +106,7 @@ class GenerateSampler(ModelSampler):
                 self.model.generation_config = own
 
 
-def bears_padding(model: PreTrainedModel) -> bool:
+def supports_left_padding(model: PreTrainedModel) -> bool:
     """Whether padding on the left of a prompt changes nothing but rounding.
 
     Two prompts are completed together, with two padding tokens, and each alone. The padding token

@@ -24,7 +24,7 @@ from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
 from grao_fast.models.attention.frequencies import hold_frequencies
 from grao_fast.models.beginning import Beginning
-from grao_fast.models.checks import check_weights, tell_of_dropout
+from grao_fast.models.checks import check_weights, warn_of_dropout
 from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.loading import load_model
 from grao_fast.models.parity import check_parity
@@ -190,7 +190,7 @@ def load_policy(
         base_digest=base_digest,
     )
     if trained:
-        tell_of_dropout(causal_lm)
+        warn_of_dropout(causal_lm)
     check_parity(policy, gradient=trained)
     if not config.use_vllm:  # vLLM is checked when it first gets the weights
         check_sampler(loaded.sampler, policy)

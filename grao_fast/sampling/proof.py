@@ -9,7 +9,7 @@ import torch
 from grao_fast.data.packing import Group, pad
 from grao_fast.kernels import linear_logprobs
 from grao_fast.kernels.devices import to_device
-from grao_fast.models.checks import CANNOT
+from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Sampler
@@ -43,7 +43,7 @@ def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0)
     name = type(policy.causal_lm).__name__
     try:
         difference = measure_sampler(sampler, policy, temperature=temperature)
-    except CANNOT as error:
+    except MODEL_ERRORS as error:
         raise UserError(
             f"{name} cannot be sampled by {type(sampler).__name__}: {first_line(error)}"
         ) from error

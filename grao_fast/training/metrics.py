@@ -84,18 +84,18 @@ class LossMetrics:
         self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
         self.router: float | None = None
         self.samples, self.references = _Mean(), _Mean()
-        self.logp_diff, self.held = _Mean(), _Mean()
+        self.logp_diff, self.clipped = _Mean(), _Mean()
 
     def add(
         self,
         batch: MicroBatch,
         loss: GRAOLoss,
-        held_T: Tensor | None = None,
+        clipped_T: Tensor | None = None,
         router: Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
-        held_T: 1 where the ratio is clipped, 0 where not, NaN where there is none.
+        clipped_T: 1 where the ratio is clipped, 0 where not, NaN where there is none.
         router: the router's part of the loss.
         """
         self.terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
@@ -104,8 +104,8 @@ class LossMetrics:
             self.router = (self.router or 0.0) + float(router)
         logprob_T = loss.logprob_T.float().cpu()
         self.logp_diff.add((logprob_T - batch.sampler_logprob_T).abs())
-        if held_T is not None:
-            self.held.add(held_T)
+        if clipped_T is not None:
+            self.clipped.add(clipped_T)
         self._add_sequences(batch, logprob_T)
 
     def _add_sequences(self, batch: MicroBatch, logprob_T: Tensor) -> None:

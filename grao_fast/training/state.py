@@ -25,7 +25,7 @@ from grao_fast.models.adapters import (
     differing_keys,
     is_peft_model,
     load_adapters,
-    take_out_alike,
+    subtract_first_weights,
 )
 from grao_fast.models.beginning import trainable
 from grao_fast.models.policy import causal_lm_of
@@ -130,7 +130,7 @@ def resume_policy(
             "there): resume with that seed, or leave kl_coef at 0"
         )
     if beginning is not None and loaded.base_digest is not None:
-        take_out_alike(loaded.model, beginning.restored)
+        subtract_first_weights(loaded.model, beginning.restored)
     load_weights(loaded.model, path, state)
     check_base(path, state, loaded)
     return run

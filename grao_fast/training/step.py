@@ -21,7 +21,7 @@ from grao_fast.kernels import GRAOLoss, linear_logprobs
 from grao_fast.models.beginning import Beginning
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
-from grao_fast.objectives.grao import grao_loss, held_ratios, token_weights
+from grao_fast.objectives.grao import clipped_ratios, grao_loss, token_weights
 from grao_fast.training.flops import ModelCost, update_flops
 from grao_fast.training.metrics import LossMetrics
 from grao_fast.training.rollout import Rollout, to_groups
@@ -171,8 +171,8 @@ def update(
         "time/update": updated - started,
     }
     if len(passes) > 1:
-        held = [each.held.value for each in passes[1:]]
-        metrics["clip_ratio/region_mean"] = sum(held) / len(held)
+        clipped = [each.clipped.value for each in passes[1:]]
+        metrics["clip_ratio/region_mean"] = sum(clipped) / len(clipped)
     return metrics
 
 
@@ -217,11 +217,11 @@ def _backward(
         )
         loss.loss.backward()
         part.logprob_T = loss.grao.logprob_T.cpu()
-        held_T = None
+        clipped_T = None
         if part.old_logprob_T is not None:
             weight_T = token_weights(loss.grao.advantages_NK, part.batch.sequence_T, objective)
-            held_T = held_ratios(weight_T, part.logprob_T, part.old_logprob_T, objective.clip)
-        metrics.add(part.batch, loss.grao, held_T, loss.router)
+            clipped_T = clipped_ratios(weight_T, part.logprob_T, part.old_logprob_T, objective.clip)
+        metrics.add(part.batch, loss.grao, clipped_T, loss.router)
     return metrics
 
 

@@ -47,7 +47,7 @@ from grao_fast.kernels.advantage import (
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.models.objective import answer_objectives, run_at_head
 from grao_fast.models.policy import causal_lm_of
-from grao_fast.objectives.grao import held_ratios
+from grao_fast.objectives.grao import clipped_ratios
 from grao_fast.system.errors import UserError
 from grao_fast.training.metrics import group_metrics
 
@@ -273,11 +273,11 @@ class GRAOTrainer(GRPOTrainer):
             mean_S[: rows.samples],
             mean_S[rows.samples :],
             result.entropy_T[rows.is_sample_T.to(mean_S.device)],
-            held_ratios(weight_T, result.logprob_T, old_T, clip),
+            clipped_ratios(weight_T, result.logprob_T, old_T, clip),
         ]
         sums_42 = torch.stack([torch.stack([v.nansum(), (~v.isnan()).sum()]) for v in values])
         total_4, count_4 = self.accelerator.reduce(sums_42, reduction="sum").unbind(1)
-        sample, reference, entropy, held = total_4 / count_4
+        sample, reference, entropy, clipped = total_4 / count_4
         self._record(
             {
                 "objective/exploration": exploration,
@@ -286,7 +286,7 @@ class GRAOTrainer(GRPOTrainer):
                 "reference/logprob": reference,
                 "reference/logprob_gap": reference - sample,
                 "entropy": entropy,
-                "clip_ratio/region_mean": held,
+                "clip_ratio/region_mean": clipped,
                 "kl": kl / self.beta if self.beta else torch.tensor(torch.nan),
             }
         )
