@@ -28,7 +28,7 @@ def flex_with_gradients(monkeypatch: pytest.MonkeyPatch):
 
 
 def seen_pairs(window: int | None) -> torch.Tensor:
-    """(L, L) bool by the definition, segment by segment."""
+    """(L, L) bool mask, built segment by segment from the definition."""
     L = SEGMENTS[-1].stop
     seen = torch.zeros(L, L, dtype=torch.bool)
     for segment in SEGMENTS:
@@ -52,7 +52,7 @@ def test_the_mask_is_the_definition(window: int | None):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_table_of_blocks_is_pytorchs_own(window: int | None):
-    """All blocks with a pair in them are listed; those apart that need no mask."""
+    """Every block with a visible pair is listed, and blocks that need no mask are listed apart."""
     mask, L = flex.block_mask(SEGMENTS, window, CPU), SEGMENTS[-1].stop
     theirs = torch_flex.create_block_mask(mask.mask_mod, None, None, L, L, "cpu", BLOCK_SIZE=128)
     assert mask.shape == theirs.shape
@@ -69,7 +69,7 @@ def test_the_mask_is_made_once_for_a_micro_batch():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_backends_agree(window: int | None, softcap: float | None, flex_with_gradients):
-    """Values and gradients, grouped heads; where scores are large, the cap bites."""
+    """Compares values and gradients with grouped heads and with scores that reach the cap."""
     L = SEGMENTS[-1].stop
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, L, 16, generator=generator) for heads in (6, 2, 2))
@@ -88,7 +88,7 @@ def test_backends_agree(window: int | None, softcap: float | None, flex_with_gra
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flex_gives_every_family_the_gradients_of_parts(family, tiny_model, flex_with_gradients):
-    """With recomputed layers, except where a cap on scores rules them out."""
+    """Layers are recomputed, except in families whose score cap rules that out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = GRAOConfig(gradient_checkpointing=family != "Gemma2")
     policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
@@ -119,8 +119,11 @@ def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients,
 @pytest.mark.slow
 @pytest.mark.parametrize("window", WINDOWS)
 def test_compiled_code_walks_the_table_of_blocks(window: int | None):
-    """Uncompiled, FlexAttention reads the mask alone. On CPUs it compiles for values only, and not
-    with dynamic shapes: torch 2.13 writes C++ that does not compile."""
+    """Only compiled FlexAttention uses the table; uncompiled, it reads the mask alone.
+
+    On CPUs it compiles for values only, and not with dynamic shapes, for which torch 2.13 writes
+    C++ that does not compile.
+    """
     L = SEGMENTS[-1].stop
     q, k, v = (torch.randn(1, heads, L, 16) for heads in (4, 2, 2))
     options = {"window": window, "scaling": 0.3, "dropout": 0.0, "softcap": 3.0}

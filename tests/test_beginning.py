@@ -49,7 +49,7 @@ KINDS = [*LORA, "IA3", "VeRA", "all parameters", *BY_HAND]
 
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with biases, which do not begin at 0, and an untied head."""
+    """A tiny model with nonzero biases and an untied head."""
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "biased")
     config = AutoModelForCausalLM.from_pretrained(folder).config
     config.attention_bias = config.mlp_bias = True
@@ -64,7 +64,7 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> LoadedPolicy:
-    """The policy as a run would begin with it: drawn anew, the same each time."""
+    """The policy that a run would begin with; the seed makes every call return the same."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(5)
@@ -109,7 +109,7 @@ def build(kind: str, folder: Path, config: GRAOConfig = CONFIG) -> LoadedPolicy:
 
 
 def move(loaded: LoadedPolicy) -> None:
-    """As training would, but further; what is frozen stays."""
+    """Change the trainable parameters, by more than a step of training would."""
     generator = torch.Generator().manual_seed(7)
     for parameter in loaded.model.parameters():
         if parameter.requires_grad:
@@ -150,7 +150,7 @@ def write(
 
 
 def saves_lora_only_biases() -> bool:
-    """Whether this peft does what `bias="lora_only"` says; 0.18 trains them and drops them."""
+    """Whether this peft saves what `bias="lora_only"` trains; 0.18 trains biases and drops them."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"], bias="lora_only"))
@@ -184,7 +184,7 @@ def test_the_kl_is_from_the_start_also_after_a_resume(kind: str, biased: Path, t
 
 
 def test_weights_that_autocast_has_cast_are_not_kept(biased: Path):
-    """It keeps what it casts until the outermost context ends, here around both passes."""
+    """Autocast caches casts until its outermost context ends, which here spans both passes."""
     loaded = build("all parameters", biased, CONFIG.replace(bf16=True))
     expected = start_logprobs(loaded)
     move(loaded)
@@ -206,7 +206,7 @@ def test_a_failure_inside_leaves_the_policy_as_it_is(biased: Path):
 
 
 def test_what_would_be_trained_and_not_saved_is_refused(biased: Path):
-    """peft saves the adapter alone: a norm unfrozen by hand would be lost."""
+    """A norm unfrozen by hand is refused, since peft saves the adapter alone."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = AutoModelForCausalLM.from_pretrained(biased)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -216,7 +216,7 @@ def test_what_would_be_trained_and_not_saved_is_refused(biased: Path):
 
 
 def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, tmp_path: Path):
-    """The checkpoint holds no copy; the first weights are drawn again, if from the same seed."""
+    """Without a copy in the checkpoint, the first weights are drawn again from the same seed."""
     loaded = build("random", biased, CONFIG.replace(kl_coef=0.0))
     expected = start_logprobs(build("random", biased))
     begun = PolicyIdentity.of(loaded)
@@ -236,7 +236,8 @@ def test_a_kl_that_begins_late_is_from_the_same_start_or_refused(biased: Path, t
 
 @pytest.mark.parametrize("kind", ["PiSSA", "OLoRA"])
 def test_what_was_taken_out_of_the_base_is_put_back_alike(kind, biased, tmp_path, monkeypatch):
-    """On a machine that decomposes with another rounding, here a coarse one; also without a KL."""
+    """A resumed run restores the base even if its decomposition rounds differently, as a coarse
+    rounding simulates here, and without a KL term too."""
     config = CONFIG.replace(kl_coef=0.0)
     loaded = build(kind, biased, config)
     begun = PolicyIdentity.of(loaded)

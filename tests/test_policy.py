@@ -24,7 +24,7 @@ from grao_fast.sampling.loading import load_policy
 @pytest.mark.parametrize("how", ["plain", "recomputed", "recomputed with an adapter"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_give_the_gradients_of_repeated_ones(family: str, how: str, tiny_model):
-    """Two groups in one row; the adapter's weights are not 0 at the start, as they would be."""
+    """Two groups share a row, and the adapter's weights are nonzero, unlike fresh ones."""
     adapter = None
     if how.endswith("adapter"):
         peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -42,7 +42,7 @@ def test_shared_prompts_give_the_gradients_of_repeated_ones(family: str, how: st
 
 
 def test_a_sliding_window_is_felt(tiny_model):
-    """The parity above would also hold if both sides ignored the window."""
+    """The window changes the logits; without this, parity would hold if both sides ignored it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(family_model("Mistral"), config=GRAOConfig(), tokenizer=tokenizer).policy
     with policy.updating():
@@ -56,7 +56,7 @@ def test_a_sliding_window_is_felt(tiny_model):
 
 
 def test_a_window_of_the_mask_alone_is_refused(tiny_model):
-    """Phi-MoE builds its window into the mask, which a shared prefix does without."""
+    """Phi-MoE is refused: its window is part of the mask, which a shared prefix replaces."""
     torch.manual_seed(0)
     config = transformers.PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=20)
     model = AutoModelForCausalLM.from_config(config)
@@ -104,7 +104,7 @@ def test_a_missing_folder_is_said_at_once(model: str, message: str):
 
 
 def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
-    """The values are right, and keys pass no gradient on: a fault that no logit shows."""
+    """Keys pass no gradient on, a fault that the logits do not show."""
 
     def without_key_gradients(query, key, *rest, **options):
         return attend(query, key.detach(), *rest, **options)
@@ -119,7 +119,7 @@ def test_gradients_that_are_not_the_models_are_refused(tiny_model, monkeypatch):
 
 
 def test_a_sequence_that_sees_the_one_beside_it_is_refused(tiny_model):
-    """By little, in every layer's input: a short convolution that no cache tells of."""
+    """A weak short convolution in every layer's input leaks, without a cache that reveals it."""
     model = family_model("Llama")
 
     def convolve(module, args, kwargs):
@@ -135,7 +135,7 @@ def test_a_sequence_that_sees_the_one_beside_it_is_refused(tiny_model):
 
 
 def test_a_sampler_that_says_other_log_probs_is_refused(tiny_model, monkeypatch):
-    """It would be off-policy without a word: here by a temperature that it does not tell of."""
+    """A sampler that applies an undeclared temperature would be off-policy in silence."""
 
     def warmer(logits, temperature, u):
         return draw(logits / 1.1, temperature, u)

@@ -68,7 +68,7 @@ def test_logprobs_are_those_of_the_full_forward_pass(model, static_cache: bool):
 
 
 def test_frequencies_follow_the_distribution(model):
-    """4,000 draws of one token: every frequency within 4 standard deviations."""
+    """Of 4,000 draws of one token, every frequency is within 4 standard deviations."""
     n = 4000
     groups = sampler(model, batch_size=n).sample(
         [[5, 6, 7]], num_generations=n, max_new_tokens=1, temperature=1.3, seed=0
@@ -82,8 +82,8 @@ def test_frequencies_follow_the_distribution(model):
 
 
 def test_the_cache_has_the_name_that_the_model_gives_it(model):
-    """Transformers renamed it, and will drop the old name; before, and in models of others, it is
-    the only one."""
+    """Transformers renames the argument and will drop the old name, which older versions and
+    other authors' models still use."""
 
     def old(input_ids=None, past_key_values=None): ...
     def new(input_ids=None, cache=None): ...
@@ -101,7 +101,7 @@ def uniform(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("V", [5, 128, 1000])
 def test_draws_invert_the_distribution_function(V: int):
-    """Also where the vocabulary is not a multiple of a block."""
+    """Holds also if the vocabulary is not a multiple of a block."""
     logits = 3 * torch.randn(4000, V, generator=torch.Generator().manual_seed(1))
     u = uniform(4000)
     token, logprob = draw(logits, 0.9, u)
@@ -113,7 +113,8 @@ def test_draws_invert_the_distribution_function(V: int):
 
 @pytest.mark.parametrize("place", [1, 150, 300])
 def test_rare_tokens_are_not_rounded_away(place: int):
-    """1e-9 is drawn beside 1 - 1e-9 for that share of the numbers, in its block or in another."""
+    """A token of probability 1e-9 is drawn for that share of the random numbers, whichever block
+    it is in."""
     logits = torch.full((2, 301), -torch.inf)
     logits[:, 0], logits[:, place] = 0.0, math.log(1e-9)
     token, _ = draw(logits, 1.0, torch.tensor([[0.9e-9], [1.1e-9]], dtype=torch.float64))
@@ -122,7 +123,7 @@ def test_rare_tokens_are_not_rounded_away(place: int):
 
 @pytest.mark.parametrize("scale", [1, 60])
 def test_what_cannot_be_drawn_is_not_drawn(scale: int):
-    """Probability 0 at both ends and between, and a token that is a rounding away from it."""
+    """Covers probability 0 at both ends and in the middle, and a token one rounding above it."""
     logits = torch.full((4000, 6 * scale), -torch.inf)
     logits[:, 2 * scale], logits[:, 4 * scale] = 0.0, -40.0
     token, logprob = draw(logits, 1.0, uniform(4000))
@@ -164,7 +165,7 @@ def test_a_completion_does_not_depend_on_when_others_end(model, static_cache: bo
 
 
 def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.MonkeyPatch):
-    """Through repetition, selection and more tokens than there was room for."""
+    """Both hold the same after repeating rows, selecting rows, and outgrowing the reserved room."""
     monkeypatch.setattr("grao_fast.sampling.cache._ROOM", 3)
     generator = torch.Generator().manual_seed(0)
     layers = GrowingLayer(), DynamicLayer()
@@ -189,7 +190,7 @@ def test_a_growing_cache_holds_what_a_dynamic_one_holds(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("room", [False, True], ids=["repeated", "in its room"])
 @pytest.mark.parametrize("gone", [[0, 1], [1, 3], [4], [3, 4], [0, 1, 2, 3]], ids=str)
 def test_the_last_rows_take_the_places_of_dropped_ones(gone: list[int], room: bool):
-    """In a growing layer as in any other; what is left is one and the same."""
+    """A growing layer and a layer without reserved room keep the same rows."""
     keys = torch.arange(5.0)[:, None, None, None].expand(5, 2, 3, 4)
     cache = DynamicCache()
     cache.layers = [GrowingLayer(), DynamicLayer()]
@@ -230,7 +231,7 @@ def test_training_mode_is_given_back(model):
 
 
 def test_batches_are_made_of_prompts_of_like_length(model, monkeypatch: pytest.MonkeyPatch):
-    """The longest first, each prompt prefilled once; answers in the order of the prompts."""
+    """Prompts run longest first and are prefilled once; answers keep the order of the prompts."""
     prefilled = []
     prefill = TransformersSampler._prefill
     monkeypatch.setattr(
@@ -246,10 +247,10 @@ def test_batches_are_made_of_prompts_of_like_length(model, monkeypatch: pytest.M
 
 
 def test_bfloat16_logprobs_are_those_of_the_bfloat16_forward_pass(model):
-    """Closer to the full pass under the same autocast than to float32's.
+    """The sampler's log-probs are closer to a full bfloat16 pass than to a float32 pass.
 
-    Not the same: in torch 2.8 attention to a cache rounds otherwise. Those of float32 would be
-    10,000 times closer to float32's.
+    They are not equal to it, since torch 2.8 rounds attention to a cache differently. Log-probs of
+    a float32 sampler would be 10,000 times closer to the float32 pass.
     """
     groups = sampler(model, dtype=torch.bfloat16).sample(
         PROMPTS, num_generations=4, max_new_tokens=8, temperature=0.7, seed=3
