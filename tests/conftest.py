@@ -27,7 +27,7 @@ for _number, _handler in (
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector what imports have made: TRL has it look through all of that every run."""
+    """Exempt objects that imports made from garbage collection, which TRL starts in every run."""
     gc.freeze()
 
 
@@ -37,7 +37,8 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """fsync waits until data would survive a power cut, which no test can see."""
+    """Replace fsync by nothing: it waits for the disk, so that data survives a power cut, which no
+    test simulates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

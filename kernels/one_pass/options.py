@@ -44,8 +44,17 @@ class PassOptions(NamedTuple):
 
     def flat(self) -> tuple:
         """Arguments in the order of OPTIONS_SCHEMA."""
-        shard = (None, 0) if self.shard is None else self.shard
-        return (*self.constants, *self[1:6], *shard, self.head_float32, list(self.wants))
+        return (
+            *self.constants,
+            self.workspace_bytes,
+            self.backend,
+            self.dtype,
+            self.entropy,
+            self.top1,
+            *((None, 0) if self.shard is None else self.shard),
+            self.head_float32,
+            list(self.wants),
+        )
 
     @classmethod
     def from_flat(cls, arguments: tuple) -> PassOptions:
