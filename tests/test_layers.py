@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"grao_fast": ROOT / "grao_fast", "grao_fast.kernels": ROOT / "kernels"}
 # Bottom to top.
 LAYERS = (
-    "kernels", "system", "reporting", "config", "data", "models", "sampling", "rewards",
-    "evaluation", "objectives", "training", "callbacks", "trainer", "integrations", "demo", "cli",
-    "__main__",
+    "kernels", "system", "distributed", "reporting", "config", "data", "models", "sampling",
+    "rewards", "evaluation", "objectives", "training", "callbacks", "trainer", "integrations",
+    "demo", "cli", "__main__",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

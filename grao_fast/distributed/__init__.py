@@ -1,0 +1,1 @@
+"""Processes of a run: what they exchange, and how they divide a model."""
