@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grao_fast.config import GRAOConfig
 from grao_fast.kernels import sequence_weights
+from grao_fast.sampling.seeds import prompt_seeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ class Ours:
             num_generations=samples,
             max_new_tokens=longest,
             temperature=self.config.temperature,
-            seed=seed,
+            seeds=prompt_seeds(seed, len(prompts)),
         )
         return sum(len(each.token_ids) for group in groups for each in group)
 

@@ -154,7 +154,11 @@ def test_a_sample(temperature: float, cache: str, tiny_model: Path) -> None:
     with fake_cuda.fake_cuda(may_wait=True, look=0):
         loaded, _ = load(tiny_model, cache_implementation=cache)
         groups = loaded.sampler.sample(
-            [[5, 6, 7], [8]], num_generations=2, max_new_tokens=4, temperature=temperature, seed=0
+            [[5, 6, 7], [8]],
+            num_generations=2,
+            max_new_tokens=4,
+            temperature=temperature,
+            seeds=[0, 1],
         )
     assert groups == [[Completion([], [], finished=False)] * 2] * 2
 

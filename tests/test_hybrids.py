@@ -21,6 +21,7 @@ from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.training.flops import layer_windows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17, 18]]
+SEEDS = [3, 1, 4, 15]
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
@@ -32,9 +33,14 @@ def loaded(request: pytest.FixtureRequest, tiny_model: Path) -> LoadedPolicy:
     return load_policy(model, config=GRAOConfig(share_prefix=False), tokenizer=tokenizer)
 
 
-def sample(loaded: LoadedPolicy, **options) -> list[list[Completion]]:
-    options = {"num_generations": 6, "max_new_tokens": 8, "temperature": 0.7, "seed": 3} | options
-    return loaded.sampler.sample(PROMPTS, **options)
+def sample(loaded: LoadedPolicy, prompts=PROMPTS, **options) -> list[list[Completion]]:
+    options = {
+        "num_generations": 6,
+        "max_new_tokens": 8,
+        "temperature": 0.7,
+        "seeds": SEEDS,
+    } | options
+    return loaded.sampler.sample(prompts, **options)
 
 
 def test_log_probs_are_those_of_the_full_forward_pass(loaded: LoadedPolicy):
@@ -58,15 +64,16 @@ def test_log_probs_are_those_of_the_full_forward_pass(loaded: LoadedPolicy):
 
 def test_one_call_one_result_and_another_seed_another(loaded: LoadedPolicy):
     assert sample(loaded) == sample(loaded)
-    assert sample(loaded) != sample(loaded, seed=4)
+    assert sample(loaded) != sample(loaded, seeds=[4, *SEEDS[1:]])
 
 
-def test_a_group_does_not_depend_on_the_prompts_beside_it(loaded: LoadedPolicy):
-    """Greedily, as draws follow the batch; padding would be summed into the state."""
-    together = sample(loaded, temperature=0.0, num_generations=1)
-    options = {"num_generations": 1, "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
-    alone = [loaded.sampler.sample([prompt], **options)[0] for prompt in PROMPTS]
-    assert [g[0].token_ids for g in together] == [g[0].token_ids for g in alone]
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_group_does_not_depend_on_the_prompts_beside_it(loaded: LoadedPolicy, temperature: float):
+    """Padding would be summed into the state."""
+    together = sample(loaded, temperature=temperature)
+    for prompt, seed, group in zip(PROMPTS, SEEDS, together, strict=True):
+        (alone,) = sample(loaded, [prompt], temperature=temperature, seeds=[seed])
+        assert [c.token_ids for c in alone] == [c.token_ids for c in group]
 
 
 def test_padding_that_is_masked_everywhere_is_used(loaded: LoadedPolicy):

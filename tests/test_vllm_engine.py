@@ -22,7 +22,6 @@ from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMColocatedSampler
-from grao_fast.sampling.vllm.requests import prompt_seeds
 
 
 @dataclass
@@ -101,7 +100,7 @@ class LLM:
             num_generations=options.n,
             max_new_tokens=options.max_tokens,
             temperature=options.temperature,
-            seed=options.seed,
+            seeds=[options.seed],
         )
         outputs = [
             SimpleNamespace(
@@ -160,9 +159,9 @@ def test_it_returns_what_the_engine_drew(vllm, tiny_model):
     assert engines[0].dtype == torch.bfloat16
     prompts = [[5, 6, 7], [8], [9, 10, 11]]
     options = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7}
-    groups = loaded.sampler.sample(prompts, **options, seed=4)
-    for prompt, seed, group in zip(prompts, prompt_seeds(4, 3), groups, strict=True):
-        assert [group] == own(engines[0].weights).sample([prompt], **options, seed=seed)
+    groups = loaded.sampler.sample(prompts, **options, seeds=[4, 9, 2])
+    for prompt, seed, group in zip(prompts, [4, 9, 2], groups, strict=True):
+        assert [group] == own(engines[0].weights).sample([prompt], **options, seeds=[seed])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_a_failing_engine_is_one_line(vllm, tiny_model, method: str, what: str):
     if what != "did not start":
         loaded.sampler.sync(loaded.policy)
     failures.append(RuntimeError("no memory for the cache\n\n  raise it to 3.5 GiB"))
-    sample = {"num_generations": 1, "max_new_tokens": 2, "temperature": 1.0, "seed": 0}
+    sample = {"num_generations": 1, "max_new_tokens": 2, "temperature": 1.0, "seeds": [0]}
     arguments = ([loaded.policy], {}) if method == "sync" else ([[[5]]], sample)
     with pytest.raises(
         ValueError, match=rf"vLLM's engine {what}.*: RuntimeError: no memory for"

@@ -144,7 +144,7 @@ def test_weights_that_the_server_cannot_read_are_said(tied, models, tmp_path, mo
         patch.setattr(WeightFolder, "write", lambda self, policy: tmp_path / "nowhere")
         sampler.sync(loaded.policy)
     sampler.sync(loaded.policy)
-    sampler.sample([[5, 6]], num_generations=1, max_new_tokens=2, temperature=1.0, seed=0)
+    sampler.sample([[5, 6]], num_generations=1, max_new_tokens=2, temperature=1.0, seeds=[0])
 
 
 def test_the_stand_in_answers_as_vllm_does(tied: RealServer, models):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +20,14 @@ from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMServerSampler
-from grao_fast.sampling.vllm.requests import prompt_seeds
 from grao_fast.system.lock import LOCK_FILE
 
 pytest.importorskip("openai", reason="openai, the client of a vLLM server, is not installed")
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [16, 17]]
-SAMPLE = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7, "seed": 11}
+SEEDS = [11, 7, 5, 3]
+SAMPLE = {"num_generations": 3, "max_new_tokens": 6, "temperature": 0.7, "seeds": SEEDS}
 
 
 @pytest.fixture
@@ -64,16 +62,21 @@ def test_it_returns_what_the_server_drew(fake: FakeVLLM, url: str, tiny_model):
     own = TransformersSampler(
         fake.model, Decoding(eos_token_ids=[EOS], pad_token_id=0, batch_size=64)
     )
-    for prompt, seed, group in zip(PROMPTS, prompt_seeds(11, 4), groups, strict=True):
-        assert [group] == own.sample([prompt], **SAMPLE | {"seed": seed})
+    for prompt, seed, group in zip(PROMPTS, SEEDS, groups, strict=True):
+        assert [group] == own.sample([prompt], **SAMPLE | {"seeds": [seed]})
 
 
-def test_a_seed_repeats_a_sample_and_prompts_have_seeds_of_their_own(url: str, tiny_model):
+def test_a_prompt_is_requested_with_its_own_seed(fake: FakeVLLM, url: str, tiny_model):
+    """Whether all are sampled in one call, or another process samples every second one."""
     remote = sampler(url, tiny_model)
-    first = remote.sample([[5, 6]] * 4, **SAMPLE)
-    assert remote.sample([[5, 6]] * 4, **SAMPLE) == first
-    assert remote.sample([[5, 6]] * 4, **SAMPLE | {"seed": 12}) != first
-    assert all(first[0] != group for group in first[1:])
+    whole = remote.sample(PROMPTS, **SAMPLE)
+    seeds = dict(zip(map(tuple, PROMPTS), SEEDS, strict=True))
+    for place in (1, 0):
+        share = remote.sample(PROMPTS[place::2], **SAMPLE | {"seeds": SEEDS[place::2]})
+        assert share == whole[place::2]
+    bodies = fake.paths("/v1/completions")
+    assert len(bodies) == 8
+    assert all(body["seed"] == seeds[tuple(body["prompt"])] for body in bodies)
 
 
 def test_training_keeps_the_server_at_the_policys_weights(fake, url, tiny_model, tmp_path):
@@ -419,17 +422,17 @@ def test_a_server_with_too_short_a_context_is_said_before_training(
 
 def test_passing_failures_are_retried_and_lasting_ones_end_the_run(fake, url, tiny_model):
     remote = sampler(url, tiny_model)
-    calm = remote.sample(PROMPTS[:1], **SAMPLE)
+    calm = remote.sample(PROMPTS[:1], **SAMPLE | {"seeds": SEEDS[:1]})
     fake.failures = [503, 500, 503]
-    assert remote.sample(PROMPTS[:1], **SAMPLE) == calm
+    assert remote.sample(PROMPTS[:1], **SAMPLE | {"seeds": SEEDS[:1]}) == calm
     fake.requests.clear()
     fake.answers = {"/v1/completions": 500}
     with pytest.raises(ConnectionError, match=r"/v1/completions: .*500"):
-        remote.sample(PROMPTS[:1], **SAMPLE)
+        remote.sample(PROMPTS[:1], **SAMPLE | {"seeds": SEEDS[:1]})
     assert len(fake.requests) == 4
     fake.answers = {"/v1/completions": 400}
     with pytest.raises(ValueError, match=r"/v1/completions: .*400"):
-        remote.sample(PROMPTS[:1], **SAMPLE)
+        remote.sample(PROMPTS[:1], **SAMPLE | {"seeds": SEEDS[:1]})
 
 
 def policy_of(url: str, tiny_model, **changes) -> LoadedPolicy:
@@ -486,14 +489,6 @@ def test_folders_of_other_users_are_left_alone(url, tiny_model, tmp_path, monkey
 def test_a_folder_that_is_not_there_is_said(url: str, tiny_model, tmp_path: Path):
     with pytest.raises(ValueError, match=r"cannot write to vllm_sync_dir '.*/nowhere'"):
         policy_of(url, tiny_model, vllm_sync_dir=str(tmp_path / "nowhere"))
-
-
-def test_seeds_of_prompts_are_those_of_the_step_alone():
-    state = random.getstate()
-    assert prompt_seeds(3, 5)[:2] == prompt_seeds(3, 2)
-    assert len(set(prompt_seeds(3, 1000))) == 1000
-    assert random.getstate() == state
-    assert all(0 <= seed < math.inf and seed + 1000 < 2**63 for seed in prompt_seeds(4, 100))
 
 
 def test_an_evaluation_does_not_ignore_it(url: str, tiny_model):

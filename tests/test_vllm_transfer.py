@@ -108,7 +108,7 @@ def test_a_restarted_server_ends_the_run(fake: FakeVLLM, tiny_model, monkeypatch
         fake.start()
         with pytest.raises(ConnectionError, match="was restarted, and its weight transfer with it"):
             loaded.sampler.sample(
-                [[5]], num_generations=1, max_new_tokens=1, temperature=1.0, seed=0
+                [[5]], num_generations=1, max_new_tokens=1, temperature=1.0, seeds=[0]
             )
         assert not fake.paused
 

@@ -194,7 +194,7 @@ class FakeVLLM:
             num_generations=body["n"],
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
-            seed=body["seed"],
+            seeds=[body["seed"]],
         )
         choices = [
             {

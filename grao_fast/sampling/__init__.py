@@ -1,8 +1,9 @@
 """Sampling: the `Sampler` protocol and what it returns.
 
 `transformers` and `generate` sample from a model of this process, `choose` picks one of them, and
-`vllm` samples from a server or an engine. `proof` and `held_weights` compare a sampler's log-probs
-with the policy's. `loading` loads a policy together with its sampler.
+`vllm` samples from a server or an engine. `seeds` gives every prompt a seed. `proof` and
+`held_weights` compare a sampler's log-probs with the policy's. `loading` loads a policy together
+with its sampler.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """Samples groups of completions; the same call with the same seed returns the same samples.
+    """Samples groups of completions, each prompt's from a seed of its own.
 
     context_length: most tokens of a prompt and its completion; None: the model's own limit.
     """
@@ -47,7 +48,12 @@ class Sampler(Protocol):
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seeds: list[int],
     ) -> list[list[Completion]]:
-        """`num_generations` completions of every prompt; temperature 0 decodes greedily."""
+        """`num_generations` completions of every prompt; temperature 0 decodes greedily.
+
+        What is drawn for a prompt depends on its own seed, and not on the other prompts, their
+        order or how they are batched: a rollout is the same however processes share its prompts.
+        Logits, and so the odd token, can still differ by rounding.
+        """
         ...

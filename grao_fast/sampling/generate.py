@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from grao_fast.sampling import Completion
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
+from grao_fast.sampling.seeds import uniform_numbers
 from grao_fast.system.interruption import as_outside, held
 
 # Lengths of the prompts that test padding, and the tokens sampled for each.
@@ -57,7 +58,7 @@ class GenerateSampler(ModelSampler):
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        generator: torch.Generator,
+        seeds: list[int],
     ) -> list[Completion]:
         """See `ModelSampler._decode`."""
         P, device = max(len(prompt) for prompt in prompts), self.model.device
@@ -67,7 +68,7 @@ class GenerateSampler(ModelSampler):
             torch.tensor(x, device=device).repeat_interleave(num_generations, 0)
             for x in (rows, masks)
         )
-        drawing = _Drawing(temperature, generator)
+        drawing = _Drawing(temperature, uniform_numbers(seeds, num_generations, device))
         # Overrides the model's generation_config: no penalties, no top_k, no max_length.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -124,7 +125,11 @@ def supports_left_padding(model: PreTrainedModel) -> bool:
         decoding = Decoding(eos_token_ids=(), pad_token_id=pad_token_id, batch_size=len(prompts))
         sampler = GenerateSampler(model, decoding, pads=True)
         groups = sampler.sample(
-            prompts, num_generations=1, max_new_tokens=_NEW_TOKENS, temperature=0.0, seed=0
+            prompts,
+            num_generations=1,
+            max_new_tokens=_NEW_TOKENS,
+            temperature=0.0,
+            seeds=[0] * len(prompts),
         )
         return [group[0] for group in groups]
 
@@ -168,14 +173,11 @@ class _Drawing(LogitsProcessor):
     logprobs: (B,) of every step.
     """
 
-    def __init__(self, temperature: float, generator: torch.Generator) -> None:
-        self.temperature, self.generator = temperature, generator
+    def __init__(self, temperature: float, numbers: Iterator[Tensor]) -> None:
+        self.temperature, self.numbers = temperature, numbers
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        u = torch.rand(
-            len(scores), 1, dtype=torch.float64, device=scores.device, generator=self.generator
-        )
-        token, logprob = draw(scores.float(), self.temperature, u)
+        token, logprob = draw(scores.float(), self.temperature, next(self.numbers))
         self.logprobs.append(logprob)
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)

@@ -35,6 +35,7 @@ from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.proof import check_sampler
+from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
@@ -114,7 +115,11 @@ class LoadedPolicy:
     def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
         """The greedy completion of every prompt, as text."""
         groups = self.sampler.sample(
-            prompts, num_generations=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed
+            prompts,
+            num_generations=1,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            seeds=prompt_seeds(seed, len(prompts)),
         )
         return self.decode(prompts, [group[0] for group in groups])
 

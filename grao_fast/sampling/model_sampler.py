@@ -58,10 +58,10 @@ class ModelSampler:
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seeds: list[int],
     ) -> list[list[Completion]]:
         """See `Sampler.sample`. Prompts are batched by length, the longest first."""
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+        assert len(seeds) == len(prompts), "one seed for each prompt"
         groups: list[list[Completion]] = [[] for _ in prompts]
         training = self.model.training
         self.model.eval()
@@ -76,7 +76,7 @@ class ModelSampler:
                         num_generations,
                         max_new_tokens,
                         temperature,
-                        generator,
+                        [seeds[i] for i in chosen],
                     )
                 for place, i in enumerate(chosen):
                     first = place * num_generations
@@ -97,7 +97,7 @@ class ModelSampler:
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        generator: torch.Generator,
+        seeds: list[int],
     ) -> list[Completion]:
         """Completions of a batch of prompts, grouped by prompt."""
         raise NotImplementedError

@@ -13,6 +13,7 @@ from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Sampler
+from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import UserError, first_line
 
 # Lengths of two prompts, different so that padding is tested, and the tokens sampled for each.
@@ -60,9 +61,7 @@ def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0)
 
 
 @torch.no_grad()
-def measure_sampler(
-    sampler: Sampler, policy: Policy, *, temperature: float = 1.0, seed: int = 0
-) -> Difference:
+def measure_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0) -> Difference:
     """Compare the sampler, as last synced, with the policy on tokens that it samples now."""
     vocabulary = policy.head()[0].shape[0]
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
@@ -71,7 +70,7 @@ def measure_sampler(
         num_generations=2,
         max_new_tokens=_NEW_TOKENS,
         temperature=temperature,
-        seed=seed,
+        seeds=prompt_seeds(0, len(prompts)),
     )
     groups = [
         Group(

@@ -18,6 +18,7 @@ from grao_fast.sampling import Completion
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
+from grao_fast.sampling.seeds import uniform_numbers
 from grao_fast.system.errors import UserError
 
 # Static caches have lengths that are multiples of this, since each length is compiled separately.
@@ -48,7 +49,7 @@ class TransformersSampler(ModelSampler):
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        generator: torch.Generator,
+        seeds: list[int],
     ) -> list[Completion]:
         """See `ModelSampler._decode`."""
         cache = growing_cache(self.model.config)
@@ -63,11 +64,9 @@ class TransformersSampler(ModelSampler):
         logprobs = torch.zeros((len(rows), max_new_tokens), dtype=torch.float32, device=rows.device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros_like(ended)
-        for step in range(max_new_tokens):
-            # Drawn for every original row, so that a row's draws do not depend on when others end.
-            u = torch.rand(
-                len(tokens), 1, dtype=torch.float64, device=rows.device, generator=generator
-            )
+        # One for every original row, so that a row's draws do not depend on when others end.
+        numbers = uniform_numbers(seeds, num_generations, rows.device)
+        for step, u in zip(range(max_new_tokens), numbers, strict=False):
             token, logprob = draw(logits, temperature, u[rows])
             tokens[rows, step] = torch.where(ended, self.pad_token_id, token)
             logprobs[rows, step] = torch.where(ended, 0.0, logprob)

@@ -18,6 +18,7 @@ from grao_fast.objectives import grao
 from grao_fast.rewards import Reward
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.seeds import prompt_seeds
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def sample_and_score(
         num_generations=sampling.num_generations,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
-        seed=seed,
+        seeds=prompt_seeds(seed, len(prompts)),
     )
     texts = [
         loaded.decode([prompt.prompt_ids] * len(group), group)

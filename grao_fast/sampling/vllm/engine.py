@@ -17,7 +17,6 @@ from grao_fast.sampling.vllm.requests import (
     FAILURES,
     LOGPROBS_MODE,
     checked,
-    prompt_seeds,
     sampling_options,
     scoring_options,
 )
@@ -111,7 +110,7 @@ class VLLMColocatedSampler:
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seeds: list[int],
     ) -> list[list[Completion]]:
         """See `Sampler.sample`."""
         assert self._engine is not None, "sync before the first sample"
@@ -121,9 +120,7 @@ class VLLMColocatedSampler:
             temperature=temperature,
             eos_ids=self.eos_ids,
         )
-        outputs = self._generate(
-            prompts, [options | {"seed": each} for each in prompt_seeds(seed, len(prompts))]
-        )
+        outputs = self._generate(prompts, [options | {"seed": seed} for seed in seeds])
         return [
             [
                 checked(

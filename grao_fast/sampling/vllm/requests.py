@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,12 +51,6 @@ def scoring_options() -> dict[str, Any]:
     """vLLM's parameters for the log-probs of a prompt's tokens, at temperature 1."""
     one = sampling_options(num_generations=1, max_new_tokens=1, temperature=1.0, eos_ids=[])
     return one | {"prompt_logprobs": 0}
-
-
-def prompt_seeds(seed: int, prompts: int) -> list[int]:
-    """A seed for each prompt; its samples use consecutive seeds from there."""
-    draw = random.Random(seed)
-    return [draw.getrandbits(31) for _ in range(prompts)]
 
 
 def checked(

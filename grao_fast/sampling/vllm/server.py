@@ -16,7 +16,6 @@ from grao_fast.sampling.vllm.handover import HandOver, choose_hand_over
 from grao_fast.sampling.vllm.requests import (
     LOGPROBS_MODE,
     checked,
-    prompt_seeds,
     sampling_options,
     scoring_options,
 )
@@ -133,7 +132,7 @@ class VLLMServerSampler:
         num_generations: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seeds: list[int],
     ) -> list[list[Completion]]:
         """See `Sampler.sample`; the longest prompts are requested first.
 
@@ -148,7 +147,7 @@ class VLLMServerSampler:
             )
             self._give(None)
         groups = self._ask_for_all(
-            prompts, num_generations, max_new_tokens, temperature=temperature, seed=seed
+            prompts, num_generations, max_new_tokens, temperature=temperature, seeds=seeds
         )
         if self._version.is_lost():
             raise ConnectionError(
@@ -164,8 +163,9 @@ class VLLMServerSampler:
         max_new_tokens: int,
         *,
         temperature: float,
-        seed: int,
+        seeds: list[int],
     ) -> list[list[Completion]]:
+        assert len(seeds) == len(prompts), "one seed for each prompt"
         options = sampling_options(
             num_generations=num_generations,
             max_new_tokens=max_new_tokens,
@@ -177,7 +177,6 @@ class VLLMServerSampler:
             choices = self._complete(prompt, options | {"seed": seed})
             return self._completions(choices, num_generations, max_new_tokens)
 
-        seeds = prompt_seeds(seed, len(prompts))
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         with DaemonExecutor(_REQUESTS_AT_ONCE) as pool:
             asked = [prompts[i] for i in longest_first], [seeds[i] for i in longest_first]
