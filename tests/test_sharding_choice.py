@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grao_fast.distributed.choice import choose_sharding
+from grao_fast.distributed.choice import choose_sharding, reduces_once
 
 GIB = 2**30
 FITS = 80 * GIB // 2 // 16  # parameters whose 16 bytes each fill half of 80 GiB
@@ -48,3 +48,11 @@ def test_nodes_of_one_process_hold_no_more_than_it() -> None:
 
 def test_one_process_has_nothing_to_share() -> None:
     assert choice(100 * FITS, processes=1, per_node=1) == "none"
+
+
+def test_gradients_stay_whole_in_a_tenth_of_a_device() -> None:
+    most = 80 * GIB // 10 // 4
+    assert reduces_once("full", most, device_memory=80 * GIB)
+    assert not reduces_once("full", most + 1, device_memory=80 * GIB)
+    assert not reduces_once("hybrid", most + 1, device_memory=80 * GIB)
+    assert reduces_once("none", most + 1, device_memory=80 * GIB)

@@ -1,4 +1,4 @@
-"""Runs the `grao-fast` command: train, eval, plot, demo.
+"""Runs the `grao-fast` command: train, eval, plan, plot, demo.
 
 An error that the user can correct is printed as one line on stderr, with exit code 2. A run that a
 signal stopped ends with 128 + the number of the signal. Any other error keeps its traceback. Torch
@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 from grao_fast import __version__
 from grao_fast.cli.messages import explain
 from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, train_command
+from grao_fast.cli.plan import plan_command
 from grao_fast.cli.yaml_files import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
 from grao_fast.system.errors import UserError, one_line
@@ -135,6 +136,16 @@ def _eval(options: Options) -> None:
     Console().print(evaluate(**options, config=config).table())
 
 
+def _plan(options: Options) -> None:
+    processes = {name: options.pop(name) for name in ("sharding", "replicas")}
+    config = GRAOConfig(**_take_config(options))
+    peft_config = _lora_config(**options.pop("peft"))
+
+    from grao_fast.cli.plan_tables import print_plan
+
+    print_plan(**options, **processes, config=config, peft_config=peft_config)
+
+
 def _plot(options: Options) -> None:
     from grao_fast.reporting.plots import plot_run
 
@@ -177,6 +188,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
     commands = {
         "train": train_command(_train),
         "eval": eval_command(_eval),
+        "plan": plan_command(_plan),
         "plot": Command.new(
             _plot, "plot output_dir", "Draw a run's reward, loss and components as PNG."
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
@@ -96,8 +96,13 @@ def train_command(run: Run) -> Command:
         "folder of a checkpoint; true: the newest in output_dir; auto: the same if there is one",
         default=None,
     )
-    for section, fields in field_help().items():
-        _add_fields(command, section, fields)
+    add_fields(command, [field.name for field in dataclasses.fields(GRAOConfig)])
+    add_lora_options(command)
+    return command
+
+
+def add_lora_options(command: Command) -> None:
+    """Add the options of peft.LoraConfig under --peft."""
     lora = command.parser.add_argument_group("LoRA", "peft.LoraConfig; used if a rank is given")
     command.add("--peft.r", int | None, "rank of the matrices", group=lora, default=None)
     command.add(
@@ -115,7 +120,6 @@ def train_command(run: Run) -> Command:
         group=lora,
         default="all-linear",
     )
-    return command
 
 
 def eval_command(run: Run) -> Command:
@@ -128,10 +132,7 @@ def eval_command(run: Run) -> Command:
     _add_run_options(command)
     command.add("--base_model", str | None, "model before alignment, for NAG", default=None)
     command.add("--output_dir", str | None, "folder for eval.json; null: none", default=None)
-    for section, fields in field_help().items():
-        kept = {name: text for name, text in fields.items() if name in EVALUATION_FIELDS}
-        if kept:
-            _add_fields(command, section, kept)
+    add_fields(command, EVALUATION_FIELDS)
     return command
 
 
@@ -152,12 +153,16 @@ def _add_run_options(command: Command) -> None:
     command.add("--metric", str | None, "held-out metric, given like a reward", default=None)
 
 
-def _add_fields(command: Command, section: str, fields: dict[str, str]) -> None:
+def add_fields(command: Command, names: Collection[str]) -> None:
+    """Add the options of these fields of GRAOConfig, in the sections of its docstring."""
     hints = get_type_hints(GRAOConfig)
     defaults = {field.name: field.default for field in dataclasses.fields(GRAOConfig)}
-    group = command.parser.add_argument_group(section)
-    for name, text in fields.items():
-        command.add(f"--{name}", hints[name], text, group=group, default=defaults[name])
+    for section, fields in field_help().items():
+        kept = {name: text for name, text in fields.items() if name in names}
+        if kept:
+            group = command.parser.add_argument_group(section)
+            for name, text in kept.items():
+                command.add(f"--{name}", hints[name], text, group=group, default=defaults[name])
 
 
 def field_help() -> dict[str, dict[str, str]]:

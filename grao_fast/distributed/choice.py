@@ -10,6 +10,8 @@ Sharding = Literal["none", "full", "hybrid"]
 STATE_BYTES = 4 + 4 + 8
 # of a device's memory, for the state of training; the rest is for activations, logits and sampling
 STATE_SHARE = 0.5
+# of a device's memory, for gradients that are kept whole from micro-batch to micro-batch
+WHOLE_GRADIENTS_SHARE = 0.1
 
 
 def choose_sharding(
@@ -43,3 +45,12 @@ def choose_sharding(
     if nodes > 1 and not uneven and state <= room * processes_per_node:
         return "hybrid"
     return "full"
+
+
+def reduces_once(sharding: Sharding, trained: int, *, device_memory: int) -> bool:
+    """Whether gradients are reduced once an update, not in each of its micro-batches.
+
+    Until then each process keeps its sum of gradients whole, in float32. Without sharding it does
+    so anyway; else WHOLE_GRADIENTS_SHARE of a device's memory has to hold them.
+    """
+    return sharding == "none" or 4 * trained <= WHOLE_GRADIENTS_SHARE * device_memory
