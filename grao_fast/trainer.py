@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
+from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.launch import launched
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.evaluation.result import EvaluationResult
@@ -26,17 +30,17 @@ from grao_fast.models.attention.frequencies import (
 from grao_fast.models.checks import restores_models
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.saving import prove_saving, save_model
-from grao_fast.reporting.tracking import Tracker, check_trackers
+from grao_fast.reporting.tracking import NoTracker, Tracker, check_trackers
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
-from grao_fast.system.files import clear_left_overs, writable_folder, write_file, write_folder
+from grao_fast.system.files import clear_left_overs, writable_folder, write_file
 from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.training.identity import RunIdentity, check_same_run
-from grao_fast.training.inputs import Inputs, check_one_process, read_inputs
+from grao_fast.training.inputs import Inputs, read_inputs
 from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps, lr_schedule
@@ -109,37 +113,61 @@ def train(
     are handled in the main thread only, and only while `train` runs.
     """
     config = config or GRAOConfig()
-    check_one_process()
     check_callbacks(callbacks)
-    output = writable_folder(output_dir)
-    with only_run_in(output):
-        clear_left_overs(output)
-        checkpoint = choose_checkpoint(output, resume_from_checkpoint)
-        interruption.resumes_from(checkpoint)
-        inputs = read_inputs(
-            dataset,
-            reward,
-            eval_dataset=eval_dataset,
-            metric=metric,
-            reward_type=config.reward_type,
-            reward_weights=config.reward_weights,
-            reward_timeout=config.reward_timeout,
-            eval_steps=config.eval_steps,
+    with ExitStack() as stack:
+        world = stack.enter_context(
+            launched(
+                "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
+                timeout=config.ddp_timeout,
+                heartbeat_timeout=config.heartbeat_timeout,
+            )
         )
-        check_trackers(config.report_to)
-        identity = RunIdentity.of(inputs.examples, inputs.reward)
-        if checkpoint is not None:
-            check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
-        if not isinstance(model, nn.Module):
-            tokenizer = tokenizer or load_tokenizer(model)
-            inputs.check_templates(tokenizer)
+        output, checkpoint = world.main(
+            lambda: _open_output(stack, output_dir, resume_from_checkpoint)
+        )
+        interruption.resumes_from(checkpoint)
+
+        def read() -> tuple[Inputs, RunIdentity, PreTrainedTokenizerBase | None]:
+            inputs = read_inputs(
+                dataset,
+                reward,
+                eval_dataset=eval_dataset,
+                metric=metric,
+                reward_type=config.reward_type,
+                reward_weights=config.reward_weights,
+                reward_timeout=config.reward_timeout,
+                eval_steps=config.eval_steps,
+            )
+            check_trackers(config.report_to)
+            identity = RunIdentity.of(inputs.examples, inputs.reward)
+            if checkpoint is not None:
+                check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
+            if isinstance(model, nn.Module):
+                return inputs, identity, tokenizer
+            own = tokenizer or load_tokenizer(model)
+            inputs.check_templates(own)
+            return inputs, identity, own
+
+        inputs, identity, tokenizer = world.together(read)
         set_seed(config.seed)  # for an adapter's first weights
-        loaded = load_policy(model, config=config, tokenizer=tokenizer, peft_config=peft_config)
+        loaded = load_policy(
+            model, config=config, tokenizer=tokenizer, peft_config=peft_config, world=world
+        )
         prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
         run = _Run(
             loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )
         return run.train(checkpoint)
+
+
+def _open_output(
+    stack: ExitStack, output_dir: str | Path, resume_from_checkpoint: str | Path | bool | None
+) -> tuple[Path, Path | None]:
+    """Lock the folder of a run; returns its path and the checkpoint to resume from."""
+    output = writable_folder(output_dir)
+    stack.enter_context(only_run_in(output))
+    clear_left_overs(output)
+    return output, choose_checkpoint(output, resume_from_checkpoint)
 
 
 class _Run:
@@ -156,6 +184,7 @@ class _Run:
         callbacks: Sequence[Callback],
     ) -> None:
         self.loaded, self.reward, self.config = loaded, inputs.reward, config
+        self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
         eval_prompts: list[Encoded] = []
@@ -174,6 +203,7 @@ class _Run:
                 eval_steps=config.eval_steps,
                 seed=config.seed,
                 output_dir=output,
+                world=self.world,
             )
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
@@ -214,31 +244,23 @@ class _Run:
 
     def _loop(self, first_step: int, started: float) -> TrainResult:
         config = self.config
-        write_file(self.output / "config.json", json.dumps(config.to_dict(), indent=1))
-        self.tracker = Tracker(
-            self.output,
-            report_to=config.report_to,
-            config=config.to_dict(),
-            total_steps=self.total_steps,
-            show_progress=not config.disable_tqdm,
-            start_step=first_step,
-        )
+        self.tracker = self.world.together(lambda: self._open_tracker(first_step), held=True)
         self.progress.flush = self.tracker.flush
         watch = Watch()
-        metrics = watch.recall(read_lines(self.output / METRICS_FILE))
+        metrics = self.world.main(
+            lambda: watch.recall(read_lines(self.output / METRICS_FILE)), held=True
+        )
         try:
-            with interruption.at_once():
-                for callback in self.callbacks:
-                    callback.on_train_begin(self.loaded, config)
+            self._call_back(lambda callback: callback.on_train_begin(self.loaded, config))
             step, after = first_step, self._evaluate_again(first_step)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
                 step += 1
                 last = step == self.total_steps
                 try:
-                    with interruption.at_once():
+                    with self.world.at_once():
                         self._sync(metrics)
-                        last |= any([c.on_step_end(step, metrics) for c in self.callbacks])
+                    last |= self._call_back(partial(_ends_run, step, metrics))
                 finally:  # a sampler or callback that fails does not undo the step
                     if step % config.logging_steps == 0 or last:
                         self.tracker.log(step, metrics)
@@ -253,17 +275,37 @@ class _Run:
                 if last:
                     break
             with self.progress.saving(f"{FINAL}/"):
-                write_folder(self.output / FINAL, self._write_final)
-        except BaseException:
-            self.progress.rescue()
+                write_folder(self.output / FINAL, self._write_final, self.world)
+        except BaseException as error:
+            self.progress.rescue(together=self.world.is_shared(error))
             raise
         finally:
             self.tracker.close()
             release_frequencies(self.loaded.causal_lm)
         before = self.held_out and self.held_out.before
         result = TrainResult(step, metrics, before, after, self.output, self.loaded.model)
-        write_summary(result, config, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.world.main(lambda: write_summary(result, config, seconds=seconds), held=True)
         return result
+
+    def _open_tracker(self, first_step: int) -> Tracker | NoTracker:
+        config = self.config
+        if not self.world.is_main:
+            return NoTracker()
+        write_file(self.output / "config.json", json.dumps(config.to_dict(), indent=1))
+        return Tracker(
+            self.output,
+            report_to=config.report_to,
+            config=config.to_dict(),
+            total_steps=self.total_steps,
+            show_progress=not config.disable_tqdm,
+            start_step=first_step,
+        )
+
+    def _call_back(self, call: Callable[[Callback], bool | None]) -> bool:
+        """Call all callbacks in every process; returns whether any has returned True."""
+        answers = self.world.each(lambda: any([call(callback) for callback in self.callbacks]))
+        return any(answers)
 
     def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """Sample, score, update. Seeding each step makes it the same after a resume."""
@@ -271,7 +313,7 @@ class _Run:
         set_seed(seed)
         prompts = [self.prompts[i] for i in self.stream.batch(step)]
         objective = self.config.objective
-        with interruption.at_once():
+        with self.world.at_once():
             rollout = sample_and_score(
                 self.loaded,
                 self.reward,
@@ -307,11 +349,10 @@ class _Run:
         result = self.held_out.begin() if step == 0 else self.held_out.evaluate()
         if not log:
             return result
-        write_lines(self.output / f"eval-{step}.jsonl", result.rows)
+        lines = self.output / f"eval-{step}.jsonl"
+        self.world.main(lambda: write_lines(lines, result.rows), held=True)
         self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
-        with interruption.at_once():
-            for callback in self.callbacks:
-                callback.on_evaluate(step, result)
+        self._call_back(lambda callback: callback.on_evaluate(step, result))
         return result
 
     def _evaluate_again(self, step: int) -> EvaluationResult | None:
@@ -325,9 +366,11 @@ class _Run:
 
     def _save(self, step: int) -> None:
         path = self.progress.save(step)
-        with interruption.at_once():
-            for callback in self.callbacks:
-                callback.on_save(step, path)
+        self._call_back(lambda callback: callback.on_save(step, path))
 
     def _write_final(self, folder: Path) -> None:
-        save_model(self.loaded.model, self.loaded.tokenizer, folder)
+        save_model(self.loaded.model, self.loaded.tokenizer, folder, self.world)
+
+
+def _ends_run(step: int, metrics: dict[str, float], callback: Callback) -> bool | None:
+    return callback.on_step_end(step, metrics)

@@ -22,6 +22,7 @@ from grao_fast.config.views import (
     RewardType,
     SamplingOptions,
     Scheduler,
+    ShardingOption,
     Statistics,
     VLLMMode,
     same_named,
@@ -109,6 +110,17 @@ class GRAOConfig:
         device: "cpu", "cuda", "cuda:1"...; None: CUDA if available.
         seed: seed of the data order, of sampling and of dropout.
 
+    Processes, where torchrun, srun or accelerate starts several; see docs/scaling.md:
+        sharding: "full" shards parameters, gradients and AdamW's moments over all processes
+            (FSDP2); "none" keeps them whole in each, and sums gradients (as DDP does); "hybrid"
+            shards within groups of processes and replicates over the groups; "auto": by size.
+        replicas: groups of "hybrid"; None: one for each machine.
+        cpu_offload: keep shards, gradients and moments in the CPU's memory between their uses.
+        ddp_timeout: the seconds that a process waits for another in one exchange: more than the
+            slowest sampling of a step takes longer than the fastest.
+        heartbeat_timeout: the seconds without a sign of life after which a process is taken for
+            dead, and the run ends.
+
     Evaluation, logging and saving:
         eval_steps: steps between evaluations, besides those at start and end; None: only those.
         logging_steps: steps between lines of metrics.
@@ -171,6 +183,12 @@ class GRAOConfig:
     device: str | None = None
     seed: int = 42
 
+    sharding: ShardingOption = "auto"
+    replicas: int | None = None
+    cpu_offload: bool = False
+    ddp_timeout: float = 1800.0
+    heartbeat_timeout: float = 60.0
+
     eval_steps: int | None = None
     logging_steps: int = 1
     log_completions_steps: int = 10
@@ -213,6 +231,9 @@ class GRAOConfig:
         ):
             if getattr(self, name) == 0:
                 raise UserError(f"{name} must be above 0, got 0")
+        for name in ("ddp_timeout", "heartbeat_timeout"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         check_effect(self)
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise UserError(

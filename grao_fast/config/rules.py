@@ -11,6 +11,7 @@ from grao_fast.config.views import (
     ReferenceAdvantage,
     RewardType,
     Scheduler,
+    ShardingOption,
     Statistics,
     VLLMMode,
 )
@@ -24,6 +25,7 @@ CHOICES = {
     "cache_implementation": get_args(CacheImplementation),
     "attention_backend": get_args(AttentionBackend),
     "vllm_mode": get_args(VLLMMode),
+    "sharding": get_args(ShardingOption),
 }
 
 AT_LEAST: dict[str, float] = {
@@ -56,6 +58,9 @@ AT_LEAST: dict[str, float] = {
     "max_grad_norm": 0,
     "num_train_epochs": 0,
     "workspace_mib": 1,
+    "replicas": 1,
+    "ddp_timeout": 0,
+    "heartbeat_timeout": 0,
     "eval_steps": 1,
     "logging_steps": 1,
     "log_completions_steps": 0,
@@ -71,6 +76,7 @@ _WITH_ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
 # Options that have an effect only if other options have these values.
 _NEEDS: dict[str, dict[str, Any]] = {
     "cache_implementation": {"use_vllm": False},
+    "replicas": {"sharding": "hybrid"},
     "memory_budget_mib": {"max_tokens_per_microbatch": None},
     "vllm_mode": _WITH_VLLM,
     "vllm_sync_dir": _WITH_VLLM,

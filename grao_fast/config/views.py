@@ -13,6 +13,7 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
 AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
 VLLMMode = Literal["server", "colocate"]
+ShardingOption = Literal["auto", "none", "full", "hybrid"]
 
 
 @dataclass(frozen=True)

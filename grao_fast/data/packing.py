@@ -16,8 +16,8 @@ K sequences of a group, P tokens of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -118,6 +118,11 @@ class MicroBatch:
     sampler_logprob_T: Tensor
     rewards_NK: Tensor
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no target counts: see `idle`."""
+        return not bool((self.sequence_T >= 0).any())
+
 
 def split_by_tokens(
     groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True
@@ -143,6 +148,49 @@ def split_by_tokens(
                 rest.append(group)
         yield chosen
         waiting = rest
+
+
+def share_out(
+    groups: Sequence[Group], max_tokens: int, processes: int, *, share_prefix: bool = True
+) -> list[list[list[Group]]]:
+    """The micro-batches of each process: `split_by_tokens`, dealt out.
+
+    Processes get as many micro-batches as each other or one fewer, alike in tokens round by round.
+    Every process makes the same plan from the same groups. Micro-batches of several groups are
+    halved where that gives idle processes work.
+    """
+
+    def tokens(part: list[Group]) -> int:
+        size = sum((group.size for group in part), start=Size(0, 0, 0))
+        return size.tokens(share_prefix=share_prefix)
+
+    parts = list(split_by_tokens(groups, max_tokens, share_prefix=share_prefix))
+    while len(parts) % processes:
+        divisible = [part for part in parts if len(part) > 1]
+        if not divisible:
+            break
+        largest = max(divisible, key=tokens)
+        parts.remove(largest)
+        parts += [largest[::2], largest[1::2]]
+    if processes > 1:
+        parts.sort(key=tokens, reverse=True)
+    return [parts[process::processes] for process in range(processes)]
+
+
+def idle(group: Group, lay_out: Callable[[list[Group]], MicroBatch]) -> MicroBatch:
+    """A micro-batch of a few tokens without weight, to keep step with other processes.
+
+    lay_out: `pack`, or `pad` with its padding token.
+    """
+    K = len(group.sequence_ids)
+    small = Group(
+        prompt_ids=group.prompt_ids[:1],
+        sequence_ids=[[group.prompt_ids[0]]] * K,
+        rewards_K=group.rewards_K,
+        live_K=torch.ones(K, dtype=torch.bool),
+    )
+    batch = lay_out([small])
+    return replace(batch, sequence_T=torch.full_like(batch.sequence_T, -1))
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from grao_fast.system.interruption import as_outside, held
 
@@ -28,7 +29,7 @@ class Beginning:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Swap the first values in for the block, without copying."""
+        """Swap the first values in for the block."""
         with held():  # a signal could otherwise save half-exchanged weights
             try:
                 self._exchange()
@@ -54,7 +55,13 @@ class Beginning:
 
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data, self._values[name] = self._values[name], parameter.data
+            if isinstance(parameter, DTensor):  # FSDP keeps a view of the shard's memory
+                shard, value = parameter.to_local(), self._values[name].to_local()
+                kept = shard.clone()
+                shard.copy_(value)
+                value.copy_(kept)
+            else:
+                parameter.data, self._values[name] = self._values[name], parameter.data
         torch.clear_autocast_cache()  # an enclosing autocast caches casts by parameter
 
 

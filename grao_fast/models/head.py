@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from grao_fast.models.sharding import own_class
 from grao_fast.system.errors import UserError
 
 # Names of a factor of the logits, and of their cap, in configs of Transformers.
@@ -44,7 +45,7 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise UserError(
-            f"the language-model head of {type(causal_lm).__name__} is a {type(head).__name__}, "
+            f"the head of {own_class(causal_lm).__name__} is a {type(head).__name__}, "
             "where a plain Linear is needed; leave lm_head out of target_modules and "
             "modules_to_save, and load it unquantised"
         )

@@ -16,6 +16,7 @@ from grao_fast.models.attention import attending
 from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import own_class
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
@@ -46,7 +47,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
         UserError: they differ or cannot be computed; names the model and the remedy.
     """
     model = policy.causal_lm
-    name, training = type(model).__name__, policy.model.training
+    name, training = own_class(model).__name__, policy.model.training
     remedy = "set share_prefix=False" if policy.share_prefix else "this model is not supported"
     vocabulary = model.get_output_embeddings().weight.shape[0]
     lengths = _lengths(policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grao_fast.data.packing import Group, MicroBatch, pack, pad
+from grao_fast.distributed.world import World
 from grao_fast.kernels.devices import to_device
 from grao_fast.models.attention import attending
 from grao_fast.models.head import LogitTransform
@@ -33,6 +34,9 @@ class Policy:
     attention: of updates, as `choose_attention` gives it.
     pad_token_id: fills rows where prefixes are not shared.
     router: the auxiliary loss of a mixture of experts; None where there is none.
+    world: the processes that the model is sharded over.
+    computes_on: the device of passes; None: the parameters'.
+    defers_reduction: sum gradients over the processes once a step, and keep them whole until then.
     """
 
     model: nn.Module
@@ -43,10 +47,14 @@ class Policy:
     attention: str | None = None
     pad_token_id: int = 0
     router: Router | None = None
+    world: World = field(default_factory=World)
+    computes_on: torch.device | None = None
+    defers_reduction: bool = False
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.device
+        """The device that computes, also where parameters wait on the CPU."""
+        return self.computes_on or self.causal_lm.device
 
     @property
     def context_length(self) -> int | None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from grao_fast.data.packing import MicroBatch
 from grao_fast.kernels.devices import to_device
+from grao_fast.models.sharding import own_class
 from grao_fast.system.errors import UserError
 from grao_fast.system.interruption import as_outside, held
 
@@ -60,12 +61,12 @@ class Router:
         """The router of a model whose config asks for its loss, else None; UserError if unknown."""
         if not getattr(causal_lm.config, "output_router_logits", False):
             return None
-        module = sys.modules[type(causal_lm).__module__]
+        module = sys.modules[own_class(causal_lm).__module__]
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         missing = [name for name in names if not hasattr(causal_lm, name)]
         if not hasattr(module, "load_balancing_loss_func") or missing:
             raise UserError(
-                f"{type(causal_lm).__name__} has output_router_logits set, but "
+                f"{own_class(causal_lm).__name__} has output_router_logits set, but "
                 f"{missing[0] if missing else 'load_balancing_loss_func'} is not where other "
                 "mixtures of experts have it; set model.config.output_router_logits = False"
             )

@@ -14,7 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from grao_fast.distributed.world import World
 from grao_fast.models.policy import causal_lm_of
+from grao_fast.models.sharding import local, whole
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
@@ -24,10 +26,19 @@ logger = get_logger(__name__)
 _REASON_LENGTH = 400
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
+) -> None:
     """Write tokenizer and weights for `from_pretrained`; of a PeftModel the adapter's alone."""
-    save_pretrained(model, folder)
-    tokenizer.save_pretrained(folder)
+    state = None
+    if world.size > 1:
+        state = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+
+    def write() -> None:
+        save_pretrained(model, folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+    world.main(write, held=True)
 
 
 def save_pretrained(
@@ -143,7 +154,8 @@ def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
     """
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in model.state_dict().items():
-        if tensor.device.type != "meta" and tensor.numel():
-            names.setdefault((tensor.device, tensor.data_ptr(), tensor.shape), []).append(name)
+        part = local(tensor)
+        if part.device.type != "meta" and part.numel():
+            names.setdefault((part.device, part.data_ptr(), tensor.shape), []).append(name)
     shared = [together for together in names.values() if len(together) > 1]
     return {name: one for together in shared for one in [torch.zeros(1)] for name in together}

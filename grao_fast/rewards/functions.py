@@ -41,15 +41,22 @@ from grao_fast.system.errors import UserError
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Rewards of a step.
+    """Rewards of groups.
 
     rewards_NK: float64 on the CPU, the reference last; NaN for sequences without a reward.
-    per_function: the mean of every function over the samples, without the references; NaN if the
-        function scored none.
+    scores_FNG: float64, of every function for the samples alone; NaN where it gave none.
+    names: of the functions.
     """
 
     rewards_NK: Tensor
-    per_function: dict[str, float]
+    scores_FNG: Tensor
+    names: list[str]
+
+    @property
+    def per_function(self) -> dict[str, float]:
+        """The mean of every function over the samples; NaN if the function scored none."""
+        means = self.scores_FNG.flatten(1).nanmean(dim=1).tolist()
+        return dict(zip(self.names, means, strict=True))
 
 
 def resolve_reward(
@@ -129,14 +136,18 @@ class Reward:
         completions: Sequence[Sequence[str]],
         *,
         reward_type: RewardType,
+        places: Sequence[int] | None = None,
     ) -> GroupScores:
         """Score G completions of every example, and its reference. Raises RewardError.
+
+        places: numbers of the prompts in errors; None: 0, 1, 2...
 
         "pointwise": samples and references are scored alike, in one call. "pairwise": samples are
         compared with their reference, whose own reward is 0; a group without a reference has no
         rewards.
         """
         groups, samples = len(examples), len(completions[0])
+        places = range(groups) if places is None else places
         if len(completions) != groups or any(len(group) != samples for group in completions):
             raise UserError(
                 f"completions must be {groups} groups of one size, got groups of "
@@ -153,7 +164,9 @@ class Reward:
             cells += [n * (samples + 1) + k for k in range(len(scored))]
             texts += scored
             labels += [
-                f"completion {k} of prompt {n}" if k < samples else f"the reference of prompt {n}"
+                f"completion {k} of prompt {places[n]}"
+                if k < samples
+                else f"the reference of prompt {places[n]}"
                 for k in range(len(scored))
             ]
         examples_R = [examples[cell // (samples + 1)] for cell in cells]
@@ -166,9 +179,10 @@ class Reward:
         if reward_type == "pairwise":
             present_N = torch.tensor([example.reference is not None for example in examples])
             rewards_NK[present_N, -1] = 0.0
-        sample_R = cell_R % (samples + 1) < samples
-        means = scores_FR[:, sample_R].nanmean(dim=1).tolist()
-        return GroupScores(rewards_NK, dict(zip(self.names, means, strict=True)))
+        scores_FC = torch.full((len(self.functions), rewards_NK.numel()), math.nan).double()
+        scores_FC[:, cell_R] = scores_FR
+        scores_FNG = scores_FC.unflatten(1, (groups, samples + 1))[:, :, :-1]
+        return GroupScores(rewards_NK, scores_FNG, self.names)
 
     def score(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         """Score one completion of every example, pointwise; NaN for no reward."""

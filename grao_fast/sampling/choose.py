@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from grao_fast.models.checks import MODEL_ERRORS
+from grao_fast.models.sharding import own_class
 from grao_fast.sampling.cache import Kept
 from grao_fast.sampling.generate import GenerateSampler, supports_left_padding
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
@@ -27,7 +28,7 @@ def choose_sampler(
     """
     if kept.keys_and_values:
         return TransformersSampler(model, decoding, static_cache=static_cache)
-    name, what = type(model).__name__, kept.state or "no keys and values"
+    name, what = own_class(model).__name__, kept.state or "no keys and values"
     if static_cache:
         raise UserError(
             f"{name} keeps {what}, which a cache of fixed size is not made for here: set "
@@ -50,6 +51,6 @@ def check_sharing(model: PreTrainedModel, kept: Kept) -> None:
     """Raise UserError if state would leak between the sequences of a packed row."""
     if kept.state is not None:
         raise UserError(
-            f"{type(model).__name__} carries a state from token to token ({kept.state}), which "
-            "would run through all that is packed in one row: set share_prefix=False"
+            f"{own_class(model).__name__} carries a state from token to token ({kept.state}), "
+            "which would run through all that is packed in one row: set share_prefix=False"
         )

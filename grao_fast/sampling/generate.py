@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from grao_fast.models.sharding import own_class
 from grao_fast.sampling import Completion
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
@@ -92,7 +93,8 @@ class GenerateSampler(ModelSampler):
         ends = torch.isin(tokens, self.eos_ids)
         before = ends.cumsum(1) - ends.long()  # end-of-sequence tokens before each token
         lengths, finished = (before == 0).sum(1), ends.any(1)
-        return completions_of(tokens, logprobs, lengths, finished, model=type(self.model).__name__)
+        name = own_class(self.model).__name__
+        return completions_of(tokens, logprobs, lengths, finished, model=name)
 
     @contextmanager
     def _generating_by(self, config: GenerationConfig) -> Iterator[None]:

@@ -6,7 +6,8 @@ by `check_parity`, the sampler by `check_sampler`. Training and evaluation load 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.encoding import Encoded, Limits, encode_examples
 from grao_fast.data.examples import Example
+from grao_fast.distributed.choice import choose_sharding
+from grao_fast.distributed.world import World
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
 from grao_fast.models.attention.frequencies import hold_frequencies
@@ -30,16 +33,20 @@ from grao_fast.models.loading import load_model
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.models.router import Router
+from grao_fast.models.sharding import device_memory, gathered, local, mesh_of, shard
 from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
-from grao_fast.sampling.model_sampler import Decoding
+from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.proof import check_sampler
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
+
+# Of a device's memory: gradients that take less are kept whole until the step's last micro-batch.
+_WHOLE_GRADIENTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,29 @@ class LoadedPolicy:
     def _ending_ids(self) -> frozenset[int]:
         return ending_ids(self.tokenizer, self.eos_token_ids)
 
+    @contextmanager
+    def ready_to_sample(self) -> Iterator[None]:
+        """A context in which the sampler needs no other process: all must enter it together."""
+        with gathered(self.causal_lm) if isinstance(self.sampler, ModelSampler) else nullcontext():
+            yield
+
     def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
-        """The greedy completion of every prompt, as text."""
-        groups = self.sampler.sample(
-            prompts,
-            num_generations=1,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            seeds=prompt_seeds(seed, len(prompts)),
-        )
-        return self.decode(prompts, [group[0] for group in groups])
+        """The greedy completion of every prompt, as text. Every process must call it."""
+        seeds = prompt_seeds(seed, len(prompts))
+
+        def answers(places: Sequence[int]) -> list[str]:
+            own = [prompts[place] for place in places]
+            groups = self.sampler.sample(
+                own,
+                num_generations=1,
+                max_new_tokens=max_new_tokens,
+                temperature=0.0,
+                seeds=[seeds[place] for place in places],
+            )
+            return self.decode(own, [group[0] for group in groups])
+
+        with self.ready_to_sample():
+            return self.policy.world.map(answers, range(len(prompts)))
 
 
 def load_policy(
@@ -131,6 +151,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     peft_config: Any = None,
     trained: bool = True,
+    world: World | None = None,
 ) -> LoadedPolicy:
     """Load a model for training or sampling, and check that its loss and samples are its own.
 
@@ -142,6 +163,7 @@ def load_policy(
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
         trained: False for a model that only answers: gradients are not checked.
+        world: the processes to shard it over; None: this one alone.
 
     Raises:
         ValueError: a path that does not exist, no tokenizer, no end-of-sequence token, an adapter
@@ -149,7 +171,8 @@ def load_policy(
             or Liger that cannot serve, or a vLLM that cannot.
         ConnectionError: no vLLM server answers.
     """
-    device = _device(config.device)
+    world = World() if world is None else world
+    device = _device(config.device, world)
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -169,10 +192,13 @@ def load_policy(
     kept = kept_by(causal_lm, dtype)
     if config.share_prefix:
         check_sharing(causal_lm, kept)
+    transform = LogitTransform.from_config(causal_lm.config.get_text_config())
+    router = Router.of(causal_lm)
+    defers_reduction = _shard(model, causal_lm, world, device, dtype, config)
     policy = Policy(
         model=model,
         causal_lm=causal_lm,
-        transform=LogitTransform.from_config(causal_lm.config.get_text_config()),
+        transform=transform,
         autocast_dtype=dtype,
         share_prefix=config.share_prefix,
         attention=choose_attention(
@@ -183,7 +209,10 @@ def load_policy(
             recompute=config.gradient_checkpointing,
         ),
         pad_token_id=_pad_token_id(causal_lm, tokenizer),
-        router=Router.of(causal_lm),
+        router=router,
+        world=world,
+        computes_on=device,
+        defers_reduction=defers_reduction,
     )
     eos_token_ids = _eos_token_ids(causal_lm, tokenizer)
     loaded = LoadedPolicy(
@@ -202,7 +231,55 @@ def load_policy(
     return loaded
 
 
-def _device(name: str | None) -> torch.device:
+def _shard(
+    model: nn.Module,
+    causal_lm: PreTrainedModel,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    config: GRAOConfig,
+) -> bool:
+    """Shard the model over the processes; returns whether gradients are summed once a step."""
+    if config.cpu_offload and device.type == "cpu":
+        raise UserError("cpu_offload=True moves shards off a GPU, and this run is on a CPU")
+    if world.size == 1:
+        return False
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(count for count, _, trains in sizes if trains)
+    frozen = sum(count * size for count, size, trains in sizes if not trains)
+    memory = device_memory(device, world)
+    sharding = config.sharding
+    if sharding == "auto":
+        sharding = choose_sharding(
+            trained,
+            frozen + (4 * trained if config.kl_coef else 0),
+            device_memory=memory,
+            processes=world.size,
+            processes_per_node=world.local_size,
+        )
+    mesh = mesh_of(world, device.type, sharding, replicas=config.replicas)
+    shard(causal_lm, mesh, compute_dtype=dtype, cpu_offload=config.cpu_offload)
+    defers = sharding == "none" or 4 * trained <= _WHOLE_GRADIENTS * memory
+    logger.info(
+        "%d processes, sharding %s over a mesh of %s: %.1f GiB of parameters in each; gradients "
+        "are summed %s",
+        world.size,
+        sharding,
+        tuple(mesh.shape) if mesh else (1,),
+        sum(local(p).numel() * p.element_size() for p in model.parameters()) / 2**30,
+        "once a step" if defers else "after every micro-batch",
+    )
+    return defers
+
+
+def _device(name: str | None, world: World) -> torch.device:
+    if world.size > 1 and name is not None and ":" in name:
+        raise UserError(
+            f"device={name!r} would put all {world.size} processes on one GPU: leave it out, or "
+            'set "cuda" or "cpu"'
+        )
+    if world.size > 1 and name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank)
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {name!r} but no CUDA device is available")

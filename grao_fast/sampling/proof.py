@@ -12,6 +12,7 @@ from grao_fast.kernels.devices import to_device
 from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import gathered, own_class
 from grao_fast.sampling import Sampler
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import UserError, first_line
@@ -41,7 +42,7 @@ def check_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.0)
 
     Raises UserError, naming the model, if it cannot be sampled or they differ.
     """
-    name = type(policy.causal_lm).__name__
+    name = own_class(policy.causal_lm).__name__
     try:
         difference = measure_sampler(sampler, policy, temperature=temperature)
     except MODEL_ERRORS as error:
@@ -65,13 +66,14 @@ def measure_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.
     """Compare the sampler, as last synced, with the policy on tokens that it samples now."""
     vocabulary = policy.head()[0].shape[0]
     prompts = [[(i * 7919 + n + 11) % vocabulary for i in range(n)] for n in _LENGTHS]
-    sampled = sampler.sample(
-        prompts,
-        num_generations=2,
-        max_new_tokens=_NEW_TOKENS,
-        temperature=temperature,
-        seeds=prompt_seeds(0, len(prompts)),
-    )
+    with gathered(policy.causal_lm):
+        sampled = sampler.sample(
+            prompts,
+            num_generations=2,
+            max_new_tokens=_NEW_TOKENS,
+            temperature=temperature,
+            seeds=prompt_seeds(0, len(prompts)),
+        )
     groups = [
         Group(
             prompt,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
+from grao_fast.models.sharding import own_class
 from grao_fast.sampling import Completion
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
 from grao_fast.sampling.drawing import completions_of, draw
@@ -84,7 +85,8 @@ class TransformersSampler(ModelSampler):
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(decode, token[:, None], mask, position, cache)
             position = position + 1
-        return completions_of(tokens, logprobs, lengths, finished, model=type(self.model).__name__)
+        name = own_class(self.model).__name__
+        return completions_of(tokens, logprobs, lengths, finished, model=name)
 
     def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Last logits (B, V) and attention mask (B, P) of left-padded prompts."""
@@ -103,8 +105,9 @@ class TransformersSampler(ModelSampler):
             return self.model, cache, mask
         if any(type(layer) is not GrowingLayer for layer in cache.layers):
             raise UserError(
-                f"{type(self.model).__name__} has layers that do not attend to all tokens, which "
-                'a cache of fixed size is not made for here: set cache_implementation="dynamic"'
+                f"{own_class(self.model).__name__} has layers that do not attend to all tokens, "
+                "which a cache of fixed size is not made for here: set "
+                'cache_implementation="dynamic"'
             )
         B, P = mask.shape
         length = -(-(P + max_new_tokens) // _STATIC_BLOCK) * _STATIC_BLOCK

@@ -19,6 +19,7 @@ from uuid import UUID
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # Types whose text is their whole content.
 _AS_TEXT = (date, time, timedelta, Decimal, Fraction, UUID, PurePath, range, slice)
@@ -126,18 +127,27 @@ def digest_tensors(tensors: Mapping[str, Tensor], *, exact: bool = False) -> str
     """Return a digest of all elements of named tensors, computed on their device.
 
     Floating-point elements are rounded to bfloat16 first, so that weights loaded in 32 and in 16
-    bits have the same digest; with `exact`, their bits are used. Shared memory is read once.
+    bits have the same digest; with `exact`, their bits are used. Shared memory is read once. The
+    digest of sharded tensors, which all processes must ask for, is that of the whole ones.
     """
     digest = hashlib.sha256()
     seen: dict[Any, str] = {}
     for name in sorted(tensors):
         tensor = tensors[name]
+        if isinstance(tensor, DTensor):  # gathered one at a time
+            sums = _described(tensor.full_tensor(), exact=exact)
+            digest.update(f"{name} {sums}\n".encode())
+            continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if key not in seen:
-            dtype = tensor.dtype if exact else ""
-            seen[key] = f"{dtype}{tuple(tensor.shape)} {_sums(tensor, exact=exact)}"
+            seen[key] = _described(tensor, exact=exact)
         digest.update(f"{name} {seen[key]}\n".encode())
     return digest.hexdigest()[:_LENGTH]
+
+
+def _described(tensor: Tensor, *, exact: bool) -> str:
+    dtype = tensor.dtype if exact else ""
+    return f"{dtype}{tuple(tensor.shape)} {_sums(tensor, exact=exact)}"
 
 
 def _sums(tensor: Tensor, *, exact: bool) -> list[int]:

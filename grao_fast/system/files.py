@@ -68,11 +68,25 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full; the message names the file and the free space.
     """
+    new = begin_folder(path)
+    with named_when_full(new, path):
+        fill(new)
+    finish_folder(path)
+
+
+def begin_folder(path: Path) -> Path:
+    """Make the empty folder that `finish_folder` renames to `path`; returns it."""
     clear_left_overs(path.parent)
-    new, old = path.with_name(NEW + path.name), path.with_name(_OLD + path.name)
+    new = path.with_name(NEW + path.name)
     with named_when_full(new, path):
         new.mkdir(parents=True)
-        fill(new)
+    return new
+
+
+def finish_folder(path: Path) -> None:
+    """Add a manifest to the folder of `begin_folder`, and rename it to `path`."""
+    new, old = path.with_name(NEW + path.name), path.with_name(_OLD + path.name)
+    with named_when_full(new, path):
         _seal(new)
     if os.path.lexists(path):  # at every moment, a whole folder has one of the two names
         os.rename(path, old)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from grao_fast.system.visible import get_logger
 
@@ -113,7 +113,7 @@ class Interruption:
         # error is a consequence of the signal, as when a sampler's process received it too.
         if error is not None and not isinstance(error, Stop):
             logger.warning("%s after the signal: %s", type(error).__name__, error)
-        own_handler = self._previous[self.signum]
+        own_handler = self._previous.get(self.signum)  # none for a signal of another process
         if callable(own_handler) and own_handler is not signal.default_int_handler:
             own_handler(self.signum, None)
         if self.signum == signal.SIGINT:
@@ -230,9 +230,28 @@ def check() -> None:
         active.check()
 
 
+def pending() -> int | None:
+    """The signal that has come, which may be waiting for the end of `held`; None if none has."""
+    active = _here()
+    return None if active is None else active.signum
+
+
+def stop(signum: int) -> NoReturn:
+    """Raise Stop as if the signal had come to this process, as it has to another of its run."""
+    active = _here()
+    if active is not None and active.signum is None:
+        active.signum = signum
+    raise Stop(signum)
+
+
 def is_aborted() -> bool:
     """Whether Ctrl-C came after another signal, so that nothing more is to be saved."""
     return _active is not None and _active.aborted
+
+
+def checkpoint() -> Path | None:
+    """The checkpoint that `resumes_from` has set."""
+    return None if _active is None else _active.checkpoint
 
 
 def resumes_from(checkpoint: Path | None) -> None:

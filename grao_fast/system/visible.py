@@ -78,6 +78,19 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
+@contextmanager
+def quiet(*, unless: bool) -> Iterator[None]:
+    """Log errors alone, in processes whose messages another process of the run shows already."""
+    logger = logging.getLogger("grao_fast")
+    level = logger.level
+    if not unless:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _be_visible(record: logging.LogRecord) -> bool:
     record.msg, record.args = visible_lines(record.getMessage()), ()
     return True

@@ -16,6 +16,7 @@ from grao_fast.data.examples import Example
 from grao_fast.data.fingerprint import fingerprint
 from grao_fast.models.adapters import adapter_configs, adapter_state, is_peft_model
 from grao_fast.models.beginning import trainable
+from grao_fast.models.sharding import own_class
 from grao_fast.rewards import Reward
 from grao_fast.rewards.calling import function_name
 from grao_fast.sampling.loading import LoadedPolicy
@@ -105,7 +106,7 @@ class PolicyIdentity:
 
 def _described(causal_lm: PreTrainedModel) -> str:
     name = getattr(causal_lm, "name_or_path", "")
-    return f"{type(causal_lm).__name__} {name}".strip()
+    return f"{own_class(causal_lm).__name__} {name}".strip()
 
 
 def digest_weights(model: nn.Module) -> str:

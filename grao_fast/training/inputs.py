@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,16 +77,6 @@ def read_inputs(
     if eval_dataset is None and eval_steps is not None:
         raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
     return inputs
-
-
-def check_one_process() -> None:
-    """Refuse a launcher of several processes, each of which would train its own model."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"grao_fast.train runs in one process, and a launcher started {processes} "
-            "(WORLD_SIZE); start it with plain python"
-        )
 
 
 def _check_references(inputs: Inputs) -> None:

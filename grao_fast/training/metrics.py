@@ -6,6 +6,7 @@ Suffixes: N prompts, G samples, K = G + 1 sequences, T rows of the head (each pr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +73,10 @@ class _Mean:
             self.count += values.numel()
             self.max = max(float(values.max()), self.max)
 
+    def join(self, other: _Mean) -> None:
+        self.total, self.count = self.total + other.total, self.count + other.count
+        self.max = other.max if math.isnan(self.max) else max(other.max, self.max)
+
     @property
     def value(self) -> float:
         return self.total / self.count if self.count else math.nan
@@ -85,6 +90,19 @@ class LossMetrics:
         self.router: float | None = None
         self.samples, self.references = _Mean(), _Mean()
         self.logp_diff, self.clipped = _Mean(), _Mean()
+
+    @classmethod
+    def joined(cls, parts: Sequence[LossMetrics]) -> LossMetrics:
+        """The metrics of an update whose micro-batches several processes have computed."""
+        total = cls()
+        for part in parts:
+            total.terms += part.terms
+            total.kl += part.kl
+            if part.router is not None:
+                total.router = (total.router or 0.0) + part.router
+            for name in ("samples", "references", "logp_diff", "clipped"):
+                getattr(total, name).join(getattr(part, name))
+        return total
 
     def add(
         self,

@@ -54,7 +54,9 @@ class Progress:
         self.frozen: str | None = None  # set by `begin`
         self.done: int | None = 0
         self.flush: Callable[[], None] = lambda: None
-        self.saver = Saver(output_dir, self._write, keep=config.save_total_limit)
+        self.saver = Saver(
+            output_dir, self._write, keep=config.save_total_limit, world=loaded.policy.world
+        )
         self._rescued = False
         optimizer.register_step_pre_hook(self._commit)
 
@@ -69,7 +71,7 @@ class Progress:
     def save(self, step: int) -> Path:
         """Write the checkpoint of a step, and delete those that are not kept."""
         with self.saving(f"checkpoint-{step}"):
-            self.flush()
+            self.loaded.policy.world.main(self.flush, held=True)
             path = self.saver.save(step)
         interruption.resumes_from(path)
         return path
@@ -86,12 +88,17 @@ class Progress:
                 kept = f"step {self.saver.step} is in {str(self.saver.checkpoint)!r}"
             raise SaveError(f"{name} could not be saved ({one_line(error)}); {kept}") from error
 
-    def rescue(self) -> None:
-        """Save the finished steps when the run ends early, and log where they are; only once."""
+    def rescue(self, *, together: bool = True) -> None:
+        """Save the finished steps when the run ends early, and log where they are; only once.
+
+        together: whether all processes do so, as they must to save; False: this one has failed
+            alone, or has lost another.
+        """
         if self._rescued:
             return
         self._rescued = True
-        if self.done is not None and self.done != self.saver.step and not interruption.is_aborted():
+        unsaved = self.done is not None and self.done != self.saver.step
+        if together and unsaved and not interruption.is_aborted():
             with suppress(OSError):  # a full disk; the weights may find room elsewhere
                 self.flush()
             self.saver.rescue(self.done)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from grao_fast.config import ObjectiveOptions, SamplingOptions
@@ -16,6 +17,7 @@ from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
 from grao_fast.objectives import grao
 from grao_fast.rewards import Reward
+from grao_fast.rewards.functions import GroupScores
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
@@ -49,30 +51,54 @@ def sample_and_score(
     objective: ObjectiveOptions,
     seed: int,
 ) -> Rollout:
-    """Sample G completions of every prompt and score them beside the references."""
+    """Sample G completions of every prompt and score them beside the references.
+
+    Each process does its share of the prompts, and returns the rollout of all. What is sampled for
+    a prompt does not depend on the number of processes.
+    """
+    world = loaded.policy.world
+    places = list(range(len(prompts)))
+    seeds = prompt_seeds(seed, len(prompts))
     started = time.perf_counter()
-    completions = loaded.sampler.sample(
-        [prompt.prompt_ids for prompt in prompts],
-        num_generations=sampling.num_generations,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        seeds=prompt_seeds(seed, len(prompts)),
-    )
-    texts = [
-        loaded.decode([prompt.prompt_ids] * len(group), group)
-        for prompt, group in zip(prompts, completions, strict=True)
-    ]
+    with loaded.ready_to_sample():
+        completions = world.map(
+            lambda own: loaded.sampler.sample(
+                [prompts[n].prompt_ids for n in own],
+                num_generations=sampling.num_generations,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seeds=[seeds[n] for n in own],
+            ),
+            places,
+        )
     sampled = time.perf_counter()
-    scores = reward.score_groups(
-        [prompt.scored for prompt in prompts], texts, reward_type=objective.reward_type
+
+    def score(own: Sequence[int]) -> list[tuple[list[str], Tensor, Tensor]]:
+        if not own:  # more processes than prompts
+            return []
+        texts = [
+            loaded.decode([prompts[n].prompt_ids] * len(completions[n]), completions[n])
+            for n in own
+        ]
+        scores = reward.score_groups(
+            [prompts[n].scored for n in own],
+            texts,
+            reward_type=objective.reward_type,
+            places=own,
+        )
+        return list(zip(texts, scores.rewards_NK, scores.scores_FNG.unbind(1), strict=True))
+
+    texts, rewards, scores = (
+        list(column) for column in zip(*world.map(score, places), strict=True)
     )
+    scored = GroupScores(torch.stack(rewards), torch.stack(scores, 1), reward.names)
     return Rollout(
         prompts=prompts,
         completions=completions,
         texts=texts,
-        rewards_NK=scores.rewards_NK,
-        advantages_NK=grao.advantages(scores.rewards_NK, objective),
-        per_function=scores.per_function,
+        rewards_NK=scored.rewards_NK,
+        advantages_NK=grao.advantages(scored.rewards_NK, objective),
+        per_function=scored.per_function,
         seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
     )
 

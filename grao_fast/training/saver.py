@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from grao_fast.distributed.world import World
 from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import checkpoint_path, delete_old
@@ -25,15 +26,21 @@ class Saver:
         write: write(path, step, bare) writes a whole checkpoint, or none; if bare, weights are
             written without the `save_pretrained` of model and tokenizer.
         keep: checkpoints kept; None: all.
+        world: the processes of the run, all of which write; rank 0 deletes.
 
     checkpoint: the last one written or resumed from, if any.
     step: its step; 0 without one.
     """
 
     def __init__(
-        self, output_dir: Path, write: Callable[[Path, int, bool], None], *, keep: int | None
+        self,
+        output_dir: Path,
+        write: Callable[[Path, int, bool], None],
+        *,
+        keep: int | None,
+        world: World,
     ) -> None:
-        self.output_dir, self._write, self._keep = output_dir, write, keep
+        self.output_dir, self._write, self._keep, self._world = output_dir, write, keep, world
         self.checkpoint: Path | None = None
         self.step = 0
 
@@ -41,12 +48,12 @@ class Saver:
         """Record the checkpoint that the run resumes from."""
         self.checkpoint, self.step = checkpoint, step
         if checkpoint.resolve().parent == self.output_dir.resolve():
-            delete_old(checkpoint, self._keep)  # left over if a run was killed
+            self._delete_old(checkpoint)  # left over if a run was killed
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a step, and delete old ones."""
         self._save(checkpoint_path(self.output_dir, step), step)
-        delete_old(self.checkpoint, self._keep)
+        self._delete_old(self.checkpoint)
         return self.checkpoint
 
     def rescue(self, step: int) -> None:
@@ -56,17 +63,21 @@ class Saver:
         logged, not raised, since the run is ending with another error.
         """
         if self._rescued_in(self.output_dir, step):
-            delete_old(checkpoint_path(self.output_dir, step), self._keep)
+            self._delete_old(checkpoint_path(self.output_dir, step))
+            return
+        if self._world.local_size < self._world.size:  # no temporary folder is on all machines
             return
         try:
-            elsewhere = Path(tempfile.mkdtemp(prefix="grao-fast-rescued-"))
+            elsewhere = self._world.main(
+                lambda: Path(tempfile.mkdtemp(prefix="grao-fast-rescued-")), held=True
+            )
         except OSError as error:
             logger.error(
                 "step %d could not be saved among temporary files: %s", step, one_line(error)
             )
             return
         if not self._rescued_in(elsewhere, step):
-            elsewhere.rmdir()
+            self._world.main(elsewhere.rmdir, held=True)
 
     def where(self) -> str | None:
         """How to resume from the last checkpoint, in words; None without one."""
@@ -89,6 +100,9 @@ class Saver:
                 if isinstance(error, OSError):  # a disk error, which bare weights would meet too
                     return False
         return False
+
+    def _delete_old(self, newest: Path) -> None:
+        self._world.main(lambda: delete_old(newest, self._keep), held=True)
 
     def _save(self, path: Path, step: int, *, bare: bool = False) -> None:
         self._write(path, step, bare)

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from grao_fast.config import GRAOConfig
+from grao_fast.distributed.folders import write_folder
 from grao_fast.models.adapters import (
     differing_keys,
     is_peft_model,
@@ -30,8 +31,8 @@ from grao_fast.models.adapters import (
 from grao_fast.models.beginning import trainable
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.models.saving import save_model
+from grao_fast.models.sharding import own_class
 from grao_fast.sampling.loading import LoadedPolicy
-from grao_fast.system.files import write_folder
 from grao_fast.training.checkpoint import OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (
     FORMAT,
@@ -87,13 +88,15 @@ def save_checkpoint(
     bare: write weights by torch.save alone, for use if `save_pretrained` fails.
     """
 
+    world = loaded.policy.world
+
     def fill(folder: Path) -> None:
         if bare:
             torch.save(_trained(loaded.model), folder / _BARE_WEIGHTS)
         else:
-            save_model(loaded.model, loaded.tokenizer, folder)
+            save_model(loaded.model, loaded.tokenizer, folder, world)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        torch.save(state, folder / OPTIMIZER)
+        world.main(lambda: torch.save(state, folder / OPTIMIZER), held=True)
         if loaded.beginning is not None and is_peft_model(loaded.model):
             loaded.beginning.save(folder)  # a whole model is given again on resuming
         facts = {
@@ -104,9 +107,9 @@ def save_checkpoint(
             "config": config.to_dict(),
             "versions": versions(),
         }
-        (folder / STATE).write_text(json.dumps(facts, indent=1))
+        world.main(lambda: (folder / STATE).write_text(json.dumps(facts, indent=1)), held=True)
 
-    write_folder(path, fill)
+    write_folder(path, fill, world)
 
 
 def resume_policy(
@@ -164,7 +167,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
-    loaded: Any = type(causal_lm).from_pretrained(
+    loaded: Any = own_class(causal_lm).from_pretrained(
         path,
         dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
         trust_remote_code=False,

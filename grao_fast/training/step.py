@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from grao_fast.config import ObjectiveOptions, OptimisationOptions
-from grao_fast.data.packing import MicroBatch, split_by_tokens
+from grao_fast.data.packing import Group, MicroBatch, idle, share_out
 from grao_fast.kernels import GRAOLoss, linear_logprobs
 from grao_fast.models.beginning import Beginning
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import reshard, synchronise_gradients, whole
 from grao_fast.objectives.grao import clipped_ratios, grao_loss, token_weights
 from grao_fast.training.flops import ModelCost, update_flops
 from grao_fast.training.metrics import LossMetrics
@@ -68,7 +69,7 @@ def micro_batch_loss(
             ref_logprob_T=ref_logprob_T,
             workspace_mib=workspace_mib,
         )
-        if router_loss is None:
+        if router_loss is None or batch.is_idle:
             return StepLoss(grao.loss, grao)
         router_loss = router_loss / num_prompts
         return StepLoss(grao.loss + router_loss, grao, router_loss.detach())
@@ -105,6 +106,7 @@ def reference_logprobs(
     policy.model.eval()
     with beginning.restored():
         logprob_T = policy.at_head(batch, score)
+        reshard(policy.model)
     policy.model.train()
     return logprob_T
 
@@ -122,7 +124,8 @@ def update(
 ) -> dict[str, float]:
     """The updates of one step on its rollout; returns their metrics, the losses of the first.
 
-    A sampler with weights of its own keeps the old ones until its `sync`.
+    A sampler with weights of its own keeps the old ones until its `sync`. With several processes,
+    each computes its share of the micro-batches, and all return the metrics of the whole.
 
     Args:
         max_tokens: token budget of a micro-batch; whole groups only.
@@ -138,17 +141,17 @@ def update(
     norms: list[float] = []
     optimizer.zero_grad(set_to_none=True)  # left by an interrupted run, or a caller
     with policy.updating():
-        parts = [
-            _Part(policy.lay_out(part))
-            for part in split_by_tokens(groups, max_tokens, share_prefix=policy.share_prefix)
-        ]
+        parts = _parts(policy, groups, max_tokens)
         if objective.kl_coef:
             assert beginning is not None, "kept where kl_coef is not 0"
             options = {"temperature": objective.temperature, "workspace_mib": workspace_mib}
             for part in parts:
                 part.ref_logprob_T = reference_logprobs(policy, beginning, part.batch, **options)
         for iteration in range(optimisation.num_iterations):
-            passes.append(_backward(policy, parts, objective, len(groups), workspace_mib))
+            own = _backward(
+                policy, parts, objective, len(groups), workspace_mib, first=iteration == 0
+            )
+            passes.append(LossMetrics.joined(policy.world.gather(own)))
             norms.append(_optimizer_step(optimizer, max_norm=optimisation.max_grad_norm))
             if iteration == 0 and optimisation.num_iterations > 1:
                 for part in parts:
@@ -159,15 +162,7 @@ def update(
     metrics = passes[0].to_dict(kl_coef=objective.kl_coef) | {
         "grad_norm": norms[0],
         "learning_rate": learning_rate,
-        "tokens": len(passes) * sum(p.batch.input_ids_BL.numel() for p in parts),
-        **update_flops(
-            ModelCost.of(policy.causal_lm, recompute=policy.recomputes),
-            groups,
-            [part.batch for part in parts],
-            share_prefix=policy.share_prefix,
-            updates=len(passes),
-            scored=objective.kl_coef > 0,
-        ),
+        **_work(policy, groups, parts, updates=len(passes), scored=objective.kl_coef > 0),
         "time/update": updated - started,
     }
     if len(passes) > 1:
@@ -190,10 +185,41 @@ class _Part:
 
         References were not sampled: L(y) needs no ratio, and its gradient is exact without one.
         """
+        if self.batch.is_idle:
+            return
         assert self.logprob_T is not None, "after a pass"
         K = self.batch.rewards_NK.shape[1]
         is_sample_T = self.batch.sequence_T % K != K - 1
         self.old_logprob_T = torch.where(is_sample_T, self.logprob_T, torch.nan)
+
+
+def _parts(policy: Policy, groups: list[Group], max_tokens: int) -> list[_Part]:
+    """This process's micro-batches of a step, as many as every other process has."""
+    world = policy.world
+    plan = share_out(groups, max_tokens, world.size, share_prefix=policy.share_prefix)
+    parts = [_Part(policy.lay_out(part)) for part in plan[world.rank]]
+    if len(parts) < len(plan[0]):  # at most one
+        parts.append(_Part(idle(plan[0][0][0], policy.lay_out)))
+    return parts
+
+
+def _work(
+    policy: Policy, groups: list[Group], parts: list[_Part], *, updates: int, scored: bool
+) -> dict[str, float]:
+    """The tokens and FLOPs of a step's updates, of all processes together."""
+    own = {
+        "tokens": updates * sum(part.batch.input_ids_BL.numel() for part in parts),
+        **update_flops(
+            ModelCost.of(policy.causal_lm, recompute=policy.recomputes),
+            groups,
+            [part.batch for part in parts],
+            share_prefix=policy.share_prefix,
+            updates=updates,
+            scored=scored,
+        ),
+    }
+    of_each = policy.world.gather(own)
+    return own | {name: sum(each[name] for each in of_each) for name in ("tokens", "flops/done")}
 
 
 def _backward(
@@ -202,10 +228,19 @@ def _backward(
     objective: ObjectiveOptions,
     num_prompts: int,
     workspace_mib: int | None,
+    *,
+    first: bool,
 ) -> LossMetrics:
-    """Accumulate the gradients of all micro-batches of a step in the parameters."""
+    """Accumulate the gradients of all micro-batches of a step in the parameters.
+
+    first: whether weights are still those that the step began with, so that a signal may end it.
+    """
     metrics = LossMetrics()
     for part in parts:
+        if first:
+            policy.world.check()
+        last = part is parts[-1]
+        synchronise_gradients(policy.model, last or not policy.defers_reduction)
         loss = micro_batch_loss(
             policy,
             part.batch,
@@ -216,6 +251,8 @@ def _backward(
             workspace_mib=workspace_mib,
         )
         loss.loss.backward()
+        if part.batch.is_idle:
+            continue
         part.logprob_T = loss.grao.logprob_T.cpu()
         clipped_T = None
         if part.old_logprob_T is not None:
@@ -229,7 +266,7 @@ def _optimizer_step(optimizer: Optimizer, *, max_norm: float) -> float:
     """Clip, check and apply the gradient; returns its norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # max_grad_norm 0 turns clipping off, but the norm is still measured.
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}; lower learning_rate, or resume from a checkpoint "
