@@ -1,8 +1,9 @@
 """The token budget of a micro-batch, found before the first step.
 
 The largest group of a run is the longest prompt with G samples of max_new_tokens and the longest
-reference. On CUDA, passes over one, two, four... of it are run and their peaks measured. On a CPU,
-where that would take minutes, three small groups of the same proportions are run, and
+reference. On CUDA, passes over one, two, four... of it are run and their peaks measured; several
+processes, which must all run the same passes, run two. On a CPU, where that would take minutes,
+three small groups of the same proportions are run, and
 
     bytes(T) = a + b T + c T^2 + gradients        T tokens
 
@@ -15,25 +16,23 @@ moments. Probing leaves no trace in the state of training.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from grao_fast.config import ObjectiveOptions, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
+from grao_fast.distributed.world import World
 from grao_fast.kernels.devices import workspace_bytes
 from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import local
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
+from grao_fast.training.held_bytes import HeldBytes
 from grao_fast.training.step import micro_batch_loss
 
 logger = get_logger(__name__)
@@ -69,13 +68,14 @@ def token_budget(
     with _untouched(policy):
         if policy.device.type == "cuda":
             budget = _free_on_cuda(policy, optimizer)
-            peak = _measured_peak(probe, shape)
+            measured = _measured_peak(probe, shape)
+            peak = measured if policy.world.size == 1 else _by_two(measured, budget, policy.world)
         else:
             budget = _CPU_BUDGET_MIB * _MIB
             peak = _estimated_peak(probe, shape)
         if memory_budget_mib is not None:
             budget = memory_budget_mib * _MIB
-        fitting = most_that_fit(peak, budget, most)
+        fitting = int(policy.world.least(most_that_fit(peak, budget, most)))
         if fitting == 0:
             raise UserError(_too_large(shape, peak(1), budget))
     tokens = fitting * shape.group().size.tokens(share_prefix=policy.share_prefix)
@@ -168,12 +168,17 @@ class Probe:
 
 
 def _free_on_cuda(policy: Policy, optimizer: Optimizer) -> float:
-    """Bytes for a pass: free memory less the moments that the first step will allocate."""
+    """Bytes for a pass: free memory less the moments that the first step will allocate.
+
+    Gradients that are kept whole until the end of a step take memory beside it.
+    """
     device = policy.device
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    return _CUDA_SHARE * (free - (0 if optimizer.state else 8 * trained))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    moments = 0 if optimizer.state else sum(8 * local(p).numel() for p in trained if p.is_cuda)
+    whole = 4 * sum(p.numel() for p in trained) if policy.defers_reduction else 0
+    return _CUDA_SHARE * (free - moments - whole)
 
 
 def _measured_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
@@ -198,6 +203,19 @@ def _measured_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
     return peak
 
 
+def _by_two(
+    measured: Callable[[int], float], budget: float, world: World
+) -> Callable[[int], float]:
+    """n -> peak bytes of a pass over n groups, by a line through those over one and two.
+
+    With several processes, all must run the same passes, and none may run out of memory.
+    """
+    one = measured(1)
+    has_room = world.least(budget - 3 * one) >= 0
+    more = measured(2) - one if has_room else one
+    return lambda n: one + (n - 1) * more
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is PyTorch's, or a library's, for lack of memory."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -212,8 +230,8 @@ def _estimated_peak(probe: Probe, shape: GroupShape) -> Callable[[int], float]:
     def tokens(shape: GroupShape) -> int:
         return shape.group().size.tokens(share_prefix=policy.share_prefix)
 
-    def tried(shape: GroupShape) -> _Held:
-        with _Held(policy) as held:
+    def tried(shape: GroupShape) -> HeldBytes:
+        with HeldBytes(policy) as held:
             probe.run(shape.group(), 1)
         return held
 
@@ -238,46 +256,6 @@ def parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
         return y[2] - slopes[1] * x[2], slopes[1], 0.0
     b = slopes[0] - c * (x[0] + x[1])
     return y[0] - b * x[0] - c * x[0] ** 2, b, c
-
-
-class _Held(TorchDispatchMode):
-    """Counts the bytes of live storages that operators have allocated.
-
-    peak: the most, without tensors of the shape of a trained parameter.
-    gradients_peak: the most of those: gradients on their way to their parameters.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.trained = {p.shape for p in policy.model.parameters() if p.requires_grad}
-        self.now = self.peak = self.gradients = self.gradients_peak = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = operator(*args, **(kwargs or {}))
-        self.known.update(tensor.untyped_storage() for tensor in _tensors((args, kwargs)))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage not in self.known:
-                self.known.add(storage)
-                add = self._add_gradient if tensor.shape in self.trained else self._add
-                add(storage.nbytes())
-                weakref.finalize(storage, add, -storage.nbytes())
-        return result
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _add_gradient(self, size: int) -> None:
-        self.gradients += size
-        self.gradients_peak = max(self.gradients_peak, self.gradients)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 @contextmanager
