@@ -15,6 +15,7 @@ from grao_fast.data.examples import load_examples
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.loading import load_policy
 from grao_fast.training import memory
+from grao_fast.training.held_bytes import HeldBytes
 from grao_fast.training.optim import adamw
 
 MIB = 2**20
@@ -58,7 +59,7 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
         probe = memory.Probe(policy, config.objective, config.workspace_mib)
         estimate = memory._estimated_peak(probe, shape)
         for count in (1, 2):
-            with memory._Held(policy) as held:
+            with HeldBytes(policy) as held:
                 probe.run(shape.group(), count)
             actual = held.peak + held.gradients_peak + config.workspace_mib * MIB
             assert 0.98 <= estimate(count) / actual <= 1.35
@@ -93,7 +94,7 @@ def test_a_budget_is_filled_and_not_exceeded(tiny_model):
     sizes = []
     with memory._untouched(policy):
         for n in (count, count + 1):
-            with memory._Held(policy) as held:
+            with HeldBytes(policy) as held:
                 memory.Probe(policy, config.objective, config.workspace_mib).run(shape.group(), n)
             sizes.append(held.peak + held.gradients_peak + MIB)
     assert sizes[0] <= 3 * MIB < sizes[1]
