@@ -21,7 +21,6 @@ from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.encoding import Encoded, Limits, encode_examples
 from grao_fast.data.examples import Example
-from grao_fast.distributed.choice import choose_sharding
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
@@ -31,22 +30,19 @@ from grao_fast.models.checks import check_weights, warn_of_dropout
 from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.loading import load_model
 from grao_fast.models.parity import check_parity
+from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.models.router import Router
-from grao_fast.models.sharding import device_memory, gathered, local, mesh_of, shard
+from grao_fast.models.sharding import gathered
 from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.proof import check_sampler
 from grao_fast.sampling.seeds import prompt_seeds
-from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
-
-# Of a device's memory: gradients that take less are kept whole until the step's last micro-batch.
-_WHOLE_GRADIENTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -171,16 +167,12 @@ def load_policy(
             or Liger that cannot serve, or a vLLM that cannot.
         ConnectionError: no vLLM server answers.
     """
-    world = World() if world is None else world
-    device = _device(config.device, world)
-    bf16 = config.bf16
-    if bf16 is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else None
+    placement = Placement.of(config, World() if world is None else world)
+    device, dtype = placement.device, placement.compute_dtype
     model, tokenizer, base_digest = load_model(
         model,
         device=device,
-        bf16=bf16,
+        bf16=dtype is not None,
         tokenizer=tokenizer,
         peft_config=peft_config,
         trained=trained,
@@ -194,7 +186,7 @@ def load_policy(
         check_sharing(causal_lm, kept)
     transform = LogitTransform.from_config(causal_lm.config.get_text_config())
     router = Router.of(causal_lm)
-    defers_reduction = _shard(model, causal_lm, world, device, dtype, config)
+    defers_reduction = placement.shard(model, causal_lm)
     policy = Policy(
         model=model,
         causal_lm=causal_lm,
@@ -210,7 +202,7 @@ def load_policy(
         ),
         pad_token_id=_pad_token_id(causal_lm, tokenizer),
         router=router,
-        world=world,
+        world=placement.world,
         computes_on=device,
         defers_reduction=defers_reduction,
     )
@@ -229,61 +221,6 @@ def load_policy(
     if not config.use_vllm:  # vLLM is checked when it first gets the weights
         check_sampler(loaded.sampler, policy)
     return loaded
-
-
-def _shard(
-    model: nn.Module,
-    causal_lm: PreTrainedModel,
-    world: World,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    config: GRAOConfig,
-) -> bool:
-    """Shard the model over the processes; returns whether gradients are summed once a step."""
-    if config.cpu_offload and device.type == "cpu":
-        raise UserError("cpu_offload=True moves shards off a GPU, and this run is on a CPU")
-    if world.size == 1:
-        return False
-    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained = sum(count for count, _, trains in sizes if trains)
-    frozen = sum(count * size for count, size, trains in sizes if not trains)
-    memory = device_memory(device, world)
-    sharding = config.sharding
-    if sharding == "auto":
-        sharding = choose_sharding(
-            trained,
-            frozen + (4 * trained if config.kl_coef else 0),
-            device_memory=memory,
-            processes=world.size,
-            processes_per_node=world.local_size,
-        )
-    mesh = mesh_of(world, device.type, sharding, replicas=config.replicas)
-    shard(causal_lm, mesh, compute_dtype=dtype, cpu_offload=config.cpu_offload)
-    defers = sharding == "none" or 4 * trained <= _WHOLE_GRADIENTS * memory
-    logger.info(
-        "%d processes, sharding %s over a mesh of %s: %.1f GiB of parameters in each; gradients "
-        "are summed %s",
-        world.size,
-        sharding,
-        tuple(mesh.shape) if mesh else (1,),
-        sum(local(p).numel() * p.element_size() for p in model.parameters()) / 2**30,
-        "once a step" if defers else "after every micro-batch",
-    )
-    return defers
-
-
-def _device(name: str | None, world: World) -> torch.device:
-    if world.size > 1 and name is not None and ":" in name:
-        raise UserError(
-            f"device={name!r} would put all {world.size} processes on one GPU: leave it out, or "
-            'set "cuda" or "cpu"'
-        )
-    if world.size > 1 and name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", world.local_rank)
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r} but no CUDA device is available")
-    return device
 
 
 def _prepare(
