@@ -31,6 +31,7 @@ from grao_fast.models.checks import restores_models
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import NoTracker, Tracker, check_trackers
+from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder, write_file
@@ -38,6 +39,7 @@ from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
+from grao_fast.training.ahead import SamplingAhead
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs
@@ -46,7 +48,7 @@ from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
 from grao_fast.training.results import TrainResult, samples, write_summary
-from grao_fast.training.rollout import Rollout, sample_and_score
+from grao_fast.training.rollout import Rollout, sample, sample_and_score
 from grao_fast.training.state import DataStream, step_seed
 from grao_fast.training.step import update
 from grao_fast.training.watch import Watch
@@ -213,6 +215,13 @@ class _Run:
         self.total_steps = count_steps(
             optimisation, prompts=len(prompts), prompts_per_step=batch_size
         )
+        self.ahead = SamplingAhead(
+            self._sample,
+            loaded.sampler,
+            ahead=config.async_rollouts,
+            steps=self.total_steps,
+            world=self.world,
+        )
         self.optimizer = adamw(loaded.model, optimisation)
         self.scheduler = lr_schedule(self.optimizer, optimisation, total_steps=self.total_steps)
         self.progress = Progress(
@@ -252,6 +261,7 @@ class _Run:
         )
         try:
             self._call_back(lambda callback: callback.on_train_begin(self.loaded, config))
+            self.ahead.begin(first_step)
             step, after = first_step, self._evaluate_again(first_step)
             while step < self.total_steps:
                 rollout, metrics = self._step(step)
@@ -259,7 +269,7 @@ class _Run:
                 last = step == self.total_steps
                 try:
                     with self.world.at_once():
-                        self._sync(metrics)
+                        self._sync(step, metrics)
                     last |= self._call_back(partial(_ends_run, step, metrics))
                 finally:  # a sampler or callback that fails does not undo the step
                     if step % config.logging_steps == 0 or last:
@@ -280,6 +290,7 @@ class _Run:
             self.progress.rescue(together=self.world.is_shared(error))
             raise
         finally:
+            self.ahead.close()
             self.tracker.close()
             release_frequencies(self.loaded.causal_lm)
         before = self.held_out and self.held_out.before
@@ -311,16 +322,16 @@ class _Run:
         """Sample, score, update. Seeding each step makes it the same after a resume."""
         seed = step_seed(self.config.seed, step)
         set_seed(seed)
-        prompts = [self.prompts[i] for i in self.stream.batch(step)]
         objective = self.config.objective
         with self.world.at_once():
             rollout = sample_and_score(
                 self.loaded,
                 self.reward,
-                prompts,
+                self._prompts(step),
                 sampling=self.config.sampling,
                 objective=objective,
                 seed=seed,
+                ahead=self.ahead.take(step),
             )
             metrics = update(
                 self.loaded.policy,
@@ -336,11 +347,22 @@ class _Run:
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 
-    def _sync(self, metrics: dict[str, float]) -> None:
+    def _prompts(self, step: int) -> list[Encoded]:
+        return [self.prompts[i] for i in self.stream.batch(step)]
+
+    def _sample(self, step: int) -> list[list[Completion]]:
+        """The completions of this process's share of a step's prompts, sampled ahead."""
+        prompts, seed = self._prompts(step), step_seed(self.config.seed, step)
+        own = self.world.share(range(len(prompts)))
+        return sample(self.loaded, prompts, own, sampling=self.config.sampling, seed=seed)
+
+    def _sync(self, step: int, metrics: dict[str, float]) -> None:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""
+        self.ahead.settle()
         started = time.perf_counter()
         self.loaded.sampler.sync(self.loaded.policy)
         metrics["time/sync"] = time.perf_counter() - started
+        self.ahead.begin(step)
 
     def _evaluate(self, step: int, *, log: bool = True) -> EvaluationResult | None:
         """Evaluate on the held-out prompts, if any; step 0 is before training."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -56,14 +57,14 @@ class FakeVLLM:
         self.api_key: str | None = None
         self.max_lora_rank: int | None = None  # as by --enable-lora
         self.transfer_backend: str | None = None  # as by --weight-transfer-config
-        self.paused = False
+        self.paused = ""  # the mode of a pause, while it lasts
         self.path = model_path
         self.start()
         self.change_choices: Callable[[list[dict]], list[dict]] = lambda choices: choices
         self.answers: dict[str, int] = {}
         self.failures: list[int] = []
         self.requests: list[tuple[str, dict]] = []
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
 
     def start(self) -> None:
         """As a new process, with the weights that it is served from."""
@@ -143,14 +144,15 @@ class FakeVLLM:
         return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     def _is_paused(self, body: dict) -> tuple[int, dict]:
-        return 200, {"is_paused": self.paused}
+        return 200, {"is_paused": bool(self.paused)}
 
     def _pause(self, body: dict) -> tuple[int, dict]:
-        self.paused = True
+        self.paused = body["mode"]
         return 200, {"status": "paused"}
 
     def _resume(self, body: dict) -> tuple[int, dict]:
-        self.paused = False
+        self.paused = ""
+        self.lock.notify_all()
         return 200, {"status": "resumed"}
 
     def _weight_info(self, body: dict) -> tuple[int, dict]:
@@ -180,7 +182,8 @@ class FakeVLLM:
         if self.failures:
             return self.failures.pop(0), {"error": {"message": "engine is busy"}}
         assert {name: body[name] for name in REQUIRED} == REQUIRED
-        assert not self.paused
+        # a server that pauses, in whatever mode, keeps new requests until it resumes
+        assert self.lock.wait_for(lambda: not self.paused, timeout=20)
         model = self.model if body["model"] == "policy" else self.adapters[body["model"]]
         if "prompt_logprobs" in body:
             choice = self._scored(model, body["prompt"])
@@ -233,8 +236,9 @@ def serving(fake: FakeVLLM) -> Iterator[str]:
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length) or "{}")
+            url = urlsplit(self.path)
             status, answer = fake.answer(
-                self.path.split("?")[0], body, self.headers.get("Authorization")
+                url.path, body | dict(parse_qsl(url.query)), self.headers.get("Authorization")
             )
             text = isinstance(answer, str)
             data = (answer if text else json.dumps(answer)).encode()

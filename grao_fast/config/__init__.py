@@ -80,6 +80,9 @@ class GRAOConfig:
             None: the model's limit.
         vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of every
             sampled token, which corrects for vLLM's different numerics; None: no weight.
+        async_rollouts: N, the most updates that the policy may be ahead of the weights which began
+            to sample a rollout. The server samples the rollouts of the next N steps while the
+            policy is updated; 0 waits for each. Needs vllm_mode="server".
 
     Optimisation:
         prompts_per_step: the number of prompts in a step.
@@ -157,6 +160,7 @@ class GRAOConfig:
     vllm_gpu_memory_utilization: float = 0.3
     vllm_max_model_length: int | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
+    async_rollouts: int = 0
 
     prompts_per_step: int = 64
     num_iterations: int = 1

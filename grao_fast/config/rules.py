@@ -45,6 +45,7 @@ AT_LEAST: dict[str, float] = {
     "vllm_gpu_memory_utilization": 0,
     "vllm_max_model_length": 1,
     "vllm_importance_sampling_clip_max": 0,
+    "async_rollouts": 0,
     "max_new_tokens": 1,
     "max_prompt_length": 1,
     "max_reference_length": 1,
@@ -84,6 +85,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "vllm_server_base_url": _WITH_SERVER,
     "vllm_server_model": _WITH_SERVER,
     "vllm_server_api_key_env": _WITH_SERVER,
+    "async_rollouts": _WITH_SERVER,
     "vllm_gpu_memory_utilization": _WITH_ENGINE,
     "vllm_max_model_length": _WITH_ENGINE,
 }
@@ -97,6 +99,11 @@ def check_effect(config: Any) -> None:
         for other, wanted in needed.items():
             if value != getattr(default, name) and getattr(config, other) != wanted:
                 raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
+    if config.async_rollouts and config.vllm_importance_sampling_clip_max is None:
+        raise UserError(
+            f"async_rollouts={config.async_rollouts} learns from samples of earlier weights, which "
+            "importance weights correct: set vllm_importance_sampling_clip_max, 3.0 by default"
+        )
     default_clip = default.epsilon, default.epsilon
     if config.num_iterations == 1 and config.objective.clip != default_clip:
         raise UserError(

@@ -9,7 +9,7 @@ with its sampler.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from grao_fast.models.policy import Policy
 
@@ -56,4 +56,13 @@ class Sampler(Protocol):
         order or how they are batched: a rollout is the same however processes share its prompts.
         Logits, and so the odd token, can still differ by rounding.
         """
+        ...
+
+
+@runtime_checkable
+class ConcurrentSampler(Sampler, Protocol):
+    """A Sampler whose `sample` may be called in other threads, as its weights are its own."""
+
+    def abort(self) -> None:
+        """Make the calls of `sample` that are in flight raise soon; their samples are lost."""
         ...

@@ -39,9 +39,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         **group_metrics(rollout.rewards_NK, rollout.advantages_NK),
         "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
-        "time/sample": rollout.seconds["sample"],
-        "time/reward": rollout.seconds["reward"],
+        **{f"time/{phase}": seconds for phase, seconds in rollout.seconds.items()},
     }
+    if rollout.staleness is not None:
+        metrics["sampling/staleness"] = rollout.staleness
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
     return {name: float(value) for name, value in metrics.items()}
 
@@ -61,21 +62,24 @@ def _nanstd(samples_NG: Tensor) -> Tensor:
 
 
 class _Mean:
-    """A running mean and maximum that ignore NaN; NaN while empty."""
+    """A running mean, minimum and maximum that ignore NaN; NaN while empty."""
 
     def __init__(self) -> None:
-        self.total, self.count, self.max = 0.0, 0, math.nan
+        self.total, self.count = 0.0, 0
+        self.min, self.max = math.nan, math.nan
 
     def add(self, values: Tensor) -> None:
         values = values[~values.isnan()]
         if values.numel():
             self.total += float(values.sum())
             self.count += values.numel()
+            self.min = min(float(values.min()), self.min)
             self.max = max(float(values.max()), self.max)
 
     def join(self, other: _Mean) -> None:
         self.total, self.count = self.total + other.total, self.count + other.count
-        self.max = other.max if math.isnan(self.max) else max(other.max, self.max)
+        self.min = other.min if math.isnan(self.min) else min(self.min, other.min)
+        self.max = other.max if math.isnan(self.max) else max(self.max, other.max)
 
     @property
     def value(self) -> float:
@@ -83,24 +87,28 @@ class _Mean:
 
 
 class LossMetrics:
-    """Accumulates the losses of an update's micro-batches."""
+    """Accumulates the losses of an update's micro-batches.
 
-    def __init__(self) -> None:
+    sampler_cap: cap of the importance weights; None: there are none.
+    """
+
+    def __init__(self, *, sampler_cap: float | None) -> None:
+        self.sampler_cap = sampler_cap
         self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
         self.router: float | None = None
         self.samples, self.references = _Mean(), _Mean()
-        self.logp_diff, self.clipped = _Mean(), _Mean()
+        self.logp_diff, self.importance, self.clipped = _Mean(), _Mean(), _Mean()
 
     @classmethod
     def joined(cls, parts: Sequence[LossMetrics]) -> LossMetrics:
         """The metrics of an update whose micro-batches several processes have computed."""
-        total = cls()
+        total = cls(sampler_cap=parts[0].sampler_cap)
         for part in parts:
             total.terms += part.terms
             total.kl += part.kl
             if part.router is not None:
                 total.router = (total.router or 0.0) + part.router
-            for name in ("samples", "references", "logp_diff", "clipped"):
+            for name in ("samples", "references", "logp_diff", "importance", "clipped"):
                 getattr(total, name).join(getattr(part, name))
         return total
 
@@ -121,7 +129,10 @@ class LossMetrics:
         if router is not None:
             self.router = (self.router or 0.0) + float(router)
         logprob_T = loss.logprob_T.float().cpu()
-        self.logp_diff.add((logprob_T - batch.sampler_logprob_T).abs())
+        gap_T = logprob_T - batch.sampler_logprob_T
+        self.logp_diff.add(gap_T.abs())
+        if self.sampler_cap is not None:
+            self.importance.add(gap_T.exp().clamp(max=self.sampler_cap))
         if clipped_T is not None:
             self.clipped.add(clipped_T)
         self._add_sequences(batch, logprob_T)
@@ -148,6 +159,10 @@ class LossMetrics:
             "sampling/logp_diff": self.logp_diff.value,
             "sampling/logp_diff_max": self.logp_diff.max,
         }
+        if self.sampler_cap is not None:
+            weight = self.importance
+            values = {"mean": weight.value, "min": weight.min, "max": weight.max}
+            metrics |= {f"sampling/importance_sampling_ratio/{k}": v for k, v in values.items()}
         if self.router is not None:
             metrics["router_loss"] = self.router
         return metrics | ({"kl": self.kl / kl_coef} if kl_coef else {})

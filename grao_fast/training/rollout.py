@@ -21,6 +21,7 @@ from grao_fast.rewards.functions import GroupScores
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
+from grao_fast.training.ahead import Sampled
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Rollout:
     completions, texts: N lists of G.
     rewards_NK, advantages_NK: float64 on the CPU, NaN where absent.
     per_function: mean reward over the samples of each reward function.
+    seconds: by phase: "sample", "reward", and "wait" where the samples were sampled ahead.
+    staleness: updates of the policy since the sampling began; None: sampled when they were needed.
     """
 
     prompts: Sequence[Encoded]
@@ -40,6 +43,26 @@ class Rollout:
     advantages_NK: Tensor
     per_function: dict[str, float]
     seconds: dict[str, float]
+    staleness: int | None = None
+
+
+def sample(
+    loaded: LoadedPolicy,
+    prompts: Sequence[Encoded],
+    places: Sequence[int],
+    *,
+    sampling: SamplingOptions,
+    seed: int,
+) -> list[list[Completion]]:
+    """G completions of each of a step's prompts that has one of these places."""
+    seeds = prompt_seeds(seed, len(prompts))
+    return loaded.sampler.sample(
+        [prompts[n].prompt_ids for n in places],
+        num_generations=sampling.num_generations,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seeds=[seeds[n] for n in places],
+    )
 
 
 def sample_and_score(
@@ -50,27 +73,26 @@ def sample_and_score(
     sampling: SamplingOptions,
     objective: ObjectiveOptions,
     seed: int,
+    ahead: Sampled | None = None,
 ) -> Rollout:
     """Sample G completions of every prompt and score them beside the references.
 
     Each process does its share of the prompts, and returns the rollout of all. What is sampled for
     a prompt does not depend on the number of processes.
+
+    ahead: this process's share, if it was sampled ahead; None: it is sampled now.
     """
     world = loaded.policy.world
     places = list(range(len(prompts)))
-    seeds = prompt_seeds(seed, len(prompts))
+
+    def completions_of(own: Sequence[int]) -> list[list[Completion]]:
+        if ahead is not None:
+            return ahead.completions
+        return sample(loaded, prompts, own, sampling=sampling, seed=seed)
+
     started = time.perf_counter()
     with loaded.ready_to_sample():
-        completions = world.map(
-            lambda own: loaded.sampler.sample(
-                [prompts[n].prompt_ids for n in own],
-                num_generations=sampling.num_generations,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                seeds=[seeds[n] for n in own],
-            ),
-            places,
-        )
+        completions = world.map(completions_of, places)
     sampled = time.perf_counter()
 
     def score(own: Sequence[int]) -> list[tuple[list[str], Tensor, Tensor]]:
@@ -92,6 +114,9 @@ def sample_and_score(
         list(column) for column in zip(*world.map(score, places), strict=True)
     )
     scored = GroupScores(torch.stack(rewards), torch.stack(scores, 1), reward.names)
+    seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
+    if ahead is not None:
+        seconds |= {"sample": ahead.seconds, "wait": ahead.waited}
     return Rollout(
         prompts=prompts,
         completions=completions,
@@ -99,7 +124,8 @@ def sample_and_score(
         rewards_NK=scored.rewards_NK,
         advantages_NK=grao.advantages(scored.rewards_NK, objective),
         per_function=scored.per_function,
-        seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
+        seconds=seconds,
+        staleness=None if ahead is None else ahead.staleness,
     )
 
 

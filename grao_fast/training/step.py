@@ -235,7 +235,7 @@ def _backward(
 
     first: whether weights are still those that the step began with, so that a signal may end it.
     """
-    metrics = LossMetrics()
+    metrics = LossMetrics(sampler_cap=objective.sampler_cap)
     for part in parts:
         if first:
             policy.world.check()

@@ -75,8 +75,8 @@ class Watch:
 
     def _mismatch(self, step: int, metrics: dict[str, float]) -> str | None:
         gap = metrics.get("sampling/logp_diff", math.nan)
-        if self._mismatched or math.isnan(gap):
-            return None
+        if self._mismatched or math.isnan(gap) or metrics.get("sampling/staleness"):
+            return None  # of stale samples, it is the effect of the updates since
         if self._mismatch_nats is None:
             of_first = max(_MISMATCH_TIMES * gap, _LEAST_MISMATCH_NATS)
             self._mismatch_nats = min(of_first, _MISMATCH_NATS)

@@ -6,13 +6,15 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from grao_fast.sampling.vllm.requests import LOGPROBS_MODE
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.optional import import_optional
 
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
+
+PauseMode = Literal["wait", "abort", "keep"]
 
 _RETRIES = 3
 _TIMEOUT = 3600.0  # seconds for the samples of one prompt, which may queue
@@ -115,12 +117,17 @@ class HeldVersion:
 
 
 @contextmanager
-def paused(client: VLLMClient, *, can_pause: bool) -> Iterator[None]:
-    """Pause the server for the block; it resumes afterwards, also after an error."""
+def paused(client: VLLMClient, *, can_pause: bool, mode: PauseMode) -> Iterator[None]:
+    """Pause the server for the block; it resumes afterwards, also after an error.
+
+    mode: what becomes of requests in flight. The server finishes them before it pauses ("wait"),
+        ends them with the tokens that they have ("abort"), or goes on with them afterwards, with
+        an empty cache ("keep"): tokens that are sampled then come from the weights of then.
+    """
     if not can_pause:
         yield
         return
-    client.call("post", "/pause?mode=wait")
+    client.call("post", f"/pause?mode={mode}")
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
-from grao_fast.sampling.vllm.client import HeldVersion, VLLMClient, paused
+from grao_fast.sampling.vllm.client import HeldVersion, PauseMode, VLLMClient, paused
 from grao_fast.sampling.vllm.handover import HandOver, choose_hand_over
 from grao_fast.sampling.vllm.requests import (
     LOGPROBS_MODE,
@@ -30,7 +31,7 @@ _REQUESTS_AT_ONCE = 64
 
 
 class VLLMServerSampler:
-    """A `Sampler` over a running `vllm serve`, with one request per prompt.
+    """A `ConcurrentSampler` over a running `vllm serve`, with one request per prompt.
 
     The server is trusted: whoever reaches it can load weights into it.
 
@@ -41,11 +42,15 @@ class VLLMServerSampler:
         eos_token_ids: tokens that end a completion.
         sync_dir: see `WeightFolder`; the server must see it under the same path.
         api_key: what it was started with as --api-key; None: it asks for none.
+        versions: sets of weights that requests in flight may have begun with. If 1, a hand-over
+            waits for the requests in flight; if more, they go on with the new weights, except where
+            an adapter is handed over alone, which they keep.
 
     Raises:
         ConnectionError: no server answers there, or one that fails after retries.
         ValueError: it serves another model, cannot take weights, gives log-probs at temperature 1,
-            refuses the key, or openai, its client, is not installed.
+            refuses the key, cannot pause though `versions` needs it, or openai, its client, is not
+            installed.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class VLLMServerSampler:
         eos_token_ids: Iterable[int],
         sync_dir: str | None,
         api_key: str | None = None,
+        versions: int = 1,
     ) -> None:
         self.client = VLLMClient(base_url, api_key=api_key)
         self.base_url = self.client.base_url
@@ -65,7 +71,15 @@ class VLLMServerSampler:
         config = self.client.info()["vllm_config"]["model_config"]
         self._check_logprobs_mode(config["logprobs_mode"])
         self._can_pause = self.client.has("/is_paused")
+        if versions > 1 and not self._can_pause:
+            raise UserError(
+                f"the vLLM server at {self.base_url} cannot pause, as weights that it takes over "
+                "while it samples need: update vLLM, or set async_rollouts to 1"
+            )
+        self._versions = versions
         self._version = HeldVersion(self.client)
+        self._losses = 0  # times that the server was found without the policy's weights
+        self._weights_lock = threading.RLock()  # of `_version` and `_losses`
         self._folder = WeightFolder(sync_dir, tokenizer)
         self._hand_over: HandOver | None = None  # chosen at the first `sync`
         self._held = HeldWeights(
@@ -99,7 +113,9 @@ class VLLMServerSampler:
         Raises ValueError where it has others, ConnectionError where they do not reach it.
         """
         if self._hand_over is None:
-            self._hand_over = choose_hand_over(policy, self.client, self._folder, model=self.model)
+            self._hand_over = choose_hand_over(
+                policy, self.client, self._folder, model=self.model, versions=self._versions
+            )
         if not self._held.is_proved:
             change = self._hand_over.change(policy)
             self._held.first(policy, self._give, self._score, change=change)
@@ -108,22 +124,38 @@ class VLLMServerSampler:
         self._held.again(policy, self._score)
 
     def _give(self, policy: Policy | None) -> None:
-        """Hand over the policy's weights, or the last ones again, with no request in flight."""
+        """Hand over the policy's weights, or the last ones again, while the server pauses."""
         way = self._hand_over
         assert way is not None, "sync before the first sample"
-        with paused(self.client, can_pause=self._can_pause):
-            if policy is None:
-                way.give_again()
-            else:
-                way.give(policy)
-            # Cached prefixes were computed with the old weights.
-            answer = self.client.call("post", "/reset_prefix_cache")
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise UserError(
-                f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, as "
-                "it serves others at the same time: give it to this run alone"
-            )
-        self._version.mark()
+        mode: PauseMode = "wait" if self._versions == 1 else "keep"
+        with self._weights_lock:
+            if self._version.is_lost():
+                self._losses += 1
+            with paused(self.client, can_pause=self._can_pause, mode=mode):
+                if policy is None:
+                    way.give_again()
+                else:
+                    way.give(policy)
+                # Cached prefixes were computed with the old weights.
+                answer = self.client.call("post", "/reset_prefix_cache")
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise UserError(
+                    f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, "
+                    "as it serves others at the same time: give it to this run alone"
+                )
+            self._version.mark()
+
+    def _recover(self) -> int:
+        """Give its weights again to a server that lost them; returns the losses so far."""
+        with self._weights_lock:
+            if self._version.is_lost():
+                logger.warning(
+                    "the vLLM server at %s was restarted or given other weights: it gets the "
+                    "policy's once more",
+                    self.base_url,
+                )
+                self._give(None)
+            return self._losses
 
     def sample(
         self,
@@ -139,22 +171,23 @@ class VLLMServerSampler:
         A server that was restarted since the last hand-over gets the weights once more; one that
         loses them while it samples is a ConnectionError.
         """
-        if self._version.is_lost():
-            logger.warning(
-                "the vLLM server at %s was restarted or given other weights: it gets the policy's "
-                "once more",
-                self.base_url,
-            )
-            self._give(None)
+        losses = self._recover()
         groups = self._ask_for_all(
             prompts, num_generations, max_new_tokens, temperature=temperature, seeds=seeds
         )
-        if self._version.is_lost():
-            raise ConnectionError(
-                f"the vLLM server at {self.base_url} was restarted or given other weights while it "
-                "sampled: resume from the last checkpoint, and give it to this run alone"
-            )
+        with self._weights_lock:
+            if self._losses > losses or self._version.is_lost():
+                raise ConnectionError(
+                    f"the vLLM server at {self.base_url} was restarted or given other weights "
+                    "while it sampled: resume from the last checkpoint, and give it to this run "
+                    "alone"
+                )
         return groups
+
+    def abort(self) -> None:
+        """See `ConcurrentSampler.abort`. It does nothing to a server that cannot pause."""
+        with paused(self.client, can_pause=self._can_pause, mode="abort"):
+            pass
 
     def _ask_for_all(
         self,
