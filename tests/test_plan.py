@@ -11,16 +11,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import family_model
+from processes import launch
+from traffic import count_traffic
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grao_fast.cli.commands import main
 from grao_fast.config import GRAOConfig
+from grao_fast.distributed.world import World
 from grao_fast.system.errors import UserError
 from grao_fast.training.plan import Cluster, Rates, plan, skeleton
 from grao_fast.training.plan.memory import activations, memory
@@ -52,6 +56,7 @@ CONFIG = GRAOConfig(
     max_reference_length=3,
     workspace_mib=1,
 )
+FULL = CONFIG.replace(sharding="full")
 WORK = Workload.of(CONFIG)
 LARGE = 2.0**40  # bytes of a device on which everything fits
 
@@ -218,12 +223,45 @@ def test_traffic_of_shards_in_one_node(tmp_path: Path) -> None:
     assert sent.reduction == Traffic(3 * 4 * P * 3 / 4)
     assert sent.reference == Traffic(2 * 2 * P * 3 / 4)
     assert sent.sampling == Traffic(2 * P * 3 / 4)
-    assert sent.rollout == Traffic(14 * 8 * 2 * 5 * 3 / 4)
+    assert sent.rollout == Traffic(18 * 8 * 2 * 5 * 3 / 4)
     often = wire(size, layout, work, dataclasses.replace(held, reduced_once=False))
     assert often.reduction == sent.reduction.times(2)
     assert sent.total.process == sum(
         getattr(sent, field.name).process for field in dataclasses.fields(sent)
     )
+
+
+@pytest.mark.parametrize(
+    ("sharding", "layout", "once"),
+    [
+        ("full", Layout(1, 2, 2), False),
+        ("full", Layout(1, 2, 2), True),
+        ("none", Layout(2, 1, 2), True),
+        ("hybrid", Layout(2, 2, 2), True),
+    ],
+    ids=str,
+)
+def test_traffic_is_what_fsdp_sends(sharding, layout, once, tmp_path: Path) -> None:
+    """Collectives, counted, in two micro-batches and in gathering to sample."""
+    size = size_of(tmp_path, tie_word_embeddings=False)
+
+    def body(rank: int) -> None:
+        world = World(rank, layout.processes, local_size=layout.per_node)
+        count_traffic(world, tmp_path, sharding, once=once)
+
+    ended = launch(body, tmp_path, size=layout.processes)
+    assert [each.status for each in ended] == [0] * layout.processes, ended
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    update, sampling = (Counter(counts[name]) for name in ("update", "sampling"))
+    work = dataclasses.replace(WORK, prompts=2 * layout.processes, max_tokens=23)
+    held = dataclasses.replace(memory(size, layout, work, LARGE), reduced_once=once)
+    assert held.micro_batches == 2
+    sent = wire(size, layout, work, held)
+    # of two processes, each sends half of what is gathered or scattered, and all of what is reduced
+    gathers = sent.gather_forward + sent.gather_backward
+    assert gathers.process == update["_allgather_base_"] / 2
+    assert sent.reduction.process == update["_reduce_scatter_base_"] / 2 + update["allreduce_"] > 0
+    assert sent.sampling.process == sampling["_allgather_base_"] / 2
 
 
 def test_traffic_between_nodes(tmp_path: Path) -> None:
@@ -243,6 +281,20 @@ def test_traffic_between_nodes(tmp_path: Path) -> None:
     assert gradients["hybrid"] == Traffic(4 * P * 3 / 4 + 2 * P / 2, 4 * (2 * P / 2))
 
 
+def test_offloaded_shards_are_in_the_memory_of_the_cpu(tmp_path: Path) -> None:
+    size, layout = size_of(tmp_path), Layout(1, 2, 2)
+    away = dataclasses.replace(WORK, offload=True, kl=True)
+    held = memory(size, layout, away, LARGE)
+    assert held.held == held.gradients == 0
+    assert held.on_cpu == (4 + 8 + 4 + 4) * size.model.all / 2
+    assert held.update == held.in_flight + held.gathered + held.activations + held.workspace
+    alone = memory(size, Layout(1, 1, 1), away, LARGE)
+    assert (alone.on_cpu, alone.held) == (0, 16 * size.model.all)
+    result = plan(skeleton(tmp_path), FULL.replace(cpu_offload=True), cluster())
+    assert [phase.name for phase in result.phases if phase.name == "AdamW"] == []
+    assert "AdamW runs on the CPU" in result.notes[0]
+
+
 def test_layouts() -> None:
     assert layouts(1, 8, None) == {"none": Layout(1, 1, 1)}
     assert layouts(4, 8, None).keys() == {"none", "full"}
@@ -252,13 +304,13 @@ def test_layouts() -> None:
 
 
 def cluster(**changes: Any) -> Cluster:
-    options = {"processes": 2, "per_node": 8, "replicas": None, "device_memory": LARGE}
+    options = {"processes": 2, "per_node": 8, "device_memory": LARGE}
     return Cluster(**(options | changes), rates=Rates(1e6, 1e5, 1e4, 1e3))
 
 
 def test_bounds_of_phases(tmp_path: Path) -> None:
     model = skeleton(write_config(tmp_path, tie_word_embeddings=False))
-    result = plan(model, CONFIG, cluster(), "full")
+    result = plan(model, FULL, cluster())
     assert result.auto == "none"
     phases = {phase.name: phase for phase in result.phases}
     sampling, adam = phases["sampling"], phases["AdamW"]
@@ -281,15 +333,15 @@ def test_bounds_of_phases(tmp_path: Path) -> None:
 
 def test_vllm_samples_elsewhere(tmp_path: Path) -> None:
     model = skeleton(write_config(tmp_path))
-    config = CONFIG.replace(use_vllm=True, vllm_mode="server", kl_coef=0.1)
-    result = plan(model, config, cluster(processes=16), "full")
+    config = FULL.replace(use_vllm=True, vllm_mode="server", kl_coef=0.1)
+    result = plan(model, config, cluster(processes=16))
     names = [phase.name for phase in result.phases]
     assert names == [
         "exchange of samples", "KL pass", "forward and backward", "AdamW", "weights to vLLM",
     ]  # fmt: skip
     assert result.phases[-1].network > 0
     assert result.memory["full"].sampling == result.memory["full"].cache == 0
-    colocated = plan(model, config.replace(vllm_mode="colocate"), cluster(), "full")
+    colocated = plan(model, config.replace(vllm_mode="colocate"), cluster())
     assert colocated.memory["full"].engine == pytest.approx(0.3 * LARGE)
 
 
@@ -341,10 +393,11 @@ def test_command_plans_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--processes 0", "processes must be at least 1, got 0"),
         ("--processes_per_node 0", "processes_per_node must be at least 1, got 0"),
         ("--processes 6", "processes_per_node=4 does not divide processes=6"),
-        ("--replicas 3", "replicas=3 does not divide processes=8"),
-        ("--replicas 0", "replicas=0 does not divide processes=8"),
+        ("--sharding hybrid --replicas 3", "replicas=3 does not divide processes=8"),
+        ("--sharding hybrid --replicas 0", "replicas must be at least 1, got 0"),
         ("--processes 4 --sharding hybrid", "sharding='hybrid' is impossible with processes=4"),
         ("--processes 1 --sharding full", "sharding='full' is impossible with processes=1"),
+        ("--processes 1 --cpu_offload true", "cpu_offload=True needs several processes"),
         ("--device_memory_gib 0", "device_memory_gib must be above 0, got 0.0"),
         ("--max_prompt_length null", "max_prompt_length must be given"),
         ("--learning_rate 1", "unknown option --learning_rate"),

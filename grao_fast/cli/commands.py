@@ -137,13 +137,12 @@ def _eval(options: Options) -> None:
 
 
 def _plan(options: Options) -> None:
-    processes = {name: options.pop(name) for name in ("sharding", "replicas")}
     config = GRAOConfig(**_take_config(options))
     peft_config = _lora_config(**options.pop("peft"))
 
     from grao_fast.cli.plan_tables import print_plan
 
-    print_plan(**options, **processes, config=config, peft_config=peft_config)
+    print_plan(**options, config=config, peft_config=peft_config)
 
 
 def _plot(options: Options) -> None:

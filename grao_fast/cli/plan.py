@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from grao_fast.cli.options import Command, Run, add_fields, add_lora_options
 
 # The fields of GRAOConfig that memory and traffic depend on.
@@ -24,6 +22,9 @@ PLAN_FIELDS = (
     "gradient_checkpointing",
     "bf16",
     "workspace_mib",
+    "sharding",
+    "replicas",
+    "cpu_offload",
 )
 _PROMPT = 512  # tokens, where max_prompt_length is not given
 
@@ -39,13 +40,6 @@ def plan_command(run: Run) -> Command:
     command.add("--model", str, "hub id or folder of a model", required=True)
     command.add("--processes", int, "number of processes, one on each device", required=True)
     command.add("--processes_per_node", int, "of them in a node", default=8)
-    command.add(
-        "--sharding",
-        Literal["auto", "none", "full", "hybrid"],
-        "the sharding whose phases are printed",
-        default="auto",
-    )
-    command.add("--replicas", int | None, "of hybrid sharding; null: one a node", default=None)
     rates = command.parser.add_argument_group("Devices", "the defaults are an H100's data sheet's")
     for name, default, help in (
         ("device_memory_gib", 80.0, "memory of a device"),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from grao_fast.config import GRAOConfig
-from grao_fast.distributed.choice import Sharding
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import visible
 from grao_fast.training.plan import Cluster, Plan, Rates, plan, skeleton
@@ -26,8 +25,6 @@ def print_plan(
     peft_config: Any,
     processes: int,
     processes_per_node: int,
-    sharding: Sharding | Literal["auto"],
-    replicas: int | None,
     device_memory_gib: float,
     device_tflops: float,
     memory_gb_per_s: float,
@@ -54,8 +51,8 @@ def print_plan(
         link=1e9 * link_gb_per_s,
         network=1e9 * network_gb_per_s,
     )
-    cluster = Cluster(processes, processes_per_node, replicas, _GIB * device_memory_gib, rates)
-    result = plan(skeleton(model, peft_config), config, cluster, sharding)
+    cluster = Cluster(processes, processes_per_node, _GIB * device_memory_gib, rates)
+    result = plan(skeleton(model, peft_config), config, cluster)
     console = Console(highlight=False, markup=False)
     console.print(_heading(model, result), soft_wrap=True)
     console.print(_memory(result, device_memory_gib))
@@ -116,10 +113,11 @@ def _memory(plan: Plan, device_memory_gib: float) -> Table:
         ("sampling", "whole model, to sample"),
         ("cache", "keys and values"),
         ("rollout", "sampling: these two and what is held"),
+        ("on_cpu", "in the CPU's memory (cpu_offload)"),
     ):
         if attribute == "rollout" and plan.work.vllm:
             continue
-        if attribute in ("gradients", "sampling"):
+        if attribute in ("gradients", "sampling", "on_cpu"):
             table.add_section()
         _add_row(table, name, (getattr(each, attribute) for each in memories), _gib)
     table.add_section()

@@ -10,16 +10,13 @@ from transformers import PreTrainedModel
 
 from grao_fast.config import GRAOConfig
 from grao_fast.config.views import ShardingOption
-from grao_fast.distributed.choice import choose_sharding
+from grao_fast.distributed.choice import choose_sharding, reduces_once
 from grao_fast.distributed.world import World
 from grao_fast.models.sharding import device_memory, local, mesh_of, shard
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
-
-# Of a device's memory: gradients that take less are kept whole until a step's last micro-batch.
-_WHOLE_GRADIENTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Placement:
             )
         mesh = mesh_of(self.world, self.device.type, sharding, replicas=self.replicas)
         shard(causal_lm, mesh, compute_dtype=self.compute_dtype, cpu_offload=self.cpu_offload)
-        defers = sharding == "none" or 4 * trained <= _WHOLE_GRADIENTS * memory
+        defers = reduces_once(sharding, trained, device_memory=memory)
         logger.info(
             "%d processes, sharding %s over a mesh of %s: %.1f GiB of parameters in each; "
             "gradients are summed %s",

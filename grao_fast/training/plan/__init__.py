@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -26,13 +25,11 @@ _GIB = 2**30
 class Cluster:
     """The processes of a run, each with a device of its own.
 
-    replicas: of sharding="hybrid"; None: one in each node.
     device_memory: bytes.
     """
 
     processes: int
     per_node: int
-    replicas: int | None
     device_memory: float
     rates: Rates
 
@@ -56,19 +53,16 @@ class Plan:
     notes: list[str]
 
 
-def plan(
-    model: nn.Module,
-    config: GRAOConfig,
-    cluster: Cluster,
-    sharding: Sharding | Literal["auto"] = "auto",
-) -> Plan:
+def plan(model: nn.Module, config: GRAOConfig, cluster: Cluster) -> Plan:
     """Plan a run of a model, which may be on the meta device.
 
     Raises:
         UserError: the processes cannot be arranged so.
     """
+    if config.cpu_offload and cluster.processes == 1:
+        raise UserError("cpu_offload=True needs several processes: raise processes")
     work = Workload.of(config)
-    arranged = layouts(cluster.processes, cluster.per_node, cluster.replicas)
+    arranged = layouts(cluster.processes, cluster.per_node, config.replicas)
     size = ModelSize.of(model, recompute=work.recompute)
     kept = 4 * size.model.trained if work.kl else 0
     auto = choose_sharding(
@@ -78,11 +72,11 @@ def plan(
         processes=cluster.processes,
         processes_per_node=min(cluster.per_node, cluster.processes),
     )
-    chosen = auto if sharding == "auto" else sharding
+    chosen = auto if config.sharding == "auto" else config.sharding
     if chosen not in arranged:
         raise UserError(
             f"sharding={chosen!r} is impossible with processes={cluster.processes} in nodes of "
-            f"{cluster.per_node} and replicas={cluster.replicas}: 'full' needs several processes, "
+            f"{cluster.per_node} and replicas={config.replicas}: 'full' needs several processes, "
             "and 'hybrid' several replicas, by default one a node, of several processes each"
         )
     sizes: dict[Sharding, Memory] = {
@@ -122,6 +116,11 @@ def _notes(size: ModelSize, work: Workload, cluster: Cluster, memory: Memory) ->
         notes.append(
             f"The model takes {whole / _GIB:.1f} GiB of a colocated engine, which has "
             f"{memory.engine / _GIB:.1f}: raise vllm_gpu_memory_utilization, or use a server."
+        )
+    if memory.on_cpu:
+        notes.append(
+            "AdamW runs on the CPU (cpu_offload): its seconds, and those of copies between the "
+            "CPU's memory and the device's, are not counted."
         )
     if idle := max(0, cluster.processes - work.prompts):
         notes.append(

@@ -14,10 +14,11 @@ computing (2 in bfloat16), T the tokens and R the predicted ones of a micro-batc
     logits          workspace_mib
     sampling        c (P + F): the whole model in each process; keys and values beside it
 
-The second term of the activations is one layer that is recomputed, kept by autograd and with
-gradients on their way; without recomputation it holds for each layer, and the first, the layers'
-inputs, is part of it. The third is the head's inputs and their gradient. One process computes under
-autocast: layers' inputs are then float32, and all weights have been cast when the head is reached.
+With cpu_offload, what is divided by S is in the CPU's memory. The second term of the activations is
+one layer that is recomputed, kept by autograd and with gradients on their way. If nothing is
+recomputed it holds for each layer, and the first, the layers' inputs, is part of it. The third is
+the head's inputs and their gradient. One process computes under autocast: layers' inputs are then
+float32, and all weights have been cast when the head is reached.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PASS_SHARE = 0.9  # of the memory that is left, for a pass, as in the search fo
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process's device.
+    """Bytes of one process's device, and of the CPU's memory for it where shards are there.
 
     groups: prompts, with their sequences, of a micro-batch; at least one.
     micro_batches: of an update, on each process.
@@ -46,6 +47,7 @@ class Memory:
     moments: float
     reference: float
     engine: float
+    on_cpu: float
     gradients: float
     in_flight: float
     gathered: float
@@ -90,6 +92,13 @@ def memory(size: ModelSize, layout: Layout, work: Workload, device_memory: float
         "cache": 0.0 if work.vllm else _cache(size, layout, work),
     }
     passing = fixed["in_flight"] + fixed["gathered"] + fixed["workspace"]
+    gradients = 4 * P / S
+    on_cpu = 0.0
+    if work.offload and layout.processes > 1:
+        state = ("parameters", "moments", "reference")
+        on_cpu = gradients + sum(fixed[name] for name in state)
+        fixed |= dict.fromkeys(state, 0.0)
+        gradients = 0.0
     held = sum(fixed[name] for name in ("parameters", "moments", "reference", "engine"))
     most = work.groups(layout.processes)
 
@@ -101,7 +110,6 @@ def memory(size: ModelSize, layout: Layout, work: Workload, device_memory: float
             fits = min(fits, max(1, work.max_tokens // work.group(size).tokens))
         return min(fits, most)
 
-    gradients = 4 * P / S
     fits = fitting(gradients)
     once = reduces_once("none" if S == 1 else "full", P, device_memory=int(device_memory))
     if once and fits < most:  # several micro-batches
@@ -111,6 +119,7 @@ def memory(size: ModelSize, layout: Layout, work: Workload, device_memory: float
     groups = -(-most // micro_batches)
     return Memory(
         **fixed,
+        on_cpu=on_cpu,
         gradients=gradients,
         activations=activations(size, work, groups, layout),
         groups=groups,

@@ -94,7 +94,8 @@ def phases(
         )
     )
     moved = work.updates * _ADAMW_BYTES * size.model.trained / layout.shards
-    found.append(phase("AdamW", reads=moved))
+    if not memory.on_cpu:
+        found.append(phase("AdamW", reads=moved))
     if work.vllm:
         found.append(phase("weights to vLLM", traffic=wire.sampling))
     return found

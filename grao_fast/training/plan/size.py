@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from grao_fast.models.adapters import check_adapter_config, new_adapter
 from grao_fast.models.attention import head_width
 from grao_fast.models.loading import existing_path
 from grao_fast.models.policy import causal_lm_of
+from grao_fast.models.sharding import layers
 from grao_fast.system.errors import UserError, explained
 from grao_fast.training.flops import ModelCost, Window, layer_windows
 
@@ -68,17 +68,17 @@ class ModelSize:
         """The sizes of a model, which may be on the meta device and have an adapter."""
         causal_lm = causal_lm_of(model)
         config: Any = causal_lm.config.get_text_config()
-        layers = list(_layers(causal_lm, set(causal_lm._no_split_modules or ())))
-        layers = layers or [causal_lm]
-        inside = {id(p) for layer in layers for p in layer.parameters()}
+        sharded = layers(causal_lm)
+        inner = sharded or [causal_lm]
+        inside = {id(p) for layer in sharded for p in layer.parameters()}
         outside = [p for p in causal_lm.parameters() if id(p) not in inside]
-        largest = max(layers, key=lambda layer: Elements.of(list(layer.parameters())).all)
+        largest = max(inner, key=lambda layer: Elements.of(list(layer.parameters())).all)
         windows = Counter(layer_windows(config))
         return cls(
             model=Elements.of(list(causal_lm.parameters())),
             layer=Elements.of(list(largest.parameters())),
             root=Elements.of(outside),
-            layers=len(layers),
+            layers=len(inner),
             width=config.hidden_size,
             matrix_io=_matrix_io(largest, config),
             windows=windows,
@@ -108,15 +108,6 @@ def skeleton(model: str | Path, peft_config: Any = None) -> nn.Module:
     check_adapter_config(peft_config)
     with torch.device("meta"):
         return new_adapter(causal_lm, peft_config, name=path)
-
-
-def _layers(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
-    """The outermost modules whose classes have these names."""
-    for child in module.children():
-        if type(child).__name__ in names and next(child.parameters(), None) is not None:
-            yield child
-        else:
-            yield from _layers(child, names)
 
 
 def _matrix_io(layer: nn.Module, config: Any) -> float:

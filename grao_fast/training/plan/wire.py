@@ -10,7 +10,7 @@ With S shards, N replicas, and P trained of all A elements, for each pass over a
     reduction       reduce-scatter of 4 P among S, all-reduce of 4 P / S among N
     KL              c A, forward, once a step
     sampling        c A, once a step, for Transformers, or tensor by tensor for vLLM
-    rollout         tokens and log-probs of all samples, all-gathered
+    rollout         tokens, log-probs and texts of all samples, all-gathered
 
 Gradients are reduced once an update where memory allows (`reduces_once`).
 """
@@ -23,7 +23,7 @@ from grao_fast.training.plan.memory import Memory
 from grao_fast.training.plan.size import ModelSize
 from grao_fast.training.plan.work import Layout, Workload
 
-_TOKEN_BYTES = 14  # of a sampled token in a pickle: 5 of its id, 9 of its log-prob
+_TOKEN_BYTES = 18  # of a sampled token in a pickle: 5 of its id, 9 of its log-prob, 4 of its text
 
 
 @dataclass(frozen=True)

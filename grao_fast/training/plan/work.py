@@ -35,7 +35,7 @@ def layouts(processes: int, per_node: int, replicas: int | None) -> dict[Shardin
     """Return the layout of each sharding that is possible.
 
     Args:
-        per_node: processes of a node; at most `processes` count.
+        per_node: processes of a node; where there are fewer in all, those.
         replicas: of "hybrid"; None: one in each node.
 
     Raises:
@@ -50,7 +50,7 @@ def layouts(processes: int, per_node: int, replicas: int | None) -> dict[Shardin
             f"processes_per_node={per_node} does not divide processes={processes}: all nodes run "
             "the same number"
         )
-    if replicas is not None and (replicas < 1 or processes % replicas):
+    if replicas is not None and processes % replicas:
         raise UserError(
             f"replicas={replicas} does not divide processes={processes}: all replicas have the "
             "same number of shards"
@@ -73,6 +73,7 @@ class Workload:
     updates: on the samples of a step.
     kl: whether the policy that training began with is kept and scored.
     recompute: whether layers' activations are recomputed.
+    offload: whether shards, gradients and moments are in the CPU's memory.
     compute_bytes: of an element of weights and activations in computing: 2 for bfloat16.
     max_tokens: token budget of a micro-batch; None: what fits.
     decoded: sequences that Transformers decodes at once.
@@ -89,6 +90,7 @@ class Workload:
     kl: bool
     share_prefix: bool
     recompute: bool
+    offload: bool
     compute_bytes: int
     workspace: int
     max_tokens: int | None
@@ -111,6 +113,7 @@ class Workload:
             kl=config.kl_coef > 0,
             share_prefix=config.share_prefix,
             recompute=config.gradient_checkpointing,
+            offload=config.cpu_offload,
             compute_bytes=4 if config.bf16 is False else 2,
             workspace=(config.workspace_mib or _WORKSPACE_MIB) * _MIB,
             max_tokens=config.max_tokens_per_microbatch,
