@@ -17,6 +17,7 @@ from vllm_server import FakeVLLM, serving
 import grao_fast.trainer
 from grao_fast import Preempted
 from grao_fast.callbacks import Callback
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.state import step_seed
 
@@ -330,6 +331,11 @@ def test_what_samples_ahead_needs(fake, url, tiny_model):
         config(url, 1, vllm_importance_sampling_clip_max=None)
     with pytest.raises(ValueError, match="async_rollouts must be at least 0, got -1"):
         config(url, -1)
+    fake.max_lora_rank = 8
+    with pytest.raises(ValueError, match=r"started with --enable-lora.*set async_rollouts to 1"):
+        load_policy(tiny_model, config=config(url, 2))
+    load_policy(tiny_model, config=config(url, 1))
+    fake.max_lora_rank = None
     fake.without("/is_paused")
     with pytest.raises(ValueError, match=r"cannot pause.*set async_rollouts to 1"):
-        run(tiny_model, Path("nowhere"), config=config(url, 2))
+        load_policy(tiny_model, config=config(url, 2))

@@ -168,6 +168,9 @@ def _requests(model: Path) -> Iterator[tuple[str, dict | None, str]]:
     yield "/server_info?config_format=json", None, KEY
     yield "/no_such_route", None, KEY
     yield "/is_paused", None, KEY
+    for mode in ("abort", "keep"):
+        yield f"/pause?mode={mode}", {}, KEY
+        yield "/resume", {}, KEY
     yield "/pause?mode=wait", {}, KEY
     yield "/is_paused", None, KEY
     yield (

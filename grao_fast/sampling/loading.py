@@ -268,8 +268,7 @@ def _sampler(
             eos_token_ids=eos_token_ids,
             sync_dir=config.vllm_sync_dir,
             api_key=api_key(config.vllm_server_api_key_env),
-            # what rollouts in flight began with, and the new weights; see grao_fast.training.ahead
-            versions=config.async_rollouts + 1 if config.async_rollouts > 1 else 1,
+            samples_on=config.async_rollouts > 1,  # see grao_fast.training.ahead
         )
     return VLLMColocatedSampler(
         tokenizer=tokenizer,

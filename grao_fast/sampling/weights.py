@@ -25,8 +25,8 @@ _PREFIX = "grao-fast-weights-"
 class WeightFolder:
     """Writes checkpoints that `from_pretrained` and vLLM read, each under a name of its own.
 
-    A reader may still have files of an earlier checkpoint mapped, so no name is used twice. The
-    last checkpoint, or the last few adapters, are kept, and deleted with this object.
+    A reader may still have files of an earlier checkpoint mapped, so no name is used twice. Only
+    the last checkpoint is kept, and it is deleted with this object.
 
     Args:
         parent: an existing folder; None: the system's for temporary files.
@@ -48,7 +48,7 @@ class WeightFolder:
         self._lock = only_run_in(Path(self._root.name))  # held for the life of this object
         self._lock.__enter__()
         _clear_left_overs(Path(self._root.name).parent)
-        self._kept: list[Path] = []
+        self._last: Path | None = None
         self._count = 0
 
     def write(self, policy: Policy) -> Path:
@@ -58,26 +58,26 @@ class WeightFolder:
         with named_when_full(folder, folder):
             save_pretrained(model, folder, state_dict=_on_cpu(model, policy.autocast_dtype))
             self._tokenizer.save_pretrained(folder)
-        self._keep_last(folder, 1)
-        return folder
+        return self._only(folder)
 
-    def write_adapter(self, policy: Policy, *, keep: int) -> Path:
-        """Write the policy's only adapter, as peft saves it, to a new folder; keep the last few."""
+    def write_adapter(self, policy: Policy) -> Path:
+        """The policy's only adapter, as peft saves it, in a new folder; see `write`."""
         folder = self._next()
         (name,) = policy.model.peft_config  # pyright: ignore[reportGeneralTypeIssues]
         with named_when_full(folder, folder):
             policy.model.save_pretrained(folder, save_embedding_layers=False)  # pyright: ignore[reportCallIssue]
-        self._keep_last(folder, keep)
+        self._only(folder)
         return folder if name == "default" else folder / name
 
     def _next(self) -> Path:
         self._count += 1
         return Path(self._root.name) / f"weights-{self._count}"
 
-    def _keep_last(self, folder: Path, keep: int) -> None:
-        self._kept.append(folder)
-        while len(self._kept) > keep:
-            shutil.rmtree(self._kept.pop(0))
+    def _only(self, folder: Path) -> Path:
+        if self._last is not None:
+            shutil.rmtree(self._last)
+        self._last = folder
+        return folder
 
 
 def _clear_left_overs(parent: Path) -> None:

@@ -23,8 +23,7 @@ class HandOver(Protocol):
     model: the name to ask for afterwards.
     """
 
-    @property
-    def model(self) -> str: ...
+    model: str
 
     def give(self, policy: Policy) -> None:
         """Give the server the policy's weights; returns when it has them."""
@@ -65,24 +64,16 @@ class WholeModel:
 
 
 class AdapterAlone:
-    """Hands over a LoRA adapter, under a new name each time, since caches go by the name.
+    """Hands over a LoRA adapter, under a new name each time, since caches go by the name."""
 
-    versions: adapters that the server keeps, with their files, since vLLM may read them again for
-        the requests in flight.
-    """
-
-    def __init__(self, client: VLLMClient, folder: WeightFolder, *, versions: int) -> None:
-        self._client, self._folder, self._versions = client, folder, versions
+    def __init__(self, client: VLLMClient, folder: WeightFolder) -> None:
+        self._client, self._folder = client, folder
         self._run, self._count = uuid.uuid4().hex[:12], 0
         self._last: Path | None = None
-        self._names: list[str] = []
-
-    @property
-    def model(self) -> str:
-        return self._names[-1]
+        self.model = ""
 
     def give(self, policy: Policy) -> None:
-        self._last = self._folder.write_adapter(policy, keep=self._versions)
+        self._last = self._folder.write_adapter(policy)
         self.give_again()
 
     def give_again(self) -> None:
@@ -97,19 +88,17 @@ class AdapterAlone:
                 f"the vLLM server did not load the adapter in {str(self._last)!r}; vllm_sync_dir "
                 f"must be a folder that it sees under that path, and may read: {error}"
             ) from error
-        self._names.append(name)
-        old, self._names = self._names[: -self._versions], self._names[-self._versions :]
+        before, self.model = self.model, name
         # A restarted server no longer has the old adapter, and would answer as if without a route.
-        served = {card["id"] for card in self._client.call("get", "/v1/models")["data"]}
-        for name in served.intersection(old):
-            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": name})
+        if before in {card["id"] for card in self._client.call("get", "/v1/models")["data"]}:
+            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": before})
 
     def change(self, policy: Policy) -> Change:
         return Swapped(p for name, p in policy.model.named_parameters() if ".lora_" in name)
 
 
 def choose_hand_over(
-    policy: Policy, client: VLLMClient, folder: WeightFolder, *, model: str, versions: int
+    policy: Policy, client: VLLMClient, folder: WeightFolder, *, model: str
 ) -> HandOver:
     """Choose the adapter alone if the server accepts it, else the whole model.
 
@@ -121,7 +110,7 @@ def choose_hand_over(
         reason = _merged_because(policy.model, info)
         if not reason:
             logger.info("the vLLM server at %s gets the adapter alone", client.base_url)
-            return AdapterAlone(client, folder, versions=versions)
+            return AdapterAlone(client, folder)
         logger.info("the vLLM server gets the adapter merged into its model: %s", reason)
     transfer = info["vllm_config"].get("weight_transfer_config")
     if not transfer:

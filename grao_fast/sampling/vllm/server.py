@@ -42,15 +42,13 @@ class VLLMServerSampler:
         eos_token_ids: tokens that end a completion.
         sync_dir: see `WeightFolder`; the server must see it under the same path.
         api_key: what it was started with as --api-key; None: it asks for none.
-        versions: sets of weights that requests in flight may have begun with. If 1, a hand-over
-            waits for the requests in flight; if more, they go on with the new weights, except where
-            an adapter is handed over alone, which they keep.
+        samples_on: whether requests in flight go on after a hand-over, with the new weights;
+            otherwise a hand-over waits for them.
 
     Raises:
         ConnectionError: no server answers there, or one that fails after retries.
         ValueError: it serves another model, cannot take weights, gives log-probs at temperature 1,
-            refuses the key, cannot pause though `versions` needs it, or openai, its client, is not
-            installed.
+            refuses the key, cannot sample on, or openai, its client, is not installed.
     """
 
     def __init__(
@@ -62,21 +60,19 @@ class VLLMServerSampler:
         eos_token_ids: Iterable[int],
         sync_dir: str | None,
         api_key: str | None = None,
-        versions: int = 1,
+        samples_on: bool = False,
     ) -> None:
         self.client = VLLMClient(base_url, api_key=api_key)
         self.base_url = self.client.base_url
         self.eos_ids = sorted(eos_token_ids)
         self.model, self.context_length = self._find(model)
-        config = self.client.info()["vllm_config"]["model_config"]
+        info = self.client.info()["vllm_config"]
+        config = info["model_config"]
         self._check_logprobs_mode(config["logprobs_mode"])
         self._can_pause = self.client.has("/is_paused")
-        if versions > 1 and not self._can_pause:
-            raise UserError(
-                f"the vLLM server at {self.base_url} cannot pause, as weights that it takes over "
-                "while it samples need: update vLLM, or set async_rollouts to 1"
-            )
-        self._versions = versions
+        self._samples_on = samples_on
+        if samples_on:
+            self._check_samples_on(info)
         self._version = HeldVersion(self.client)
         self._losses = 0  # times that the server was found without the policy's weights
         self._weights_lock = threading.RLock()  # of `_version` and `_losses`
@@ -107,15 +103,25 @@ class VLLMServerSampler:
                 f"distribution it samples from: start it with --logprobs-mode {LOGPROBS_MODE}"
             )
 
+    def _check_samples_on(self, info: dict[str, Any]) -> None:
+        reason = ""
+        if not self._can_pause:
+            reason = "is of a version that cannot pause"
+        elif info.get("lora_config"):  # in vLLM 0.32, scoring a prompt then ends the engine
+            reason = "was started with --enable-lora, where it scores no prompt beside others"
+        if reason:
+            raise UserError(
+                f"the vLLM server at {self.base_url} {reason}: it cannot take over weights while "
+                "it samples; set async_rollouts to 1"
+            )
+
     def sync(self, policy: Policy) -> None:
         """See `Sampler.sync`; returns once a check has proved that the weights arrived.
 
         Raises ValueError where it has others, ConnectionError where they do not reach it.
         """
         if self._hand_over is None:
-            self._hand_over = choose_hand_over(
-                policy, self.client, self._folder, model=self.model, versions=self._versions
-            )
+            self._hand_over = choose_hand_over(policy, self.client, self._folder, model=self.model)
         if not self._held.is_proved:
             change = self._hand_over.change(policy)
             self._held.first(policy, self._give, self._score, change=change)
@@ -127,7 +133,7 @@ class VLLMServerSampler:
         """Hand over the policy's weights, or the last ones again, while the server pauses."""
         way = self._hand_over
         assert way is not None, "sync before the first sample"
-        mode: PauseMode = "wait" if self._versions == 1 else "keep"
+        mode: PauseMode = "keep" if self._samples_on else "wait"
         with self._weights_lock:
             if self._version.is_lost():
                 self._losses += 1
