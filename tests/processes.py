@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401, imported before the fork, as the next ones are
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 from tqdm import tqdm
+
+import grao_fast.trainer  # noqa: F401
 
 _LOOK = 0.01  # seconds between two looks at processes that run
 

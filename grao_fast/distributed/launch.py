@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from grao_fast.distributed.watch import watched
+from grao_fast.distributed.links import Links
+from grao_fast.distributed.watch import end_together
 from grao_fast.distributed.world import World
+from grao_fast.system import interruption
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, quiet
 
@@ -62,12 +64,14 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
         local_size=_local_size(),
         group=group,
     )
-    try:
-        with quiet(unless=world.is_main), watched(world, heartbeat_timeout=heartbeat_timeout):
-            yield world
-    finally:
-        if started:
-            dist.destroy_process_group()
+    with ExitStack() as stack:
+        links = stack.enter_context(Links(world, heartbeat_timeout=heartbeat_timeout))
+        # inside of the links, as it may hang after a failure
+        stack.callback(dist.destroy_process_group, None if started else group)
+        stack.enter_context(quiet(unless=world.is_main))
+        interruption.show(world.is_main)
+        stack.enter_context(end_together(world, links))
+        yield world
 
 
 def _join(device_type: str, timeout: timedelta) -> None:

@@ -66,12 +66,17 @@ class World:
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
         self._group = group  # of gloo: objects and small numbers, on the CPU
-        self._shared: BaseException | None = None
+        self._shared: list[BaseException] = []  # raised in all processes
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files and the console of the run."""
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """This process's name in messages."""
+        return f"rank {self.rank} of {self.size}"
 
     def each(self, attempt: Callable[[], R], *, held: bool = False) -> list[R]:
         """Call `attempt` in every process; returns the results of all, by rank.
@@ -150,7 +155,7 @@ class World:
 
     def is_shared(self, error: BaseException | None) -> bool:
         """Whether all processes have raised for this error, and can still work together."""
-        while error is not None and error is not self._shared:
+        while error is not None and not any(error is shared for shared in self._shared):
             error = error.__cause__ or error.__context__
         return self.size == 1 or error is not None
 
@@ -174,11 +179,10 @@ class World:
             self._stop(signals[0])
         rank, failure = failures[0]
         if rank != self.rank or own is None:
-            self._shared = PeerFailed(rank, failure.message)
-            raise self._shared from own
-        if own.args and isinstance(own.args[0], str):
-            own.args = (f"rank {rank} of {self.size}: {own.args[0]}", *own.args[1:])
-        self._shared = own
+            own = PeerFailed(rank, failure.message)
+        elif own.args and isinstance(own.args[0], str):
+            own.args = (f"{self.name}: {own.args[0]}", *own.args[1:])
+        self._shared.append(own)
         raise own
 
     def _stop(self, signum: int) -> None:
@@ -186,7 +190,7 @@ class World:
         try:
             interruption.stop(signum)
         except interruption.Stop as stop:
-            self._shared = stop
+            self._shared.append(stop)
             raise
 
 

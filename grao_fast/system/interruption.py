@@ -35,6 +35,8 @@ _PATIENCE = 2.0  # seconds after which a signal is sent again to code that has n
 class Preempted(SystemExit):
     """A run that SIGTERM or SIGHUP has stopped, after saving the steps that were done.
 
+    Of several processes, Ctrl-C raises it too, in all but the first, as it is shown once.
+
     Uncaught, it ends the process with `code`, 128 + the number of the signal: 143 or 129, as a
     shell reports a process that a signal ended. To continue, run the same script again with
     `resume_from_checkpoint="auto"`.
@@ -74,12 +76,14 @@ class Interruption:
     signum: the signal that came; None if none has.
     aborted: whether Ctrl-C came after it, so that nothing more is to be saved.
     checkpoint: the checkpoint to resume from, which the run sets.
+    is_shown: whether this process of several shows that Ctrl-C came, by KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.aborted = False
         self.checkpoint: Path | None = None
+        self.is_shown = True
         self._previous: dict[int, Any] = {}
         self._raises = False  # whether a signal raises now
         self._outside: list[bool] = []  # the value of _raises outside of each mode entered
@@ -110,13 +114,14 @@ class Interruption:
         if self.signum is None:
             return
         # Raise even if the run ended normally, so that the caller learns of the signal. Another
-        # error is a consequence of the signal, as when a sampler's process received it too.
-        if error is not None and not isinstance(error, Stop):
+        # error is a consequence of the signal, as when a sampler's process received it too; a
+        # SystemExit is a silent one.
+        if error is not None and not isinstance(error, (Stop, SystemExit)):
             logger.warning("%s after the signal: %s", type(error).__name__, error)
         own_handler = self._previous.get(self.signum)  # none for a signal of another process
         if callable(own_handler) and own_handler is not signal.default_int_handler:
             own_handler(self.signum, None)
-        if self.signum == signal.SIGINT:
+        if self.signum == signal.SIGINT and self.is_shown:
             raise KeyboardInterrupt("stopped by Ctrl-C") from None
         raise Preempted(self.signum, self.checkpoint) from None
 
@@ -258,6 +263,12 @@ def resumes_from(checkpoint: Path | None) -> None:
     """Set the checkpoint from which a run that is stopped can be resumed."""
     if _active is not None:
         _active.checkpoint = checkpoint
+
+
+def show(is_shown: bool) -> None:
+    """Set whether this process of several is the one that shows that Ctrl-C came."""
+    if _active is not None:
+        _active.is_shown = is_shown
 
 
 def _here() -> Interruption | None:
