@@ -15,9 +15,7 @@ from grao_fast.sampling.loading import load_policy
 
 def on_cuda(model_type: str) -> SimpleNamespace:
     """What `use_liger_layers` reads of a model."""
-    return SimpleNamespace(
-        device=torch.device("cuda"), config=SimpleNamespace(model_type=model_type)
-    )
+    return SimpleNamespace(config=SimpleNamespace(model_type=model_type))
 
 
 @pytest.fixture
@@ -35,13 +33,13 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def test_its_layers_go_into_the_model_and_its_losses_do_not(liger: list[dict]):
     model = on_cuda("llama")
-    use_liger_layers(model)
+    use_liger_layers(model, torch.device("cuda"))
     assert liger == [{"model": model, "cross_entropy": False, "fused_linear_cross_entropy": False}]
 
 
 def test_a_type_it_does_not_know_is_refused(liger: list[dict]):
     with pytest.raises(ValueError, match="no layers for model type 'opt'"):
-        use_liger_layers(on_cuda("opt"))
+        use_liger_layers(on_cuda("opt"), torch.device("cuda"))
     assert not liger
 
 
@@ -49,7 +47,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(ValueError, match=r"grao-fast\[liger\]"):
-        use_liger_layers(on_cuda("llama"))
+        use_liger_layers(on_cuda("llama"), torch.device("cuda"))
 
 
 def test_it_is_off_on_a_cpu_and_said_to_be(tiny_model, liger: list[dict], caplog):

@@ -17,6 +17,7 @@ from grao_fast.models.adapters import (
     UNLOADABLE,
     check_adapter_config,
     differing_keys,
+    outline_adapter,
     said_twice,
 )
 from grao_fast.system.errors import UserError, explained
@@ -142,6 +143,23 @@ def open_adapter(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> 
             f"{differing_keys(missing, unexpected)}"
         )
     return peft_model
+
+
+def holds_lora_alone(adapter: AdapterFolder) -> bool:
+    """Whether a saved adapter has no tensors but LoRA's matrices, such as embeddings."""
+    from peft import load_peft_weights
+
+    with explained(f"cannot read the weights of adapter {adapter.path!r}", *UNLOADABLE):
+        weights = load_peft_weights(adapter.path, device="cpu", **adapter.subfolder)
+    return all(".lora_A." in key or ".lora_B." in key for key in weights)
+
+
+def open_outline(model: nn.Module, adapter: AdapterFolder, peft_config: Any) -> nn.Module:
+    """Wrap a model on the device "meta" in a saved adapter, without reading its weights."""
+    from peft import load_peft_weights
+
+    _fit_vocabulary(model, load_peft_weights(adapter.path, device="cpu", **adapter.subfolder))
+    return outline_adapter(model, peft_config, name=adapter.name)
 
 
 def _fit_vocabulary(model: Any, weights: Mapping[str, Tensor]) -> None:

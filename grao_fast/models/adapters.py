@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _NOT_COMPUTED = (
 )
 # LoRA initialisations for which peft subtracts the first weights from the base model.
 _TAKEN_OUT = ("corda", "lora_ga", "olora", "pissa")
+# Options of LoRA for which its first weights are computed or copied from the base model's.
+_READING_BASE = ("layer_replication", "modules_to_save", "trainable_token_indices", "use_dora")
 _MERGE_OR_CONTINUE = (
     "leave peft_config out to continue that adapter, or merge it first (model.merge_and_unload()) "
     "and pass what that returns"
@@ -219,6 +222,28 @@ def load_adapters(model: Any, folder: Path) -> None:
 def alters_base(peft_config: Any) -> bool:
     """Whether initialising the adapter subtracts its first weights from the base model."""
     return getattr(peft_config, "init_lora_weights", None) in _TAKEN_OUT
+
+
+def is_drawn_alone(peft_config: Any) -> bool:
+    """Whether a new adapter's weights depend on random numbers alone, not on the base model's."""
+    return (
+        peft_config.peft_type == "LORA"
+        and peft_config.init_lora_weights in (True, False, "gaussian", "orthogonal")
+        and not any(getattr(peft_config, option, None) for option in _READING_BASE)
+    )
+
+
+def outline_adapter(model: nn.Module, peft_config: Any, *, name: str) -> nn.Module:
+    """Wrap a model on the device "meta" in an adapter of that name, which is on "meta" too."""
+    from peft import get_peft_model
+
+    config = copy(peft_config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # others would decompose weights that have no values
+    wrapped = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = peft_config.init_lora_weights
+    return wrapped
 
 
 @torch.no_grad()

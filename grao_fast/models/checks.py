@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grao_fast.models.attention.frequencies import release_frequencies
+from grao_fast.models.sharding import local, own_class
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
@@ -117,17 +118,21 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise UserError for the first parameter that holds NaN or infinite numbers."""
+    """Raise UserError for the first parameter that holds NaN or infinite numbers.
+
+    Of sharded parameters, this process's shards are checked.
+    """
+    shards = {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
     extremes = {
-        name: torch.stack(parameter.detach().aminmax()).float()
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel()
+        name: torch.stack(shard.aminmax()).float()
+        for name, shard in shards.items()
+        if shard.is_floating_point() and shard.element_size() > 1 and shard.numel()
     }
     for name, extreme_2 in extremes.items():
         if not bool(extreme_2.isfinite().all()):
             raise UserError(
-                f"parameter {name!r} of {type(model).__name__} holds NaN or infinite numbers: the "
-                "model would answer with them alone; load weights that are whole"
+                f"parameter {name!r} of {own_class(model).__name__} holds NaN or infinite numbers: "
+                "the model would answer with them alone; load weights that are whole"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from grao_fast.system.errors import UserError
@@ -11,8 +12,10 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 
-def use_liger_layers(causal_lm: PreTrainedModel) -> None:
+def use_liger_layers(causal_lm: PreTrainedModel, device: torch.device) -> None:
     """Replace a model's layers by Liger's, as Trainer does; ignored on a CPU, with a log line.
+
+    device: on which the model will run.
 
     Liger's losses are not used, since `linear_grao_loss` replaces head and loss. Liger replaces
     rotary embeddings in the module of the model's type, hence in all such models of this process.
@@ -20,8 +23,8 @@ def use_liger_layers(causal_lm: PreTrainedModel) -> None:
     Raises:
         UserError: Liger is not installed, or does not know the model's type.
     """
-    if causal_lm.device.type != "cuda":
-        logger.info("use_liger_kernel is off: it needs CUDA, this run is on %s", causal_lm.device)
+    if device.type != "cuda":
+        logger.info("use_liger_kernel is off: it needs CUDA, this run is on %s", device)
         return
     import_optional("liger_kernel", extra="liger", option="use_liger_kernel")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

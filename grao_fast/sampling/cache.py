@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.router import no_router_loss
+from grao_fast.models.sharding import own_class
 from grao_fast.system.errors import UserError, first_line
 
 # Tokens that a full layer is enlarged by.
@@ -134,7 +135,7 @@ def kept_by(model: PreTrainedModel, dtype: torch.dtype | None) -> Kept:
         with autocast, no_router_loss(model):
             output = model(input_ids=ids, use_cache=True)
     except MODEL_ERRORS as error:
-        raise UserError(f"{type(model).__name__} cannot run: {first_line(error)}") from error
+        raise UserError(f"{own_class(model).__name__} cannot run: {first_line(error)}") from error
     finally:
         model.train(training)
     held = dict(output.items())

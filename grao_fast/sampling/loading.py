@@ -167,9 +167,10 @@ def load_policy(
             or Liger that cannot serve, or a vLLM that cannot.
         ConnectionError: no vLLM server answers.
     """
-    placement = Placement.of(config, World() if world is None else world)
+    world = World() if world is None else world
+    placement = Placement.of(config, world)
     device, dtype = placement.device, placement.compute_dtype
-    model, tokenizer, base_digest = load_model(
+    source = load_model(
         model,
         device=device,
         bf16=dtype is not None,
@@ -177,16 +178,21 @@ def load_policy(
         peft_config=peft_config,
         trained=trained,
         liger=config.use_liger_kernel,
+        world=world,
     )
-    check_weights(model)
+    model, tokenizer, base_digest = source.model, source.tokenizer, source.base_digest
     causal_lm = causal_lm_of(model)
     _prepare(model, causal_lm, recompute=config.gradient_checkpointing, trained=trained)
-    kept = kept_by(causal_lm, dtype)
-    if config.share_prefix:
-        check_sharing(causal_lm, kept)
     transform = LogitTransform.from_config(causal_lm.config.get_text_config())
     router = Router.of(causal_lm)
     defers_reduction = placement.shard(model, causal_lm)
+    if source.outline is not None:
+        source.outline.fill(device, cpu_offload=placement.cpu_offload)
+    world.each(lambda: check_weights(model))
+    with gathered(causal_lm):
+        kept = world.each(lambda: kept_by(causal_lm, dtype))[0]
+    if config.share_prefix:
+        check_sharing(causal_lm, kept)
     policy = Policy(
         model=model,
         causal_lm=causal_lm,
