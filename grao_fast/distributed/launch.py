@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ _NAMES = {
     "RANK": "SLURM_PROCID",
     "LOCAL_RANK": "SLURM_LOCALID",
 }
+_stores: list[dist.Store] = []  # of the launch, by which its processes find each other
+_joins = count(1)
 
 
 def processes() -> int:
@@ -81,11 +84,16 @@ def _join(device_type: str, timeout: timedelta) -> None:
                 f"WORLD_SIZE is {processes()} and {name} is not set: start the processes with "
                 "torchrun, or with srun and MASTER_ADDR and MASTER_PORT of the first node"
             )
+    rank, size = _launched("RANK", 0), processes()
+    if not _stores:
+        # kept, as one store cannot be opened twice: a launch may train several times
+        _stores.append(next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
     dist.init_process_group(
         "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore(f"grao-fast/{next(_joins)}", _stores[0]),
         timeout=timeout,
-        rank=_launched("RANK", 0),
-        world_size=processes(),
+        rank=rank,
+        world_size=size,
     )
 
 

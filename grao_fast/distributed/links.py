@@ -29,6 +29,8 @@ _TO_CONNECT = 30.0  # seconds
 _GRACE = 10.0  # seconds in which a process may end by itself
 _BYE = b"bye"
 _TOKEN = 16  # bytes
+_KILLED = "died without an error of its own, as a process does that is killed for lack of memory"
+_SILENT = "is suspended or cut off: no heartbeat (heartbeat_timeout) for"
 
 
 class Ending(NamedTuple):
@@ -119,7 +121,7 @@ class Links:
                     del heard[connection]
             for connection, last in heard.items():
                 if now - last > self._heartbeat_timeout:
-                    self._settle(self._death(connection, f"silent for {now - last:.0f} s"))
+                    self._settle(self._death(connection, f"{_SILENT} {now - last:.0f} s"))
         self._known.set()  # nothing more is to come
         if not self._left.wait(_GRACE) and self.ending is not None:
             if self.ending.told_by == self._world.rank:
@@ -131,7 +133,7 @@ class Links:
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):
-            self._settle(self._death(connection, "killed, perhaps for lack of memory"))
+            self._settle(self._death(connection, _KILLED))
             return False
         if message not in (b"", _BYE):
             self._settle(Ending(*json.loads(message)))
@@ -145,7 +147,7 @@ class Links:
         """
         world, rank = self._world, self._connections[connection]
         tells = world.is_main or world.rank == 1 or world.local_rank == 0
-        message = f"rank {rank} of {world.size} ended without an error of its own: {how}{resume()}"
+        message = f"rank {rank} of {world.size} {how}{resume()}"
         return Ending(rank, world.rank if tells else rank, message, died=True)
 
     def _send(self, message: bytes) -> None:

@@ -20,6 +20,10 @@ class ProcessDied(RuntimeError):
     """A process of the run was killed, or its machine is gone."""
 
 
+class SlowProcess(RuntimeError):
+    """A process kept the others waiting for longer than `ddp_timeout`."""
+
+
 @contextmanager
 def end_together(world: World, links: Links) -> Iterator[None]:
     """A context that ends in every process if it ends by an error in one, or if one dies.
@@ -58,7 +62,14 @@ def _end(world: World, links: Links, error: BaseException) -> NoReturn:
         raise PeerFailed(ending.rank, ending.message) from error
     if ending.died:
         raise ProcessDied(ending.message) from None
-    if error.args and isinstance(error.args[0], str):
-        behind = "" if world.is_main else resume()  # rank 0 logs it
-        error.args = (f"{world.name}: {error.args[0]}{behind}", *error.args[1:])
+    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+        raise SlowProcess(
+            f"{world.name} waited longer than ddp_timeout for the others: one of them hangs, or "
+            f"takes much longer than the others for its share{_behind(world)}"
+        ) from error
+    world.put_name(error, _behind(world))
     raise error
+
+
+def _behind(world: World) -> str:
+    return "" if world.is_main else resume()  # rank 0 has logged it

@@ -91,14 +91,17 @@ class World:
         if self.size == 1:
             with stops:
                 return [attempt()]
-        result, error = None, None
+        error = None
         try:
             with stops:
                 result = attempt()
+            sent = pickle.dumps((result, None))
         except BaseException as caught:  # of any kind: the others must not wait for this process
             error = caught
-        failure = None if error is None else _failure(error)
-        outcomes = self._gathered(result, failure)
+            sent = pickle.dumps((None, _failure(caught)))
+        received = [b""] * self.size
+        dist.all_gather_object(received, sent, group=self._group)
+        outcomes: list[tuple[R, _Failure | None]] = [pickle.loads(each) for each in received]
         failures = [(rank, f) for rank, (_, f) in enumerate(outcomes) if f is not None]
         if not failures:
             return [value for value, _ in outcomes]
@@ -159,18 +162,14 @@ class World:
             error = error.__cause__ or error.__context__
         return self.size == 1 or error is not None
 
-    def _gathered(
-        self, result: R | None, failure: _Failure | None
-    ) -> list[tuple[R, _Failure | None]]:
-        """The outcomes of all processes. A result that cannot be sent is a failure."""
-        try:
-            sent = pickle.dumps((result, failure))
-        except Exception as error:  # of any kind: results hold objects of users
-            what = f"{type(result).__name__} cannot be sent to the other processes"
-            sent = pickle.dumps((None, _Failure(f"{what}: {one_line(error)}", None)))
-        received = [b""] * self.size
-        dist.all_gather_object(received, sent, group=self._group)
-        return [pickle.loads(each) for each in received]
+    def put_name(self, error: BaseException, behind: str = "") -> None:
+        """Put this process's name before the message of an error, and `behind` behind it."""
+        if isinstance(error, OSError) and error.strerror:
+            error.strerror = f"{self.name}: {error.strerror}{behind}"
+        elif not error.args:
+            error.args = (f"{self.name}{behind}",)
+        elif isinstance(error.args[0], str):
+            error.args = (f"{self.name}: {error.args[0]}{behind}", *error.args[1:])
 
     def _raise(self, failures: list[tuple[int, _Failure]], own: BaseException | None) -> None:
         """Raise what `each` raises."""
@@ -178,10 +177,11 @@ class World:
         if signals:
             self._stop(signals[0])
         rank, failure = failures[0]
-        if rank != self.rank or own is None:
+        if rank != self.rank:
             own = PeerFailed(rank, failure.message)
-        elif own.args and isinstance(own.args[0], str):
-            own.args = (f"{self.name}: {own.args[0]}", *own.args[1:])
+        else:
+            assert own is not None
+            self.put_name(own)
         self._shared.append(own)
         raise own
 

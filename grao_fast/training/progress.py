@@ -82,7 +82,7 @@ class Progress:
         try:
             yield
         except Exception as error:  # of any kind: of a disk, of a library, of a model's own
-            self.rescue()
+            self.rescue(together=self.loaded.policy.world.is_shared(error))
             kept = "no step has been saved"
             if self.saver.checkpoint is not None:
                 kept = f"step {self.saver.step} is in {str(self.saver.checkpoint)!r}"

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from grao_fast.distributed.world import World
+from grao_fast.distributed.world import PeerFailed, World
 from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import checkpoint_path, delete_old
@@ -71,10 +71,8 @@ class Saver:
             elsewhere = self._world.main(
                 lambda: Path(tempfile.mkdtemp(prefix="grao-fast-rescued-")), held=True
             )
-        except OSError as error:
-            logger.error(
-                "step %d could not be saved among temporary files: %s", step, one_line(error)
-            )
+        except (OSError, PeerFailed) as error:
+            _report(f"step {step} could not be saved among temporary files", error)
             return
         if not self._rescued_in(elsewhere, step):
             self._world.main(elsewhere.rmdir, held=True)
@@ -92,13 +90,13 @@ class Saver:
             try:
                 self._save(checkpoint_path(folder, step), step, bare=bare)
                 return True
-            except Exception as error:  # of any kind: of a disk, of a library, of a model's own
-                logger.error(
-                    "step %d could not be saved in %s: %s",
-                    step, folder, one_line(error),
-                )  # fmt: skip
-                if isinstance(error, OSError):  # a disk error, which bare weights would meet too
-                    return False
+            # of any kind: of a disk, of a library, of a model's own
+            except (Exception, PeerFailed) as error:
+                if not self._world.is_shared(error):
+                    raise
+                _report(f"step {step} could not be saved in {folder}", error)
+                if any(self._world.gather(isinstance(error, OSError))):
+                    return False  # a disk error, which bare weights would meet too
         return False
 
     def _delete_old(self, newest: Path) -> None:
@@ -107,3 +105,9 @@ class Saver:
     def _save(self, path: Path, step: int, *, bare: bool = False) -> None:
         self._write(path, step, bare)
         self.checkpoint, self.step = path, step
+
+
+def _report(what: str, error: BaseException) -> None:
+    """Log an error, in the process that it came from."""
+    if not isinstance(error, PeerFailed):
+        logger.error("%s: %s", what, one_line(error))
