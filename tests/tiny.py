@@ -36,7 +36,7 @@ def character_tokenizer(*special: str, chat_template: str | None = CHAT_TEMPLATE
     return tokenizer
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, *, tied: bool = True) -> Path:
     """Save a random two-layer Llama of 64 dimensions, and a tokenizer of characters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def save_tiny_model(folder: Path) -> Path:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=1,

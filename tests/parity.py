@@ -1,0 +1,194 @@
+"""Runs that several processes must train as one process does, and what they are compared by.
+
+As a script, prints the differences of 1, 2 and 4 processes over 40 steps:
+
+    python tests/parity.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import launch
+from tiny import character_tokenizer, save_tiny_model
+
+import grao_fast
+from grao_fast.config import GRAOConfig
+
+CONFIG = GRAOConfig(
+    num_generations=4,
+    max_new_tokens=8,
+    prompts_per_step=6,
+    max_tokens_per_microbatch=150,
+    learning_rate=1e-3,
+    temperature=1.0,
+    save_steps=0,
+    log_completions_steps=1,
+    disable_tqdm=True,
+    device="cpu",
+    sharding="full",
+)
+ROWS = [
+    {
+        "prompt": "abcdefg"[: 1 + i % 7] * (1 + i % 4),
+        "reference": "gfedcba"[: 1 + i % 5],
+        "place": i,
+    }
+    for i in range(20)
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of run.
+
+    model: "tied", "untied" or the name of a family in `families`.
+    dead: the share of prompts whose rewards are all equal.
+    processes: the largest number of processes that it is run with.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    model: str = "tied"
+    lora: bool = False
+    dead: float = 0.0
+
+
+VARIANTS = {
+    "tied": Variant(),
+    "untied": Variant(model="untied"),
+    "none": Variant({"sharding": "none"}),
+    "hybrid": Variant({"sharding": "hybrid", "replicas": 2}),
+    "LoRA": Variant(lora=True),
+    "KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}),
+    "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
+    "half dead": Variant(dead=0.5),
+    "nine tenths dead": Variant(dead=0.9),
+    "odd counts": Variant({"prompts_per_step": 5, "max_tokens_per_microbatch": 60}),
+    "three prompts": Variant({"prompts_per_step": 3}),
+    "padded": Variant({"share_prefix": False}),
+    "mixture": Variant(model="Qwen3Moe"),
+    "mixture, odd": Variant({"prompts_per_step": 5, "max_tokens_per_microbatch": 60}, "Mixtral"),
+}
+
+
+def reward_of(dead: float) -> Any:
+    """A reward that is the same for all samples of a share of the prompts."""
+
+    def vowels(completions: list[str], place: list[int], **columns: Any) -> list[float]:
+        pairs = zip(completions, place, strict=True)
+        return [
+            0.5 if (7 * n) % 20 < 20 * dead else sum(map(text.count, "aeiou")) / (1 + len(text))
+            for text, n in pairs
+        ]
+
+    return vowels
+
+
+def model_of(kind: str, folder: Path) -> tuple[Any, Any]:
+    """A model, as a folder or in memory, and its tokenizer."""
+    if kind in ("tied", "untied"):
+        if not folder.exists():
+            save_tiny_model(folder, tied=kind == "tied")
+        return folder, None
+    from families import family_model
+
+    tokenizer = character_tokenizer(chat_template=None)
+    return family_model(kind, vocab_size=len(tokenizer), max_position_embeddings=128), tokenizer
+
+
+def run(variant: Variant, output: Path, models: Path, *, steps: int) -> dict[str, torch.Tensor]:
+    """Train in this process, or as one of several; returns the whole weights."""
+    model, tokenizer = model_of(variant.model, models / variant.model)
+    peft_config = None
+    if variant.lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    result = grao_fast.train(
+        model,
+        ROWS,
+        reward_of(variant.dead),
+        config=CONFIG.replace(max_steps=steps, **variant.options),
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+        output_dir=output,
+    )
+    return {name: tensor.detach() for name, tensor in result.model.state_dict().items()}
+
+
+def differences(one: Path, other: Path) -> dict[str, float]:
+    """The largest differences of two runs in rewards, losses and weights; where samples differ."""
+    ours, theirs = (_lines(folder / "metrics.jsonl") for folder in (one, other))
+    texts = [
+        [row["completions"] for row in _lines(folder / "completions.jsonl")]
+        for folder in (one, other)
+    ]
+    assert len(ours) == len(theirs) and len(texts[0]) == len(texts[1])
+
+    def off(name: str) -> float:
+        return max(abs((a[name] or 0) - (b[name] or 0)) for a, b in zip(ours, theirs, strict=True))
+
+    weights, others = _weights(one), _weights(other)
+    assert weights.keys() == others.keys()
+    pairs = list(zip(*texts, strict=True))
+    return {
+        "samples": sum(a != b for a, b in pairs) / len(pairs),
+        "reward": off("reward"),
+        "loss": off("loss"),
+        "grad_norm": off("grad_norm"),
+        "tokens": off("tokens"),
+        "weights": max(float((weights[k] - others[k]).abs().max()) for k in weights),
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _weights(output: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted((output / "final").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def run_all(
+    names: list[str], folder: Path, size: int, *, steps: int, options: dict[str, Any]
+) -> None:
+    """Run variants one after another in `size` processes that are started once."""
+
+    def body(rank: int) -> None:
+        torch.set_num_threads(1)
+        for name in names:
+            variant = VARIANTS[name]
+            chosen = Variant(variant.options | options, variant.model, variant.lora, variant.dead)
+            run(chosen, folder / f"{name} {size}", folder / "models", steps=steps)
+
+    (folder / "printed").mkdir(parents=True, exist_ok=True)
+    for kind in ("tied", "untied"):
+        model_of(kind, folder / "models" / kind)
+    ended = launch(body, folder / "printed", size=size, timeout=3600)
+    assert all(process.status == 0 for process in ended), [process.stderr for process in ended]
+
+
+def main(folder: Path) -> None:
+    names = list(VARIANTS)
+    for size in (1, 2, 4):
+        skipped = {"hybrid"} if size < 4 else set()
+        run_all([n for n in names if n not in skipped], folder, size, steps=40, options={})
+    for name in names:
+        one = folder / f"{'tied' if name == 'hybrid' else name} 1"
+        for size in (2, 4):
+            other = folder / f"{name} {size}"
+            if other.exists():
+                off = "  ".join(f"{k} {v:.2g}" for k, v in differences(one, other).items())
+                print(f"{name:24} {size} processes: {off}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
