@@ -80,9 +80,9 @@ class GRAOConfig:
             None: the model's limit.
         vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of every
             sampled token, which corrects for vLLM's different numerics; None: no weight.
-        async_rollouts: N, the most updates that the policy may be ahead of the weights which began
-            to sample a rollout. The server samples the rollouts of the next N steps while the
-            policy is updated; 0 waits for each. Needs vllm_mode="server".
+        async_rollouts: N, the most steps that the policy may be ahead of the weights which began to
+            sample a rollout. The server samples the rollouts of the next N steps while the policy
+            is updated; 0 waits for each. Needs vllm_mode="server".
 
     Optimisation:
         prompts_per_step: the number of prompts in a step.

@@ -1,8 +1,8 @@
 """Sampling the rollouts of later steps while the policy learns from an earlier one.
 
 With `ahead=N`, the rollout of step s begins to be sampled when the sampler takes over the weights
-of s - N updates (of 0 updates for the first N + 1 rollouts), in a thread, and is learned from
-after s updates: it is at most N updates stale.
+after s - N steps (after none for the first N + 1 rollouts), in a thread. The policy learns from it
+after s steps, so that it is at most N steps stale.
 
 With N = 1 a hand-over of weights waits for the one rollout in flight, so that every rollout is
 sampled with one set of weights. If larger N waited too, the next hand-over would wait for the
@@ -36,7 +36,7 @@ _ABORT_EVERY = 0.5  # seconds; a request may reach the sampler just after an abo
 class Sampled:
     """The completions of this process's share of a step's prompts, sampled ahead.
 
-    staleness: updates of the policy since the sampling began.
+    staleness: steps of the policy since the sampling began.
     seconds: that the sampling took.
     waited: seconds that the run waited for it.
     """
@@ -49,9 +49,12 @@ class Sampled:
 
 @dataclass
 class _InFlight:
-    """A rollout that has begun. The future gives its completions and the seconds they took."""
+    """A rollout that has begun. The future gives its completions and the seconds they took.
 
-    updates: int
+    began: steps that the sampler's weights had then.
+    """
+
+    began: int
     future: Future[tuple[Completions, float]]
     waited: float = 0.0
 
@@ -70,8 +73,8 @@ class SamplingAhead:
         sample: sample(step) returns the completions of this process's share of a step's prompts.
             It is called in threads, which must not touch the policy.
         sampler: that it samples with; where anything is sampled ahead, a ConcurrentSampler.
-        ahead: most updates between the weights of a rollout's first tokens and the policy that
-            learns from it.
+        ahead: most steps between the weights of a rollout's first tokens and the policy that learns
+            from it.
         steps: of the run; nothing is sampled for later ones.
         world: the processes of the run, which wait for each other's shares.
     """
@@ -90,13 +93,13 @@ class SamplingAhead:
         self._in_flight: dict[int, _InFlight] = {}
         self._threads = DaemonExecutor(ahead) if ahead else None
 
-    def begin(self, updates: int) -> None:
-        """Begin the rollouts that are due when the sampler has the weights of `updates` updates."""
+    def begin(self, done: int) -> None:
+        """Begin the rollouts that are due when the sampler has the weights after `done` steps."""
         if self._threads is None:
             return
-        for step in range(updates, min(updates + self._ahead + 1, self._steps)):
+        for step in range(done, min(done + self._ahead + 1, self._steps)):
             if step not in self._in_flight:
-                self._in_flight[step] = _InFlight(updates, self._threads.submit(self._timed, step))
+                self._in_flight[step] = _InFlight(done, self._threads.submit(self._timed, step))
 
     def settle(self) -> None:
         """Wait until the sampler may take over other weights.
@@ -116,7 +119,7 @@ class SamplingAhead:
         rollout = self._in_flight[step]
         completions, seconds = self._world.together(rollout.finish)
         del self._in_flight[step]
-        return Sampled(completions, step - rollout.updates, seconds, rollout.waited)
+        return Sampled(completions, step - rollout.began, seconds, rollout.waited)
 
     def close(self) -> None:
         """Give up the rollouts in flight, and wait until their threads have ended."""

@@ -33,7 +33,7 @@ class Rollout:
     rewards_NK, advantages_NK: float64 on the CPU, NaN where absent.
     per_function: mean reward over the samples of each reward function.
     seconds: by phase: "sample", "reward", and "wait" where the samples were sampled ahead.
-    staleness: updates of the policy since the sampling began; None: sampled when they were needed.
+    staleness: steps of the policy since the sampling began; None: sampled when they were needed.
     """
 
     prompts: Sequence[Encoded]
