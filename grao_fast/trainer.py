@@ -27,7 +27,7 @@ from grao_fast.models.attention.frequencies import (
     longest_context,
     release_frequencies,
 )
-from grao_fast.models.checks import restores_models
+from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import NoTracker, Tracker, check_trackers
@@ -115,7 +115,6 @@ def train(
     are handled in the main thread only, and only while `train` runs.
     """
     config = config or GRAOConfig()
-    check_callbacks(callbacks)
     with ExitStack() as stack:
         world = stack.enter_context(
             launched(
@@ -124,6 +123,7 @@ def train(
                 heartbeat_timeout=config.heartbeat_timeout,
             )
         )
+        world.together(lambda: _check_arguments(model, callbacks))
         output, checkpoint = world.main(
             lambda: _open_output(stack, output_dir, resume_from_checkpoint)
         )
@@ -160,6 +160,11 @@ def train(
             loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )
         return run.train(checkpoint)
+
+
+def _check_arguments(model: object, callbacks: Sequence[Callback]) -> None:
+    check_given("model", model)
+    check_callbacks(callbacks)
 
 
 def _open_output(

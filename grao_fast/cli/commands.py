@@ -26,6 +26,7 @@ from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, tra
 from grao_fast.cli.plan import plan_command
 from grao_fast.cli.yaml_files import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
+from grao_fast.distributed import launcher
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.interruption import Preempted
 from grao_fast.system.optional import import_optional
@@ -60,12 +61,12 @@ def _main(arguments: list[str]) -> int:
         for file in config_files(arguments):
             check_no_key_twice(file)
     except UserError as error:
-        return _fail(str(error))
+        return _refuse(str(error))
     try:
         parsed = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         hints = commands[command].hints if command in commands else {}
-        return _fail(explain(error.message, command if hints else "", hints, list(commands)))
+        return _refuse(explain(error.message, command if hints else "", hints, list(commands)))
     options = parsed[parsed.command].as_dict()
     options.pop("config", None)
     log = logging.StreamHandler()
@@ -79,16 +80,28 @@ def _main(arguments: list[str]) -> int:
     try:
         commands[parsed.command].run(options)
     except Preempted as stop:
-        _say(_how_to_resume(str(stop), arguments, options))
+        _say_once(_how_to_resume(str(stop), arguments, options))
         return 128 + stop.signum
     except KeyboardInterrupt:
-        _say(_how_to_resume("interrupted", arguments, options))
+        _say_once(_how_to_resume("interrupted", arguments, options))
         return EXIT_INTERRUPTED
     except UserError as error:
         return _fail(one_line(error) + (f" ({error.place})" if error.place else ""))
     except (OSError, FloatingPointError) as error:  # a file failed, or training diverged
         return _fail(one_line(error))
     return 0
+
+
+def _refuse(message: str) -> int:
+    """Print an error of the command itself; once, if several processes were started with it."""
+    if launcher.size() == 1:
+        return _fail(message)
+    from grao_fast.distributed.launch import refuse_together
+
+    try:
+        refuse_together(message)
+    except UserError as error:
+        return _fail(one_line(error))
 
 
 def _fail(message: str) -> int:
@@ -100,12 +113,22 @@ def _say(message: str) -> None:
     print(f"{PROGRAM}: {visible(message)}", file=sys.stderr)
 
 
+def _say_once(message: str) -> None:
+    """Print a message that every process of a run has."""
+    if launcher.rank() == 0:
+        _say(message)
+
+
 def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
     if arguments[0] != "train":
         return what
     checkpoints = list_checkpoints(Path(options["output_dir"]).expanduser())
     if not checkpoints:
         return f"{what} before the first step was done; there is nothing to resume"
+    if launcher.size() > 1:  # by a command that is not known here
+        return f"{what}; launched again with --resume_from_checkpoint auto, it goes on from " + (
+            checkpoints[0].name
+        )
     again = [PROGRAM, *arguments]
     if options["resume_from_checkpoint"] not in (True, "auto"):  # as they are, these resume
         again += ["--resume_from_checkpoint", "true"]  # of several the last counts
@@ -123,7 +146,8 @@ def _train(options: Options) -> None:
 
     result = train(**options, config=config, peft_config=peft_config)
     where = visible(str(result.output_dir))
-    print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
+    if launcher.rank() == 0:
+        print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
 
 
 def _eval(options: Options) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import count
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from grao_fast.distributed import launcher
 from grao_fast.distributed.links import Links
 from grao_fast.distributed.watch import end_together
 from grao_fast.distributed.world import World
@@ -20,21 +21,16 @@ from grao_fast.system.visible import get_logger, quiet
 
 logger = get_logger(__name__)
 
-# Set by torchrun and accelerate; SLURM's names, which srun sets, are understood as well.
-_NAMES = {
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "RANK": "SLURM_PROCID",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}
 _stores: list[dist.Store] = []  # of the launch, by which its processes find each other
 _joins = count(1)
+_TO_REFUSE = 60.0  # seconds
 
 
 def processes() -> int:
     """The number of processes that the launcher has started; 1 without one."""
     if dist.is_initialized():
         return dist.get_world_size()
-    return _launched("WORLD_SIZE", 1)
+    return launcher.size()
 
 
 @contextmanager
@@ -56,7 +52,7 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
     started = not dist.is_initialized()
     if started:
         _join(device_type, waits)
-    local_rank = _launched("LOCAL_RANK", 0)
+    local_rank = launcher.local_rank()
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
     group = dist.new_group(backend="gloo", timeout=waits)
@@ -64,7 +60,7 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
         dist.get_rank(),
         dist.get_world_size(),
         local_rank=local_rank,
-        local_size=_local_size(),
+        local_size=launcher.local_size() or dist.get_world_size(),
         group=group,
     )
     with ExitStack() as stack:
@@ -77,14 +73,25 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
         yield world
 
 
+def refuse_together(message: str) -> NoReturn:
+    """Raise UserError in one of the processes, which all refuse to begin; PeerFailed in others."""
+
+    def refuse() -> NoReturn:
+        raise UserError(message)
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    with launched(device_type, timeout=_TO_REFUSE, heartbeat_timeout=_TO_REFUSE) as world:
+        world.each(refuse)
+    raise AssertionError("unreachable: `refuse` raises")
+
+
 def _join(device_type: str, timeout: timedelta) -> None:
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ and _NAMES.get(name, name) not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE is {processes()} and {name} is not set: start the processes with "
-                "torchrun, or with srun and MASTER_ADDR and MASTER_PORT of the first node"
-            )
-    rank, size = _launched("RANK", 0), processes()
+    if name := launcher.missing():
+        raise UserError(
+            f"WORLD_SIZE is {processes()} and {name} is not set: start the processes with "
+            "torchrun, or with srun and MASTER_ADDR and MASTER_PORT of the first node"
+        )
+    rank, size = launcher.rank(), processes()
     if not _stores:
         # kept, as one store cannot be opened twice: a launch may train several times
         _stores.append(next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
@@ -95,17 +102,3 @@ def _join(device_type: str, timeout: timedelta) -> None:
         rank=rank,
         world_size=size,
     )
-
-
-def _launched(name: str, default: int) -> int:
-    """A launcher's variable. SLURM's count only where a job step asks for several tasks."""
-    for variable in (name, _NAMES[name]):
-        value = os.environ.get(variable)
-        if value is not None and ("SLURM" not in variable or "SLURM_STEP_ID" in os.environ):
-            return int(value)
-    return default
-
-
-def _local_size() -> int:
-    value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
-    return int(value) if value else dist.get_world_size()

@@ -16,7 +16,7 @@ from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.compare import RewardSpec, evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
-from grao_fast.models.checks import restores_models
+from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
 from grao_fast.rewards import resolve_reward
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
@@ -70,6 +70,9 @@ def evaluate(
         RewardError: the reward or the metric failed.
         Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
+    check_given("model", model)
+    if base_model is not None:
+        check_given("base_model", base_model)
     # Without gradients and packing, models that cannot be trained can still be evaluated.
     config = config or GRAOConfig()
     if config.use_vllm:

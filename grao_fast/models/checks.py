@@ -44,16 +44,14 @@ def restores_models(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model, base = args[0] if args else kwargs.get("model"), kwargs.get("base_model")
-        _check_given("model", model)
-        if base is not None:
-            _check_given("base_model", base)
         with restored(model), restored(base), plain_torch():
             return function(*args, **kwargs)
 
     return run
 
 
-def _check_given(name: str, model: object) -> None:
+def check_given(name: str, model: object) -> None:
+    """Raise UserError unless an argument is a model or names one."""
     if not isinstance(model, (str, Path, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UserError(
