@@ -155,7 +155,9 @@ def train(
         loaded = load_policy(
             model, config=config, tokenizer=tokenizer, peft_config=peft_config, world=world
         )
-        prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
+        world.main(
+            lambda: prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
+        )
         run = _Run(
             loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )

@@ -12,6 +12,7 @@ import pytest
 
 from grao_fast.system.files import clear_left_overs, write_folder
 from grao_fast.training.checkpoint import (
+    FORMAT,
     CheckpointError,
     checkpoint_path,
     choose_checkpoint,
@@ -28,8 +29,9 @@ def write(output: Path, step: int, text: str = "weights") -> Path:
         (folder / "model.bin").write_text(text)
         (folder / "sub").mkdir()
         (folder / "sub" / "tokenizer.json").write_text("{}")
-        (folder / "optimizer.pt").write_text("moments")
-        (folder / "state.json").write_text(json.dumps({"step": step}))
+        (folder / "optimizer").mkdir()
+        (folder / "optimizer" / ".metadata").write_text("where moments are")
+        (folder / "state.json").write_text(json.dumps({"step": step, "format": FORMAT}))
 
     write_folder(path, fill)
     return path

@@ -18,6 +18,6 @@ def test_two_processes_train_and_print_once(tiny_model: Path, tmp_path: Path) ->
     ended = launch(body, tmp_path)
     assert [each.status for each in ended] == [0, 0], ended
     assert [each.stdout for each in ended] == ["rank 0: 3 steps\n", "rank 1: 3 steps\n"]
-    assert (tmp_path / "run/final/model.safetensors").is_file()
+    assert (tmp_path / "run/final/model.safetensors.index.json").is_file()
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
     assert ended[1].lines == []

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.examples import Example
+from grao_fast.distributed.world import World
 from grao_fast.kernels import group_advantages
 from grao_fast.models import policy as policy_module
 from grao_fast.models.attention import flex
@@ -28,8 +29,9 @@ from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion, loading
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.training.checkpoint import OPTIMIZER
 from grao_fast.training.memory import GroupShape, token_budget
-from grao_fast.training.optim import adamw
+from grao_fast.training.optim import adamw, save_moments
 from grao_fast.training.rollout import Rollout
 from grao_fast.training.state import load_optimizer
 from grao_fast.training.step import micro_batch_loss, update
@@ -133,17 +135,19 @@ def test_an_update(options: dict[str, Any], tiny_model: Path) -> None:
 
 def test_a_checkpoint_of_a_cpu_is_loaded_for_fused_adamw(tmp_path: Path, tiny_model: Path) -> None:
     """Step counts are on the device for fused AdamW, and on the CPU for the other."""
-    plain = torch.optim.AdamW(family_model("Qwen3", head_dim=16).parameters())
+    model = family_model("Qwen3", head_dim=16)
+    plain = torch.optim.AdamW(model.parameters())
     for parameter in plain.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     plain.step()
     schedule = LambdaLR(plain, lambda step: 1.0)
-    state = {"optimizer": plain.state_dict(), "scheduler": schedule.state_dict()}
-    torch.save(state, tmp_path / "optimizer.pt")
+    save_moments(model, plain, tmp_path / OPTIMIZER, World())
     with fake_cuda.fake_cuda(may_wait=True):
         loaded, _ = load(tiny_model)
         fused = torch.optim.AdamW(loaded.model.parameters(), fused=True)
-        load_optimizer(tmp_path, fused, LambdaLR(fused, lambda step: 1.0))
+        state = {"scheduler": schedule.state_dict()}
+        options = loaded.model, fused, LambdaLR(fused, lambda step: 1.0), state, World()
+        load_optimizer(tmp_path, *options)
         assert all(group["fused"] for group in fused.param_groups)
         assert all(x.is_cuda for state in fused.state.values() for x in state.values())
 

@@ -75,9 +75,10 @@ def change_state(text: str) -> Callable[[Path], None]:
 
 
 def flip(path: Path) -> None:
-    data = bytearray((path / "optimizer.pt").read_bytes())
+    moments = path / "optimizer" / "__0_0.distcp"
+    data = bytearray(moments.read_bytes())
     data[len(data) // 2] ^= 1
-    (path / "optimizer.pt").write_bytes(data)
+    moments.write_bytes(data)
 
 
 def empty(path: Path) -> None:
@@ -167,7 +168,7 @@ def test_auto_begins_where_every_checkpoint_is_torn(tiny_model, whole, tmp_path,
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         run(tiny_model, tmp_path, resume_from_checkpoint=True)
     run(tiny_model, tmp_path, eval_dataset=ROWS[:3], resume_from_checkpoint="auto")
-    assert "checkpoint-2' is torn: optimizer.pt differs" in caplog.text
+    assert "checkpoint-2' is torn: optimizer/__0_0.distcp differs" in caplog.text
     assert same_run(tmp_path, whole)
 
 

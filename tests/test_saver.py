@@ -116,7 +116,7 @@ def test_where_the_folder_takes_nothing_the_weights_are_left_elsewhere(
 def test_where_nothing_can_be_written_that_is_said(tiny_model, tmp_path: Path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr("grao_fast.training.state.torch.save", lambda *_: [][0])
+    monkeypatch.setattr("grao_fast.training.state.save_tensors", lambda *_: [][0])
     broken = BreakSaving(monkeypatch, RuntimeError("broken"))
     with pytest.raises(SaveError, match=r"final/ could not .* \(broken\); no step has been saved$"):
         run(tiny_model, tmp_path / "run", config=NO_CHECKPOINTS, callbacks=[broken])

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from grao_fast.distributed.world import World
-from grao_fast.system.files import begin_folder, finish_folder, named_when_full
+from grao_fast.distributed.world import PeerFailed, World
+from grao_fast.system.files import (
+    begin_folder,
+    contents,
+    describe,
+    finish_folder,
+    remove,
+    why_full,
+)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], world: World) -> None:
     """Write a folder as `grao_fast.system.files.write_folder` does; every process must call it.
 
+    The folder must be on a file system that all processes share.
+
     fill: called in every process with the empty folder. It may exchange tensors, so it must itself
         raise in all processes or in none: it writes in `World.each`.
     """
     new = world.main(lambda: begin_folder(path), held=True)
-    with named_when_full(new, path):
+    try:
         fill(new)
-    world.main(lambda: finish_folder(path), held=True)
+        described = _described(new, world)
+    except BaseException as error:
+        full = None if isinstance(error, PeerFailed) else why_full(error, new, path)
+        if world.is_shared(error):  # else the next folder's beginning removes this one
+            world.main(lambda: remove(new), held=True)
+        if full is None:
+            raise
+        raise full.error() from error
+    world.main(lambda: finish_folder(path, described), held=True)
+
+
+def _described(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+    """What `describe` says of each file, of which every process reads its share."""
+    names = world.main(lambda: contents(folder), held=True)
+    parts = world.each(
+        lambda: {name: describe(folder / name) for name in world.share(names)}, held=True
+    )
+    described = {name: facts for part in parts for name, facts in part.items()}
+    return {name: described[name] for name in names}

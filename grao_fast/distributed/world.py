@@ -69,6 +69,11 @@ class World:
         self._shared: list[BaseException] = []  # raised in all processes
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes' group for exchanges on the CPU; None for a single process."""
+        return self._group
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the files and the console of the run."""
         return self.rank == 0

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_peft_available
 
+from grao_fast.models.sharding import fill
 from grao_fast.system.errors import UserError, explained, first_of
 
 DEFAULT = "default"  # peft saves this adapter in the folder itself, others in subfolders
@@ -163,17 +164,43 @@ def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
+def saved_names(model: Any, embeddings: bool | Literal["auto"] = False) -> set[str]:
+    """The names in a model's state of the tensors that peft saves of its adapters.
+
+    embeddings: whether to add the base's embeddings; "auto": where `save_pretrained` saves them.
+    """
+    from peft import get_peft_model_state_dict
+
+    # peft gets scalars that look like the tensors, and is known to have chosen each by its memory.
+    stand_ins = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    name_of = {tensor.untyped_storage().data_ptr(): name for name, tensor in stand_ins.items()}
+    saved: set[str | None] = set()
+    for adapter in model.peft_config:
+        chosen = get_peft_model_state_dict(
+            model,
+            state_dict=dict(stand_ins),
+            adapter_name=adapter,
+            save_embedding_layers=embeddings,
+        )
+        saved |= {name_of.get(t.untyped_storage().data_ptr()) for t in chosen.values()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name for shared in names.values() if saved.intersection(shared) for name in shared}
+    return tied.union(name for name in saved if name is not None)
+
+
 def check_all_saved(model: Any) -> None:
     """Refuse a model with trainable parameters that are not saved with its adapters."""
-    saved = {
-        tensor.data_ptr()
-        for name in model.peft_config
-        for tensor in adapter_state(model, name).values()
-    }
+    saved = saved_names(model)
     left = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in saved
+        if parameter.requires_grad and name not in saved
     ]
     if left:
         raise UserError(
@@ -216,7 +243,7 @@ def load_adapters(model: Any, folder: Path) -> None:
                 )
             pairs.append((places[key], value))
     for place, value in pairs:
-        place.copy_(value)
+        fill(place, value)
 
 
 def alters_base(peft_config: Any) -> bool:

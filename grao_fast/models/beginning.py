@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from grao_fast.distributed.world import World
+from grao_fast.models.sharding import fill, whole
 from grao_fast.system.interruption import as_outside, held
 
 _FILE = "beginning.safetensors"
@@ -38,9 +40,10 @@ class Beginning:
             finally:
                 self._exchange()
 
-    def save(self, folder: Path) -> None:
-        """Write the values into a checkpoint."""
-        save_file({name: t.cpu().contiguous() for name, t in self._values.items()}, folder / _FILE)
+    def save(self, folder: Path, world: World) -> None:
+        """Write the values of an adapter into a checkpoint; every process must call it."""
+        values = {name: whole(t).cpu().contiguous() for name, t in self._values.items()}
+        world.main(lambda: save_file(values, folder / _FILE), held=True)
 
     def load(self, folder: Path) -> bool:
         """Load the values that `save` wrote; returns False if the folder has none."""
@@ -50,7 +53,7 @@ class Beginning:
         saved = load_file(file)
         assert saved.keys() == self._values.keys(), "what is trained has been compared before"
         for name, value in self._values.items():
-            value.copy_(saved[name])
+            fill(value, saved[name])
         return True
 
     def _exchange(self) -> None:

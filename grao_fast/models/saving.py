@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from grao_fast.distributed.world import World
+from grao_fast.models.adapters import saved_names
 from grao_fast.models.policy import causal_lm_of
-from grao_fast.models.sharding import local, whole
+from grao_fast.models.sharded_saving import save_sharded
+from grao_fast.models.sharding import local, own_class, reshard, whole
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
@@ -29,22 +32,28 @@ _REASON_LENGTH = 400
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
 ) -> None:
-    """Write tokenizer and weights for `from_pretrained`; of a PeftModel the adapter's alone."""
-    state = None
-    if world.size > 1:
-        state = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    """Write tokenizer and weights for `from_pretrained`; of a PeftModel the adapter's alone.
 
-    def write() -> None:
-        save_pretrained(model, folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-
-    world.main(write, held=True)
+    Every process must call it. A model is written by all of them, an adapter by rank 0.
+    """
+    reshard(model)
+    if world.size == 1:
+        save_pretrained(model, folder)
+    elif isinstance(model, PreTrainedModel):
+        save_sharded(model, folder, world, save_pretrained)
+    else:
+        state = model.state_dict()
+        adapter = {name: whole(state[name]).cpu() for name in saved_names(model, "auto")}
+        world.main(lambda: save_pretrained(model, folder, adapter), held=True)
+    world.main(lambda: tokenizer.save_pretrained(folder), held=True)
 
 
 def save_pretrained(
-    model: nn.Module, folder: Path, *, state_dict: dict[str, Tensor] | None = None
+    model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Call `model.save_pretrained`, and write the generation configuration unchanged.
+
+    state_dict: the tensors to write; None: the model's, which must not be sharded.
 
     Transformers refuses to save a generation configuration with options that have no effect, such
     as a temperature beside do_sample=False, though published models have them: before 5.23 all such
@@ -81,12 +90,12 @@ def prove_saving(
     """
     causal_lm = causal_lm_of(model)
     _check_generation(causal_lm.generation_config)
-    stand_ins = None if hasattr(model, "peft_config") else _stand_ins(model)
+    stand_ins = _adapter_outline(model) if hasattr(model, "peft_config") else _stand_ins(model)
     with tempfile.TemporaryDirectory(prefix=NEW, dir=output_dir) as name:
         folder, trial = Path(name), output_dir / "a trial of a checkpoint"
-        with _refused(type(model).__name__), named_when_full(folder, trial):
+        with _refused(own_class(model).__name__), named_when_full(folder, trial):
             save_pretrained(model, folder, state_dict=stand_ins)
-        with _refused(type(causal_lm).__name__), named_when_full(folder, trial):
+        with _refused(own_class(causal_lm).__name__), named_when_full(folder, trial):
             if merged and causal_lm is not model:
                 save_pretrained(causal_lm, folder, state_dict={})
         with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
@@ -159,3 +168,14 @@ def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
             names.setdefault((part.device, part.data_ptr(), tensor.shape), []).append(name)
     shared = [together for together in names.values() if len(together) > 1]
     return {name: one for together in shared for one in [torch.zeros(1)] for name in together}
+
+
+def _adapter_outline(model: nn.Module) -> dict[str, Tensor] | None:
+    """Zeros in place of an adapter's tensors where these are sharded; None where they are not."""
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return None
+    return {
+        name: torch.zeros(state[name].shape, dtype=state[name].dtype)
+        for name in saved_names(model, "auto")
+    }

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from grao_fast.distributed.world import World
@@ -156,3 +156,16 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor; into a sharded one this process's part of them."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(values)
+        return
+    mesh = tensor.device_mesh
+    part = distribute_tensor(  # without an exchange: every process has the values
+        values.to(mesh.device_type), mesh, tensor.placements, src_data_rank=None
+    )
+    tensor.to_local().copy_(part.to_local())

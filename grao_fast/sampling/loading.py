@@ -33,7 +33,7 @@ from grao_fast.models.parity import check_parity
 from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.models.router import Router
-from grao_fast.models.sharding import gathered
+from grao_fast.models.sharding import gathered, reshard
 from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
@@ -226,6 +226,7 @@ def load_policy(
     check_parity(policy, gradient=trained)
     if not config.use_vllm:  # vLLM is checked when it first gets the weights
         check_sampler(loaded.sampler, policy)
+    reshard(model)  # an optimiser would otherwise get the whole parameters of the last pass
     return loaded
 
 

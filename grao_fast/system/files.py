@@ -16,8 +16,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
@@ -71,7 +73,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     new = begin_folder(path)
     with named_when_full(new, path):
         fill(new)
-    finish_folder(path)
+        described = {name: describe(new / name) for name in contents(new)}
+    finish_folder(path, described)
 
 
 def begin_folder(path: Path) -> Path:
@@ -83,11 +86,25 @@ def begin_folder(path: Path) -> Path:
     return new
 
 
-def finish_folder(path: Path) -> None:
-    """Add a manifest to the folder of `begin_folder`, and rename it to `path`."""
+def contents(folder: Path) -> list[str]:
+    """The files of a folder and of those within it, by their paths in it, in order."""
+    return [file.relative_to(folder).as_posix() for file in _files(folder)]
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Flush a file to disk; returns its entry in a manifest."""
+    _flush(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def finish_folder(path: Path, described: dict[str, dict[str, Any]]) -> None:
+    """Add a manifest to the folder of `begin_folder`, and rename it to `path`.
+
+    described: what `describe` says of each of its files.
+    """
     new, old = path.with_name(NEW + path.name), path.with_name(_OLD + path.name)
     with named_when_full(new, path):
-        _seal(new)
+        _seal(new, described)
     if os.path.lexists(path):  # at every moment, a whole folder has one of the two names
         os.rename(path, old)
     os.rename(new, path)
@@ -124,7 +141,7 @@ def delete(path: Path) -> None:
 
 def _delete_gone(gone: Path) -> None:
     try:
-        _remove(gone)
+        remove(gone)
     except OSError as error:
         logger.warning(
             "%s cannot be deleted (%s): the next save will delete it",
@@ -164,18 +181,43 @@ def named_when_full(beside: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reason, name = _why_full(error), path.name
-        if reason is None and isinstance(error, Exception):
-            reason = _refusal_of_more(beside.parent)
-            name += _last_written(beside)
-        _remove(beside)
-        if reason is None:
+        full = why_full(error, beside, path)
+        remove(beside)
+        if full is None:
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"{reason} while {name} was written in {str(path.parent)!r} ({free / 2**20:.1f} MiB "
-            "are free without it): make room; what was saved before is intact"
-        ) from error
+        raise full.error() from error
+
+
+@dataclass(frozen=True)
+class Full:
+    """A disk, a quota or a limit that was met while a file was written.
+
+    reason: the system's message.
+    name: of the file.
+    folder: where it was to be.
+    """
+
+    reason: str
+    name: str
+    folder: Path
+
+    def error(self) -> OSError:
+        """The error to raise, once what was written has been removed."""
+        free = shutil.disk_usage(self.folder).free
+        return OSError(
+            f"{self.reason} while {self.name} was written in {str(self.folder)!r} "
+            f"({free / 2**20:.1f} MiB are free without it): make room; what was saved before is "
+            "intact"
+        )
+
+
+def why_full(error: BaseException, beside: Path, path: Path) -> Full | None:
+    """Whether an error comes from a full disk; arguments as of `named_when_full`."""
+    reason, name = _why_full(error), path.name
+    if reason is None and isinstance(error, Exception):
+        reason = _refusal_of_more(beside.parent)
+        name += _last_written(beside)
+    return None if reason is None else Full(reason, name, path.parent)
 
 
 def _why_full(error: BaseException) -> str | None:
@@ -199,7 +241,7 @@ def _refusal_of_more(folder: Path) -> str | None:
     except OSError as refusal:
         return os.strerror(refusal.errno) if refusal.errno in _FULL else None
     finally:
-        _remove(probe)
+        remove(probe)
     return None
 
 
@@ -209,13 +251,8 @@ def _last_written(folder: Path) -> str:
     return "" if last is None else f"/{last.relative_to(folder).as_posix()}"
 
 
-def _seal(folder: Path) -> None:
-    files = {}
-    for file in _files(folder):
-        _flush(file)
-        size, digest = file.stat().st_size, _sha256(file)
-        files[file.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+def _seal(folder: Path, described: dict[str, dict[str, Any]]) -> None:
+    (folder / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
     _flush(folder / MANIFEST)
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         _flush(inner)
@@ -235,7 +272,8 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return listed
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or folder that has a temporary name, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

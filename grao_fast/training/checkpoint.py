@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grao_fast.distributed.tensors import TENSORS_INDEX
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import delete, sealed_files, verify_folder
 from grao_fast.system.visible import get_logger
@@ -18,7 +19,8 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 STATE = "state.json"
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER = "optimizer"
+FORMAT = 3  # of a checkpoint's files
 FINAL = "final"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RESULTS = re.compile(r"(metrics|completions|eval-\d+)\.jsonl|(summary|baseline)\.json")
@@ -40,15 +42,23 @@ def verify(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
     try:
-        for name in (STATE, OPTIMIZER):
-            if name not in sealed_files(path):
-                raise UserError(f"its manifest names no {name}")
+        _check_named(path, STATE)
         verify_folder(path)
+        state = read_state(path)
+        if state.get("format") == FORMAT:  # those of other formats are whole, and refused later
+            _check_named(path, f"{OPTIMIZER}/{TENSORS_INDEX}")
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"checkpoint {str(path)!r} is torn: {error}") from error
-    step = read_state(path)["step"]
+    step = state["step"]
     if _NAME.fullmatch(path.name) and step != step_of(path):
         raise CheckpointError(f"checkpoint {str(path)!r} is torn: its {STATE} is of step {step}")
+
+
+def _check_named(path: Path, file: str) -> None:
+    if file not in sealed_files(path):
+        raise UserError(f"its manifest names no {file}")
 
 
 def read_state(path: Path) -> dict[str, Any]:

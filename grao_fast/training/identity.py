@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import Example
 from grao_fast.data.fingerprint import fingerprint
-from grao_fast.models.adapters import adapter_configs, adapter_state, is_peft_model
+from grao_fast.models.adapters import adapter_configs, is_peft_model, saved_names
 from grao_fast.models.beginning import trainable
 from grao_fast.models.sharding import own_class
 from grao_fast.rewards import Reward
@@ -23,7 +23,7 @@ from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.digests import digest_rows, digest_tensors
 from grao_fast.system.errors import first_of
 from grao_fast.system.visible import get_logger
-from grao_fast.training.checkpoint import CheckpointError
+from grao_fast.training.checkpoint import FORMAT, CheckpointError
 
 logger = get_logger(__name__)
 
@@ -46,7 +46,6 @@ _NOT_COMPUTED = (
     "transformers_version",
     "use_cache",
 )
-FORMAT = 2  # of a checkpoint's files
 
 
 @dataclass(frozen=True)
@@ -116,22 +115,18 @@ def digest_weights(model: nn.Module) -> str:
 
 def _held(model: nn.Module) -> Mapping[str, Tensor]:
     """The tensors that checkpoints hold: all of a model, or the trained ones with an adapter."""
-    return trainable(model) if is_peft_model(model) else _tensors(model)
+    return trainable(model) if is_peft_model(model) else tensors_of(model)
 
 
 def digest_frozen(model: nn.Module) -> str | None:
     """A digest of all weights that an adapter's checkpoint does not hold; None without adapters."""
     if not is_peft_model(model):
         return None
-    held = {
-        tensor.data_ptr()
-        for name in adapter_configs(model)
-        for tensor in adapter_state(model, name).values()
-    }
-    return digest_tensors({k: t for k, t in _tensors(model).items() if t.data_ptr() not in held})
+    held = saved_names(model)
+    return digest_tensors({name: t for name, t in tensors_of(model).items() if name not in held})
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors in a model's state, in which modules may keep other objects."""
     return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 

@@ -1,8 +1,9 @@
-"""The optimiser, and the length and learning rate of its schedule."""
+"""The optimiser and its checkpoints, and the length and learning rate of its schedule."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from grao_fast.config import OptimisationOptions
+from grao_fast.distributed.tensors import load_tensors, save_tensors, saved_shapes
+from grao_fast.distributed.world import World
 from grao_fast.system.errors import UserError
 
 
@@ -58,3 +61,46 @@ def lr_schedule(
         num_warmup_steps=optimisation.warmup_steps,
         num_training_steps=total_steps,
     )
+
+
+def save_moments(model: nn.Module, optimizer: Optimizer, folder: Path, world: World) -> None:
+    """Write what the optimiser keeps of every parameter; every process must call it."""
+    save_tensors(
+        {
+            f"{name}.{kind}": tensor
+            for name, parameter in model.named_parameters()
+            for kind, tensor in optimizer.state.get(parameter, {}).items()
+        },
+        folder,
+        world,
+    )
+
+
+def load_moments(model: nn.Module, optimizer: Optimizer, folder: Path, world: World) -> None:
+    """Load what `save_moments` wrote, in any number of processes; options remain the optimiser's.
+
+    `torch.distributed.checkpoint.set_optimizer_state_dict` would take a step to learn what an
+    optimiser keeps, and run its hooks.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    kinds: dict[str, dict[str, torch.Size]] = {}
+    for saved, shape in saved_shapes(folder, world).items():
+        name, _, kind = saved.rpartition(".")
+        kinds.setdefault(name, {})[kind] = shape
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        place: {
+            kind: torch.zeros_like(p.detach()) if shape == p.shape else torch.zeros(shape)
+            for kind, shape in kinds.get(names[p], {}).items()
+        }
+        for place, p in enumerate(parameters)
+    }
+    tensors = {
+        f"{names[parameters[place]]}.{kind}": tensor
+        for place, of_parameter in state.items()
+        for kind, tensor in of_parameter.items()
+    }
+    load_tensors(tensors, folder, world)
+    state = {place: of_parameter for place, of_parameter in state.items() if of_parameter}
+    # AdamW moves step counts to where its implementation, fused or not, needs them.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

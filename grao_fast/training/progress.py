@@ -137,7 +137,14 @@ class Progress:
                 "%d prompts are short enough here and %d were: their order is another one",
                 self.prompts, state["prompts"],
             )  # fmt: skip
-        load_optimizer(checkpoint, self.optimizer, self.scheduler)
+        load_optimizer(
+            checkpoint,
+            self.loaded.model,
+            self.optimizer,
+            self.scheduler,
+            state,
+            self.loaded.policy.world,
+        )
         logger.info("resuming from %s", checkpoint)
         self.done = state["step"]
         self.saver.resumed(checkpoint, state["step"])

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.tensors import load_tensors, save_tensors
+from grao_fast.distributed.world import World
 from grao_fast.models.adapters import (
     differing_keys,
     is_peft_model,
@@ -31,18 +33,19 @@ from grao_fast.models.adapters import (
 from grao_fast.models.beginning import trainable
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.models.saving import save_model
-from grao_fast.models.sharding import own_class
+from grao_fast.models.sharding import fill, own_class, reshard
 from grao_fast.sampling.loading import LoadedPolicy
-from grao_fast.training.checkpoint import OPTIMIZER, STATE, CheckpointError
+from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (
-    FORMAT,
     PolicyIdentity,
     check_base,
     check_same_policy,
     digest_weights,
+    tensors_of,
 )
+from grao_fast.training.optim import load_moments, save_moments
 
-_BARE_WEIGHTS = "weights.pt"
+_BARE_WEIGHTS = "weights"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -85,25 +88,27 @@ def save_checkpoint(
     """Write a whole checkpoint, or none.
 
     belongs_to: facts compared on resuming, see `grao_fast.training.identity`.
-    bare: write weights by torch.save alone, for use if `save_pretrained` fails.
-    """
+    bare: write weights as they are sharded, for use if `save_pretrained` fails.
 
+    Every process must call it.
+    """
     world = loaded.policy.world
+    reshard(loaded.model)
 
     def fill(folder: Path) -> None:
         if bare:
-            torch.save(_trained(loaded.model), folder / _BARE_WEIGHTS)
+            save_tensors(_trained(loaded.model), folder / _BARE_WEIGHTS, world)
         else:
             save_model(loaded.model, loaded.tokenizer, folder, world)
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        world.main(lambda: torch.save(state, folder / OPTIMIZER), held=True)
+        save_moments(loaded.model, optimizer, folder / OPTIMIZER, world)
         if loaded.beginning is not None and is_peft_model(loaded.model):
-            loaded.beginning.save(folder)  # a whole model is given again on resuming
+            loaded.beginning.save(folder, world)  # a whole model is given again on resuming
         facts = {
             "format": FORMAT,
             "step": step,
             **belongs_to,
             "weights": digest_weights(loaded.model),
+            "scheduler": scheduler.state_dict(),
             "config": config.to_dict(),
             "versions": versions(),
         }
@@ -134,24 +139,23 @@ def resume_policy(
         )
     if beginning is not None and loaded.base_digest is not None:
         subtract_first_weights(loaded.model, beginning.restored)
-    load_weights(loaded.model, path, state)
+    load_weights(loaded.model, path, state, loaded.policy.world)
     check_base(path, state, loaded)
     return run
 
 
-def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any]) -> None:
-    """Load all of a checkpoint's weights into the model.
+def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any], world: World) -> None:
+    """Load all of a checkpoint's weights into the model; every process must call it.
 
     Raises:
         CheckpointError: a weight is missing, is not the model's, or is not what was saved.
     """
     if (path / _BARE_WEIGHTS).exists():
-        saved = torch.load(path / _BARE_WEIGHTS, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved, strict=not is_peft_model(model))
+        load_tensors(_trained(model), path / _BARE_WEIGHTS, world)
     elif is_peft_model(model):
-        load_adapters(model, path)
+        world.together(lambda: load_adapters(model, path))
     else:
-        _load_model(causal_lm_of(model), path)
+        world.together(lambda: _load_model(causal_lm_of(model), path))
     if digest_weights(model) != state["weights"]:
         raise CheckpointError(
             f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
@@ -162,7 +166,7 @@ def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any]) -> None
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by name: a whole model, or what is trained of it."""
     if not is_peft_model(model):
-        return model.state_dict()
+        return tensors_of(model)
     return {name: parameter.detach() for name, parameter in trainable(model).items()}
 
 
@@ -182,20 +186,23 @@ def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
             f"checkpoint {str(path)!r} is not of this model: it "
             f"{differing_keys(missing, [*unexpected, *shapes])}"
         )
-    causal_lm.load_state_dict(saved.state_dict())
+    own = tensors_of(causal_lm)
+    for name, tensor in tensors_of(saved).items():
+        fill(own[name], tensor)
 
 
-def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LambdaLR) -> None:
+def load_optimizer(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
+    state: Mapping[str, Any],
+    world: World,
+) -> None:
     """Load a checkpoint's moments and schedule step; options remain those of the config."""
-    # To the CPU: AdamW moves moments to their parameters, and step counts to where its
-    # implementation, fused or not, needs them, according to the loaded options.
-    state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    own_groups = optimizer.state_dict()["param_groups"]
-    for group, own in zip(state["optimizer"]["param_groups"], own_groups, strict=True):
-        group.update(own, params=group["params"])
+    load_moments(model, optimizer, path / OPTIMIZER, world)
     base_lrs = scheduler.base_lrs
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+    scheduler.load_state_dict(dict(state["scheduler"]))
     scheduler.base_lrs = base_lrs
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
     for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
