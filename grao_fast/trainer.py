@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -18,7 +16,6 @@ from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.distributed.folders import write_folder
-from grao_fast.distributed.launch import launched
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.evaluation.result import EvaluationResult
@@ -27,31 +24,35 @@ from grao_fast.models.attention.frequencies import (
     longest_context,
     release_frequencies,
 )
+<<<<<<< HEAD
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import load_tokenizer
+=======
+from grao_fast.models.checks import restores_models
+from grao_fast.models.placement import world_of
+>>>>>>> 19df823 (A run's report is written by rank 0 for all; evaluate shares prompts among processes; the command line prints once)
 from grao_fast.models.saving import prove_saving, save_model
-from grao_fast.reporting.tracking import NoTracker, Tracker, check_trackers
+from grao_fast.reporting.tracking import check_trackers
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
-from grao_fast.system.files import clear_left_overs, writable_folder, write_file
-from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
+from grao_fast.system.files import clear_left_overs, writable_folder
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.ahead import SamplingAhead
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
 from grao_fast.training.identity import RunIdentity, check_same_run
-from grao_fast.training.inputs import Inputs, read_inputs
+from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
 from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
-from grao_fast.training.results import TrainResult, samples, write_summary
+from grao_fast.training.report import Report
+from grao_fast.training.results import TrainResult, write_summary
 from grao_fast.training.rollout import Rollout, sample, sample_and_score
 from grao_fast.training.state import DataStream, step_seed
 from grao_fast.training.step import update
-from grao_fast.training.watch import Watch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,6 +117,7 @@ def train(
     """
     config = config or GRAOConfig()
     with ExitStack() as stack:
+<<<<<<< HEAD
         world = stack.enter_context(
             launched(
                 "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
@@ -124,13 +126,15 @@ def train(
             )
         )
         world.together(lambda: _check_arguments(model, callbacks))
+=======
+        world = stack.enter_context(world_of(config))
+>>>>>>> 19df823 (A run's report is written by rank 0 for all; evaluate shares prompts among processes; the command line prints once)
         output, checkpoint = world.main(
             lambda: _open_output(stack, output_dir, resume_from_checkpoint)
         )
         interruption.resumes_from(checkpoint)
-
-        def read() -> tuple[Inputs, RunIdentity, PreTrainedTokenizerBase | None]:
-            inputs = read_inputs(
+        inputs = world.together(
+            lambda: read_inputs(
                 dataset,
                 reward,
                 eval_dataset=eval_dataset,
@@ -140,17 +144,14 @@ def train(
                 reward_timeout=config.reward_timeout,
                 eval_steps=config.eval_steps,
             )
-            check_trackers(config.report_to)
-            identity = RunIdentity.of(inputs.examples, inputs.reward)
-            if checkpoint is not None:
-                check_same_run(checkpoint, read_state(checkpoint), identity, config=config)
-            if isinstance(model, nn.Module):
-                return inputs, identity, tokenizer
-            own = tokenizer or load_tokenizer(model)
-            inputs.check_templates(own)
-            return inputs, identity, own
-
-        inputs, identity, tokenizer = world.together(read)
+        )
+        world.together(lambda: check_trackers(config.report_to))
+        identity = RunIdentity.of(inputs.examples, inputs.reward)
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            world.together(lambda: check_same_run(checkpoint, state, identity, config=config))
+        if not isinstance(model, nn.Module):
+            tokenizer = world.together(lambda: tokenizer_for(model, tokenizer, inputs))
         set_seed(config.seed)  # for an adapter's first weights
         loaded = load_policy(
             model, config=config, tokenizer=tokenizer, peft_config=peft_config, world=world
@@ -259,15 +260,17 @@ class _Run:
             return self._loop(first_step, started)
 
     def _loop(self, first_step: int, started: float) -> TrainResult:
-        config = self.config
-        self.tracker = self.world.together(lambda: self._open_tracker(first_step), held=True)
-        self.progress.flush = self.tracker.flush
-        watch = Watch()
-        metrics = self.world.main(
-            lambda: watch.recall(read_lines(self.output / METRICS_FILE)), held=True
+        self.report = report = Report(
+            self.output,
+            self.config,
+            total_steps=self.total_steps,
+            start_step=first_step,
+            world=self.world,
         )
+        self.progress.flush = report.flush
+        metrics = report.metrics
         try:
-            self._call_back(lambda callback: callback.on_train_begin(self.loaded, config))
+            self._call_back(lambda callback: callback.on_train_begin(self.loaded, self.config))
             self.ahead.begin(first_step)
             step, after = first_step, self._evaluate_again(first_step)
             while step < self.total_steps:
@@ -279,15 +282,11 @@ class _Run:
                         self._sync(step, metrics)
                     last |= self._call_back(partial(_ends_run, step, metrics))
                 finally:  # a sampler or callback that fails does not undo the step
-                    if step % config.logging_steps == 0 or last:
-                        self.tracker.log(step, metrics)
-                    for message in watch.messages(step, metrics):
-                        self.tracker.message(message)
-                    if config.log_completions_steps and step % config.log_completions_steps == 0:
-                        self.tracker.log_completions(step, samples(rollout))
+                    report.step(step, metrics, rollout, last=last)
                 if self.held_out and self.held_out.is_due(step, last=last):
                     after = self._evaluate(step)
-                if config.save_steps and (last or step % config.save_steps == 0):
+                save_steps = self.config.save_steps
+                if save_steps and (last or step % save_steps == 0):
                     self._save(step)
                 if last:
                     break
@@ -298,27 +297,13 @@ class _Run:
             raise
         finally:
             self.ahead.close()
-            self.tracker.close()
+            report.close()
             release_frequencies(self.loaded.causal_lm)
         before = self.held_out and self.held_out.before
         result = TrainResult(step, metrics, before, after, self.output, self.loaded.model)
         seconds = time.perf_counter() - started
-        self.world.main(lambda: write_summary(result, config, seconds=seconds), held=True)
+        self.world.main(lambda: write_summary(result, self.config, seconds=seconds), held=True)
         return result
-
-    def _open_tracker(self, first_step: int) -> Tracker | NoTracker:
-        config = self.config
-        if not self.world.is_main:
-            return NoTracker()
-        write_file(self.output / "config.json", json.dumps(config.to_dict(), indent=1))
-        return Tracker(
-            self.output,
-            report_to=config.report_to,
-            config=config.to_dict(),
-            total_steps=self.total_steps,
-            show_progress=not config.disable_tqdm,
-            start_step=first_step,
-        )
 
     def _call_back(self, call: Callable[[Callback], bool | None]) -> bool:
         """Call all callbacks in every process; returns whether any has returned True."""
@@ -378,9 +363,7 @@ class _Run:
         result = self.held_out.begin() if step == 0 else self.held_out.evaluate()
         if not log:
             return result
-        lines = self.output / f"eval-{step}.jsonl"
-        self.world.main(lambda: write_lines(lines, result.rows), held=True)
-        self.tracker.log(step, {f"eval/{name}": value for name, value in result.metrics().items()})
+        self.report.evaluation(step, result)
         self._call_back(lambda callback: callback.on_evaluate(step, result))
         return result
 

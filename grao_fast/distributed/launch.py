@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from grao_fast.distributed import launcher
 from grao_fast.distributed.links import Links
@@ -21,7 +23,7 @@ from grao_fast.system.visible import get_logger, quiet
 
 logger = get_logger(__name__)
 
-_stores: list[dist.Store] = []  # of the launch, by which its processes find each other
+_stores: list[Store] = []  # of the launch, by which its processes find each other
 _joins = count(1)
 _TO_REFUSE = 60.0  # seconds
 
@@ -31,6 +33,11 @@ def processes() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return launcher.size()
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those that the launcher has started."""
+    return _launched("RANK", 0) == 0
 
 
 @contextmanager
@@ -94,10 +101,10 @@ def _join(device_type: str, timeout: timedelta) -> None:
     rank, size = launcher.rank(), processes()
     if not _stores:
         # kept, as one store cannot be opened twice: a launch may train several times
-        _stores.append(next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
+        _stores.append(next(rendezvous("env://", rank, size, timeout=timeout))[0])
     dist.init_process_group(
         "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.PrefixStore(f"grao-fast/{next(_joins)}", _stores[0]),
+        store=PrefixStore(f"grao-fast/{next(_joins)}", _stores[0]),
         timeout=timeout,
         rank=rank,
         world_size=size,

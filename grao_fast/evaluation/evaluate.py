@@ -18,6 +18,7 @@ from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
+from grao_fast.models.placement import world_of
 from grao_fast.rewards import resolve_reward
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system.errors import UserError
@@ -64,6 +65,9 @@ def evaluate(
         metric: a held-out measure, called as a pointwise reward is.
         output_dir: where eval.json and completions.jsonl are written; None: they are not.
 
+    With several processes, each answers its share of the prompts, rank 0 scores, and all return
+    the result.
+
     Raises:
         ValueError: as `grao_fast.train`; use_vllm is set; output_dir cannot be written, or is that
             of a training run, whose completions.jsonl would be overwritten.
@@ -84,44 +88,54 @@ def evaluate(
         use_liger_kernel=False,
         kl_coef=0.0,
     )
-    folder = None if output_dir is None else _result_folder(Path(output_dir).expanduser())
-    examples = load_examples(dataset, split="test")
-    scorer = resolve_reward(reward, weights=config.reward_weights, timeout=config.reward_timeout)
-    scorer.check(examples, reward_type=config.reward_type)
-    if metric is not None:
-        metric = resolve_reward(metric, timeout=config.reward_timeout)
-        metric.check(examples, reward_type="pointwise")
-    for named in (model, base_model):
-        if isinstance(named, (str, Path)):
-            existing_path(named)
+    with world_of(config) as world:
+        folder = None
+        if output_dir is not None:
+            folder = world.main(lambda: _result_folder(Path(output_dir).expanduser()))
+        examples = load_examples(dataset, split="test")
+        scorer = resolve_reward(
+            reward, weights=config.reward_weights, timeout=config.reward_timeout
+        )
+        scorer.check(examples, reward_type=config.reward_type)
+        if metric is not None:
+            metric = resolve_reward(metric, timeout=config.reward_timeout)
+            metric.check(examples, reward_type="pointwise")
+        for named in (model, base_model):
+            if isinstance(named, (str, Path)):
+                existing_path(named)
+        if not isinstance(model, nn.Module):
+            check_templates(examples, tokenizer or load_tokenizer(model))
 
-    if not isinstance(model, nn.Module):
-        check_templates(examples, tokenizer or load_tokenizer(model))
-    loaded = load_policy(model, config=config, tokenizer=tokenizer, trained=False)
-    examples, completions = _answer(loaded, examples, config.sampling, seed=config.seed)
-    baseline = None
-    if base_model is not None:
-        if isinstance(base_model, nn.Module) and tokenizer is None:
-            tokenizer = loaded.tokenizer
-        del loaded  # frees the model before the next is loaded
-        base = load_policy(base_model, config=config, tokenizer=tokenizer, trained=False)
-        # Both answer the same prompts; those that were too long have been dropped.
-        asked = [replace(each, reference=None) for each in examples]
-        unlimited = replace(config.sampling, max_prompt_length=None)
-        _, baseline = _answer(base, asked, unlimited, seed=config.seed)
-    result = evaluate_completions(
-        scorer,
-        examples,
-        completions,
-        baseline=baseline,
-        reward_type=config.reward_type,
-        metric=metric,
-        seed=config.seed,
-    )
-    if folder is not None:
-        write_file(folder / RESULT_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
-        write_lines(folder / COMPLETIONS_FILE, result.rows)
-    return result
+        options = {"config": config, "trained": False, "world": world}
+        loaded = load_policy(model, tokenizer=tokenizer, **options)
+        examples, completions = _answer(loaded, examples, config.sampling, seed=config.seed)
+        baseline = None
+        if base_model is not None:
+            if isinstance(base_model, nn.Module) and tokenizer is None:
+                tokenizer = loaded.tokenizer
+            del loaded  # frees the model before the next is loaded
+            base = load_policy(base_model, tokenizer=tokenizer, **options)
+            # Both answer the same prompts; those that were too long have been dropped.
+            asked = [replace(each, reference=None) for each in examples]
+            unlimited = replace(config.sampling, max_prompt_length=None)
+            _, baseline = _answer(base, asked, unlimited, seed=config.seed)
+
+        def compare() -> EvaluationResult:
+            result = evaluate_completions(
+                scorer,
+                examples,
+                completions,
+                baseline=baseline,
+                reward_type=config.reward_type,
+                metric=metric,
+                seed=config.seed,
+            )
+            if folder is not None:
+                write_file(folder / RESULT_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
+                write_lines(folder / COMPLETIONS_FILE, result.rows)
+            return result
+
+        return world.main(compare)
 
 
 def _answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,23 @@ from transformers import PreTrainedModel
 from grao_fast.config import GRAOConfig
 from grao_fast.config.views import ShardingOption
 from grao_fast.distributed.choice import choose_sharding, reduces_once
+from grao_fast.distributed.launch import launched
 from grao_fast.distributed.world import World
 from grao_fast.models.sharding import device_memory, local, mesh_of, shard
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
+
+
+def world_of(config: GRAOConfig) -> AbstractContextManager[World]:
+    """A context with the processes of a run; see `grao_fast.distributed.launch.launched`."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return launched(
+        "cuda" if on_gpu else "cpu",
+        timeout=config.ddp_timeout,
+        heartbeat_timeout=config.heartbeat_timeout,
+    )
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Placement:
     compute_dtype: bfloat16, or None for the parameters' own.
     sharding, replicas, cpu_offload: see `GRAOConfig`.
     keeps_copy: whether the trained parameters are kept as they began, for the KL term.
+    trains: whether parameters that require gradients have gradients and moments.
     """
 
     world: World
@@ -36,9 +49,10 @@ class Placement:
     replicas: int | None
     cpu_offload: bool
     keeps_copy: bool
+    trains: bool = True
 
     @classmethod
-    def of(cls, config: GRAOConfig, world: World) -> Placement:
+    def of(cls, config: GRAOConfig, world: World, *, trains: bool = True) -> Placement:
         """The placement that a configuration asks for.
 
         Raises:
@@ -60,6 +74,7 @@ class Placement:
             replicas=config.replicas,
             cpu_offload=config.cpu_offload,
             keeps_copy=config.kl_coef > 0,
+            trains=trains,
         )
 
     def shard(self, model: nn.Module, causal_lm: PreTrainedModel) -> bool:
@@ -69,9 +84,10 @@ class Placement:
         """
         if self.world.size == 1:
             return False
-        sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
-        trained = sum(count for count, _, trains in sizes if trains)
-        frozen = sum(count * size for count, size, trains in sizes if not trains)
+        parameters = list(model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad and self.trains)
+        total = sum(p.numel() * p.element_size() for p in parameters)
+        frozen = total - 4 * trained
         memory = device_memory(self.device, self.world)
         sharding = self.sharding
         if sharding == "auto":

@@ -126,25 +126,6 @@ class Tracker:
                     )  # fmt: skip
 
 
-class NoTracker:
-    """The tracker of a process whose run another process reports."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def check_trackers(report_to: Sequence[str | GeneralTracker]) -> None:
     """Raise UserError if `report_to` names an unknown tracker, or one that is not installed."""
     names = [item for item in report_to if isinstance(item, str)]

@@ -168,7 +168,7 @@ def load_policy(
         ConnectionError: no vLLM server answers.
     """
     world = World() if world is None else world
-    placement = Placement.of(config, world)
+    placement = Placement.of(config, world, trains=trained)
     device, dtype = placement.device, placement.compute_dtype
     source = load_model(
         model,

@@ -13,6 +13,7 @@ from grao_fast.config import RewardType
 from grao_fast.data.encoding import check_templates
 from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.compare import RewardSpec
+from grao_fast.models.loading import load_tokenizer
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.system.errors import UserError, first_of
 
@@ -77,6 +78,15 @@ def read_inputs(
     if eval_dataset is None and eval_steps is not None:
         raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
     return inputs
+
+
+def tokenizer_for(
+    model: str | Path, tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is not loaded yet, whose chat template takes the examples."""
+    tokenizer = tokenizer or load_tokenizer(model)
+    inputs.check_templates(tokenizer)
+    return tokenizer
 
 
 def _check_references(inputs: Inputs) -> None:
