@@ -24,13 +24,8 @@ from grao_fast.models.attention.frequencies import (
     longest_context,
     release_frequencies,
 )
-<<<<<<< HEAD
 from grao_fast.models.checks import check_given, restores_models
-from grao_fast.models.loading import load_tokenizer
-=======
-from grao_fast.models.checks import restores_models
 from grao_fast.models.placement import world_of
->>>>>>> 19df823 (A run's report is written by rank 0 for all; evaluate shares prompts among processes; the command line prints once)
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
 from grao_fast.sampling import Completion
@@ -117,18 +112,8 @@ def train(
     """
     config = config or GRAOConfig()
     with ExitStack() as stack:
-<<<<<<< HEAD
-        world = stack.enter_context(
-            launched(
-                "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
-                timeout=config.ddp_timeout,
-                heartbeat_timeout=config.heartbeat_timeout,
-            )
-        )
-        world.together(lambda: _check_arguments(model, callbacks))
-=======
         world = stack.enter_context(world_of(config))
->>>>>>> 19df823 (A run's report is written by rank 0 for all; evaluate shares prompts among processes; the command line prints once)
+        world.together(lambda: _check_arguments(model, callbacks))
         output, checkpoint = world.main(
             lambda: _open_output(stack, output_dir, resume_from_checkpoint)
         )

@@ -142,17 +142,11 @@ def _train(options: Options) -> None:
     config = GRAOConfig(**_take_config(options))
     peft_config = _lora_config(**options.pop("peft"))
 
-    from grao_fast.distributed.launch import is_main
     from grao_fast.trainer import train
 
     result = train(**options, config=config, peft_config=peft_config)
-<<<<<<< HEAD
     where = visible(str(result.output_dir))
     if launcher.rank() == 0:
-=======
-    if is_main():
-        where = visible(str(result.output_dir))
->>>>>>> 19df823 (A run's report is written by rank 0 for all; evaluate shares prompts among processes; the command line prints once)
         print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
 
 
@@ -161,11 +155,10 @@ def _eval(options: Options) -> None:
 
     from rich.console import Console
 
-    from grao_fast.distributed.launch import is_main
     from grao_fast.evaluation.evaluate import evaluate
 
     result = evaluate(**options, config=config)
-    if is_main():
+    if launcher.rank() == 0:
         Console().print(result.table())
 
 

@@ -35,11 +35,6 @@ def processes() -> int:
     return launcher.size()
 
 
-def is_main() -> bool:
-    """Whether this process is the first of those that the launcher has started."""
-    return _launched("RANK", 0) == 0
-
-
 @contextmanager
 def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> Iterator[World]:
     """The `World` of this process, in which an error or the death of one process ends all.
