@@ -74,9 +74,6 @@ def evaluate(
         RewardError: the reward or the metric failed.
         Preempted: SIGTERM or SIGHUP came; a SystemExit of status 143 or 129.
     """
-    check_given("model", model)
-    if base_model is not None:
-        check_given("base_model", base_model)
     # Without gradients and packing, models that cannot be trained can still be evaluated.
     config = config or GRAOConfig()
     if config.use_vllm:
