@@ -50,17 +50,20 @@ class Ended:
 
 
 class Processes:
-    """The running processes of `started`."""
+    """The running processes of `started`.
+
+    began: when, by `time.monotonic`.
+    """
 
     def __init__(self, pids: list[int], folder: Path) -> None:
         self.pids, self._folder = pids, folder
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._statuses: dict[int, tuple[int, float]] = {}
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self.began
 
     def send(self, rank: int, signum: int = signal.SIGKILL) -> None:
         """Send a signal to a process unless it has ended."""
@@ -90,6 +93,19 @@ class Processes:
                 raise TimeoutError(f"ranks {late} ran for {timeout:g} s more: {self._all()}")
             time.sleep(_LOOK)
         return self._all()
+
+    def wait_for_rank(self, rank: int, timeout: float) -> None:
+        """Wait for the end of one process. Raises TimeoutError as `wait` does."""
+        deadline = time.monotonic() + timeout
+        while rank not in self.ended():
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"rank {rank} ran for {timeout:g} s more: {self._all()}")
+            time.sleep(_LOOK)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait until some seconds after the start."""
+        time.sleep(max(0.0, seconds - self.seconds))
 
     def wait_for(self, path: Path, timeout: float = 60.0) -> None:
         """Wait until a file or folder exists. Raises TimeoutError, also if all have ended."""
