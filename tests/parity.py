@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import FAMILIES, family_model
 from processes import launch
 from tiny import character_tokenizer, save_tiny_model
 
@@ -74,6 +75,14 @@ VARIANTS = {
     "mixture": Variant(model="Qwen3Moe"),
     "mixture, odd": Variant({"prompts_per_step": 5, "max_tokens_per_microbatch": 60}, "Mixtral"),
 }
+FAMILY = {f"family {name}": Variant(model=name) for name in FAMILIES}
+# bfloat16 passes differ with the size of a micro-batch, so runs drift apart: "halves" is what that
+# does in one process.
+BFLOAT16 = {
+    "bfloat16": Variant({"bf16": True}),
+    "bfloat16, halves": Variant({"bf16": True, "max_tokens_per_microbatch": 75}),
+}
+ALL = VARIANTS | FAMILY | BFLOAT16
 
 
 def reward_of(dead: float) -> Any:
@@ -95,8 +104,6 @@ def model_of(kind: str, folder: Path) -> tuple[Any, Any]:
         if not folder.exists():
             save_tiny_model(folder, tied=kind == "tied")
         return folder, None
-    from families import family_model
-
     tokenizer = character_tokenizer(chat_template=None)
     return family_model(kind, vocab_size=len(tokenizer), max_position_embeddings=128), tokenizer
 
@@ -134,7 +141,7 @@ def differences(one: Path, other: Path) -> dict[str, float]:
         return max(abs((a[name] or 0) - (b[name] or 0)) for a, b in zip(ours, theirs, strict=True))
 
     weights, others = _weights(one), _weights(other)
-    others.pop("lm_head.weight", None) if "lm_head.weight" not in weights else None
+    assert weights.keys() == others.keys()
     pairs = list(zip(*texts, strict=True))
     return {
         "samples": sum(a != b for a, b in pairs) / len(pairs),
@@ -165,7 +172,7 @@ def run_all(
     def body(rank: int) -> None:
         torch.set_num_threads(1)
         for name in names:
-            variant = VARIANTS[name]
+            variant = ALL[name]
             chosen = Variant(variant.options | options, variant.model, variant.lora, variant.dead)
             run(chosen, folder / f"{name} {size}", folder / "models", steps=steps)
 
@@ -177,17 +184,22 @@ def run_all(
 
 
 def main(folder: Path) -> None:
-    names = list(VARIANTS)
     for size in (1, 2, 4):
         skipped = {"hybrid"} if size < 4 else set()
-        run_all([n for n in names if n not in skipped], folder, size, steps=40, options={})
-    for name in names:
+        names = [name for name in (*VARIANTS, *BFLOAT16) if name not in skipped]
+        run_all(names, folder, size, steps=40, options={})
+        run_all(list(FAMILY), folder, size, steps=1, options={})
+    for name in ALL:
         one = folder / f"{'tied' if name == 'hybrid' else name} 1"
         for size in (2, 4):
             other = folder / f"{name} {size}"
             if other.exists():
-                off = "  ".join(f"{k} {v:.2g}" for k, v in differences(one, other).items())
-                print(f"{name:24} {size} processes: {off}", flush=True)
+                show(f"{name}, {size} processes", differences(one, other))
+    show("bfloat16, halves", differences(folder / "bfloat16 1", folder / "bfloat16, halves 1"))
+
+
+def show(name: str, off: dict[str, float]) -> None:
+    print(f"{name:36}", *(f"{what} {value:.2g} " for what, value in off.items()), flush=True)
 
 
 if __name__ == "__main__":

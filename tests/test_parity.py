@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from parity import VARIANTS, differences, run_all
+from parity import FAMILY, VARIANTS, differences, run_all
 
 # Of float32 losses and weights of order 1, over a few steps of 1e-3.
 ROUNDING = 5e-5
@@ -35,6 +35,14 @@ def test_two_and_four_processes_train_as_one_for_many_steps(tmp_path: Path, name
         run_all([name], tmp_path, size, steps=40, options=replaced)
     for size in sizes[1:]:
         check(tmp_path / f"{name} 1", tmp_path / f"{name} {size}")
+
+
+@pytest.mark.slow
+def test_families_take_the_same_step_in_two_processes(tmp_path: Path) -> None:
+    for size in (1, 2):
+        run_all(list(FAMILY), tmp_path, size, steps=1, options={})
+    for name in FAMILY:
+        check(tmp_path / f"{name} 1", tmp_path / f"{name} 2")
 
 
 def check(one: Path, other: Path) -> None:
