@@ -16,7 +16,12 @@ if TYPE_CHECKING:  # a module of callbacks need not wait for torch and transform
 
 
 class Callback:
-    """Base class of callbacks: override the hooks you need, and pass instances as `callbacks=`."""
+    """Base class of callbacks: override the hooks you need, and pass instances as `callbacks=`.
+
+    With several processes, hooks are called in each of them, with the same arguments; a run ends if
+    one process's `on_step_end` asks for it. What is to happen once belongs under
+    `policy.policy.world.is_main`; `policy.answer` must be called in all.
+    """
 
     def on_train_begin(self, policy: LoadedPolicy, config: GRAOConfig) -> None:
         """Called before the first step.
