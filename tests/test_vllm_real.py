@@ -86,14 +86,14 @@ def test_a_tied_model_stays_the_policys_over_several_steps(tied, models, tmp_pat
 
 def test_a_head_that_stays_as_it_was_ends_the_run(tied, models, tmp_path, monkeypatch):
     """As where the folder has it under one name with the embeddings."""
-    whole = weights._on_cpu
+    whole = weights._unshared
 
-    def without_head(model, dtype):
-        return {k: v for k, v in whole(model, dtype).items() if k != "lm_head.weight"}
+    def without_head(tensors):
+        return {k: v for k, v in whole(tensors).items() if k != "lm_head.weight"}
 
     loaded = load_policy(models["tied"], config=config(tied))
     loaded.sampler.sync(loaded.policy)  # whatever the tests before have left there
-    monkeypatch.setattr(weights, "_on_cpu", without_head)
+    monkeypatch.setattr(weights, "_unshared", without_head)
     with pytest.raises(ValueError, match=r"does not hold.*it kept its own head, which is tied"):
         run(models["tied"], tmp_path, config=config(tied, learning_rate=1e-6))
     assert not (tmp_path / "final").exists()

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grao_fast.sampling.model_sampler import Decoding
@@ -120,6 +121,7 @@ class FakeVLLM:
 
     def _update_weights(self, body: dict) -> tuple[int, dict]:
         assert self.paused and body["update_info"]["names"]
+        self.model.load_state_dict(load_file(body["update_info"]["file"]))
         return 200, {"message": "Weights updated"}
 
     def _finish_weight_update(self, body: dict) -> tuple[int, dict]:

@@ -43,7 +43,9 @@ def save_model(
         save_sharded(model, folder, world, save_pretrained)
     else:
         state = model.state_dict()
-        adapter = {name: whole(state[name]).cpu() for name in saved_names(model, "auto")}
+        # sorted, as sets differ in order between processes, which must gather in the same
+        names = sorted(saved_names(model, "auto"))
+        adapter = {name: whole(state[name]).cpu() for name in names}
         world.main(lambda: save_pretrained(model, folder, adapter), held=True)
     world.main(lambda: tokenizer.save_pretrained(folder), held=True)
 

@@ -61,8 +61,8 @@ def _files(model: PreTrainedModel, state: dict[str, Tensor], processes: int) -> 
 
     A few models store tensors on disk that are made of several layers': they get a single file.
     """
-    units = list(_units(model, state).values())
-    if not _can_be_cut(model, state, units):
+    units = list(units_of(model, state).values())
+    if not can_be_cut(model, state, units):
         logger.info(
             "rank 0 gathers the whole of %s to save it: its files do not hold it layer by layer",
             model.config.model_type,
@@ -85,7 +85,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
 
 
-def _units(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, list[str]]:
+def units_of(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, list[str]]:
     """The names of a state's tensors by layer, those outside of layers first, under "".
 
     The first ones include parameters with several names, of which `save_pretrained` keeps one.
@@ -117,7 +117,7 @@ def _shared(first: dict[str, str]) -> set[str]:
     return {name for name, one in first.items() if one in ones}
 
 
-def _can_be_cut(model: PreTrainedModel, state: dict[str, Tensor], units: list[list[str]]) -> bool:
+def can_be_cut(model: PreTrainedModel, state: dict[str, Tensor], units: list[list[str]]) -> bool:
     """Whether parts, saved alone, have the names and shapes that they have in the whole.
 
     Transformers renames and splits the tensors of some models as it saves them; it is asked what it

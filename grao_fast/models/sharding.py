@@ -169,3 +169,13 @@ def fill(tensor: Tensor, values: Tensor) -> None:
         values.to(mesh.device_type), mesh, tensor.placements, src_data_rank=None
     )
     tensor.to_local().copy_(part.to_local())
+
+
+def slices_of(tensor: Tensor) -> tuple[slice, ...]:
+    """Where in the whole this process's part of a sharded tensor lies; of other tensors, all."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    (chunk,) = tensor.__create_chunk_list__()
+    return tuple(
+        slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+    )

@@ -38,7 +38,10 @@ class Sampler(Protocol):
     context_length: int | None
 
     def sync(self, policy: Policy) -> None:
-        """Take over the policy's weights; called before the first sample and after every update."""
+        """Take over the policy's weights; called before the first sample and after every update.
+
+        Every process must call it.
+        """
         ...
 
     def sample(
@@ -62,6 +65,13 @@ class Sampler(Protocol):
 @runtime_checkable
 class ConcurrentSampler(Sampler, Protocol):
     """A Sampler whose `sample` may be called in other threads, as its weights are its own."""
+
+    def recover(self) -> None:
+        """Take over the last weights again if they were lost.
+
+        Every process must call it, before they sample together.
+        """
+        ...
 
     def abort(self) -> None:
         """Make the calls of `sample` that are in flight raise soon; their samples are lost."""

@@ -6,6 +6,9 @@ that differ strongly: the policy with a change in every tensor, and then the pol
 was not taken over shows in one of the two, and so does a tied head that the sampler keeps as a
 separate copy. Later hand-overs must agree within the rounding that the first two have shown.
 
+With several processes, all run the policy's passes, whose weights they gather together; rank 0's
+log-probs decide.
+
 Suffixes: n tokens of the text, B parts of the model.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import reshard
 from grao_fast.sampling.changes import HEAD, Change, Negated, is_tied, parts
 from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
@@ -88,12 +92,15 @@ class HeldWeights:
     ) -> None:
         """Hand over changed weights and then the policy's, and prove that both arrived.
 
-        score: the sampler's log-probs of a text's tokens behind the first, at temperature 1.
+        Every process must call it.
+
+        score: the sampler's log-probs of a text's tokens behind the first, at temperature 1; the
+            same in all processes.
         change: of the tensors that are handed over; None: all of the model's.
 
         Raises UserError that names the parts which did not, if they can be told.
         """
-        change = change or Negated(policy.causal_lm.parameters())
+        change = change or Negated(policy.causal_lm)
         with _evaluating(policy.causal_lm):
             with change.of(change.tensors):
                 hand_over(policy)
@@ -108,7 +115,7 @@ class HeldWeights:
                 if seen.stale or not seen.nats <= bound:
                     here = change.of(change.tensors) if seen is changed else nullcontext()
                     with here:
-                        raise self._refusal(policy, seen, bound, change)
+                        self._refuse(policy, seen, bound, change)
         self._shown = max(true.nats, self._floor(policy) / 2)
         logger.info(
             "%s holds the policy's weights: their log-probs differ by %.1e nats a token, and by "
@@ -124,7 +131,7 @@ class HeldWeights:
             seen = self._compare(policy, score, None)
             bound = min(seen.bound, _TIMES_LATER * self._shown)
             if not seen.nats <= bound:
-                raise self._refusal(policy, seen, bound, None)
+                self._refuse(policy, seen, bound, None)
 
     def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
         """Compare the policy as it is now with the sampler."""
@@ -140,6 +147,16 @@ class HeldWeights:
         bound = _TIMES * (rounding + self._floor(policy))
         stale = [] if change is None else _stale_parts(policy, ids, off_n, change)
         return _Comparison(off_n, magnified, bound, stale)
+
+    def _refuse(
+        self, policy: Policy, seen: _Comparison, bound: float, change: Change | None
+    ) -> None:
+        error = self._refusal(policy, seen, bound, change)
+
+        def refuse() -> None:
+            raise error
+
+        policy.world.main(refuse)
 
     def _refusal(
         self, policy: Policy, seen: _Comparison, bound: float, change: Change | None
@@ -215,7 +232,8 @@ def _logprobs(
     finally:
         if hook is not None:
             hook.remove()
-    return logits_nV.float().log_softmax(-1).gather(1, row_BL[0, 1:, None])[:, 0].cpu()
+    logprob_n = logits_nV.float().log_softmax(-1).gather(1, row_BL[0, 1:, None])[:, 0].cpu()
+    return policy.world.main(lambda: logprob_n)
 
 
 def _stale_parts(policy: Policy, ids: list[int], off_n: Tensor, change: Change) -> list[str]:
@@ -250,4 +268,5 @@ def _evaluating(lm: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(lm)
         lm.train(training)

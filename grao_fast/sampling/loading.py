@@ -34,7 +34,7 @@ from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.models.router import Router
 from grao_fast.models.sharding import gathered, reshard
-from grao_fast.sampling import Completion, Sampler
+from grao_fast.sampling import Completion, ConcurrentSampler, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
 from grao_fast.sampling.choose import check_sharing, choose_sampler
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
@@ -118,6 +118,8 @@ class LoadedPolicy:
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
         """A context in which the sampler needs no other process: all must enter it together."""
+        if self.policy.world.size > 1 and isinstance(self.sampler, ConcurrentSampler):
+            self.sampler.recover()
         with gathered(self.causal_lm) if isinstance(self.sampler, ModelSampler) else nullcontext():
             yield
 
@@ -217,7 +219,7 @@ def load_policy(
         policy=policy,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
-        sampler=_sampler(policy, tokenizer, eos_token_ids, kept, config),
+        sampler=world.together(lambda: _sampler(policy, tokenizer, eos_token_ids, kept, config)),
         beginning=Beginning(model) if config.kl_coef or base_digest else None,
         base_digest=base_digest,
     )
@@ -276,6 +278,7 @@ def _sampler(
             sync_dir=config.vllm_sync_dir,
             api_key=api_key(config.vllm_server_api_key_env),
             samples_on=config.async_rollouts > 1,  # see grao_fast.training.ahead
+            world=policy.world,
         )
     return VLLMColocatedSampler(
         tokenizer=tokenizer,

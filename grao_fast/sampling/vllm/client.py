@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from grao_fast.distributed.world import World
 from grao_fast.sampling.vllm.requests import LOGPROBS_MODE
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.optional import import_optional
@@ -91,25 +92,30 @@ class HeldVersion:
 
     Every process of the server has an id; where it has /weight_info (vLLM 0.32 has), the weights
     have a version too.
+
+    world: the processes that sample from the server.
     """
 
-    def __init__(self, client: VLLMClient) -> None:
-        self._client = client
+    def __init__(self, client: VLLMClient, world: World) -> None:
+        self._client, self._world = client, world
         self._has_version = client.has("/weight_info")
         self._run, self._count = uuid.uuid4().hex[:12], 0
         self._given: tuple[Any, Any] | None = None
 
     def mark(self) -> None:
-        """Record that the server now has the policy's weights."""
-        self._count += 1
-        if self._has_version:
-            version = f"grao-fast-{self._run}-{self._count}"
-            self._client.call("post", "/update_weight_version", {"new_version": version})
-        self._given = self._now()
+        """Record that the server now has the policy's weights; every process must call it."""
+        self._given = self._world.main(self._renewed)
 
     def is_lost(self) -> bool:
         """Whether the server was restarted or given other weights since the last mark."""
         return self._given is not None and self._now() != self._given
+
+    def _renewed(self) -> tuple[Any, Any]:
+        self._count += 1
+        if self._has_version:
+            version = f"grao-fast-{self._run}-{self._count}"
+            self._client.call("post", "/update_weight_version", {"new_version": version})
+        return self._now()
 
     def _now(self) -> tuple[Any, Any]:
         version = self._client.call("get", "/weight_info") if self._has_version else None
@@ -117,21 +123,28 @@ class HeldVersion:
 
 
 @contextmanager
-def paused(client: VLLMClient, *, can_pause: bool, mode: PauseMode) -> Iterator[None]:
+def paused(
+    client: VLLMClient, *, can_pause: bool, mode: PauseMode, world: World | None = None
+) -> Iterator[None]:
     """Pause the server for the block; it resumes afterwards, also after an error.
 
-    mode: what becomes of requests in flight. The server finishes them before it pauses ("wait"),
-        ends them with the tokens that they have ("abort"), or goes on with them afterwards, with
-        an empty cache ("keep"): tokens that are sampled then come from the weights of then.
+    Args:
+        mode: what becomes of requests in flight. The server finishes them before it pauses
+            ("wait"), ends them with the tokens that they have ("abort"), or goes on with them
+            afterwards, with an empty cache ("keep"): tokens that are sampled then come from the
+            weights of then.
+        world: processes that all enter the block, for which rank 0 pauses and resumes.
     """
     if not can_pause:
         yield
         return
-    client.call("post", f"/pause?mode={mode}")
+    world = World() if world is None else world
+    world.main(lambda: client.call("post", f"/pause?mode={mode}"))
     try:
         yield
     finally:
-        client.call("post", "/resume")
+        if world.is_main:
+            client.call("post", "/resume")
 
 
 def api_key(variable: str | None) -> str | None:

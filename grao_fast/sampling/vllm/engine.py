@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grao_fast.distributed.world import World
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
@@ -61,7 +62,7 @@ class VLLMColocatedSampler:
         self.context_length = max_model_length
         self.gpu_memory_utilization = gpu_memory_utilization
         self._tokenizer = tokenizer
-        self._folder = WeightFolder(sync_dir, tokenizer)
+        self._folder = WeightFolder(sync_dir, tokenizer, World())
         self._engine: Any = None
         self._held: HeldWeights | None = None
 

@@ -1,11 +1,15 @@
-"""Ways to give a vLLM server the policy's weights; a run chooses one and logs it."""
+"""Ways to give a vLLM server the policy's weights; a run chooses one and logs it.
+
+All processes of a run take part in gathering weights, and rank 0 alone talks to the server.
+"""
 
 from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from grao_fast.distributed.world import World
 from grao_fast.models.adapters import is_peft_model
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.changes import Change, Negated, Swapped
@@ -18,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class HandOver(Protocol):
-    """A way to hand weights over, used while the server pauses.
+    """A way to hand weights over, used by all processes together while the server pauses.
 
     model: the name to ask for afterwards.
     """
@@ -41,8 +45,10 @@ class HandOver(Protocol):
 class WholeModel:
     """Hands over all weights, adapters merged, as a checkpoint that workers load in place."""
 
-    def __init__(self, client: VLLMClient, folder: WeightFolder, *, model: str) -> None:
-        self._client, self._folder, self.model = client, folder, model
+    def __init__(
+        self, client: VLLMClient, folder: WeightFolder, *, model: str, world: World
+    ) -> None:
+        self._client, self._folder, self.model, self._world = client, folder, model, world
         self._last: Path | None = None
 
     def give(self, policy: Policy) -> None:
@@ -50,6 +56,9 @@ class WholeModel:
         self.give_again()
 
     def give_again(self) -> None:
+        self._world.main(self._load)
+
+    def _load(self) -> None:
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(self._last)}}
         try:
             self._client.call("post", "/collective_rpc", arguments)
@@ -60,14 +69,14 @@ class WholeModel:
             ) from error
 
     def change(self, policy: Policy) -> Change:
-        return Negated(policy.causal_lm.parameters())
+        return Negated(policy.causal_lm)
 
 
 class AdapterAlone:
     """Hands over a LoRA adapter, under a new name each time, since caches go by the name."""
 
-    def __init__(self, client: VLLMClient, folder: WeightFolder) -> None:
-        self._client, self._folder = client, folder
+    def __init__(self, client: VLLMClient, folder: WeightFolder, *, world: World) -> None:
+        self._client, self._folder, self._world = client, folder, world
         self._run, self._count = uuid.uuid4().hex[:12], 0
         self._last: Path | None = None
         self.model = ""
@@ -77,6 +86,10 @@ class AdapterAlone:
         self.give_again()
 
     def give_again(self) -> None:
+        self.model = self._world.main(self._load)
+
+    def _load(self) -> str:
+        """Load the adapter, and unload the one before; returns its name."""
         self._count += 1
         name = f"grao-fast-{self._run}-{self._count}"
         try:
@@ -88,13 +101,13 @@ class AdapterAlone:
                 f"the vLLM server did not load the adapter in {str(self._last)!r}; vllm_sync_dir "
                 f"must be a folder that it sees under that path, and may read: {error}"
             ) from error
-        before, self.model = self.model, name
         # A restarted server no longer has the old adapter, and would answer as if without a route.
-        if before in {card["id"] for card in self._client.call("get", "/v1/models")["data"]}:
-            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": before})
+        if self.model in {card["id"] for card in self._client.call("get", "/v1/models")["data"]}:
+            self._client.call("post", "/v1/unload_lora_adapter", {"lora_name": self.model})
+        return name
 
     def change(self, policy: Policy) -> Change:
-        return Swapped(p for name, p in policy.model.named_parameters() if ".lora_" in name)
+        return Swapped(policy.model, lambda name: ".lora_" in name)
 
 
 def choose_hand_over(
@@ -103,24 +116,35 @@ def choose_hand_over(
     """Choose the adapter alone if the server accepts it, else the whole model.
 
     The whole model goes by vLLM's weight transfer if the server was started with a backend that
-    works here, else through a folder.
+    works here, else through a folder. Every process must call it.
     """
+    world = policy.world
+    kind, backend = world.main(lambda: _choice(policy, client))
+    if kind == "adapter":
+        return AdapterAlone(client, folder, world=world)
+    if kind == "folder":
+        return WholeModel(client, folder, model=model, world=world)
+    return WeightTransfer(client, backend=backend, model=model, world=world)
+
+
+def _choice(policy: Policy, client: VLLMClient) -> tuple[Literal["adapter", "folder", "send"], str]:
+    """The way to hand over, and the backend that sends."""
     info = client.info()
     if is_peft_model(policy.model):
         reason = _merged_because(policy.model, info)
         if not reason:
             logger.info("the vLLM server at %s gets the adapter alone", client.base_url)
-            return AdapterAlone(client, folder)
+            return "adapter", ""
         logger.info("the vLLM server gets the adapter merged into its model: %s", reason)
     transfer = info["vllm_config"].get("weight_transfer_config")
     if not transfer:
-        return WholeModel(client, folder, model=model)
+        return "folder", ""
     backend = transfer["backend"]
     if reason := cannot_transfer(policy, backend):
         logger.info("the vLLM server gets weights through a folder: %s", reason)
-        return WholeModel(client, folder, model=model)
+        return "folder", ""
     logger.info("the vLLM server gets weights by its weight transfer, over %s", backend)
-    return WeightTransfer(client, backend=backend, model=model)
+    return "send", backend
 
 
 def _merged_because(model: Any, info: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grao_fast.distributed.world import World
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion
 from grao_fast.sampling.held_weights import HeldWeights
@@ -33,7 +34,8 @@ _REQUESTS_AT_ONCE = 64
 class VLLMServerSampler:
     """A `ConcurrentSampler` over a running `vllm serve`, with one request per prompt.
 
-    The server is trusted: whoever reaches it can load weights into it.
+    Every process of a run has one, and asks for its own prompts; rank 0's gives the server the
+    weights, which all gather. The server is trusted: whoever reaches it can load weights into it.
 
     Args:
         base_url: of the server, without /v1.
@@ -44,6 +46,7 @@ class VLLMServerSampler:
         api_key: what it was started with as --api-key; None: it asks for none.
         samples_on: whether requests in flight go on after a hand-over, with the new weights;
             otherwise a hand-over waits for them.
+        world: the processes of the run.
 
     Raises:
         ConnectionError: no server answers there, or one that fails after retries.
@@ -61,7 +64,9 @@ class VLLMServerSampler:
         sync_dir: str | None,
         api_key: str | None = None,
         samples_on: bool = False,
+        world: World | None = None,
     ) -> None:
+        self._world = world = World() if world is None else world
         self.client = VLLMClient(base_url, api_key=api_key)
         self.base_url = self.client.base_url
         self.eos_ids = sorted(eos_token_ids)
@@ -73,10 +78,10 @@ class VLLMServerSampler:
         self._samples_on = samples_on
         if samples_on:
             self._check_samples_on(info)
-        self._version = HeldVersion(self.client)
+        self._version = HeldVersion(self.client, world)
         self._losses = 0  # times that the server was found without the policy's weights
         self._weights_lock = threading.RLock()  # of `_version` and `_losses`
-        self._folder = WeightFolder(sync_dir, tokenizer)
+        self._folder = WeightFolder(sync_dir, tokenizer, world)
         self._hand_over: HandOver | None = None  # chosen at the first `sync`
         self._held = HeldWeights(
             tokenizer,
@@ -124,44 +129,46 @@ class VLLMServerSampler:
             self._hand_over = choose_hand_over(policy, self.client, self._folder, model=self.model)
         if not self._held.is_proved:
             change = self._hand_over.change(policy)
-            self._held.first(policy, self._give, self._score, change=change)
+            self._held.first(policy, self._give, self._main_score, change=change)
             return
         self._give(policy)
-        self._held.again(policy, self._score)
+        self._held.again(policy, self._main_score)
 
     def _give(self, policy: Policy | None) -> None:
         """Hand over the policy's weights, or the last ones again, while the server pauses."""
-        way = self._hand_over
+        way, world = self._hand_over, self._world
         assert way is not None, "sync before the first sample"
         mode: PauseMode = "keep" if self._samples_on else "wait"
+        # Held in all processes, so that none sees the new version before it is its own.
         with self._weights_lock:
-            if self._version.is_lost():
-                self._losses += 1
-            with paused(self.client, can_pause=self._can_pause, mode=mode):
+            self._losses += world.main(self._version.is_lost)
+            with paused(self.client, can_pause=self._can_pause, mode=mode, world=world):
                 if policy is None:
                     way.give_again()
                 else:
                     way.give(policy)
-                # Cached prefixes were computed with the old weights.
-                answer = self.client.call("post", "/reset_prefix_cache")
-            if isinstance(answer, dict) and answer.get("success") is False:
-                raise UserError(
-                    f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, "
-                    "as it serves others at the same time: give it to this run alone"
-                )
+                world.main(self._reset_cache)
             self._version.mark()
 
-    def _recover(self) -> int:
-        """Give its weights again to a server that lost them; returns the losses so far."""
+    def _reset_cache(self) -> None:
+        """Drop cached prefixes, which were computed with the old weights."""
+        answer = self.client.call("post", "/reset_prefix_cache")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise UserError(
+                f"the vLLM server at {self.base_url} keeps a prefix cache of the old weights, "
+                "as it serves others at the same time: give it to this run alone"
+            )
+
+    def recover(self) -> None:
+        """See `ConcurrentSampler.recover`."""
         with self._weights_lock:
-            if self._version.is_lost():
+            if self._world.main(self._version.is_lost):
                 logger.warning(
                     "the vLLM server at %s was restarted or given other weights: it gets the "
                     "policy's once more",
                     self.base_url,
                 )
                 self._give(None)
-            return self._losses
 
     def sample(
         self,
@@ -174,10 +181,13 @@ class VLLMServerSampler:
     ) -> list[list[Completion]]:
         """See `Sampler.sample`; the longest prompts are requested first.
 
-        A server that was restarted since the last hand-over gets the weights once more; one that
-        loses them while it samples is a ConnectionError.
+        In one process, a server that was restarted since the last hand-over gets the weights once
+        more. One that loses them while it samples is a ConnectionError.
         """
-        losses = self._recover()
+        if self._world.size == 1:
+            self.recover()
+        with self._weights_lock:
+            losses = self._losses
         groups = self._ask_for_all(
             prompts, num_generations, max_new_tokens, temperature=temperature, seeds=seeds
         )
@@ -226,6 +236,9 @@ class VLLMServerSampler:
         model = self.model if self._hand_over is None else self._hand_over.model
         body = {"model": model, "prompt": prompt, "return_token_ids": True}
         return self.client.call("post", "/v1/completions", body | options)["choices"]
+
+    def _main_score(self, ids: list[int]) -> list[float]:
+        return self._world.main(lambda: self._score(ids))
 
     def _score(self, ids: list[int]) -> list[float]:
         """Log-probs at temperature 1 of all tokens but the first."""

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from grao_fast.distributed.world import World
 from grao_fast.models.policy import Policy
+from grao_fast.models.whole_weights import WholeWeights
 from grao_fast.sampling.changes import Change, Negated
 from grao_fast.sampling.vllm.client import VLLMClient
 from grao_fast.sampling.vllm.requests import FAILURES
-from grao_fast.sampling.weights import merged
 from grao_fast.system.errors import explained
 
 _BASE = "vllm.distributed.weight_transfer.base"
@@ -27,23 +28,36 @@ _NCCL = "vllm.distributed.weight_transfer.nccl_engine"
 class WeightTransfer:
     """A `HandOver` of all weights, adapters merged, by a backend of vLLM's weight transfer.
 
-    A restarted server has lost its end of the connection, which ends the run.
+    Rank 0 sends each tensor as soon as all processes have gathered it. A restarted server has lost
+    its end of the connection, which ends the run.
     """
 
-    def __init__(self, client: VLLMClient, *, backend: str, model: str) -> None:
+    def __init__(self, client: VLLMClient, *, backend: str, model: str, world: World) -> None:
         self.model, self._base_url = model, client.base_url
+        self._client, self._backend = client, backend
+        self._weights: Any = None
+        self._sender: Any = None
+        world.main(self._start)
+
+    def _start(self) -> None:
         self._weights = _source()
         with explained("vLLM's weight transfer did not start", *FAILURES):
-            self._sender: Any = importlib.import_module(_FACTORY).WeightTransferTrainerFactory
-            self._sender = self._sender.trainer_init(
-                BACKENDS[backend](client), client=_Routes(client), source=self._weights
+            factory = importlib.import_module(_FACTORY).WeightTransferTrainerFactory
+            self._sender = factory.trainer_init(
+                BACKENDS[self._backend](self._client),
+                client=_Routes(self._client),
+                source=self._weights,
             )
 
     def give(self, policy: Policy) -> None:
-        self._weights.take(policy)
-        with explained("vLLM's weight transfer failed", *FAILURES):
-            self._sender.send_weights()
-        self._weights.tensors = {}
+        weights = WholeWeights(policy)
+
+        def send(layers: Iterator[dict[str, Tensor]]) -> None:
+            self._weights.outline, self._weights.layers = weights.outline(), layers
+            with explained("vLLM's weight transfer failed", *FAILURES):
+                self._sender.send_weights()
+
+        weights.read(send)
 
     def give_again(self) -> None:
         raise ConnectionError(
@@ -52,7 +66,7 @@ class WeightTransfer:
         )
 
     def change(self, policy: Policy) -> Change:
-        return Negated(policy.causal_lm.parameters())
+        return Negated(policy.causal_lm)
 
 
 def cannot_transfer(policy: Policy, backend: str) -> str:
@@ -88,24 +102,18 @@ class _Routes:
 
 
 def _source() -> Any:
-    """The policy's weights as vLLM's `WeightSource`, tied tensors under each of their names."""
+    """The policy's weights as vLLM's `WeightSource`, to be read once."""
     base = importlib.import_module(_BASE)
 
     class Weights(base.WeightSource):
-        tensors: dict[str, Tensor]
-
-        def take(self, policy: Policy) -> None:
-            dtype, state = policy.autocast_dtype, merged(policy).state_dict()
-            self.tensors = {
-                name: tensor.to(dtype if tensor.is_floating_point() else None)
-                for name, tensor in state.items()
-            }
+        outline: dict[str, Tensor]
+        layers: Iterator[dict[str, Tensor]]
 
         def metadata(self) -> list[Any]:
-            return [base.ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self.tensors.items()]
+            return [base.ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self.outline.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(self.tensors.items())
+            return (pair for tensors in self.layers for pair in tensors.items())
 
     return Weights()
 
