@@ -74,13 +74,13 @@ def test_two_processes_train_as_one(fake: FakeVLLM, options, tmp_path: Path):
     assert all(torch.equal(theirs[name], tensor) for name, tensor in final.items())
 
 
-def test_an_adapter_goes_alone_and_merged(fake: FakeVLLM, options, tmp_path: Path):
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_goes_alone_or_merged(fake: FakeVLLM, options, tmp_path: Path, alone: bool):
+    fake.max_lora_rank = 8 if alone else None
     compare("LoRA", fake, tmp_path, options)
-    assert len(fake.paths("/collective_rpc")) == STEPS + 2
-    fake.max_lora_rank = 8
-    compare("LoRA", fake, tmp_path, options)
-    assert not fake.paths("/collective_rpc")
-    assert len(fake.paths("/v1/load_lora_adapter")) == STEPS + 2
+    used, unused = ("/v1/load_lora_adapter", "/collective_rpc")[:: 1 if alone else -1]
+    assert len(fake.paths(used)) == STEPS + 2
+    assert not fake.paths(unused)
 
 
 def test_weights_go_by_the_transfer_while_they_are_gathered(fake, options, tmp_path, monkeypatch):
