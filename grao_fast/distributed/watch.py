@@ -48,10 +48,10 @@ def end_together(world: World, links: Links) -> Iterator[None]:
 def _end(world: World, links: Links, error: BaseException) -> NoReturn:
     """Raise an error of this process, or what it follows from in another.
 
-    An exchange with a process that has failed or died raises RuntimeError: then its reason is on
-    the way. If none comes, the error is this process's own.
+    An exchange with a process that has failed or died raises RuntimeError, which others may have
+    wrapped: then its reason is on the way. If none comes, the error is this process's own.
     """
-    if isinstance(error, RuntimeError):
+    if any(isinstance(link, RuntimeError) for link in _chain(error)):
         links.wait(_TO_LEARN)
     signum = error.signum if isinstance(error, interruption.Stop) else None
     message = f"{type(error).__name__}: {one_line(error)}"
@@ -69,6 +69,15 @@ def _end(world: World, links: Links, error: BaseException) -> NoReturn:
         ) from error
     world.put_name(error, _behind(world))
     raise error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    seen: list[BaseException] = []  # chains may be circular
+    while error is not None and not any(error is link for link in seen):
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def _behind(world: World) -> str:
