@@ -16,7 +16,6 @@ from tiny import CHAT_TEMPLATE, sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
-from grao_fast.distributed.world import World
 from grao_fast.models.adapters import load_adapters
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.files import write_folder
@@ -262,7 +261,7 @@ def test_every_key_of_a_checkpoint_is_accounted_for(kind, change, tiny_model, re
         "value": "differ from those",
     }[change]
     with pytest.raises(ValueError, match=message) as error:
-        load_weights(policy.model, folder, read_state(folder), World())
+        load_weights(policy, folder, read_state(folder))
     assert "\n" not in str(error.value)
     if change != "value":
         assert all(torch.equal(v, before[n]) for n, v in policy.model.state_dict().items())

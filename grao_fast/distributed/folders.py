@@ -35,7 +35,10 @@ def write_folder(path: Path, fill: Callable[[Path], None], world: World) -> None
             world.main(lambda: remove(new), held=True)
         if full is None:
             raise
-        raise full.error() from error
+        full_error = full.error()
+        if world.size > 1:
+            world.put_name(full_error)
+        raise full_error from error
     world.main(lambda: finish_folder(path, described), held=True)
 
 

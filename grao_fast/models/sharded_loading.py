@@ -8,6 +8,7 @@ of the model, rank 0 loads it into the CPU's memory and scatters it, tensor by t
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from grao_fast.models.outline import (
     stand_ins,
     tensor_at,
 )
-from grao_fast.models.weight_files import Part, WeightFiles
+from grao_fast.models.weight_files import Part, WeightFiles, safetensors_of
 from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
 
@@ -115,6 +116,35 @@ class Outline:
         self._files.close()
 
 
+def refill(
+    model: PreTrainedModel,
+    folder: Path,
+    outline: PreTrainedModel,
+    *,
+    whole: Callable[[], PreTrainedModel],
+    device: torch.device,
+    world: World,
+) -> None:
+    """Fill a sharded model with weights that `save_pretrained` wrote; every process must call it.
+
+    Args:
+        outline: the folder's model on "meta", as `from_pretrained` returns it.
+        whole: loads it into the CPU's memory, for rank 0 to scatter where that is needed.
+        device: that computes.
+    """
+    files = _here(world, lambda: WeightFiles(safetensors_of(str(folder), None), outline))
+    places = places_of(model)
+    why = next(filter(None, world.each(lambda: _held_otherwise(places, files))), None)
+    if why is None:
+        _here(world, lambda: _read(places, files))
+    else:
+        logger.info("rank 0 loads %s whole and scatters it: %s", folder.name, why)
+        tensors: dict[str, Tensor] = {}
+        world.main(lambda: tensors.update(whole().state_dict()))
+        _scatter(places, tensors, device, world)
+    files.close()
+
+
 def _here(world: World, attempt: Callable[[], T]) -> T:
     """Call `attempt` in every process; returns this one's result, which the others do not get."""
     kept: list[T] = []
@@ -128,14 +158,22 @@ def _why_whole(loader: Loader, outline: PreTrainedModel, files: WeightFiles) -> 
         return "the first weights of its adapter depend on whole weights of the model"
     if not loader.files():
         return "its weights are not in safetensors files"
-    of = {name: tuple(tensor_at(place).shape) for name, place in places_of(outline).items()}
-    absent = [name for name, shape in of.items() if not files.holds(name, shape)]
-    if absent:
-        return f"its files hold {first_of(absent)} under other names or in another form"
+    unlike = _held_otherwise(places_of(outline), files)
+    if unlike is not None:
+        return unlike
     tied = outline.all_tied_weights_keys.items()
     twice = [a for a, b in tied if outline.get_parameter(a) is not outline.get_parameter(b)]
     if twice:
         return f"its files hold {first_of(twice)}, which is tied, a second time"
+    return None
+
+
+def _held_otherwise(places: dict[str, Place], files: WeightFiles) -> str | None:
+    """How files differ from a model's own tensors; None if they hold these."""
+    of = {name: tuple(tensor_at(place).shape) for name, place in places.items()}
+    absent = [name for name, shape in of.items() if not files.holds(name, shape)]
+    if absent:
+        return f"its files hold {first_of(absent)} under other names or in another form"
     return None
 
 
@@ -193,20 +231,27 @@ class _Whole:
         self.tensors = {n: tensor_at(place).detach() for n, place in places_of(model).items()}
         return said
 
-    @torch.no_grad()
     def scatter(self, places: dict[str, Place], device: torch.device) -> None:
-        """Fill the shards of all processes, one tensor at a time."""
-        for name, place in places.items():
-            tensor = tensor_at(place)
-            if self._world.is_main:
-                values = self.tensors.pop(name).to(device, tensor.dtype)
-            else:
-                values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            if isinstance(tensor, DTensor):
-                sharded = distribute_tensor(values, tensor.device_mesh, tensor.placements)
-                tensor.to_local().copy_(sharded.to_local())
-            else:
-                dist.broadcast(values, src=0)
-                tensor.copy_(values)
+        """Fill the shards of all processes."""
+        _scatter(places, self.tensors, device, self._world)
         # an adapter was drawn in rank 0 alone
         torch.set_rng_state(self._world.main(torch.get_rng_state))
+
+
+@torch.no_grad()
+def _scatter(
+    places: dict[str, Place], tensors: dict[str, Tensor], device: torch.device, world: World
+) -> None:
+    """Fill the shards of all processes with rank 0's tensors, one at a time."""
+    for name, place in places.items():
+        tensor = tensor_at(place)
+        if world.is_main:
+            values = tensors.pop(name).to(device, tensor.dtype)
+        else:
+            values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if isinstance(tensor, DTensor):
+            sharded = distribute_tensor(values, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(sharded.to_local())
+        else:
+            dist.broadcast(values, src=0)
+            tensor.copy_(values)

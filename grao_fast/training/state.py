@@ -31,9 +31,10 @@ from grao_fast.models.adapters import (
     subtract_first_weights,
 )
 from grao_fast.models.beginning import trainable
-from grao_fast.models.policy import causal_lm_of
+from grao_fast.models.policy import Policy
 from grao_fast.models.saving import save_model
-from grao_fast.models.sharding import fill, own_class, reshard
+from grao_fast.models.sharded_loading import refill
+from grao_fast.models.sharding import own_class, reshard
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (
@@ -139,23 +140,24 @@ def resume_policy(
         )
     if beginning is not None and loaded.base_digest is not None:
         subtract_first_weights(loaded.model, beginning.restored)
-    load_weights(loaded.model, path, state, loaded.policy.world)
+    load_weights(loaded, path, state)
     check_base(path, state, loaded)
     return run
 
 
-def load_weights(model: nn.Module, path: Path, state: Mapping[str, Any], world: World) -> None:
-    """Load all of a checkpoint's weights into the model; every process must call it.
+def load_weights(loaded: LoadedPolicy, path: Path, state: Mapping[str, Any]) -> None:
+    """Load all of a checkpoint's weights into the policy; every process must call it.
 
     Raises:
         CheckpointError: a weight is missing, is not the model's, or is not what was saved.
     """
+    model, world = loaded.model, loaded.policy.world
     if (path / _BARE_WEIGHTS).exists():
         load_tensors(_trained(model), path / _BARE_WEIGHTS, world)
     elif is_peft_model(model):
         world.together(lambda: load_adapters(model, path))
     else:
-        world.together(lambda: _load_model(causal_lm_of(model), path))
+        _load_model(loaded.policy, path)
     if digest_weights(model) != state["weights"]:
         raise CheckpointError(
             f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
@@ -170,13 +172,33 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in trainable(model).items()}
 
 
-def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
+def _load_model(policy: Policy, path: Path) -> None:
+    causal_lm = policy.causal_lm
+    if policy.world.size == 1:
+        causal_lm.load_state_dict(_saved_model(causal_lm, path).state_dict())
+        return
+    refill(
+        causal_lm,
+        path,
+        policy.world.together(lambda: _saved_model(causal_lm, path, outline=True)),
+        whole=lambda: _saved_model(causal_lm, path),
+        device=policy.device,
+        world=policy.world,
+    )
+
+
+def _saved_model(
+    causal_lm: PreTrainedModel, path: Path, *, outline: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint, on the CPU or, as an outline without values, on "meta"."""
+    on: dict[str, Any] = {"device_map": {"": "meta"}} if outline else {}
     loaded: Any = own_class(causal_lm).from_pretrained(
         path,
         dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, in one line
+        **on,
     )
     saved, info = loaded
     missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
@@ -186,9 +208,7 @@ def _load_model(causal_lm: PreTrainedModel, path: Path) -> None:
             f"checkpoint {str(path)!r} is not of this model: it "
             f"{differing_keys(missing, [*unexpected, *shapes])}"
         )
-    own = tensors_of(causal_lm)
-    for name, tensor in tensors_of(saved).items():
-        fill(own[name], tensor)
+    return saved
 
 
 def load_optimizer(
