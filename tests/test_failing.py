@@ -15,7 +15,7 @@ import pytest
 import test_trainer
 from processes import Ended, launch, started
 from test_signals import at_call
-from test_trainer import CONFIG, lines, run, same_bits
+from test_trainer import CONFIG, ROWS, lines, run, same_bits
 
 import grao_fast.trainer
 import grao_fast.training.progress
@@ -23,6 +23,7 @@ import grao_fast.training.step
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.sampling.model_sampler import ModelSampler
+from grao_fast.training.state import DataStream
 
 SHORT = CONFIG.replace(max_steps=3, save_steps=1, prompts_per_step=3, max_tokens_per_microbatch=400)
 SOON = 30.0  # seconds in which all processes have to end
@@ -195,7 +196,7 @@ def test_a_process_that_keeps_the_others_waiting(tiny_model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_reward_of_nan_names_rank_and_prompt(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_reward_of_nan_names_rank_and_row(tiny_model: Path, tmp_path: Path) -> None:
     def body(rank: int) -> None:
         def scores(prompts: Any, completions: Any) -> list[float]:
             values = test_trainer.rarely_equal(prompts, completions)
@@ -204,7 +205,8 @@ def test_a_reward_of_nan_names_rank_and_prompt(tiny_model: Path, tmp_path: Path)
         train(tiny_model, tmp_path / "run", reward=scores)
 
     ended = launch(body, tmp_path)
-    message = "reward scores returned nan for completion 2 of prompt 1"
+    row = DataStream(len(ROWS), SHORT.prompts_per_step, SHORT.seed).batch(0)[1]
+    message = f"reward scores returned nan for completion 2 of prompt 1 (row {row}): it must be"
     check_error(ended, tmp_path, 1, message, None)
 
 

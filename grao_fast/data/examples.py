@@ -17,7 +17,7 @@ A blank reference counts as none. HH transcripts that end in a blank answer are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,15 @@ RESERVED_COLUMNS = ("prompts", "completions", "references")  # arguments of ever
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its reference answer (None without one), and the other columns of its row."""
+    """A prompt, its reference answer (None without one), and the other columns of its row.
+
+    row: its number in the dataset, for messages; None if it is of no dataset.
+    """
 
     prompt: str | Messages
     reference: str | Messages | None
     columns: dict[str, Any]
+    row: int | None = field(default=None, compare=False)
 
 
 @visible_errors()
@@ -147,7 +151,7 @@ class _Columns:
             reference = read_reference(value, f"{where}, `{self.reference}`", prompt)
         else:
             prompt, reference = self._implicit(row, f"{where}, `chosen`")
-        return Example(prompt, reference, columns)
+        return Example(prompt, reference, columns, index)
 
     def _implicit(
         self, row: Mapping[str, Any], where: str

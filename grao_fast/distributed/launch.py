@@ -15,10 +15,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from grao_fast.distributed import launcher
 from grao_fast.distributed.links import Links
-from grao_fast.distributed.watch import end_together
+from grao_fast.distributed.watch import ProcessDied, end_together
 from grao_fast.distributed.world import World
 from grao_fast.system import interruption
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.visible import get_logger, quiet
 
 logger = get_logger(__name__)
@@ -66,7 +66,12 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
         group=group,
     )
     with ExitStack() as stack:
-        links = stack.enter_context(Links(world, heartbeat_timeout=heartbeat_timeout))
+        try:
+            links = stack.enter_context(Links(world, heartbeat_timeout=heartbeat_timeout))
+        except RuntimeError as error:  # a failed exchange
+            raise ProcessDied(
+                f"{world.name} has lost another process before the run began: {one_line(error)}"
+            ) from None
         # inside of the links, as it may hang after a failure
         stack.callback(dist.destroy_process_group, None if started else group)
         stack.enter_context(quiet(unless=world.is_main))

@@ -163,10 +163,9 @@ class Reward:
                 scored.append(example.reference)
             cells += [n * (samples + 1) + k for k in range(len(scored))]
             texts += scored
+            prompt = _prompt_name(places[n], example)
             labels += [
-                f"completion {k} of prompt {places[n]}"
-                if k < samples
-                else f"the reference of prompt {places[n]}"
+                f"completion {k} of {prompt}" if k < samples else f"the reference of {prompt}"
                 for k in range(len(scored))
             ]
         examples_R = [examples[cell // (samples + 1)] for cell in cells]
@@ -263,6 +262,11 @@ def _arguments(
         "references": [as_prompt(*pair) for pair in zip(examples, references, strict=True)],
         **{name: [example.columns.get(name) for example in examples] for name in columns},
     }
+
+
+def _prompt_name(place: int, example: Example) -> str:
+    """A prompt in errors: its place in the step, and its row in the dataset."""
+    return f"prompt {place}" + ("" if example.row is None else f" (row {example.row})")
 
 
 def _column_names(examples: Sequence[Example]) -> list[str]:
