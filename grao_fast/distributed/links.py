@@ -25,7 +25,7 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 _BEAT = 1.0  # seconds between heartbeats
-_TO_CONNECT = 30.0  # seconds
+_TO_CONNECT = 20.0  # seconds
 _GRACE = 10.0  # seconds in which a process may end by itself
 _BYE = b"bye"
 _TOKEN = 16  # bytes
