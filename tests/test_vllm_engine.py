@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import parity
 import pytest
 import torch
+from parity import VARIANTS, Variant, differences, run_all
+from processes import launch
+from test_parity import ROUNDING
 from test_trainer import CONFIG, lines, rarely_equal, run
-from tiny import character_tokenizer
+from tiny import character_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from grao_fast.distributed.world import World
 from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
@@ -52,11 +57,15 @@ class LLM:
     gpu_memory_utilization: float
     max_model_len: int | None
     logprobs_mode: str
+    distributed_executor_backend: str | None = None
     reloads: list[str] = field(default_factory=list)
     resets: int = 0
 
     def __post_init__(self) -> None:
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        if self.distributed_executor_backend == "external_launcher":
+            assert int(os.environ["RANK"]) == torch.distributed.get_rank()
+            self.llm_engine = SimpleNamespace(engine_core=self)
         torch.set_num_threads = None  # as vLLM does on CPUs
         engines.append(self)
         if failures:
@@ -70,6 +79,11 @@ class LLM:
         self.reloads.append(kwargs["weights_path"])
         self.weights = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"])
         return [None]
+
+    def shutdown(self) -> None:
+        """As vLLM's, which leaves the default group."""
+        torch.distributed.destroy_process_group()
+        print("the engine was shut down")
 
     def reset_prefix_cache(self) -> bool:
         self.resets += 1
@@ -198,4 +212,46 @@ def test_a_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
             sync_dir=None,
             gpu_memory_utilization=0.3,
             max_model_length=None,
+        )
+
+
+def test_each_of_two_processes_has_an_engine_and_they_train_as_one(vllm, tmp_path: Path):
+    for size in (1, 2):
+        run_all(["odd counts"], tmp_path, size, steps=2, options={"use_vllm": True})
+    off = differences(tmp_path / "odd counts 1", tmp_path / "odd counts 2")
+    assert off["samples"] == off["reward"] == 0
+    assert max(off["loss"], off["weights"]) <= ROUNDING
+    printed = [(tmp_path / "printed" / f"stdout-{rank}").read_text() for rank in range(2)]
+    assert all("the engine was shut down" in text for text in printed)
+
+
+def test_an_engine_of_one_process_that_keeps_old_weights_ends_all(vllm, tmp_path, monkeypatch):
+    reload = LLM.collective_rpc
+
+    def keeps(self: LLM, method: str, *, kwargs: dict[str, str]) -> list[None]:
+        return [None] if os.environ["RANK"] == "1" else reload(self, method, kwargs=kwargs)
+
+    monkeypatch.setattr(LLM, "collective_rpc", keeps)
+    save_tiny_model(tmp_path / "models" / "tied")
+
+    def body(rank: int) -> None:
+        torch.set_num_threads(1)
+        options = VARIANTS["tied"].options | {"use_vllm": True}
+        parity.run(Variant(options), tmp_path / "output", tmp_path / "models", steps=1)
+
+    ended = launch(body, tmp_path)
+    assert [process.status for process in ended] == [1, 1]
+    (said,) = [each.stderr for each in ended if "Error" in each.stderr]
+    assert "vLLM's engine does not hold the policy's weights" in said
+
+
+def test_several_machines_need_a_folder_that_all_see(vllm):
+    with pytest.raises(ValueError, match="name one by vllm_sync_dir"):
+        VLLMColocatedSampler(
+            tokenizer=character_tokenizer(),
+            eos_token_ids=[1],
+            sync_dir=None,
+            gpu_memory_utilization=0.3,
+            max_model_length=None,
+            world=World(size=4, local_size=2),
         )

@@ -275,16 +275,19 @@ grao_fast.train("MODEL", rows, rare, config=config, output_dir="output")
 
 
 def run_script(
-    model: Path, folder: Path, options: str, *, before: str = "", **env: str
+    model: Path, folder: Path, options: str, *, before: str = "", processes: int = 1, **env: str
 ) -> subprocess.CompletedProcess:
     """A plain script, without a guard for its main module, run by vLLM's Python."""
+    command = [str(BIN / "python")]
+    if processes > 1:
+        command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
     imports = subprocess.run([BIN / "python", "-c", "import grao_fast"], capture_output=True)
     if imports.returncode:
         pytest.skip(f"grao-fast is not installed for {BIN / 'python'}")
     script = folder / "script.py"
     script.write_text(before + SCRIPT.replace("MODEL", str(model)).replace("OPTIONS", options))
     return subprocess.run(
-        [BIN / "python", script], cwd=folder, env=environment(**env), capture_output=True, text=True
+        [*command, script], cwd=folder, env=environment(**env), capture_output=True, text=True
     )
 
 

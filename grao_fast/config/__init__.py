@@ -68,13 +68,14 @@ class GRAOConfig:
     Sampling with vLLM:
         use_vllm: sample with vLLM instead of Transformers. It receives the weights before the first
             step and after every step.
-        vllm_mode: "server" for a running `vllm serve`; "colocate" for an engine in this process.
+        vllm_mode: "server" for a running `vllm serve`; "colocate" for an engine in each process.
         vllm_server_base_url: URL of the server.
         vllm_server_model: the name under which the server serves the policy; None: the model's.
         vllm_server_api_key_env: the environment variable that holds the server's API key (never the
             key itself, which would be saved in configurations and checkpoints); None: no key.
         vllm_sync_dir: folder through which weights are transferred, with the same path on the
-            server; None: a temporary folder. A folder in memory (/dev/shm) is fastest.
+            server, or on all machines whose processes have engines; None: a temporary folder. A
+            folder in memory (/dev/shm) is fastest.
         vllm_gpu_memory_utilization: share of the device's memory for a colocated engine.
         vllm_max_model_length: the most tokens of a prompt and its completion in a colocated engine;
             None: the model's limit.

@@ -73,7 +73,9 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
                 f"{world.name} has lost another process before the run began: {one_line(error)}"
             ) from None
         # inside of the links, as it may hang after a failure
-        stack.callback(dist.destroy_process_group, None if started else group)
+        stack.callback(_leave, None if started else group)
+        if started:
+            stack.enter_context(world.closing)
         stack.enter_context(quiet(unless=world.is_main))
         interruption.show(world.is_main)
         stack.enter_context(end_together(world, links))
@@ -90,6 +92,11 @@ def refuse_together(message: str) -> NoReturn:
     with launched(device_type, timeout=_TO_REFUSE, heartbeat_timeout=_TO_REFUSE) as world:
         world.each(refuse)
     raise AssertionError("unreachable: `refuse` raises")
+
+
+def _leave(group: dist.ProcessGroup | None) -> None:
+    if dist.is_initialized():  # a library may have left the default group itself
+        dist.destroy_process_group(group)
 
 
 def _join(device_type: str, timeout: timedelta) -> None:

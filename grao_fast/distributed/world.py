@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -52,6 +52,8 @@ class World:
 
     rank, size: of this process, and the number of processes.
     local_rank, local_size: the same within this machine.
+    closing: what several processes do when they exchange nothing more, before they leave the
+        default group of torch.distributed, if it is the run's.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class World:
         self.local_rank, self.local_size = local_rank, local_size
         self._group = group  # of gloo: objects and small numbers, on the CPU
         self._shared: list[BaseException] = []  # raised in all processes
+        self.closing = ExitStack()
 
     @property
     def group(self) -> dist.ProcessGroup | None:

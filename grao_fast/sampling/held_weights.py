@@ -31,7 +31,7 @@ from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-Scorer = Callable[[list[int]], list[float]]
+Scorer = Callable[[list[int]], list[list[float]]]
 
 _TEXT = """Two trains left the station at 10:45. One of them was late, so what should a passenger \
 who has to be in Lyon by noon do? She could ask: "Is there another one?" The answer was no.
@@ -94,8 +94,8 @@ class HeldWeights:
 
         Every process must call it.
 
-        score: the sampler's log-probs of a text's tokens behind the first, at temperature 1; the
-            same in all processes.
+        score: log-probs of a text's tokens behind the first, at temperature 1, by each engine that
+            holds the weights; the same in all processes.
         change: of the tensors that are handed over; None: all of the model's.
 
         Raises UserError that names the parts which did not, if they can be told.
@@ -134,10 +134,10 @@ class HeldWeights:
                 self._refuse(policy, seen, bound, None)
 
     def _compare(self, policy: Policy, score: Scorer, change: Change | None) -> _Comparison:
-        """Compare the policy as it is now with the sampler."""
+        """Compare the policy as it is now with the sampler, of several engines the most distant."""
         ids = self._ids
         ours_n = _logprobs(policy, ids)
-        off_n = torch.tensor(score(ids), dtype=torch.float32) - ours_n
+        off_n = max((torch.tensor(scored_n) - ours_n for scored_n in score(ids)), key=_rms_or_inf)
         # The effect of a relative change of the embeddings by one rounding.
         magnified = max(_rms(_logprobs(policy, ids, noise=_ULP) - ours_n), _ULP)
         if self._dtypes(policy) == {torch.float32}:
@@ -211,6 +211,10 @@ class _Comparison:
 
 def _rms(values_n: Tensor) -> float:
     return float(values_n.square().mean().sqrt())
+
+
+def _rms_or_inf(values_n: Tensor) -> float:
+    return float(values_n.square().mean().sqrt().nan_to_num(math.inf))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Weights are handed over as a checkpoint in a folder, from which vLLM's workers l
 if the folder is in /dev/shm, and needs neither NCCL nor a second GPU. A server that was started
 for it gets a LoRA adapter alone, or all weights by vLLM's own weight transfer (`handover`). Before
 the first step and after every hand-over, a check proves that the weights arrived
-(`grao_fast.sampling.held_weights`).
+(`grao_fast.sampling.held_weights`). Several processes gather their weights for it layer by layer.
 
 Both classes are tested against vLLM 0.32.0 on CPUs (`pytest -m vllm`), and untested on GPUs. A seed
 repeats a sample only as far as vLLM's kernels are deterministic.

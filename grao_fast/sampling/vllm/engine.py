@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from grao_fast.sampling.vllm.requests import (
     scoring_options,
 )
 from grao_fast.sampling.weights import WeightFolder
-from grao_fast.system.errors import explained
+from grao_fast.system.errors import UserError, explained
 from grao_fast.system.optional import import_optional
 from grao_fast.system.visible import get_logger
 
@@ -34,8 +34,9 @@ _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 class VLLMColocatedSampler:
     """A `Sampler` over a vLLM engine in this process; it starts at the first `sync`.
 
-    vLLM computes on the first device it sees, in the dtype of the policy's passes, and holds its
-    memory beside the trainer's.
+    vLLM computes in the dtype of the policy's passes, and holds its memory beside the trainer's. In
+    one process it computes on the first device that it sees. Each of several processes has an
+    engine on its own device, which loads the weights that rank 0 has written.
 
     Args:
         tokenizer: of the policy.
@@ -43,9 +44,10 @@ class VLLMColocatedSampler:
         sync_dir: see `WeightFolder`.
         gpu_memory_utilization: share of the device's memory for weights and cache.
         max_model_length: tokens of a prompt and its completion; None: the model's own.
+        world: the processes of the run.
 
     Raises:
-        ValueError: vllm is not installed.
+        ValueError: vllm is not installed, or several machines have no folder that all see.
     """
 
     def __init__(
@@ -56,13 +58,20 @@ class VLLMColocatedSampler:
         sync_dir: str | None,
         gpu_memory_utilization: float,
         max_model_length: int | None,
+        world: World | None = None,
     ) -> None:
+        self._world = world = World() if world is None else world
+        if world.local_size < world.size and sync_dir is None:
+            raise UserError(
+                'vllm_mode="colocate" on several machines hands weights over in a folder that all '
+                "of them see: name one by vllm_sync_dir"
+            )
         self._vllm = import_optional("vllm", extra="vllm", option="use_vllm")
         self.eos_ids = sorted(eos_token_ids)
         self.context_length = max_model_length
         self.gpu_memory_utilization = gpu_memory_utilization
         self._tokenizer = tokenizer
-        self._folder = WeightFolder(sync_dir, tokenizer, World())
+        self._folder = WeightFolder(sync_dir, tokenizer, world)
         self._engine: Any = None
         self._held: HeldWeights | None = None
 
@@ -80,29 +89,47 @@ class VLLMColocatedSampler:
                 context_length=min(limits, default=None),
             )
         if not self._held.is_proved:
-            self._held.first(policy, self._hand_over, self._score)
+            self._held.first(policy, self._hand_over, self._scores)
             return
         self._hand_over(policy)
-        self._held.again(policy, self._score)
+        self._held.again(policy, self._scores)
 
     def _hand_over(self, policy: Policy) -> None:
         folder = str(self._folder.write(policy))
-        if self._engine is None:
+        if self._engine is None:  # not in `World.each`: engines that start wait for each other
             self._engine = self._start(folder, policy.autocast_dtype or policy.causal_lm.dtype)
-            return
+        else:
+            self._world.together(lambda: self._reload(folder))
+
+    def _reload(self, folder: str) -> None:
         with explained("vLLM's engine did not take over the weights", *FAILURES):
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
             self._engine.reset_prefix_cache()
 
     def _start(self, folder: str, dtype: torch.dtype) -> Any:
-        with explained("vLLM's engine did not start", *FAILURES), _in_this_process():
-            return self._vllm.LLM(
+        options: dict[str, Any] = {}
+        if self._world.size > 1:  # an engine of one process of several that exchange tensors
+            options = {"distributed_executor_backend": "external_launcher"}
+        with explained("vLLM's engine did not start", *FAILURES), _in_this_process(self._world):
+            engine = self._vllm.LLM(
                 model=folder,
                 dtype=dtype,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 max_model_len=self.context_length,
                 logprobs_mode=LOGPROBS_MODE,
+                **options,
             )
+        self._world.closing.callback(self._shut_down)
+        return engine
+
+    def _shut_down(self) -> None:
+        """End the engine, which leaves the groups of torch.distributed and then the default one.
+
+        Otherwise it would do so at Python's exit, when they are gone.
+        """
+        engine, self._engine = self._engine, None
+        with suppress(*FAILURES):  # of a run that has failed
+            engine.llm_engine.engine_core.shutdown()
 
     def sample(
         self,
@@ -138,6 +165,9 @@ class VLLMColocatedSampler:
             for output in outputs
         ]
 
+    def _scores(self, ids: list[int]) -> list[list[float]]:
+        return self._world.each(lambda: self._score(ids))
+
     def _score(self, ids: list[int]) -> list[float]:
         """Log-probs at temperature 1 of all tokens but the first."""
         (output,) = self._generate([ids], [scoring_options()])
@@ -154,19 +184,23 @@ class VLLMColocatedSampler:
 
 
 @contextmanager
-def _in_this_process() -> Iterator[None]:
+def _in_this_process(world: World) -> Iterator[None]:
     """Start vLLM's engine in this process: a process of its own would run the user's script again.
 
-    vLLM can be told only by an environment variable. On CPUs it also replaces `set_num_threads`,
-    which is restored.
+    vLLM can be told only by environment variables, as which process of several this one is. On CPUs
+    it also replaces `set_num_threads`, which is restored.
     """
-    before, set_num_threads = os.environ.get(_IN_PROCESS), torch.set_num_threads
-    os.environ[_IN_PROCESS] = "0"
+    told = {_IN_PROCESS: "0"}
+    if world.size > 1:
+        told |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.local_rank)}
+    before, set_num_threads = {name: os.environ.get(name) for name in told}, torch.set_num_threads
+    os.environ.update(told)
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
-        if before is None:
-            del os.environ[_IN_PROCESS]
-        else:
-            os.environ[_IN_PROCESS] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -237,8 +237,8 @@ class VLLMServerSampler:
         body = {"model": model, "prompt": prompt, "return_token_ids": True}
         return self.client.call("post", "/v1/completions", body | options)["choices"]
 
-    def _main_score(self, ids: list[int]) -> list[float]:
-        return self._world.main(lambda: self._score(ids))
+    def _main_score(self, ids: list[int]) -> list[list[float]]:
+        return [self._world.main(lambda: self._score(ids))]
 
     def _score(self, ids: list[int]) -> list[float]:
         """Log-probs at temperature 1 of all tokens but the first."""
