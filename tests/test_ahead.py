@@ -25,7 +25,7 @@ pytest.importorskip("openai", reason="openai, the client of a vLLM server, is no
 
 STEPS = 4
 PROMPTS = CONFIG.prompts_per_step
-WAIT = 20.0  # seconds, for what would not come without the overlap
+WAIT = 60.0  # seconds, for what would not come without the overlap
 STEP_OF = {
     seed: step
     for step in range(STEPS)

@@ -185,7 +185,7 @@ class FakeVLLM:
             return self.failures.pop(0), {"error": {"message": "engine is busy"}}
         assert {name: body[name] for name in REQUIRED} == REQUIRED
         # a server that pauses, in whatever mode, keeps new requests until it resumes
-        assert self.lock.wait_for(lambda: not self.paused, timeout=20)
+        assert self.lock.wait_for(lambda: not self.paused, timeout=60)
         model = self.model if body["model"] == "policy" else self.adapters[body["model"]]
         if "prompt_logprobs" in body:
             choice = self._scored(model, body["prompt"])
