@@ -416,12 +416,13 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 ) -> None:
     """One of two processes is killed at a random moment, and again while it resumes."""
     draw = random.Random(seed)
+    config = SHORT.replace(ddp_timeout=20.0)  # of a process that waits for one killed at the start
 
     def body(rank: int) -> None:
-        train(tiny_model, tmp_path / "run", resume_from_checkpoint="auto")
+        train(tiny_model, tmp_path / "run", config, resume_from_checkpoint="auto")
 
     def uninterrupted(rank: int) -> None:
-        train(tiny_model, tmp_path / "whole")
+        train(tiny_model, tmp_path / "whole", config)
 
     whole = launch(uninterrupted, tmp_path)
     assert [each.status for each in whole] == [0, 0], whole

@@ -52,34 +52,45 @@ def launched(device_type: str, *, timeout: float, heartbeat_timeout: float) -> I
         return
     waits = timedelta(seconds=timeout)
     started = not dist.is_initialized()
-    if started:
-        _join(device_type, waits)
-    local_rank = launcher.local_rank()
     if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
-    group = dist.new_group(backend="gloo", timeout=waits)
-    world = World(
-        dist.get_rank(),
-        dist.get_world_size(),
-        local_rank=local_rank,
-        local_size=launcher.local_size() or dist.get_world_size(),
-        group=group,
-    )
+        torch.cuda.set_device(launcher.local_rank())
     with ExitStack() as stack:
-        try:
+        with _told_of_the_start():
+            if started:
+                _join(device_type, waits)
+            world = _world(waits)
             links = stack.enter_context(Links(world, heartbeat_timeout=heartbeat_timeout))
-        except RuntimeError as error:  # a failed exchange
-            raise ProcessDied(
-                f"{world.name} has lost another process before the run began: {one_line(error)}"
-            ) from None
         # inside of the links, as it may hang after a failure
-        stack.callback(_leave, None if started else group)
+        stack.callback(_leave, None if started else world.group)
         if started:
             stack.enter_context(world.closing)
         stack.enter_context(quiet(unless=world.is_main))
         interruption.show(world.is_main)
         stack.enter_context(end_together(world, links))
         yield world
+
+
+@contextmanager
+def _told_of_the_start() -> Iterator[None]:
+    """Raise errors of exchanges as ones that say that the run has not begun."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessDied(
+            f"rank {launcher.rank()} of {processes()} has not found the others, or has lost one, "
+            f"before the run began (ddp_timeout): {one_line(error)}"
+        ) from None
+
+
+def _world(timeout: timedelta) -> World:
+    """The `World` of a process group, with a group of its own for objects and small numbers."""
+    return World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        local_rank=launcher.local_rank(),
+        local_size=launcher.local_size() or dist.get_world_size(),
+        group=dist.new_group(backend="gloo", timeout=timeout),
+    )
 
 
 def refuse_together(message: str) -> NoReturn:
