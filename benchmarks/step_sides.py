@@ -11,6 +11,7 @@ Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt with the referen
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from grao_fast.config import GRAOConfig
 from grao_fast.kernels import sequence_weights
+from grao_fast.models.sharding import whole
 from grao_fast.sampling.seeds import prompt_seeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from grao_fast.config.views import ShardingOption
+    from grao_fast.distributed.world import World
     from grao_fast.training.rollout import Rollout
 
 CONFIG = GRAOConfig(
@@ -36,16 +40,28 @@ CONFIG = GRAOConfig(
 
 
 class Ours:
-    """One policy with its sampler, updated by `grao_fast.training.step.update`."""
+    """One policy with its sampler, updated by `grao_fast.training.step.update`.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    loss, grad_norm: of the last step.
+    """
+
+    loss = grad_norm = math.nan
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sharding: ShardingOption = "auto",
+        world: World | None = None,
+    ) -> None:
         from torch.optim.lr_scheduler import LambdaLR
 
         from grao_fast.sampling.loading import load_policy
         from grao_fast.training.optim import adamw
 
-        self.config = CONFIG.replace(device=model.device.type)
-        self.loaded = load_policy(model, config=self.config, tokenizer=tokenizer)
+        self.config = CONFIG.replace(device=model.device.type, sharding=sharding)
+        self.loaded = load_policy(model, config=self.config, tokenizer=tokenizer, world=world)
         self.policy = self.loaded.policy
         self.optimizer = adamw(self.policy.model, self.config.optimisation)
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
@@ -54,7 +70,7 @@ class Ours:
         """Take one optimiser step and return the useful tokens."""
         from grao_fast.training.step import update
 
-        update(
+        metrics = update(
             self.policy,
             self.optimizer,
             self.scheduler,
@@ -63,6 +79,7 @@ class Ours:
             optimisation=self.config.optimisation,
             max_tokens=self.config.max_tokens_per_microbatch,
         )
+        self.loss, self.grad_norm = metrics["loss"], metrics["grad_norm"]
         return useful_tokens(rollout)
 
     def gradient(self, rollout: Rollout) -> tuple[float, list[Tensor]]:
@@ -100,10 +117,20 @@ class TRL:
 
     Outside the clock it does what it does before a step: `_generate_and_score_completions`, with
     completions given by its `rollout_func`, pads and moves them.
+
+    loss, grad_norm: of the last step; the loss is that of this process's sequences.
     """
 
+    loss = grad_norm = math.nan
+
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, K: int, longest: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        K: int,
+        longest: int,
+        fsdp2: bool = False,
     ) -> None:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
@@ -139,6 +166,8 @@ class TRL:
             processing_class=tokenizer,
             rollout_func=self._rollout,
         )
+        if fsdp2:
+            _use_fsdp2(trainer)
         # As `Trainer.train` does before its first step.
         trainer.create_optimizer()
         trainer.model, trainer.optimizer = trainer.accelerator.prepare(
@@ -188,9 +217,11 @@ class TRL:
 
     def step(self, parts: list[dict[str, Any]]) -> int:
         """Take one optimiser step and return the useful tokens."""
-        self.backward(parts)
+        self.loss = self.backward(parts)
         trainer = self.trainer
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CONFIG.max_grad_norm)
+        parameters = trainer.model.parameters()
+        norm = trainer.accelerator.clip_grad_norm_(parameters, CONFIG.max_grad_norm)
+        self.grad_norm = float(whole(norm))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         return sum(int(part["completion_mask"].sum()) for part in parts)
@@ -210,6 +241,22 @@ class TRL:
         repeated = [ids for ids in prompts for _ in range(samples)]
         completions, _ = self.trainer._generate_single_turn(repeated, None, {}, samples)
         return sum(len(ids) for ids in completions)
+
+
+def _use_fsdp2(trainer: Any) -> None:
+    """Have accelerate shard the trainer's model by FSDP2, which it does for GPUs only.
+
+    With a plugin for FSDP, accelerate 1.15 takes DDP on CPUs without a word. If its state names
+    FSDP, it shards there too, by the same code as on GPUs.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    trainer.is_fsdp_enabled = True
 
 
 def take_gradients(model: torch.nn.Module) -> list[Tensor]:

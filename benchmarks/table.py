@@ -155,6 +155,36 @@ def step_tables(name: str, result: Result) -> str:
     return "\n\n".join([*tables, f"{_facts(result)}{_absent(result)}"])
 
 
+def processes_table(name: str, result: Result) -> str:
+    """Return a row a contender; the bytes that a process sends, counted and by the arithmetic."""
+    rows = result["rows"]
+    lines = [
+        f"| {rows[0]['case']} | processes | `sharding` | seconds a step (quartiles) "
+        "| peak memory, MiB | parameters and moments, MiB | sent, MiB | by the arithmetic |",
+        "| --- " * 8 + "|",
+    ]
+    for row in rows:
+        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        alone = row["processes"] == 1
+        cells = [
+            row["label"],
+            str(row["processes"]),
+            "-" if alone else row["sharding"],
+            f"{_number(row['median'])} ({_number(row['q1'])} to {_number(row['q3'])})",
+            peak,
+            f"{row['held_mib']:.1f}",
+            *("-" if alone else f"{row[kind]:.2f}" for kind in ("sent_mib", "planned_mib")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{rows[0]['title']}. Median of {rows[0]['rounds']} rounds, in which all took turns; each "
+        f"process computes with one thread, of {rows[0]['cores']} cores. Memory and traffic are of "
+        "the process with the most: its resident memory above that with which it began, and the "
+        "part of the parameters and of AdamW's moments that it holds."
+    )
+    return "\n".join([*lines, "", f"{note} {_facts(result)}{_absent(result)}"])
+
+
 def families_table(name: str, result: Result) -> str:
     """Return a row a family: the errors of each pair, and the tokens computed."""
     rows = [own[0] for _, own in _by(result["rows"], "family")]  # both of its rows hold the same
@@ -178,6 +208,7 @@ MAKERS: dict[str, Callable[[str, Result], str]] = {
     "accuracy": accuracy_table,
     "tokens": token_plots,
     "step": step_tables,
+    "processes": processes_table,
     "families": families_table,
 }
 

@@ -224,3 +224,26 @@ def test_batches_refuse_parts_of_groups() -> None:
         make_batch((300, 8, 31), torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"live must be in \(0, 1\], got 0"):
         make_batch((256, 8, 31), torch.float32, "cpu", live=0)
+
+
+def test_processes_stand_below_each_other(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        row(
+            label="grao-fast",
+            case="8 prompts",
+            title="A model",
+            processes=n,
+            sharding="full",
+            cores=2,
+            peak_mib=100.4 / n,
+            held_mib=8.0 / n,
+            sent_mib=0.5 * (n - 1),
+            planned_mib=0.5 * (n - 1),
+        )
+        for n in (1, 2)
+    ]
+    kept({"processes": rows}, tmp_path, monkeypatch)
+    text = filled("processes-here")
+    assert "| grao-fast | 1 | - | 1.50 (1.00 to 2.00) | 100 | 8.0 | - | - |" in text
+    assert "| grao-fast | 2 | full | 1.50 (1.00 to 2.00) | 50 | 4.0 | 0.50 | 0.50 |" in text
+    assert "A model. Median of 3 rounds" in text and "of 2 cores" in text

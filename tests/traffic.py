@@ -18,7 +18,10 @@ from grao_fast.models.sharding import gathered, mesh_of, reshard, shard, synchro
 
 
 class Collectives(TorchDispatchMode):
-    """The whole tensors of collectives, in bytes by name."""
+    """The whole tensors of collectives, in bytes by name; those of integers are not counted.
+
+    Integers are what a `World` exchanges: counts, and objects as bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +30,9 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
         if operator.namespace == "c10d":
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            self.bytes[operator._opname] += max(t.numel() * t.element_size() for t in tensors)
+            sizes = [t.numel() * t.element_size() for t in tensors if t.is_floating_point()]
+            if sizes:
+                self.bytes[operator._opname] += max(sizes)
         return operator(*args, **(kwargs or {}))
 
 

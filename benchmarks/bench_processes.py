@@ -1,0 +1,71 @@
+"""Times a step of 1, 2 and 4 processes on this machine's CPU beside TRL under accelerate's FSDP2.
+
+    pytest benchmarks/bench_processes.py --benchmark-only
+
+The same sequences, rewards and settings on both sides, as in bench_step.py; each process has one
+micro-batch, of its share of the groups. Nothing is timed unless losses and gradients agree and our
+collectives carry, to the byte, what `grao-fast plan` says. More processes than cores cannot be
+faster: they show what sharding saves in memory and costs in traffic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from measure import quartiles
+from process_race import CASE, CONTENDERS, SIZE
+from process_sides import Contender
+from replay import clock, report
+from step_problem import make_model
+
+PROGRAM = Path(__file__).parent / "process_race.py"
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+class Measured(NamedTuple):
+    """Seconds of each round, and whatever else was measured."""
+
+    seconds: list[float]
+    facts: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        return quartiles(self.seconds) | self.facts
+
+
+@pytest.fixture(scope="module")
+def process_race(tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("race") / "race.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROGRAM), str(out)]
+    subprocess.run(command, check=True, timeout=600, env=environment)
+    found = json.loads(out.read_text())
+    measured = {
+        name: Measured(facts.pop("seconds"), facts) for name, facts in found["measured"].items()
+    }
+    absence = found["absence"]
+    return measured, {c.name: absence for c in CONTENDERS if c.name not in measured}
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    model, _ = make_model(SIZE, "cpu")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return {
+        "title": f"Qwen3 of {millions:.1f} M parameters, V={model.config.vocab_size}, float32",
+        "case": f"{CASE.prompts} prompts of {CASE.prompt_tokens} tokens, G={CASE.samples}, "
+        f"{CASE.response_tokens} new",
+        "shape": vars(CASE),
+        "cores": os.cpu_count(),
+    }
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
+def test_processes(benchmark, process_race, facts, contender: Contender) -> None:
+    report(benchmark, process_race, contender.name, contender, facts)
