@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from measure import _resident_mib, peak_extra_mib, seconds
@@ -23,11 +24,12 @@ from processes import free_port
 from step_problem import Case, make_model, make_rollout
 from step_race import give_back
 from step_sides import TRL, Ours
+from torch import Tensor
 from traffic import Collectives
 
 from grao_fast.config.views import ShardingOption
 from grao_fast.distributed.world import World
-from grao_fast.models.sharding import local
+from grao_fast.models.sharding import local, whole
 from grao_fast.training.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -54,11 +56,13 @@ class Contender:
 class Proof(NamedTuple):
     """What one process tells of its first step, which is not timed.
 
+    gradient: of `small_rollout`, whole; only of rank 0.
     loss: the whole step's of ours; of TRL, that of the process's own sequences.
     collectives: bytes of the whole tensors that are gathered or reduced, by the collective's name.
     held_mib: this process's parts of parameters and moments.
     """
 
+    gradient: list[np.ndarray]
     loss: float
     grad_norm: float
     collectives: Counter[str]
@@ -111,11 +115,14 @@ class _Member:
     """One process of a crew.
 
     step: takes a step, with whatever it needs prepared.
+    gradient: of `small_rollout`, of which each process has its share.
     start_mib: anonymous resident memory when the process began.
     """
 
     side: Ours | TRL
     step: Callable[[], int]
+    gradient: Callable[[], list[Tensor]]
+    rank: int
     start_mib: float | None
 
 
@@ -133,7 +140,12 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in numbers.items()}
 
 
+def small_rollout(case: Case, vocab: int) -> Rollout:
+    return make_rollout(case.replace(prompts=4, prompt_tokens=8, response_tokens=8), vocab)
+
+
 def prove(member: _Member) -> Proof:
+    gradient = [whole(part).numpy() for part in member.gradient()]
     with Collectives() as counted:
         member.step()
     give_back()
@@ -147,7 +159,8 @@ def prove(member: _Member) -> Proof:
     for state in optimizer.state.values():
         held += [value for value in state.values() if value.dim()]
     sizes = [local(tensor.detach()).nbytes for tensor in held]
-    return Proof(side.loss, side.grad_norm, counted.bytes, sum(sizes) / _MIB)
+    gradient = gradient if member.rank == 0 else []
+    return Proof(gradient, side.loss, side.grad_norm, counted.bytes, sum(sizes) / _MIB)
 
 
 def take_step(member: _Member) -> Took:
@@ -192,16 +205,22 @@ def _member(
     n = contender.processes
     model, tokenizer = make_model(size, "cpu")
     rollout = make_rollout(case, model.config.vocab_size)
+    small = _share(small_rollout(case, model.config.vocab_size), rank, n)
     if contender.side == "ours":
         world = World()
         if n > 1:
             dist.init_process_group("gloo")
             world = World(rank, n, local_rank=rank, local_size=n, group=dist.group.WORLD)
         ours = Ours(model, tokenizer, sharding=contender.sharding, world=world)
-        return _Member(ours, lambda: ours.step(rollout), start_mib)
+
+        def gradient() -> list[Tensor]:
+            # each process's loss is the mean over its own prompts, and gradients are summed
+            return [part / n for part in ours.gradient(small)[1]]
+
+        return _Member(ours, lambda: ours.step(rollout), gradient, rank, start_mib)
     trl = TRL(model, tokenizer, K=case.samples + 1, longest=case.longest_response, fsdp2=n > 1)
     parts = trl.load(_share(rollout, rank, n), 1)
-    return _Member(trl, lambda: trl.step(parts), start_mib)
+    return _Member(trl, lambda: trl.step(parts), lambda: trl.gradient(small)[1], rank, start_mib)
 
 
 def _share(rollout: Rollout, rank: int, processes: int) -> Rollout:

@@ -30,15 +30,6 @@ NEVER = -1e4  # a logit
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"vocab": 211, "width": 32, "layers": 2, "heads": 4, "kv": 2, "head": 8, "mlp": 64},
     "cpu": {"vocab": 4096, "width": 192, "layers": 4, "heads": 6, "kv": 2, "head": 32, "mlp": 512},
-    "processes": {
-        "vocab": 8192,
-        "width": 256,
-        "layers": 4,
-        "heads": 8,
-        "kv": 4,
-        "head": 32,
-        "mlp": 512,
-    },
     "attention": {
         "vocab": 512,
         "width": 256,

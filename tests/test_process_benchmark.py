@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import datasets  # noqa: F401, before the forks, as the next one is
+import numpy as np
 import pytest
 import torch.distributed.fsdp  # noqa: F401
 from process_race import check_steps, race, sent
@@ -29,19 +30,23 @@ def test_sharded_steps_are_one_processs_and_send_what_is_planned() -> None:
     assert all(min(each["seconds"]) > 0 for each in found.values())
 
 
-def proof(loss: float, grad_norm: float) -> Proof:
-    return Proof(loss, grad_norm, Counter(), 0.0)
+TRUTH = [np.array([3.0, 4.0], np.float32)]
+
+
+def proof(loss: float, grad_norm: float, gradient: list[np.ndarray] = TRUTH) -> Proof:
+    return Proof(gradient, loss, grad_norm, Counter(), 0.0)
 
 
 def test_other_losses_and_gradients_are_refused() -> None:
     """TRL's loss is its own, and the mean of its processes'."""
     good = {ALONE: [proof(1.0, 2.0)], FULL: [proof(1.0, 2.0)] * 2}
-    check_steps(good | {TRL: [proof(3.0, 2.0), proof(4.0, 2.0)]})
-    for wrong in (proof(1.0, 2.001), proof(1.001, 2.0)):
+    trl = [proof(3.0, 2.0), proof(4.0, 2.0)]
+    check_steps(good | {Contender("trl", "full", 1): [proof(3.5, 2.0)], TRL: trl}, TRUTH)
+    for wrong in (proof(1.0, 2.001), proof(1.001, 2.0), proof(1.0, 2.0, [TRUTH[0] * 1.0001])):
         with pytest.raises(AssertionError):
-            check_steps(good | {NONE: [proof(1.0, 2.0), wrong]})
+            check_steps(good | {NONE: [wrong, proof(1.0, 2.0)]}, TRUTH)
     with pytest.raises(AssertionError):
-        check_steps(good | {TRL: [proof(3.0, 2.0), proof(4.0, 2.001)]})
+        check_steps(good | {Contender("trl", "full", 1): [proof(3.6, 2.0)], TRL: trl}, TRUTH)
 
 
 def test_bytes_sent() -> None:
