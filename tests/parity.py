@@ -1,6 +1,6 @@
 """Runs that several processes must train as one process does, and what they are compared by.
 
-As a script, prints the differences of 1, 2 and 4 processes over 40 steps:
+As a script, prints the differences of 1, 2 and 4 processes, over 40 steps and for each family:
 
     python tests/parity.py FOLDER
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,15 @@ class Variant:
 
     model: "tied", "untied" or the name of a family in `families`.
     dead: the share of prompts whose rewards are all equal.
-    processes: the largest number of processes that it is run with.
+    steps: of a long run; until then, no token is sampled whose random number lies within rounding
+        of a boundary.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "tied"
     lora: bool = False
     dead: float = 0.0
+    steps: int = 40
 
 
 VARIANTS = {
@@ -73,7 +75,9 @@ VARIANTS = {
     "three prompts": Variant({"prompts_per_step": 3}),
     "padded": Variant({"share_prefix": False}),
     "mixture": Variant(model="Qwen3Moe"),
-    "mixture, odd": Variant({"prompts_per_step": 5, "max_tokens_per_microbatch": 60}, "Mixtral"),
+    "mixture, odd": Variant(
+        {"prompts_per_step": 5, "max_tokens_per_microbatch": 60}, "Mixtral", steps=30
+    ),
 }
 FAMILY = {f"family {name}": Variant(model=name) for name in FAMILIES}
 # bfloat16 passes differ with the size of a micro-batch, so runs drift apart: "halves" is what that
@@ -165,7 +169,12 @@ def _weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def run_all(
-    names: list[str], folder: Path, size: int, *, steps: int, options: dict[str, Any]
+    names: list[str],
+    folder: Path,
+    size: int,
+    *,
+    steps: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Run variants one after another in `size` processes that are started once."""
 
@@ -173,8 +182,9 @@ def run_all(
         torch.set_num_threads(1)
         for name in names:
             variant = ALL[name]
-            chosen = Variant(variant.options | options, variant.model, variant.lora, variant.dead)
-            run(chosen, folder / f"{name} {size}", folder / "models", steps=steps)
+            chosen = replace(variant, options=variant.options | (options or {}))
+            output = folder / f"{name} {size}"
+            run(chosen, output, folder / "models", steps=steps or variant.steps)
 
     (folder / "printed").mkdir(parents=True, exist_ok=True)
     for kind in ("tied", "untied"):
@@ -187,8 +197,8 @@ def main(folder: Path) -> None:
     for size in (1, 2, 4):
         skipped = {"hybrid"} if size < 4 else set()
         names = [name for name in (*VARIANTS, *BFLOAT16) if name not in skipped]
-        run_all(names, folder, size, steps=40, options={})
-        run_all(list(FAMILY), folder, size, steps=1, options={})
+        run_all(names, folder, size)
+        run_all(list(FAMILY), folder, size, steps=1)
     for name in ALL:
         one = folder / f"{'tied' if name == 'hybrid' else name} 1"
         for size in (2, 4):
