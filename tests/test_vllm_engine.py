@@ -58,6 +58,7 @@ class LLM:
     max_model_len: int | None
     logprobs_mode: str
     distributed_executor_backend: str | None = None
+    tensor_parallel_size: int = 1
     reloads: list[str] = field(default_factory=list)
     resets: int = 0
 
@@ -109,6 +110,8 @@ class LLM:
         return SimpleNamespace(prompt_logprobs=[None, *behind_first])
 
     def _draw(self, prompt, options: SamplingParams):
+        if self.tensor_parallel_size > 1:
+            print("drawn")
         (group,) = own(self.weights).sample(
             [prompt["prompt_token_ids"]],
             num_generations=options.n,
@@ -225,6 +228,18 @@ def test_each_of_two_processes_has_an_engine_and_they_train_as_one(vllm, tmp_pat
     assert all("the engine was shut down" in text for text in printed)
 
 
+def test_processes_that_share_an_engine_sample_the_prompts_of_all(vllm, tmp_path: Path):
+    options = {"use_vllm": True, "vllm_tensor_parallel_size": 2}
+    run_all(["odd counts"], tmp_path, 1, steps=1, options={"use_vllm": True})
+    run_all(["odd counts"], tmp_path, 2, steps=1, options=options)
+    off = differences(tmp_path / "odd counts 1", tmp_path / "odd counts 2")
+    assert off["samples"] == off["reward"] == 0
+    drawn = [
+        (tmp_path / "printed" / f"stdout-{rank}").read_text().count("drawn") for rank in range(2)
+    ]
+    assert drawn == [5, 5]
+
+
 def test_an_engine_of_one_process_that_keeps_old_weights_ends_all(vllm, tmp_path, monkeypatch):
     reload = LLM.collective_rpc
 
@@ -243,6 +258,11 @@ def test_an_engine_of_one_process_that_keeps_old_weights_ends_all(vllm, tmp_path
     assert [process.status for process in ended] == [1, 1]
     (said,) = [each.stderr for each in ended if "Error" in each.stderr]
     assert "vLLM's engine does not hold the policy's weights" in said
+
+
+def test_engines_are_shared_by_a_divisor_of_the_processes(vllm, tiny_model):
+    with pytest.raises(ValueError, match=r"parallel_size=2 does not divide .* 1: set"):
+        load_policy(tiny_model, config=CONFIG.replace(use_vllm=True, vllm_tensor_parallel_size=2))
 
 
 def test_several_machines_need_a_folder_that_all_see(vllm):

@@ -39,12 +39,16 @@ def test_two_processes_train_as_one_with_a_server(tmp_path: Path, name: str):
     assert said.count("POST /collective_rpc") == 2 * (3 + 2)  # both runs, twice before a first step
 
 
-def test_two_processes_train_as_one_with_engines_of_their_own(tmp_path: Path):
+@pytest.mark.parametrize("share", [1, 2])
+def test_two_processes_train_as_one_with_engines(tmp_path: Path, share: int):
+    """With an engine each, or one whose two parts sample the prompts of both."""
     model = save_model(tmp_path / "model", tied=False)
     for size in (1, 2):
         folder = tmp_path / str(size)
         folder.mkdir()
         options = ENGINE.format(64) + ", log_completions_steps=1"
+        if size == 2:
+            options += f", vllm_tensor_parallel_size={share}"
         done = run_script(model, folder, options, processes=size)
         assert done.returncode == 0, done.stderr[-3000:]
     off = differences(tmp_path / "1" / "output", tmp_path / "2" / "output")

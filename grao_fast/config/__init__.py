@@ -77,6 +77,8 @@ class GRAOConfig:
             server, or on all machines whose processes have engines; None: a temporary folder. A
             folder in memory (/dev/shm) is fastest.
         vllm_gpu_memory_utilization: share of the device's memory for a colocated engine.
+        vllm_tensor_parallel_size: neighbouring processes that share one colocated engine, which
+            divides the model among their devices.
         vllm_max_model_length: the most tokens of a prompt and its completion in a colocated engine;
             None: the model's limit.
         vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of every
@@ -159,6 +161,7 @@ class GRAOConfig:
     vllm_server_api_key_env: str | None = None
     vllm_sync_dir: str | None = None
     vllm_gpu_memory_utilization: float = 0.3
+    vllm_tensor_parallel_size: int = 1
     vllm_max_model_length: int | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     async_rollouts: int = 0

@@ -43,6 +43,7 @@ AT_LEAST: dict[str, float] = {
     "epsilon": 0,
     "epsilon_high": 0,
     "vllm_gpu_memory_utilization": 0,
+    "vllm_tensor_parallel_size": 1,
     "vllm_max_model_length": 1,
     "vllm_importance_sampling_clip_max": 0,
     "async_rollouts": 0,
@@ -87,6 +88,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "vllm_server_api_key_env": _WITH_SERVER,
     "async_rollouts": _WITH_SERVER,
     "vllm_gpu_memory_utilization": _WITH_ENGINE,
+    "vllm_tensor_parallel_size": _WITH_ENGINE,
     "vllm_max_model_length": _WITH_ENGINE,
 }
 

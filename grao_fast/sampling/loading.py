@@ -286,6 +286,7 @@ def _sampler(
         sync_dir=config.vllm_sync_dir,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         max_model_length=config.vllm_max_model_length,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
         world=policy.world,
     )
 

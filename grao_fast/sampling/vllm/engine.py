@@ -36,7 +36,7 @@ class VLLMColocatedSampler:
 
     vLLM computes in the dtype of the policy's passes, and holds its memory beside the trainer's. In
     one process it computes on the first device that it sees. Each of several processes has an
-    engine on its own device, which loads the weights that rank 0 has written.
+    engine on its own device, or a part of one, which loads the weights that rank 0 has written.
 
     Args:
         tokenizer: of the policy.
@@ -44,10 +44,12 @@ class VLLMColocatedSampler:
         sync_dir: see `WeightFolder`.
         gpu_memory_utilization: share of the device's memory for weights and cache.
         max_model_length: tokens of a prompt and its completion; None: the model's own.
+        tensor_parallel_size: processes that share an engine.
         world: the processes of the run.
 
     Raises:
-        ValueError: vllm is not installed, or several machines have no folder that all see.
+        ValueError: vllm is not installed, engines cannot be shared so, or several machines have no
+            folder that all see.
     """
 
     def __init__(
@@ -58,9 +60,15 @@ class VLLMColocatedSampler:
         sync_dir: str | None,
         gpu_memory_utilization: float,
         max_model_length: int | None,
+        tensor_parallel_size: int = 1,
         world: World | None = None,
     ) -> None:
         self._world = world = World() if world is None else world
+        if world.size % tensor_parallel_size:
+            raise UserError(
+                f"vllm_tensor_parallel_size={tensor_parallel_size} does not divide the number of "
+                f"processes, {world.size}: set a divisor, or start another number of processes"
+            )
         if world.local_size < world.size and sync_dir is None:
             raise UserError(
                 'vllm_mode="colocate" on several machines hands weights over in a folder that all '
@@ -72,6 +80,7 @@ class VLLMColocatedSampler:
         self.gpu_memory_utilization = gpu_memory_utilization
         self._tokenizer = tokenizer
         self._folder = WeightFolder(sync_dir, tokenizer, world)
+        self._team_size, self._team = tensor_parallel_size, World()
         self._engine: Any = None
         self._held: HeldWeights | None = None
 
@@ -109,7 +118,11 @@ class VLLMColocatedSampler:
     def _start(self, folder: str, dtype: torch.dtype) -> Any:
         options: dict[str, Any] = {}
         if self._world.size > 1:  # an engine of one process of several that exchange tensors
-            options = {"distributed_executor_backend": "external_launcher"}
+            self._team = self._world.team(self._team_size)
+            options = {
+                "distributed_executor_backend": "external_launcher",
+                "tensor_parallel_size": self._team_size,
+            }
         with explained("vLLM's engine did not start", *FAILURES), _in_this_process(self._world):
             engine = self._vllm.LLM(
                 model=folder,
@@ -140,7 +153,11 @@ class VLLMColocatedSampler:
         temperature: float,
         seeds: list[int],
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`."""
+        """See `Sampler.sample`.
+
+        All processes that share an engine must call it: each part of the engine samples the prompts
+        of all.
+        """
         assert self._engine is not None, "sync before the first sample"
         options = sampling_options(
             num_generations=num_generations,
@@ -148,7 +165,12 @@ class VLLMColocatedSampler:
             temperature=temperature,
             eos_ids=self.eos_ids,
         )
-        outputs = self._generate(prompts, [options | {"seed": seed} for seed in seeds])
+        asked = self._team.gather((prompts, seeds))
+        outputs = self._generate(
+            [prompt for prompts, _ in asked for prompt in prompts],
+            [options | {"seed": seed} for _, seeds in asked for seed in seeds],
+        )
+        before = sum(len(prompts) for prompts, _ in asked[: self._team.rank])
         return [
             [
                 checked(
@@ -162,7 +184,7 @@ class VLLMColocatedSampler:
                 )
                 for sample in output.outputs
             ]
-            for output in outputs
+            for output in outputs[before : before + len(prompts)]
         ]
 
     def _scores(self, ids: list[int]) -> list[list[float]]:
