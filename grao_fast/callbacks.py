@@ -36,7 +36,7 @@ class Callback:
         """Called after every evaluation."""
 
     def on_save(self, step: int, path: Path) -> None:
-        """Called after every checkpoint."""
+        """Called when a checkpoint is whole: with `async_save`, at the next save or the end."""
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:

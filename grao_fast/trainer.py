@@ -36,7 +36,7 @@ from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.ahead import SamplingAhead
-from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state
+from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
 from grao_fast.training.memory import GroupShape, token_budget
@@ -275,6 +275,7 @@ class _Run:
                     self._save(step)
                 if last:
                     break
+            self._saved(self.progress.finish())
             with self.progress.saving(f"{FINAL}/"):
                 write_folder(self.output / FINAL, self._write_final, self.world)
         except BaseException as error:
@@ -362,8 +363,11 @@ class _Run:
         return self._evaluate(step, log=lacks) if last or lacks else self.held_out.before
 
     def _save(self, step: int) -> None:
-        path = self.progress.save(step)
-        self._call_back(lambda callback: callback.on_save(step, path))
+        self._saved(self.progress.save(step))
+
+    def _saved(self, checkpoints: list[Path]) -> None:
+        for path in checkpoints:
+            self._call_back(lambda callback, path=path: callback.on_save(step_of(path), path))
 
     def _write_final(self, folder: Path) -> None:
         save_model(self.loaded.model, self.loaded.tokenizer, folder, self.world)

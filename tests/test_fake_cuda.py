@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.examples import Example
+from grao_fast.distributed.tensors import save_tensors
 from grao_fast.distributed.world import World
 from grao_fast.kernels import group_advantages
 from grao_fast.models import policy as policy_module
@@ -31,7 +32,7 @@ from grao_fast.sampling import Completion, loading
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.training.checkpoint import OPTIMIZER
 from grao_fast.training.memory import GroupShape, token_budget
-from grao_fast.training.optim import adamw, save_moments
+from grao_fast.training.optim import adamw, moments_of
 from grao_fast.training.rollout import Rollout
 from grao_fast.training.state import load_optimizer
 from grao_fast.training.step import micro_batch_loss, update
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_a_cpu_is_loaded_for_fused_adamw(tmp_path: Path, tiny_mo
         parameter.grad = torch.zeros_like(parameter)
     plain.step()
     schedule = LambdaLR(plain, lambda step: 1.0)
-    save_moments(model, plain, tmp_path / OPTIMIZER, World())
+    save_tensors(moments_of(model, plain), tmp_path / OPTIMIZER, World())
     with fake_cuda.fake_cuda(may_wait=True):
         loaded, _ = load(tiny_model)
         fused = torch.optim.AdamW(loaded.model.parameters(), fused=True)

@@ -20,7 +20,7 @@ from grao_fast.models.adapters import load_adapters
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.files import write_folder
 from grao_fast.training.checkpoint import CheckpointError, read_state
-from grao_fast.training.state import load_weights
+from grao_fast.training.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

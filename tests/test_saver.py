@@ -19,6 +19,7 @@ from tiny import character_tokenizer
 from transformers import LlamaForCausalLM
 
 from grao_fast.callbacks import Callback
+from grao_fast.distributed.world import World
 from grao_fast.system.lines import LineFile
 from grao_fast.training.checkpoint import choose_checkpoint, list_checkpoints, verify
 from grao_fast.training.saver import SaveError
@@ -116,7 +117,7 @@ def test_where_the_folder_takes_nothing_the_weights_are_left_elsewhere(
 def test_where_nothing_can_be_written_that_is_said(tiny_model, tmp_path: Path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr("grao_fast.training.state.save_tensors", lambda *_: [][0])
+    monkeypatch.setattr("grao_fast.training.weights.save_tensors", lambda *_: [][0])
     broken = BreakSaving(monkeypatch, RuntimeError("broken"))
     with pytest.raises(SaveError, match=r"final/ could not .* \(broken\); no step has been saved$"):
         run(tiny_model, tmp_path / "run", config=NO_CHECKPOINTS, callbacks=[broken])
@@ -211,7 +212,7 @@ def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path:
     from grao_fast.sampling.weights import WeightFolder
 
     def killed() -> None:
-        held = WeightFolder(str(tmp_path), character_tokenizer())  # noqa: F841
+        held = WeightFolder(str(tmp_path), character_tokenizer(), World())  # noqa: F841
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert exit_status(fork(killed)) == -signal.SIGKILL
@@ -219,10 +220,10 @@ def test_what_a_killed_run_left_for_its_sampler_is_cleared(tiny_model, tmp_path:
     (left_over / "weights-0").mkdir()
     theirs = tmp_path / "grao-fast-weights-notes"
     theirs.mkdir()
-    living = WeightFolder(str(tmp_path), character_tokenizer())
+    living = WeightFolder(str(tmp_path), character_tokenizer(), World())
     own = Path(living._root.name)
     assert set(tmp_path.iterdir()) == {theirs, own}
-    another = WeightFolder(str(tmp_path), character_tokenizer())
+    another = WeightFolder(str(tmp_path), character_tokenizer(), World())
     assert own.exists()
     del living, another
     assert set(tmp_path.iterdir()) == {theirs}

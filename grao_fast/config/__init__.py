@@ -133,6 +133,7 @@ class GRAOConfig:
         log_completions_steps: steps between tables of samples; 0: none.
         save_steps: steps between checkpoints; 0: only the final model is saved.
         save_total_limit: the number of checkpoints to keep; None: all.
+        async_save: copy a checkpoint into the CPU's memory, and write it while training goes on.
         report_to: experiment trackers of accelerate: "tensorboard", "wandb"...
         disable_tqdm: do not show a progress bar.
     """
@@ -202,6 +203,7 @@ class GRAOConfig:
     log_completions_steps: int = 10
     save_steps: int = 100
     save_total_limit: int | None = None
+    async_save: bool = False
     report_to: tuple[str, ...] = ()
     disable_tqdm: bool = False
 

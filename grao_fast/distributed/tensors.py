@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from grao_fast.distributed.world import World
-
-TENSORS_INDEX = ".metadata"  # DCP's file that says where in a folder each tensor is
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
@@ -27,10 +28,15 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, world: World) -> N
 
     def write() -> None:
         with _own_error(world.rank):
-            writer = dcp.FileSystemWriter(folder)
-            dcp.save(dict(tensors), storage_writer=writer, **_processes(world))
+            writer = FileSystemWriter(folder)
+            save(dict(tensors), storage_writer=writer, **_processes(world))
 
     world.each(write, held=True)
+
+
+def held_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the CPU's memory for `save_tensors`, of sharded tensors this process's shards."""
+    return BlockingAsyncStager(cache_staged_state_dict=False).stage(dict(tensors))
 
 
 def load_tensors(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
@@ -38,15 +44,15 @@ def load_tensors(tensors: Mapping[str, Tensor], folder: Path, world: World) -> N
 
     def read() -> None:
         with _own_error(world.rank):
-            reader = dcp.FileSystemReader(folder)
-            dcp.load(dict(tensors), storage_reader=reader, **_processes(world))
+            reader = FileSystemReader(folder)
+            load(dict(tensors), storage_reader=reader, **_processes(world))
 
     world.each(read, held=True)
 
 
 def saved_shapes(folder: Path, world: World) -> dict[str, torch.Size]:
     """The shapes of the tensors in a folder of `save_tensors`, by name."""
-    saved = world.together(lambda: dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    saved = world.together(lambda: FileSystemReader(folder).read_metadata().state_dict_metadata)
     return {n: facts.size for n, facts in saved.items() if isinstance(facts, TensorStorageMetadata)}
 
 

@@ -86,6 +86,17 @@ class World:
         """This process's name in messages."""
         return f"rank {self.rank} of {self.size}"
 
+    def twin(self) -> World:
+        """The same processes with connections of their own, for a thread; all must ask for it."""
+        group = None if self.size == 1 else dist.new_group(backend="gloo")
+        return World(
+            self.rank,
+            self.size,
+            local_rank=self.local_rank,
+            local_size=self.local_size,
+            group=group,
+        )
+
     def each(self, attempt: Callable[[], R], *, held: bool = False) -> list[R]:
         """Call `attempt` in every process; returns the results of all, by rank.
 

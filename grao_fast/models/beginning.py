@@ -6,7 +6,7 @@ beside it: biases, embeddings, saved modules, layers unfrozen by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from grao_fast.distributed.world import World
 from grao_fast.models.sharding import fill, whole
 from grao_fast.system.interruption import as_outside, held
 
@@ -40,10 +39,13 @@ class Beginning:
             finally:
                 self._exchange()
 
-    def save(self, folder: Path, world: World) -> None:
-        """Write the values of an adapter into a checkpoint; every process must call it."""
+    def hold(self) -> Callable[[Path], None]:
+        """Gather an adapter's values, which do not change; every process must call it.
+
+        Returns save(folder), which writes them into a checkpoint.
+        """
         values = {name: whole(t).cpu().contiguous() for name, t in self._values.items()}
-        world.main(lambda: save_file(values, folder / _FILE), held=True)
+        return lambda folder: save_file(values, folder / _FILE)
 
     def load(self, folder: Path) -> bool:
         """Load the values that `save` wrote; returns False if the folder has none."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import saved_names
 from grao_fast.models.policy import causal_lm_of
-from grao_fast.models.sharded_saving import save_sharded
-from grao_fast.models.sharding import local, own_class, reshard, whole
+from grao_fast.models.sharded_saving import copies, gathered_tensors, hold_sharded, save_sharded
+from grao_fast.models.sharding import local, own_class, reshard
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
@@ -45,9 +46,53 @@ def save_model(
         state = model.state_dict()
         # sorted, as sets differ in order between processes, which must gather in the same
         names = sorted(saved_names(model, "auto"))
-        adapter = {name: whole(state[name]).cpu() for name in names}
+        adapter = dict(gathered_tensors(model, state, names))
         world.main(lambda: save_pretrained(model, folder, adapter), held=True)
     world.main(lambda: tokenizer.save_pretrained(folder), held=True)
+
+
+def hold_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World
+) -> Callable[[Path, World], None]:
+    """Copy what `save_model` writes into the CPU's memory; every process must call it.
+
+    Returns write(folder, world), to be called in another thread, with a world of the thread's.
+    """
+    reshard(model)
+    held, held_tokenizer = _still(model), deepcopy(tokenizer)
+    if world.size > 1 and isinstance(model, PreTrainedModel):
+        weights = hold_sharded(model, world, save_pretrained)
+    else:
+        weights = _hold_whole(model)
+
+    def write(folder: Path, world: World) -> None:
+        weights(held, folder, world)
+        world.main(lambda: held_tokenizer.save_pretrained(folder), held=True)
+
+    return write
+
+
+def _hold_whole(model: nn.Module) -> Callable[[Any, Path, World], None]:
+    """As `hold_sharded`, for what rank 0 writes alone."""
+    state = model.state_dict()
+    names = state if isinstance(model, PreTrainedModel) else sorted(saved_names(model, "auto"))
+    tensors = copies(dict(gathered_tensors(model, state, names)))
+
+    def write(model: nn.Module, folder: Path, world: World) -> None:
+        world.main(lambda: save_pretrained(model, folder, tensors), held=True)
+
+    return write
+
+
+def _still(model: nn.Module) -> Any:
+    """The same modules and parameters, with configurations that nothing else changes."""
+    kind = own_class(model)
+    held = kind.__new__(kind)  # FSDP's class cannot be copied
+    vars(held).update(vars(model))
+    for name in ("config", "generation_config", "peft_config"):
+        if name in vars(model):
+            setattr(held, name, deepcopy(getattr(model, name)))
+    return held
 
 
 def save_pretrained(

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -37,23 +39,67 @@ def save_sharded(model: PreTrainedModel, folder: Path, world: World, save: Save)
 
     save: save(model, folder, state_dict), by the model's own `save_pretrained`.
     """
-    state, first = model.state_dict(), _first_names(model)
+    count = 0
+    for part in _parts(model, world):
+        world.each(partial(_write, model, folder, part, save), held=True)
+        count += part.together
+    world.main(lambda: _join(model, folder, count), held=True)
+
+
+def hold_sharded(
+    model: PreTrainedModel, world: World, save: Save
+) -> Callable[[PreTrainedModel, Path, World], None]:
+    """Copy this process's files into the CPU's memory; every process must call it.
+
+    Returns write(model, folder, world), which does what `save_sharded` does and may be called in
+    another thread, with a model whose configuration does not change and a world of the thread's.
+    """
+    parts = list(_parts(model, world, copied=True))
+
+    def write(model: PreTrainedModel, folder: Path, world: World) -> None:
+        for part in parts:
+            world.each(partial(_write, model, folder, part, save), held=True)
+        count = sum(part.together for part in parts)
+        world.main(lambda: _join(model, folder, count), held=True)
+
+    return write
+
+
+class _Part(NamedTuple):
+    """A file of this process; empty where the others write the last ones.
+
+    number: among the files of all.
+    together: the files that all processes write at the same time.
+    """
+
+    number: int
+    tensors: dict[str, Tensor]
+    together: int
+
+
+def _parts(model: PreTrainedModel, world: World, *, copied: bool = False) -> Iterator[_Part]:
+    """Gather this process's files, one after the other; every process must do so.
+
+    copied: whether tensors must not share memory with the model's.
+    """
+    state = model.state_dict()
     files = _files(model, state, world.size)
     for start in range(0, len(files), world.size):
         own: dict[str, Tensor] = {}
-        for rank, names in enumerate(files[start : start + world.size]):
-            for name, tensor in _gathered(state, names, first):
+        together = files[start : start + world.size]
+        for rank, names in enumerate(together):
+            for name, tensor in gathered_tensors(model, state, names):
                 if rank == world.rank:
                     own[name] = tensor
+        if copied:
+            own = copies(own)
+        yield _Part(start + world.rank, own, len(together))
 
-        def write(own: dict[str, Tensor] = own, number: int = start + world.rank) -> None:
-            if number == 0:
-                save(model, _part(folder, number), own)
-            elif own:
-                _write(model, _part(folder, number), own)
 
-        world.each(write, held=True)
-    world.main(lambda: _join(model, folder, len(files)), held=True)
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; names that share a tensor share its copy."""
+    copied = {id(tensor): tensor.to("cpu", copy=True) for tensor in tensors.values()}
+    return {name: copied[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _files(model: PreTrainedModel, state: dict[str, Tensor], processes: int) -> list[list[str]]:
@@ -102,7 +148,7 @@ def units_of(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, list
     return units
 
 
-def _first_names(model: PreTrainedModel) -> dict[str, str]:
+def _first_names(model: nn.Module) -> dict[str, str]:
     """For every parameter's name, the first name of that parameter."""
     first: dict[int, str] = {}
     return {
@@ -144,10 +190,14 @@ def can_be_cut(model: PreTrainedModel, state: dict[str, Tensor], units: list[lis
     }
 
 
-def _gathered(
-    state: dict[str, Tensor], names: list[str], first: dict[str, str]
+def gathered_tensors(
+    model: nn.Module, state: dict[str, Tensor], names: Iterable[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole tensors of a state on the CPU, one at a time; names of a parameter share it."""
+    """The whole tensors of a state on the CPU, one at a time; names of a parameter share it.
+
+    Every process must go through all of them.
+    """
+    first = _first_names(model)
     shared = _shared(first)
     kept: dict[str, Tensor] = {}  # of those with several names
     for name in names:
@@ -160,8 +210,16 @@ def _gathered(
         yield name, tensor
 
 
-def _write(model: PreTrainedModel, part: Path, tensors: dict[str, Tensor]) -> None:
-    """Write layers as `save_pretrained` does."""
+def _write(model: PreTrainedModel, folder: Path, part: _Part, save: Save) -> None:
+    """Write a file as `save_pretrained` does, or by it."""
+    own = _part(folder, part.number)
+    if part.number == 0:
+        save(model, own, part.tensors)
+    elif part.tensors:
+        _write_layers(model, own, part.tensors)
+
+
+def _write_layers(model: PreTrainedModel, part: Path, tensors: dict[str, Tensor]) -> None:
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     converted = revert_weight_conversion(model, kept)

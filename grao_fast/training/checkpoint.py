@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grao_fast.distributed.tensors import TENSORS_INDEX
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import delete, sealed_files, verify_folder
 from grao_fast.system.visible import get_logger
@@ -20,6 +19,7 @@ logger = get_logger(__name__)
 
 STATE = "state.json"
 OPTIMIZER = "optimizer"
+_MOMENTS_INDEX = f"{OPTIMIZER}/.metadata"  # of torch.distributed.checkpoint
 FORMAT = 3  # of a checkpoint's files
 FINAL = "final"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -46,7 +46,7 @@ def verify(path: Path) -> None:
         verify_folder(path)
         state = read_state(path)
         if state.get("format") == FORMAT:  # those of other formats are whole, and refused later
-            _check_named(path, f"{OPTIMIZER}/{TENSORS_INDEX}")
+            _check_named(path, _MOMENTS_INDEX)
     except CheckpointError:
         raise
     except ValueError as error:

@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from grao_fast.config import OptimisationOptions
-from grao_fast.distributed.tensors import load_tensors, save_tensors, saved_shapes
+from grao_fast.distributed.tensors import load_tensors, saved_shapes
 from grao_fast.distributed.world import World
 from grao_fast.system.errors import UserError
 
@@ -63,21 +63,17 @@ def lr_schedule(
     )
 
 
-def save_moments(model: nn.Module, optimizer: Optimizer, folder: Path, world: World) -> None:
-    """Write what the optimiser keeps of every parameter; every process must call it."""
-    save_tensors(
-        {
-            f"{name}.{kind}": tensor
-            for name, parameter in model.named_parameters()
-            for kind, tensor in optimizer.state.get(parameter, {}).items()
-        },
-        folder,
-        world,
-    )
+def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What the optimiser keeps of every parameter, by name."""
+    return {
+        f"{name}.{kind}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_moments(model: nn.Module, optimizer: Optimizer, folder: Path, world: World) -> None:
-    """Load what `save_moments` wrote, in any number of processes; options remain the optimiser's.
+    """Load `moments_of` that were saved by any number of processes; options are the optimiser's.
 
     `torch.distributed.checkpoint.set_optimizer_state_dict` would take a step to learn what an
     optimiser keeps, and run its hooks.

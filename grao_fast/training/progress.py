@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from grao_fast.config import GRAOConfig
+from grao_fast.distributed.world import World
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system import interruption
 from grao_fast.system.errors import one_line
@@ -19,7 +20,12 @@ from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import read_state
 from grao_fast.training.identity import PolicyIdentity, RunIdentity, check_steps, digest_frozen
 from grao_fast.training.saver import SaveError, Saver
-from grao_fast.training.state import load_optimizer, resume_policy, save_checkpoint
+from grao_fast.training.state import (
+    hold_checkpoint,
+    load_optimizer,
+    resume_policy,
+    save_checkpoint,
+)
 
 logger = get_logger(__name__)
 
@@ -55,7 +61,11 @@ class Progress:
         self.done: int | None = 0
         self.flush: Callable[[], None] = lambda: None
         self.saver = Saver(
-            output_dir, self._write, keep=config.save_total_limit, world=loaded.policy.world
+            output_dir,
+            self._write,
+            self._hold,
+            keep=config.save_total_limit,
+            world=loaded.policy.world,
         )
         self._rescued = False
         optimizer.register_step_pre_hook(self._commit)
@@ -68,13 +78,31 @@ class Progress:
         assert self.done is not None
         return self.done
 
-    def save(self, step: int) -> Path:
-        """Write the checkpoint of a step, and delete those that are not kept."""
+    def save(self, step: int) -> list[Path]:
+        """Write the checkpoint of a step, and delete those that are not kept.
+
+        With `async_save`, a thread writes it. Returns the checkpoints that are whole since the last
+        call.
+        """
+        whole = self.finish()
         with self.saving(f"checkpoint-{step}"):
             self.loaded.policy.world.main(self.flush, held=True)
-            path = self.saver.save(step)
+            if self.config.async_save:
+                self.saver.start(step)
+            else:
+                whole.append(self.saver.save(step))
+        interruption.resumes_from(self.saver.checkpoint)
+        return whole
+
+    def finish(self) -> list[Path]:
+        """Wait for a checkpoint that a thread writes; returns it, if there is one."""
+        step = self.saver.in_flight
+        if step is None:
+            return []
+        with self.saving(f"checkpoint-{step}"):
+            path = self.saver.finish()
         interruption.resumes_from(path)
-        return path
+        return [path]
 
     @contextmanager
     def saving(self, name: str) -> Iterator[None]:
@@ -97,8 +125,10 @@ class Progress:
         if self._rescued:
             return
         self._rescued = True
-        unsaved = self.done is not None and self.done != self.saver.step
-        if together and unsaved and not interruption.is_aborted():
+        saves = together and not interruption.is_aborted()
+        if saves and self.saver.in_flight is not None:
+            self.saver.end_flight()
+        if saves and self.done is not None and self.done != self.saver.step:
             with suppress(OSError):  # a full disk; the weights may find room elsewhere
                 self.flush()
             self.saver.rescue(self.done)
@@ -112,21 +142,23 @@ class Progress:
         self.done = None
 
     def _write(self, path: Path, step: int, bare: bool) -> None:
-        save_checkpoint(
-            path,
-            self.loaded,
-            self.optimizer,
-            self.scheduler,
-            step=step,
-            config=self.config,
-            belongs_to={
-                "run": asdict(self.identity),
-                "policy": asdict(self.policy_identity),
-                "frozen": self.frozen,
-                "prompts": self.prompts,
-            },
-            bare=bare,
-        )
+        save_checkpoint(path, *self._state, **self._facts(step), bare=bare)
+
+    def _hold(self, step: int) -> Callable[[Path, World], None]:
+        return hold_checkpoint(*self._state, **self._facts(step))
+
+    @property
+    def _state(self) -> tuple[LoadedPolicy, Optimizer, LambdaLR]:
+        return self.loaded, self.optimizer, self.scheduler
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        belongs_to = {
+            "run": asdict(self.identity),
+            "policy": asdict(self.policy_identity),
+            "frozen": self.frozen,
+            "prompts": self.prompts,
+        }
+        return {"step": step, "config": self.config, "belongs_to": belongs_to}
 
     def _resume(self, checkpoint: Path, total_steps: int) -> None:
         state = read_state(checkpoint)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from grao_fast.distributed.world import PeerFailed, World
 from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger
+from grao_fast.training.background import Background
 from grao_fast.training.checkpoint import checkpoint_path, delete_old
 
 logger = get_logger(__name__)
@@ -25,6 +27,8 @@ class Saver:
         output_dir: of the run.
         write: write(path, step, bare) writes a whole checkpoint, or none; if bare, weights are
             written without the `save_pretrained` of model and tokenizer.
+        hold: hold(step) copies a checkpoint into memory, and returns write(path, world), which
+            writes it in a thread.
         keep: checkpoints kept; None: all.
         world: the processes of the run, all of which write; rank 0 deletes.
 
@@ -36,6 +40,7 @@ class Saver:
         self,
         output_dir: Path,
         write: Callable[[Path, int, bool], None],
+        hold: Callable[[int], Callable[[Path, World], None]],
         *,
         keep: int | None,
         world: World,
@@ -43,6 +48,7 @@ class Saver:
         self.output_dir, self._write, self._keep, self._world = output_dir, write, keep, world
         self.checkpoint: Path | None = None
         self.step = 0
+        self._hold, self._background = hold, Background(world)
 
     def resumed(self, checkpoint: Path, step: int) -> None:
         """Record the checkpoint that the run resumes from."""
@@ -55,6 +61,36 @@ class Saver:
         self._save(checkpoint_path(self.output_dir, step), step)
         self._delete_old(self.checkpoint)
         return self.checkpoint
+
+    def start(self, step: int) -> None:
+        """Copy the checkpoint of a step, and write it in a thread; `finish` must come before."""
+        write = self._hold(step)
+        path = checkpoint_path(self.output_dir, step)
+        self._background.start(step, partial(write, path))
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step whose checkpoint a thread writes."""
+        return self._background.name
+
+    def finish(self) -> Path:
+        """Wait for the checkpoint in flight, and delete old ones. Raises what the thread raised."""
+        step = self._background.name
+        assert step is not None
+        self._background.finish()
+        self.checkpoint, self.step = checkpoint_path(self.output_dir, step), step
+        self._delete_old(self.checkpoint)
+        return self.checkpoint
+
+    def end_flight(self) -> None:
+        """Wait for the checkpoint in flight; a failure is logged, as the run is ending."""
+        step = self.in_flight
+        try:
+            self.finish()
+        except (Exception, PeerFailed) as error:  # of any kind: of a disk, of a library
+            if not self._world.is_shared(error):
+                raise
+            _report(f"step {step} could not be saved in {self.output_dir}", error)
 
     def rescue(self, step: int) -> None:
         """Write the checkpoint of a step in any way that works.

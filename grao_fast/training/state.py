@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel
 
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed.folders import write_folder
-from grao_fast.distributed.tensors import load_tensors, save_tensors
+from grao_fast.distributed.tensors import held_tensors, save_tensors
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import (
-    differing_keys,
     is_peft_model,
-    load_adapters,
     subtract_first_weights,
 )
-from grao_fast.models.beginning import trainable
-from grao_fast.models.policy import Policy
-from grao_fast.models.saving import save_model
-from grao_fast.models.sharded_loading import refill
-from grao_fast.models.sharding import own_class, reshard
+from grao_fast.models.saving import hold_model, save_model
+from grao_fast.models.sharding import reshard
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (
@@ -42,11 +37,9 @@ from grao_fast.training.identity import (
     check_base,
     check_same_policy,
     digest_weights,
-    tensors_of,
 )
-from grao_fast.training.optim import load_moments, save_moments
-
-_BARE_WEIGHTS = "weights"
+from grao_fast.training.optim import load_moments, moments_of
+from grao_fast.training.weights import load_weights, save_bare
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -86,36 +79,98 @@ def save_checkpoint(
     belongs_to: Mapping[str, Any],
     bare: bool = False,
 ) -> None:
-    """Write a whole checkpoint, or none.
+    """Write a whole checkpoint, or none; every process must call it.
 
     belongs_to: facts compared on resuming, see `grao_fast.training.identity`.
     bare: write weights as they are sharded, for use if `save_pretrained` fails.
-
-    Every process must call it.
     """
-    world = loaded.policy.world
     reshard(loaded.model)
+    if bare:
+        weights = partial(save_bare, loaded.model)
+    else:
+        weights = partial(save_model, loaded.model, loaded.tokenizer)
+    facts = _facts(loaded.model, scheduler, step=step, config=config, belongs_to=belongs_to)
+    contents = _Contents(weights, moments_of(loaded.model, optimizer), _beginning(loaded), facts)
+    contents.write(path, loaded.policy.world)
 
-    def fill(folder: Path) -> None:
-        if bare:
-            save_tensors(_trained(loaded.model), folder / _BARE_WEIGHTS, world)
-        else:
-            save_model(loaded.model, loaded.tokenizer, folder, world)
-        save_moments(loaded.model, optimizer, folder / OPTIMIZER, world)
-        if loaded.beginning is not None and is_peft_model(loaded.model):
-            loaded.beginning.save(folder, world)  # a whole model is given again on resuming
-        facts = {
-            "format": FORMAT,
-            "step": step,
-            **belongs_to,
-            "weights": digest_weights(loaded.model),
-            "scheduler": scheduler.state_dict(),
-            "config": config.to_dict(),
-            "versions": versions(),
-        }
-        world.main(lambda: (folder / STATE).write_text(json.dumps(facts, indent=1)), held=True)
 
-    write_folder(path, fill, world)
+def hold_checkpoint(
+    loaded: LoadedPolicy,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    step: int,
+    config: GRAOConfig,
+    belongs_to: Mapping[str, Any],
+) -> Callable[[Path, World], None]:
+    """Copy a checkpoint into the CPU's memory; every process must call it.
+
+    Returns write(path, world), to be called in another thread of every process, with a world of
+    the threads'.
+    """
+    reshard(loaded.model)
+    return _Contents(
+        hold_model(loaded.model, loaded.tokenizer, loaded.policy.world),
+        held_tensors(moments_of(loaded.model, optimizer)),
+        _beginning(loaded),
+        _facts(loaded.model, scheduler, step=step, config=config, belongs_to=belongs_to),
+    ).write
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a checkpoint holds.
+
+    weights: writes them into a folder.
+    beginning: writes the adapter's first weights; None where they are not needed.
+    facts: of state.json.
+    """
+
+    weights: Callable[[Path, World], None]
+    moments: dict[str, Tensor]
+    beginning: Callable[[Path], None] | None
+    facts: dict[str, Any]
+
+    def write(self, path: Path, world: World) -> None:
+        """Write the checkpoint's folder; every process must call it."""
+
+        def write_files(folder: Path) -> None:
+            (folder / STATE).write_text(json.dumps(self.facts, indent=1))
+            if self.beginning is not None:
+                self.beginning(folder)
+
+        def fill(folder: Path) -> None:
+            self.weights(folder, world)
+            save_tensors(self.moments, folder / OPTIMIZER, world)
+            world.main(lambda: write_files(folder), held=True)
+
+        write_folder(path, fill, world)
+
+
+def _beginning(loaded: LoadedPolicy) -> Callable[[Path], None] | None:
+    """Only an adapter's: a whole model is given again on resuming."""
+    if loaded.beginning is None or not is_peft_model(loaded.model):
+        return None
+    return loaded.beginning.hold()
+
+
+def _facts(
+    model: nn.Module,
+    scheduler: LRScheduler,
+    *,
+    step: int,
+    config: GRAOConfig,
+    belongs_to: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": step,
+        **belongs_to,
+        "weights": digest_weights(model),
+        "scheduler": scheduler.state_dict(),
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
 
 
 def resume_policy(
@@ -143,72 +198,6 @@ def resume_policy(
     load_weights(loaded, path, state)
     check_base(path, state, loaded)
     return run
-
-
-def load_weights(loaded: LoadedPolicy, path: Path, state: Mapping[str, Any]) -> None:
-    """Load all of a checkpoint's weights into the policy; every process must call it.
-
-    Raises:
-        CheckpointError: a weight is missing, is not the model's, or is not what was saved.
-    """
-    model, world = loaded.model, loaded.policy.world
-    if (path / _BARE_WEIGHTS).exists():
-        load_tensors(_trained(model), path / _BARE_WEIGHTS, world)
-    elif is_peft_model(model):
-        world.together(lambda: load_adapters(model, path))
-    else:
-        _load_model(loaded.policy, path)
-    if digest_weights(model) != state["weights"]:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} does not hold all that was trained: loaded, the weights "
-            "differ from those that it was written of; resume from an earlier one"
-        )
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes, by name: a whole model, or what is trained of it."""
-    if not is_peft_model(model):
-        return tensors_of(model)
-    return {name: parameter.detach() for name, parameter in trainable(model).items()}
-
-
-def _load_model(policy: Policy, path: Path) -> None:
-    causal_lm = policy.causal_lm
-    if policy.world.size == 1:
-        causal_lm.load_state_dict(_saved_model(causal_lm, path).state_dict())
-        return
-    refill(
-        causal_lm,
-        path,
-        policy.world.together(lambda: _saved_model(causal_lm, path, outline=True)),
-        whole=lambda: _saved_model(causal_lm, path),
-        device=policy.device,
-        world=policy.world,
-    )
-
-
-def _saved_model(
-    causal_lm: PreTrainedModel, path: Path, *, outline: bool = False
-) -> PreTrainedModel:
-    """The model of a checkpoint, on the CPU or, as an outline without values, on "meta"."""
-    on: dict[str, Any] = {"device_map": {"": "meta"}} if outline else {}
-    loaded: Any = own_class(causal_lm).from_pretrained(
-        path,
-        dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, in one line
-        **on,
-    )
-    saved, info = loaded
-    missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
-    shapes = [f"{key} of shape {tuple(was)}" for key, was, _ in info["mismatched_keys"]]
-    if missing or unexpected or shapes:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} is not of this model: it "
-            f"{differing_keys(missing, [*unexpected, *shapes])}"
-        )
-    return saved
 
 
 def load_optimizer(
