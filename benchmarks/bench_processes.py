@@ -2,10 +2,11 @@
 
     pytest benchmarks/bench_processes.py --benchmark-only
 
-The same sequences, rewards and settings on both sides, as in bench_step.py; each process has one
-micro-batch, of its share of the groups. Nothing is timed unless losses and gradients agree and our
-collectives carry, to the byte, what `grao-fast plan` says. More processes than cores cannot be
-faster: they show what sharding saves in memory and costs in traffic.
+The same sequences, rewards and settings on both sides, as in bench_step.py; each process has its
+share of the groups, TRL's in micro-batches of one group, which are its better ones there. Nothing
+is timed unless losses and gradients agree and collectives carry what `grao-fast plan` says, ours to
+the byte. More processes than cores cannot be faster: they show what sharding saves in memory and
+costs in traffic.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,14 +205,19 @@ class TRL:
         return split_tensor_dict(inputs, parts)
 
     def backward(self, parts: list[dict[str, Any]]) -> float:
-        """Add up loss and gradients of all micro-batches and return the loss."""
+        """Add up loss and gradients of all micro-batches and return the loss.
+
+        As in `Trainer`, processes exchange gradients in the last of them only.
+        """
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(parts)
         loss = 0.0
         for part in parts:
-            with trainer.compute_loss_context_manager():
-                value = trainer.compute_loss(trainer.model, part)
-            trainer.accelerator.backward(value)
+            alone = trainer.accelerator.no_sync(trainer.model)
+            with nullcontext() if part is parts[-1] else alone:
+                with trainer.compute_loss_context_manager():
+                    value = trainer.compute_loss(trainer.model, part)
+                trainer.accelerator.backward(value)
             loss += value.detach()
         return float(loss)
 
@@ -249,10 +255,12 @@ def _use_fsdp2(trainer: Any) -> None:
     With a plugin for FSDP, accelerate 1.15 takes DDP on CPUs without a word. If its state names
     FSDP, it shards there too, by the same code as on GPUs.
     """
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = trainer.accelerator.state
-    state.distributed_type = DistributedType.FSDP
+    for each in (PartialState(), state):  # the first is copied into the other now and then
+        each.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
     )

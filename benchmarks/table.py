@@ -159,9 +159,10 @@ def processes_table(name: str, result: Result) -> str:
     """Return a row a contender; the bytes that a process sends, counted and by the arithmetic."""
     rows = result["rows"]
     lines = [
-        f"| {rows[0]['case']} | processes | `sharding` | seconds a step (quartiles) "
-        "| peak memory, MiB | parameters and moments, MiB | sent, MiB | by the arithmetic |",
-        "| --- " * 8 + "|",
+        f"| {rows[0]['case']} | processes | `sharding` | micro-batches "
+        "| seconds a step (quartiles) | peak memory, MiB | parameters and moments, MiB "
+        "| sent, MiB | by the arithmetic |",
+        "| --- " * 9 + "|",
     ]
     for row in rows:
         peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
@@ -170,6 +171,7 @@ def processes_table(name: str, result: Result) -> str:
             row["label"],
             str(row["processes"]),
             "-" if alone else row["sharding"],
+            str(row["micro_batches"]),
             f"{_number(row['median'])} ({_number(row['q1'])} to {_number(row['q3'])})",
             peak,
             f"{row['held_mib']:.1f}",

@@ -234,6 +234,7 @@ def test_processes_stand_below_each_other(tmp_path: Path, monkeypatch) -> None:
             title="A model",
             processes=n,
             sharding="full",
+            micro_batches=8 // n,
             cores=2,
             peak_mib=100.4 / n,
             held_mib=8.0 / n,
@@ -244,6 +245,6 @@ def test_processes_stand_below_each_other(tmp_path: Path, monkeypatch) -> None:
     ]
     kept({"processes": rows}, tmp_path, monkeypatch)
     text = filled("processes-here")
-    assert "| grao-fast | 1 | - | 1.50 (1.00 to 2.00) | 100 | 8.0 | - | - |" in text
-    assert "| grao-fast | 2 | full | 1.50 (1.00 to 2.00) | 50 | 4.0 | 0.50 | 0.50 |" in text
+    assert "| grao-fast | 1 | - | 8 | 1.50 (1.00 to 2.00) | 100 | 8.0 | - | - |" in text
+    assert "| grao-fast | 2 | full | 4 | 1.50 (1.00 to 2.00) | 50 | 4.0 | 0.50 | 0.50 |" in text
     assert "A model. Median of 3 rounds" in text and "of 2 cores" in text
