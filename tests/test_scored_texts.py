@@ -66,7 +66,7 @@ def test_rewards_and_tables_have_samples_and_references_alike(thinking, tmp_path
         assert references == [row["reference"]] * 5
         return row
 
-    row = run("whole")
+    row = run("whole", seed=2)  # whose samples hold what is looked for
     assert row["reference"] == "<think>easy</think>4 . "
     assert row["reference_reward"] == 1.0
     assert any("<think>" in text for text in row["completions"])
