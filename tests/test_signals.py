@@ -416,16 +416,23 @@ def exchanged() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callab
     return grao_fast.models.beginning, beginning.restored, model.weight.tolist
 
 
+def ones() -> torch.nn.Linear:
+    model = torch.nn.Linear(2, 2)
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    return model
+
+
 def negated() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
-    tensors = [torch.ones(2), torch.ones(3)]
-    change = changes.Negated(tensors)
-    return changes, lambda: change.of(tensors), lambda: [x.tolist() for x in tensors]
+    model = ones()
+    change = changes.Negated(model)
+    return changes, lambda: change.of(change.tensors), lambda: [p.tolist() for p in change.tensors]
 
 
 def swapped() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
-    tensors = [torch.ones(2), torch.ones(3)]
-    change = changes.Swapped(tensors)
-    return changes, lambda: change.of(tensors), lambda: [x.tolist() for x in tensors]
+    model = ones()
+    change = changes.Swapped(model, lambda name: True)
+    return changes, lambda: change.of(change.tensors), lambda: [p.tolist() for p in change.tensors]
 
 
 def stirred() -> tuple[Any, Callable[[], AbstractContextManager[None]], Callable[[], Any]]:
