@@ -53,6 +53,7 @@ def test_it_writes_the_same_files(tiny_model: Path, tmp_path: Path, adapter: boo
     assert contents(tmp_path / "later") == contents(tmp_path / "at once")
 
 
+@pytest.mark.slow
 def test_so_do_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["untied", "LoRA, KL, two updates"]
     test_checkpoints.model_of("untied", tmp_path / "models" / "untied")
@@ -118,6 +119,7 @@ def test_a_run_that_ends_early_waits_for_the_thread(
         verify(path)
 
 
+@pytest.mark.slow
 def test_a_thread_that_fails_in_one_process_ends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,8 @@ def test_an_error_anywhere_ends_all_with_one_message(
         assert count(ended, goes_on(tmp_path, last))[0] == 1
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_between_exchanges_is_told_from_a_failed_exchange(
     rank: int, tiny_model: Path, tmp_path: Path
 ) -> None:

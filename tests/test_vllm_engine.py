@@ -228,6 +228,7 @@ def test_each_of_two_processes_has_an_engine_and_they_train_as_one(vllm, tmp_pat
     assert all("the engine was shut down" in text for text in printed)
 
 
+@pytest.mark.slow
 def test_processes_that_share_an_engine_sample_the_prompts_of_all(vllm, tmp_path: Path):
     options = {"use_vllm": True, "vllm_tensor_parallel_size": 2}
     run_all(["odd counts"], tmp_path, 1, steps=1, options={"use_vllm": True})
@@ -240,6 +241,7 @@ def test_processes_that_share_an_engine_sample_the_prompts_of_all(vllm, tmp_path
     assert drawn == [5, 5]
 
 
+@pytest.mark.slow
 def test_an_engine_of_one_process_that_keeps_old_weights_ends_all(vllm, tmp_path, monkeypatch):
     reload = LLM.collective_rpc
 

@@ -83,6 +83,7 @@ def test_an_adapter_goes_alone_or_merged(fake: FakeVLLM, options, tmp_path: Path
     assert not fake.paths(unused)
 
 
+@pytest.mark.slow
 def test_weights_go_by_the_transfer_while_they_are_gathered(fake, options, tmp_path, monkeypatch):
     monkeypatch.setattr("grao_fast.sampling.vllm.handover.cannot_transfer", lambda *_: "")
     stand_in(fake, tmp_path, monkeypatch)
@@ -93,6 +94,7 @@ def test_weights_go_by_the_transfer_while_they_are_gathered(fake, options, tmp_p
     assert all(torch.equal(theirs[name], tensor) for name, tensor in final.items())
 
 
+@pytest.mark.slow
 def test_rollouts_are_sampled_ahead(fake: FakeVLLM, options, tmp_path: Path):
     for size in (1, 2):
         fake.start()
@@ -104,6 +106,7 @@ def test_rollouts_are_sampled_ahead(fake: FakeVLLM, options, tmp_path: Path):
     assert [row["sampling/staleness"] for row in lines(tmp_path / "tied 2")] == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restarted_between_steps_gets_the_weights_again(fake, options, tmp_path):
     run_all(["tied"], tmp_path, 1, steps=STEPS, options=options)
     fake.start()
@@ -134,6 +137,7 @@ def one_message(processes: list[Ended]) -> str:
     return said.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_server_that_keeps_old_weights_ends_all(fake, options, tmp_path: Path, bf16: bool):
     fake.keeps = lambda name: name == "lm_head.weight"
@@ -142,6 +146,7 @@ def test_a_server_that_keeps_old_weights_ends_all(fake, options, tmp_path: Path,
     assert "does not hold the policy's weights" in said and "head, which is tied" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_ends_all(fake: FakeVLLM, options, tmp_path: Path):
     fake.answers = {"/collective_rpc": 500}
     said = one_message(ended(tmp_path, options))
