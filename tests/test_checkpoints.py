@@ -28,7 +28,7 @@ SHORT = CONFIG.replace(
 )
 FEW = ["LoRA, KL, two updates", "mixture"]
 # every way to shard, on as many processes as it needs, and what may be saved otherwise
-MANY = ["tied", "untied", "none", "hybrid", "LoRA", "KL, two updates", "mixture, odd"]
+MANY = ["untied", "hybrid", "LoRA", "mixture, odd"]
 
 
 def run(name: str, output: Path, models: Path) -> None:
