@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def run_all(
     size: int,
     *,
     steps: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Run variants one after another in `size` processes that are started once."""
 
@@ -181,8 +182,9 @@ def run_all(
         torch.set_num_threads(1)
         for name in names:
             variant = ALL[name]
+            chosen = replace(variant, options=variant.options | (options or {}))
             output = folder / f"{name} {size}"
-            run(variant, output, folder / "models", steps=steps or variant.steps)
+            run(chosen, output, folder / "models", steps=steps or variant.steps)
 
     (folder / "printed").mkdir(parents=True, exist_ok=True)
     for kind in ("tied", "untied"):
