@@ -70,6 +70,7 @@ STARTS = {
         "step-cpu": "| optimiser step",
     },
     "docs/results/families.md": {"families-cpu": "| float32 |"},
+    "docs/scaling.md": {"processes-cpu": "| 8 prompts"},
 }
 
 
