@@ -14,7 +14,8 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,25 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _say_once(_how_to_resume("interrupted", arguments, options))
         return EXIT_INTERRUPTED
+    except _WrongOptions as error:
+        return _refuse(one_line(error))
     except UserError as error:
         return _fail(one_line(error) + (f" ({error.place})" if error.place else ""))
     except (OSError, FloatingPointError) as error:  # a file failed, or training diverged
         return _fail(one_line(error))
     return 0
+
+
+class _WrongOptions(UserError):
+    """An error of options, which every process finds before they have joined."""
+
+
+@contextmanager
+def _wrong_options() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise _WrongOptions(one_line(error)) from error
 
 
 def _refuse(message: str) -> int:
@@ -139,8 +154,9 @@ def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
 
 
 def _train(options: Options) -> None:
-    config = GRAOConfig(**_take_config(options))
-    peft_config = _lora_config(**options.pop("peft"))
+    with _wrong_options():
+        config = GRAOConfig(**_take_config(options))
+        peft_config = _lora_config(**options.pop("peft"))
 
     from grao_fast.trainer import train
 
@@ -151,7 +167,8 @@ def _train(options: Options) -> None:
 
 
 def _eval(options: Options) -> None:
-    config = GRAOConfig(**_take_config(options))
+    with _wrong_options():
+        config = GRAOConfig(**_take_config(options))
 
     from rich.console import Console
 
@@ -163,8 +180,9 @@ def _eval(options: Options) -> None:
 
 
 def _plan(options: Options) -> None:
-    config = GRAOConfig(**_take_config(options))
-    peft_config = _lora_config(**options.pop("peft"))
+    with _wrong_options():
+        config = GRAOConfig(**_take_config(options))
+        peft_config = _lora_config(**options.pop("peft"))
 
     from grao_fast.cli.plan_tables import print_plan
 

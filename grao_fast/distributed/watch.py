@@ -41,8 +41,9 @@ def end_together(world: World, links: Links) -> Iterator[None]:
             with interruption.held():
                 _end(world, links, error)
     except PeerFailed:
-        time.sleep(_TO_SHOW)
-        raise
+        with interruption.held():  # the launcher's signal, after the other's end, changes nothing
+            time.sleep(_TO_SHOW)
+            raise
 
 
 def _end(world: World, links: Links, error: BaseException) -> NoReturn:

@@ -111,7 +111,9 @@ class Interruption:
         if _active is not self:
             return
         self._leave()
-        if self.signum is None:
+        # A SystemExit ends the process already, as that of a run whose other processes have failed:
+        # their launcher may have sent the signal for that reason.
+        if self.signum is None or isinstance(error, SystemExit):
             return
         # Raise even if the run ended normally, so that the caller learns of the signal. Another
         # error is a consequence of the signal, as when a sampler's process received it too; a
