@@ -104,6 +104,11 @@ def train(
         FloatingPointError: the gradient became NaN or infinite.
         Preempted: SIGTERM or SIGHUP came. It is a SystemExit, of status 143 or 129.
         KeyboardInterrupt: Ctrl-C.
+        PeerFailed: another process of the run failed, which raises its error and shows it. It is a
+            SystemExit, of status 1.
+
+    With several processes, started by torchrun, srun or accelerate, all call this function alike;
+    see docs/scaling.md.
 
     A run that ends early, by a signal or an error, leaves a checkpoint of the steps that are done,
     even with save_steps=0. A signal interrupts sampling, rewards, evaluations and gradients at

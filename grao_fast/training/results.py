@@ -25,7 +25,7 @@ class TrainResult:
     metrics: of the last step, by the names in metrics.jsonl.
     before, after: evaluations at step 0 and at the end; None without an eval_dataset.
     output_dir: holds metrics.jsonl, completions.jsonl, summary.json, checkpoints and `final/`.
-    model: the aligned model, as in `final/`.
+    model: the aligned model, as in `final/`; with several processes, sharded over them.
     """
 
     steps: int
