@@ -86,9 +86,9 @@ def evaluate(
         kl_coef=0.0,
     )
     with world_of(config) as world:
-        for name, given in (("model", model), ("base_model", base_model)):
-            if given is not None or name == "model":
-                check_given(name, given)
+        check_given("model", model)
+        if base_model is not None:
+            check_given("base_model", base_model)
         folder = None
         if output_dir is not None:
             folder = world.main(lambda: _result_folder(Path(output_dir).expanduser()))
