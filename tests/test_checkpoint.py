@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grao_fast.system.files import clear_left_overs, write_folder
+from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.world import World
+from grao_fast.system.files import clear_left_overs
 from grao_fast.training.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -33,7 +35,7 @@ def write(output: Path, step: int, text: str = "weights") -> Path:
         (folder / "optimizer" / ".metadata").write_text("where moments are")
         (folder / "state.json").write_text(json.dumps({"step": step, "format": FORMAT}))
 
-    write_folder(path, fill)
+    write_folder(path, fill, World())
     return path
 
 
@@ -73,7 +75,7 @@ def test_a_failed_write_leaves_no_checkpoint(tmp_path: Path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_folder(checkpoint_path(tmp_path, 1), fill)
+        write_folder(checkpoint_path(tmp_path, 1), fill, World())
     assert list_checkpoints(tmp_path) == []
     verify(write(tmp_path, 1))
 

@@ -16,9 +16,10 @@ from tiny import CHAT_TEMPLATE, sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
+from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.world import World
 from grao_fast.models.adapters import load_adapters
 from grao_fast.sampling.loading import load_policy
-from grao_fast.system.files import write_folder
 from grao_fast.training.checkpoint import CheckpointError, read_state
 from grao_fast.training.weights import load_weights
 
@@ -175,7 +176,7 @@ def test_a_checkpoint_of_another_format(tiny_model: Path, whole: Path, tmp_path:
         (folder / "state.json").write_text(json.dumps(state))
         (folder / "manifest.json").unlink()
 
-    write_folder(tmp_path / "checkpoint-2", fill)
+    write_folder(tmp_path / "checkpoint-2", fill, World())
     refused("is of format 1, and this version", tmp_path, tiny_model)
 
 

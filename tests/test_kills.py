@@ -16,7 +16,9 @@ import pytest
 from kills import exit_status, fork, killed_at_change
 from test_trainer import CONFIG, ROWS, lines, run, same_bits
 
-from grao_fast.system.files import clear_left_overs, verify_folder, write_file, write_folder
+from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.world import World
+from grao_fast.system.files import clear_left_overs, verify_folder, write_file
 from grao_fast.system.lines import LineFile, read_lines
 from grao_fast.training.checkpoint import checkpoint_path, delete_old, list_checkpoints
 
@@ -41,9 +43,9 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path: Path):
         output = tmp_path / str(number)
         output.mkdir()
         final = output / "final"
-        write_folder(final, fill("old"))
+        write_folder(final, fill("old"), World())
         killed = killed_at_change(
-            number, output, lambda final=final: write_folder(final, fill("new"))
+            number, output, lambda final=final: write_folder(final, fill("new"), World())
         )
         if number % 4 == 0:
             killed_at_change(number // 8, output, lambda output=output: clear_left_overs(output))
@@ -62,7 +64,7 @@ def test_a_checkpoint_is_deleted_at_once(tmp_path: Path):
     while killed:
         output = tmp_path / str(number)
         for step in (1, 2):
-            write_folder(checkpoint_path(output, step), fill(str(step)))
+            write_folder(checkpoint_path(output, step), fill(str(step)), World())
         newest = checkpoint_path(output, 2)
         killed = killed_at_change(number, output, lambda newest=newest: delete_old(newest, 1))
         for path in list_checkpoints(output):

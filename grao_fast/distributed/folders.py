@@ -18,12 +18,15 @@ from grao_fast.system.files import (
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], world: World) -> None:
-    """Write a folder as `grao_fast.system.files.write_folder` does; every process must call it.
+    """Call `fill` on an empty folder, add a manifest, and rename the folder to `path`.
 
-    The folder must be on a file system that all processes share.
+    Every process must call it. The folder must be on a file system that all of them share.
 
     fill: called in every process with the empty folder. It may exchange tensors, so it must itself
         raise in all processes or in none: it writes in `World.each`.
+
+    Raises:
+        OSError: the disk is full; the message names the file and the free space.
     """
     new = world.main(lambda: begin_folder(path), held=True)
     try:
@@ -45,8 +48,5 @@ def write_folder(path: Path, fill: Callable[[Path], None], world: World) -> None
 def _described(folder: Path, world: World) -> dict[str, dict[str, Any]]:
     """What `describe` says of each file, of which every process reads its share."""
     names = world.main(lambda: contents(folder), held=True)
-    parts = world.each(
-        lambda: {name: describe(folder / name) for name in world.share(names)}, held=True
-    )
-    described = {name: facts for part in parts for name, facts in part.items()}
-    return {name: described[name] for name in names}
+    facts = world.map(lambda own: [describe(folder / name) for name in own], names, held=True)
+    return dict(zip(names, facts, strict=True))

@@ -141,11 +141,17 @@ class World:
         results = self.each(lambda: attempt() if self.is_main else None, held=held)
         return results[0]  # pyright: ignore[reportReturnType]
 
-    def map(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+    def map(
+        self,
+        work: Callable[[Sequence[T]], Sequence[R]],
+        items: Sequence[T],
+        *,
+        held: bool = False,
+    ) -> list[R]:
         """Share out `items`, call `work` on each process's share, and join the results in order."""
         if self.size == 1:
             return list(work(items))
-        parts = self.each(lambda: work(self.share(items)))
+        parts = self.each(lambda: work(self.share(items)), held=held)
         joined: list[R | None] = [None] * len(items)
         for rank, part in enumerate(parts):
             joined[rank :: self.size] = part

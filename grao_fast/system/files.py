@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -62,19 +62,6 @@ def write_file(path: Path, text: str) -> None:
         _flush(beside)
         beside.replace(path)
         _flush(path.parent)
-
-
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill` on an empty folder, add a manifest, and rename the folder to `path`.
-
-    Raises:
-        OSError: the disk is full; the message names the file and the free space.
-    """
-    new = begin_folder(path)
-    with named_when_full(new, path):
-        fill(new)
-        described = {name: describe(new / name) for name in contents(new)}
-    finish_folder(path, described)
 
 
 def begin_folder(path: Path) -> Path:
