@@ -20,11 +20,12 @@ BIN = Path(os.environ.get("GRAO_VLLM") or "/nowhere")
 STARTED_WITHIN = 180.0  # seconds; 25 on idle cores
 
 
-def save_model(folder: Path, *, tied: bool) -> Path:
+def save_model(folder: Path, *, tied: bool, context: int = 512) -> Path:
     """The tiny model with heads of 32 dimensions, the fewest that vLLM's CPU attention takes."""
     save_tiny_model(folder)
     config = LlamaConfig.from_pretrained(folder)
     config.hidden_size, config.head_dim, config.tie_word_embeddings = 128, 32, tied
+    config.max_position_embeddings = context
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

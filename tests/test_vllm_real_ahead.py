@@ -28,20 +28,21 @@ pytestmark = [
 ]
 
 PROMPTS = [[5, 6, 7], [9, 10]]
-TOKENS = 400
+CONTEXT = 2048
+TOKENS = 2000  # which take seconds on a fast machine too
 Scorer = Callable[[list[int], Completion], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+    return save_model(tmp_path_factory.mktemp("models") / "untied", tied=False, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     # A CPU's random generators cannot go back, as vLLM 0.32 has those of seeded requests do when it
     # splits a prompt over several batches, also to resume a completion. Then its engine ends.
-    tokens = ("--max-num-batched-tokens", "8192")
+    tokens = ("--max-num-batched-tokens", "16384", "--max-model-len", str(CONTEXT))
     server = RealServer(model, tmp_path_factory.mktemp("logs") / "log", *tokens)
     try:
         yield server.start()
