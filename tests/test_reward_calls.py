@@ -263,6 +263,24 @@ def test_a_reward_that_hangs_is_named_and_does_not_block_exit(hanging, others) -
     assert ended == 0
 
 
+def unlimited(completions: list[str]) -> list[float]:
+    time.sleep(0.2)
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("slow", [sleeps, sleeps_async], ids=lambda function: function.__name__)
+def test_each_function_has_a_limit_of_its_own(slow) -> None:
+    """The one without a limit may take longer than the other's, and is not waited for."""
+    assert score([unlimited, zero], timeout=[None, 0.1]) == [0.0, 0.0]
+    message = f"reward {slow.__name__} took longer than reward_timeout=0.05 seconds"
+    for others in ([zero], [zero, sleeps]):
+        timeout = [*(None for _ in others), 0.05]
+        with pytest.raises(RewardError, match=message):
+            score([*others, slow], timeout=timeout)
+    with pytest.raises(RewardError, match="one number, or hold 2, one for each"):
+        score([zero, zero], timeout=[1.0])
+
+
 def test_a_time_limit_does_not_change_results() -> None:
     draws: list[float] = []
 

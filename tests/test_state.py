@@ -112,6 +112,7 @@ def test_config_refuses_values_of_another_type():
         ({"max_steps": True}, "max_steps must be an integer, got True"),
         ({"learning_rate": "1e-6"}, "learning_rate must be a number, got '1e-6'"),
         ({"reward_weights": [1.0, "2"]}, "reward_weights must be a number, got '2'"),
+        ({"reward_timeout": [1.0, "2"]}, "reward_timeout must be a number, got '2'"),
         ({"vllm_server_base_url": 8000}, "vllm_server_base_url must be text, got 8000"),
         ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
     ]:
@@ -121,6 +122,9 @@ def test_config_refuses_values_of_another_type():
     assert numpy == GRAOConfig(max_steps=2, learning_rate=0.5, bf16=True)
     assert json.dumps(numpy.to_dict())
     assert GRAOConfig(beta=1, reward_weights=[1, 2.5]).reward_weights == (1, 2.5)
+    limits = GRAOConfig(reward_timeout=[1, None])
+    assert limits.reward_timeout == (1, None)
+    assert GRAOConfig.from_dict(json.loads(json.dumps(limits.to_dict()))) == limits
 
 
 def test_config_rejects_what_cannot_be_right():
@@ -130,6 +134,9 @@ def test_config_rejects_what_cannot_be_right():
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"statistics": "all"}, "statistics must be one of group, samples; got 'all'"),
+        ({"reward_timeout": 0}, "reward_timeout must be above 0, got 0"),
+        ({"reward_timeout": (2.0, 0.0)}, "reward_timeout must be above 0, got 0"),
+        ({"reward_timeout": (None, -1.0)}, "reward_timeout must be at least 0, got -1.0"),
         ({"report_to": "wandb"}, "report_to must be a list"),
         ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
         ({"adam_beta1": 1.5}, "adam_beta1 must be below 1, got 1.5"),

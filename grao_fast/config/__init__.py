@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from grao_fast.config.rules import AT_LEAST, CHOICES, check_at_least, check_effect
+from grao_fast.config.rules import AT_LEAST, CHOICES, check_at_least, check_effect, every
 from grao_fast.config.views import (
     AttentionBackend,
     CacheImplementation,
@@ -49,8 +49,9 @@ class GRAOConfig:
         reward_type: "pointwise" if the reward scores samples and references alike; "pairwise" if it
             compares a completion with its reference (+1, 0, -1), whose own reward is then 0.
         reward_weights: one weight for each reward function; None: all 1.
-        reward_timeout: the most seconds that a call of a reward function or metric may take, after
-            which the run ends with an error; None: no limit.
+        reward_timeout: the most seconds that a call of a reward function may take, after which the
+            run ends with an error; or one number for each, None for one without a limit. A metric
+            has the longest of them. None: no limit.
         kl_coef: weight of the KL divergence from the initial policy; 0: none. A copy of the initial
             trained parameters is kept in memory and, for an adapter, in checkpoints.
 
@@ -145,7 +146,7 @@ class GRAOConfig:
     reference_advantage: ReferenceAdvantage = "signed"
     reward_type: RewardType = "pointwise"
     reward_weights: tuple[float, ...] | None = None
-    reward_timeout: float | None = None
+    reward_timeout: float | tuple[float | None, ...] | None = None
     kl_coef: float = 0.0
 
     temperature: float = 0.7
@@ -239,7 +240,7 @@ class GRAOConfig:
             "vllm_gpu_memory_utilization",
             "vllm_importance_sampling_clip_max",
         ):
-            if getattr(self, name) == 0:
+            if 0 in every(getattr(self, name)):
                 raise UserError(f"{name} must be above 0, got 0")
         for name in ("ddp_timeout", "heartbeat_timeout"):
             if getattr(self, name) <= 0:

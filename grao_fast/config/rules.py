@@ -113,8 +113,12 @@ def check_effect(config: Any) -> None:
         )
 
 
-def check_at_least(name: str, value: float | None, minimum: float) -> None:
-    if value is None:
-        return
-    if not math.isfinite(value) or value < minimum:
-        raise UserError(f"{name} must be at least {minimum}, got {value}")
+def check_at_least(name: str, value: Any, minimum: float) -> None:
+    for each in every(value):
+        if each is not None and (not math.isfinite(each) or each < minimum):
+            raise UserError(f"{name} must be at least {minimum}, got {each}")
+
+
+def every(value: Any) -> tuple[Any, ...]:
+    """The values of an option that takes one or several."""
+    return value if isinstance(value, tuple) else (value,)

@@ -20,6 +20,7 @@ from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
 from grao_fast.models.placement import world_of
 from grao_fast.rewards import resolve_reward
+from grao_fast.rewards.functions import longest
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import writable_folder, write_file
@@ -98,7 +99,7 @@ def evaluate(
         )
         scorer.check(examples, reward_type=config.reward_type)
         if metric is not None:
-            metric = resolve_reward(metric, timeout=config.reward_timeout)
+            metric = resolve_reward(metric, timeout=longest(config.reward_timeout))
             metric.check(examples, reward_type="pointwise")
         for named in (model, base_model):
             if isinstance(named, (str, Path)):

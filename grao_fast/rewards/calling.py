@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -33,6 +34,10 @@ logger = get_logger(__name__)
 Results = dict[int, Any]
 
 
+class _TooSlow(RewardError):
+    """A call that took longer than its time limit."""
+
+
 class Caller:
     """Calls functions on the same texts, each with deep copies of the arguments that it takes.
 
@@ -46,12 +51,14 @@ class Caller:
     thread; so a function that fails in a thread is called again in the calling thread, and is
     called there from then on if that succeeds.
 
-    timeout: the most seconds that a call may take; None: no limit. With a limit every call runs in
-        a thread, as only a thread can be abandoned.
+    timeouts: of each function, the most seconds that a call may take; None: no limit. A function
+        with a limit runs in a thread, as only a thread can be abandoned.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], *, timeout: float | None) -> None:
-        self.functions, self.timeout = list(functions), timeout
+    def __init__(
+        self, functions: Sequence[RewardFunction], *, timeouts: Sequence[float | None]
+    ) -> None:
+        self.functions, self.timeouts = list(functions), list(timeouts)
         self.names = [function_name(function) for function in functions]
         self._async = [i for i, function in enumerate(functions) if _is_async(function)]
         self._sync = [i for i in range(len(functions)) if i not in self._async]
@@ -80,7 +87,7 @@ class Caller:
             return results
         loop = self._async_calls(offered)
         started = time.monotonic()
-        if self.timeout is None and not _in_a_loop():
+        if all(self.timeouts[i] is None for i in self._async) and not _in_a_loop():
             loop.run()
         else:
             in_thread(_as_here(loop.run))
@@ -103,14 +110,17 @@ class Caller:
         try:
             for i in sorted(self._here):
                 results[i] = self._call_here(i, offered)
-            for i, outcome in sorted((outcomes | loop.outcomes).items()):
+            outcomes |= loop.outcomes
+            for i in sorted(outcomes, key=self._limit):  # so that a limit is noticed when it ends
                 try:
-                    results[i] = self._wait(i, outcome, started)
+                    results[i] = self._wait(i, outcomes[i], started)
+                except _TooSlow:
+                    raise
                 except RewardError as error:
                     errors[i] = error
         finally:
             loop.abandon()
-        if any(i in self._async or self.timeout is not None for i in errors):
+        if any(i in self._async or self.timeouts[i] is not None for i in errors):
             raise errors[min(errors)]
         if generators.moved():
             generators.restore()
@@ -135,7 +145,7 @@ class Caller:
         return self._in_turn(offered)
 
     def _call_here(self, i: int, offered: Mapping[str, Any]) -> Any:
-        if self.timeout is None:
+        if self.timeouts[i] is None:
             return self._call(i, offered)
         started = time.monotonic()
         return self._wait(i, in_thread(_as_here(partial(self._call, i, offered))), started)
@@ -166,8 +176,13 @@ class Caller:
         with running(f"reward {self.names[i]}"):
             return await result
 
+    def _limit(self, i: int) -> float:
+        timeout = self.timeouts[i]
+        return math.inf if timeout is None else timeout
+
     def _wait(self, i: int, outcome: Future[Any], started: float) -> Any:
-        left = None if self.timeout is None else max(0.0, self.timeout - time.monotonic() + started)
+        limit = self._limit(i)
+        left = None if limit == math.inf else max(0.0, limit - time.monotonic() + started)
         try:
             return outcome.result(left)
         except LoopStoppedError as error:
@@ -176,8 +191,8 @@ class Caller:
                 f"loop: {error}"
             ) from None
         except futures.TimeoutError:
-            raise RewardError(
-                f"reward {self.names[i]} took longer than reward_timeout={self.timeout:g} seconds: "
+            raise _TooSlow(
+                f"reward {self.names[i]} took longer than reward_timeout={limit:g} seconds: "
                 "raise it, or set a time limit on what the reward waits for"
             ) from None
 

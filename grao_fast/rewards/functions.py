@@ -38,6 +38,17 @@ from grao_fast.rewards.finding import (
 from grao_fast.rewards.values import LARGEST
 from grao_fast.system.errors import UserError
 
+# Seconds, for all functions or for each; None: no limit.
+Timeout = float | Sequence[float | None] | None
+
+
+def longest(timeout: Timeout) -> float | None:
+    """The longest of several time limits; None if one of them is none."""
+    if not isinstance(timeout, Sequence):
+        return timeout
+    limits = [math.inf if each is None else each for each in timeout]
+    return None if math.inf in limits else max(limits, default=None)
+
 
 @dataclass(frozen=True)
 class GroupScores:
@@ -63,19 +74,20 @@ def resolve_reward(
     spec: str | RewardFunction | Reward | Sequence[str | RewardFunction],
     *,
     weights: Sequence[float] | None = None,
-    timeout: float | None = None,
+    timeout: Timeout = None,
 ) -> Reward:
     """Make a Reward of a function, or of several.
 
     Args:
-        spec: a callable, "package.module:function", "path/file.py:function", or a list of these; a
-            Reward keeps its functions.
+        spec: a callable, or its name as `find_function` reads it, or a list of these; a Reward
+            keeps its functions.
         weights: one weight for each function; default: all 1.
-        timeout: the most seconds that a call of a function may take; None: no limit.
+        timeout: the most seconds that a call of a function may take, or one number for each
+            function; None: no limit.
 
     Raises:
         RewardError: a function is not found, not callable, or takes no `completions`; or the number
-            of weights is wrong.
+            of weights or time limits is wrong.
     """
     if isinstance(spec, Reward):
         if weights is None and timeout is None:
@@ -83,7 +95,7 @@ def resolve_reward(
         return Reward(
             spec.functions,
             weights=spec.weights if weights is None else weights,
-            timeout=spec.timeout if timeout is None else timeout,
+            timeout=spec.timeouts if timeout is None else timeout,
         )
     specs: list[Any] = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     return Reward([find_function(item) for item in specs], weights=weights, timeout=timeout)
@@ -97,7 +109,7 @@ class Reward:
         functions: Sequence[RewardFunction],
         *,
         weights: Sequence[float] | None = None,
-        timeout: float | None = None,
+        timeout: Timeout = None,
     ) -> None:
         if not functions:
             raise RewardError("no reward function was given")
@@ -109,9 +121,15 @@ class Reward:
             )
         self.functions = list(functions)
         self.weights = [float(weight) for weight in weights]
-        self.timeout = timeout
+        several = isinstance(timeout, Sequence)
+        self.timeouts = list(timeout) if several else [timeout] * len(functions)
+        if len(self.timeouts) != len(functions):
+            raise RewardError(
+                f"reward_timeout must be one number, or hold {len(functions)}, one for each reward "
+                f"function (None: no limit); got {self.timeouts}"
+            )
         self.names = _unique([function_name(function) for function in functions])
-        self._caller = Caller(functions, timeout=timeout)
+        self._caller = Caller(functions, timeouts=self.timeouts)
 
     def check(self, examples: Sequence[Example], *, reward_type: RewardType) -> None:
         """Check that the functions can be called on these examples, without calling them.

@@ -35,6 +35,8 @@ def _typed(name: str, value: Any, hint: Any, *, default: Any) -> Any:
     if value is None:
         return None
     hint = hints[0]
+    if len(hints) > 1 and hasattr(value, "__iter__") and not isinstance(value, str):
+        hint = next((each for each in hints if get_origin(each) is tuple), hint)
     if get_origin(hint) is Literal:
         return value
     if get_origin(hint) is tuple:

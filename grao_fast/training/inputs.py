@@ -15,6 +15,7 @@ from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.rewards import Reward, resolve_reward
+from grao_fast.rewards.functions import Timeout, longest
 from grao_fast.system.errors import UserError, first_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def read_inputs(
     metric: RewardSpec | None,
     reward_type: RewardType,
     reward_weights: Sequence[float] | None,
-    reward_timeout: float | None,
+    reward_timeout: Timeout,
     eval_steps: int | None,
 ) -> Inputs:
     """Load the datasets and find the reward functions of a run.
@@ -65,7 +66,7 @@ def read_inputs(
         examples=load_examples(dataset, split="train", require_references=True),
         eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
         reward=resolve_reward(reward, weights=reward_weights, timeout=reward_timeout),
-        metric=None if metric is None else resolve_reward(metric, timeout=reward_timeout),
+        metric=None if metric is None else resolve_reward(metric, timeout=longest(reward_timeout)),
     )
     for rows in inputs.sets:
         inputs.reward.check(rows, reward_type=reward_type)
