@@ -304,3 +304,44 @@ def test_a_file_that_fails_fails_again(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(RewardError, match=r"broken\.py raised ZeroDivisionError"):
             resolve_reward(f"{path}:f")
+
+
+# ---- rewards made by name
+
+MAKING = """
+class Near:
+    def __init__(self, number, *, most=1):
+        if most < 0:
+            raise ValueError("below 0")
+        self.number, self.most = number, most
+
+    def __call__(self, completions):
+        return [float(abs(len(c) - self.number) <= self.most) for c in completions]
+
+def away(text=""):
+    return lambda completions: [float(c != text) for c in completions]
+
+number = 3
+"""
+
+
+def test_rewards_are_made_by_name_with_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "making (1).py"
+    path.write_text(MAKING)
+    assert pointwise(f"{path}:Near(2)") == [[1, 1, 1], [1, 0, 0]]
+    assert pointwise(f"{path}:Near(2, most=0)") == [[0, 1, 0], [0, 0, 0]]
+    assert pointwise(f"{path}:away('a')") == [[0, 1, 1], [1, 1, 1]]
+    assert pointwise(f'{path}:away("x:y(b)")') == [[1] * 3] * 2
+    for spec, message in {
+        f"{path}:Near(2, most=-1)": "raised ValueError: below 0",
+        f"{path}:Near(2, mist=1)": "unexpected keyword argument 'mist'",
+        f"{path}:Near(number)": "arguments must be written out",
+        f"{path}:Near(2": "has no 'Near\\(2'",
+        f"{path}:number(2)": "is not callable: it is a int",
+        f"{path}:Near": r"is a class: pass an instance of it, as '.*:Near\(\.\.\.\)'",
+        "Nearest(2)": "grao_fast.rewards has no 'Nearest'",
+        "(2)": "cannot be read: write 'Class",
+        "a.b(2)": "cannot be read: write 'Class",
+    }.items():
+        with pytest.raises(RewardError, match=message):
+            resolve_reward(spec)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,8 @@ from grao_fast.system.interruption import is_interrupt
 from grao_fast.system.visible import visible_lines
 
 RewardFunction = Callable[..., Any]
+
+_OWN = "grao_fast.rewards"  # the module of rewards that are named without one
 
 # Folders of the code that calls or imports a user's code.
 _CALLERS = (Path(__file__).parents[1], Path(importlib.__file__).parent)
@@ -47,6 +51,8 @@ def running(what: str) -> Iterator[None]:
             yield
     except RewardError:
         raise
+    except UserError as error:
+        raise RewardError(f"{what}: {error}", error.place) from error
     except BaseException as error:  # of any kind: it is the user's code
         if is_interrupt(error):
             raise
@@ -90,15 +96,22 @@ def _in_words(error: BaseException) -> str:
 def find_function(spec: str | RewardFunction) -> RewardFunction:
     """Return the function that "package.module:function" or "path/file.py:function" names.
 
-    A callable is returned as it is. Raises RewardError if there is no such function, if it is a
-    class, or if it takes no argument `completions`.
+    With arguments, as in 'rewards.py:Near("answer", most=3)', the name is that of a class or
+    function which is called with them and returns the reward; without a module, it is one of
+    `grao_fast.rewards`. A callable is returned as it is.
+
+    Raises RewardError if there is no such function, if it is a class, or if it takes no argument
+    `completions`.
     """
-    function: Any = _import(spec) if isinstance(spec, str) else spec
+    function: Any = spec
+    if isinstance(spec, str):
+        function = _made(spec) if spec.rstrip().endswith(")") else _import(spec)
     name = repr(spec) if isinstance(spec, str) else function_name(function)
     if not callable(function):
         raise RewardError(f"reward {name} is not callable: it is a {type(function).__name__}")
     if inspect.isclass(function):
-        raise RewardError(f"reward {name} is a class: pass an instance of it, or a function")
+        made = f", as {spec + '(...)'!r}" if isinstance(spec, str) else ""
+        raise RewardError(f"reward {name} is a class: pass an instance of it{made}, or a function")
     if not _accepts(function, "completions"):
         raise RewardError(
             f"reward {name} does not take `completions`: write it as "
@@ -134,6 +147,39 @@ def _import(spec: str) -> Any:
     if not hasattr(module, attribute):
         raise RewardError(f"reward {spec!r}: {module_name} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def _made(spec: str) -> Any:
+    """What 'Class(arguments)' or 'module:function(arguments)' makes."""
+    module, text = _OWN, spec.strip()
+    expression = _parsed(text)
+    if expression is None and (named := re.match(r"(.+?):(?=[A-Za-z_]\w*\()", text, re.DOTALL)):
+        module, expression = named[1], _parsed(text[named.end() :])
+    if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name):
+        raise RewardError(
+            f"reward {spec!r} cannot be read: write 'Class(arguments)' of {_OWN}, or "
+            "'package.module:function(arguments)' or 'path/file.py:function(arguments)'"
+        )
+    try:
+        arguments = [ast.literal_eval(each) for each in expression.args]
+        options = {each.arg or "**": ast.literal_eval(each.value) for each in expression.keywords}
+    except ValueError:
+        raise RewardError(
+            f"reward {spec!r}: arguments must be written out, as text in quotes, numbers, lists or "
+            "None; for others, make the reward in a file and name it"
+        ) from None
+    made = _import(f"{module}:{expression.func.id}")
+    if not callable(made):
+        raise RewardError(f"reward {spec!r} is not callable: it is a {type(made).__name__}")
+    with running(f"reward {spec!r}"):
+        return made(*arguments, **options)
+
+
+def _parsed(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
 
 
 def _load_file(path: Path) -> ModuleType:
