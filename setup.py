@@ -18,6 +18,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "setuptools>=77.0.1",  # the packaging tests build wheels without the network
+    "sybil>=9.0",  # finds the blocks of code in docs
 ]
 
 setup(
@@ -52,6 +53,11 @@ setup(
     extras_require={
         # without quack-kernels, which needs a Hopper GPU
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8.5", "trl>=1.16"],
+        # the site needs Python 3.11
+        "docs": [
+            'mkdocstrings-python>=2; python_version >= "3.11"',
+            'zensical>=0.0.73; python_version >= "3.11"',
+        ],
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],

@@ -270,11 +270,10 @@ def _facts(result: Result) -> str:
 
 
 def _source(name: str, result: Result) -> str:
-    """The same, its versions by a link."""
-    path = f"benchmarks/results/{name}.json"
+    """The same, with the file of its versions in their place."""
     return (
         f"{_hardware(result)}; {result['date']}; `{result['command']}`; versions in "
-        f"[{path}]({path})."
+        f"`benchmarks/results/{name}.json`."
     )
 
 

@@ -419,7 +419,7 @@ def test_errors_of_the_command(
 
 DOCUMENTED = re.compile(
     r"`([\w.-]+)/config\.json`:\n\n```json\n(.*?)```\n\n"
-    r"    grao-fast (plan [^\n]*)\n\n```text\n(.*?)\n```",
+    r"(?:<!-- skip[^\n]*\n)?```bash\ngrao-fast (plan [^\n]*)\n```\n\n```text\n(.*?)\n```",
     re.DOTALL,
 )
 
