@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data.files import COMPRESSIONS, read_csv, read_json
+from grao_fast.system.bars import no_dataset_bar, on_terminal
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
@@ -140,7 +141,8 @@ def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
-        yield
+        with no_dataset_bar(unless=on_terminal()):
+            yield
     except (DatasetsError, OSError, ValueError) as error:
         # OSError: a file cannot be read, or the hub cannot be reached or does not know the id
         cause = first_line(error.__cause__ or error)

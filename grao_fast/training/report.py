@@ -64,6 +64,8 @@ class Report:
         assert tracker is not None, "of rank 0"
         if step % config.logging_steps == 0 or last:
             tracker.log(step, metrics)
+        else:
+            tracker.advance(step)
         for message in self._watch.messages(step, metrics):
             tracker.message(message)
         if config.log_completions_steps and step % config.log_completions_steps == 0:
