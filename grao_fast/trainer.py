@@ -28,7 +28,7 @@ from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, Sampler
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder
@@ -69,6 +69,7 @@ def train(
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None = None,
     metric: RewardSpec | None = None,
     peft_config: Any = None,
+    sampler: Sampler | None = None,
     callbacks: Sequence[Callback] = (),
     output_dir: str | Path = "grao-output",
     resume_from_checkpoint: str | Path | bool | None = None,
@@ -86,6 +87,7 @@ def train(
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
         metric: a held-out measure, called as a reward is, that training never sees.
         peft_config: a peft config, to train a new adapter.
+        sampler: one of your own, see `grao_fast.sampling.Sampler`; None: as config says.
         callbacks: see `grao_fast.callbacks.Callback`.
         output_dir: made if needed; one run at a time holds it.
         resume_from_checkpoint: True for the latest whole checkpoint in output_dir, "auto" for that
@@ -118,7 +120,8 @@ def train(
     config = config or GRAOConfig()
     with ExitStack() as stack:
         world = stack.enter_context(world_of(config))
-        world.together(lambda: _check_arguments(model, callbacks))
+        world.together(lambda: check_given("model", model))
+        world.together(lambda: check_callbacks(callbacks))
         output, checkpoint = world.main(
             lambda: _open_output(stack, output_dir, resume_from_checkpoint)
         )
@@ -144,7 +147,12 @@ def train(
             tokenizer = world.together(lambda: tokenizer_for(model, tokenizer, inputs))
         set_seed(config.seed)  # for an adapter's first weights
         loaded = load_policy(
-            model, config=config, tokenizer=tokenizer, peft_config=peft_config, world=world
+            model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            sampler=sampler,
+            world=world,
         )
         world.main(
             lambda: prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
@@ -153,11 +161,6 @@ def train(
             loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )
         return run.train(checkpoint)
-
-
-def _check_arguments(model: object, callbacks: Sequence[Callback]) -> None:
-    check_given("model", model)
-    check_callbacks(callbacks)
 
 
 def _open_output(
@@ -277,7 +280,7 @@ class _Run:
                     after = self._evaluate(step)
                 save_steps = self.config.save_steps
                 if save_steps and (last or step % save_steps == 0):
-                    self._save(step)
+                    self._saved(self.progress.save(step))
                 if last:
                     break
             self._saved(self.progress.finish())
@@ -366,9 +369,6 @@ class _Run:
         last = step >= self.total_steps
         lacks = self.held_out.is_due(step, last=last) and not self.held_out.was_logged(step)
         return self._evaluate(step, log=lacks) if last or lacks else self.held_out.before
-
-    def _save(self, step: int) -> None:
-        self._saved(self.progress.save(step))
 
     def _saved(self, checkpoints: list[Path]) -> None:
         for path in checkpoints:
