@@ -19,11 +19,7 @@ from grao_fast.distributed.folders import write_folder
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.evaluation.result import EvaluationResult
-from grao_fast.models.attention.frequencies import (
-    hold_frequencies,
-    longest_context,
-    release_frequencies,
-)
+from grao_fast.models.attention.frequencies import hold_frequencies_of, release_frequencies
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
@@ -190,11 +186,10 @@ class _Run:
         self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
-        eval_prompts: list[Encoded] = []
+        eval_prompts: Sequence[Encoded] = []
         if inputs.eval_examples:
             eval_prompts = loaded.encode(inputs.eval_examples, config.sampling, trained=False)
-        longest = longest_context(prompts, eval_prompts, config.max_new_tokens)
-        hold_frequencies(loaded.causal_lm, longest)
+        hold_frequencies_of(loaded.causal_lm, prompts, eval_prompts, config.max_new_tokens)
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(

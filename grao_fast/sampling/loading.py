@@ -21,6 +21,7 @@ from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.encoding import Encoded, Limits, encode_examples
 from grao_fast.data.examples import Example
+from grao_fast.data.prompts import open_prompts
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
@@ -88,21 +89,22 @@ class LoadedPolicy:
 
     def encode(
         self, examples: Sequence[Example], sampling: SamplingOptions, *, trained: bool = True
-    ) -> list[Encoded]:
-        """Token ids of examples that fit model and sampler; see `encode_examples`."""
-        return encode_examples(
-            examples,
-            self.tokenizer,
-            Limits(
-                max_new_tokens=sampling.max_new_tokens,
-                context_length=self.context_length,
-                max_prompt_length=sampling.max_prompt_length,
-                max_reference_length=sampling.max_reference_length,
-                embedding_rows=self.embedding_rows,
-            ),
-            eos_token_ids=self.eos_token_ids,
-            trained=trained,
+    ) -> Sequence[Encoded]:
+        """Token ids of examples that fit model and sampler; see `encode_examples`.
+
+        Those to train on are encoded as they are drawn; see `grao_fast.data.prompts`.
+        """
+        limits = Limits(
+            max_new_tokens=sampling.max_new_tokens,
+            context_length=self.context_length,
+            max_prompt_length=sampling.max_prompt_length,
+            max_reference_length=sampling.max_reference_length,
+            embedding_rows=self.embedding_rows,
         )
+        ends = self.eos_token_ids
+        if trained:
+            return open_prompts(examples, self.tokenizer, limits, eos_token_ids=ends)
+        return encode_examples(examples, self.tokenizer, limits, eos_token_ids=ends, trained=False)
 
     def decode(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
