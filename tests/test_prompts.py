@@ -1,4 +1,4 @@
-"""Rows are read, and prompts encoded, as they are drawn, and are the same as if all were at once."""
+"""Rows are read, and prompts encoded, as they are drawn: the same as if all were read at once."""
 
 from __future__ import annotations
 
