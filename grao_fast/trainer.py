@@ -24,14 +24,15 @@ from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
-from grao_fast.sampling import Completion, Sampler
+from grao_fast.rewards import Reward
+from grao_fast.sampling import Sampler
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
-from grao_fast.training.ahead import SamplingAhead
+from grao_fast.training.ahead import SamplingAhead, Share
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
@@ -41,7 +42,7 @@ from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
 from grao_fast.training.report import Report
 from grao_fast.training.results import TrainResult, write_summary
-from grao_fast.training.rollout import Rollout, sample, sample_and_score
+from grao_fast.training.rollout import Rollout, sample_ahead, sample_and_score
 from grao_fast.training.state import DataStream, step_seed
 from grao_fast.training.step import update
 
@@ -301,25 +302,17 @@ class _Run:
 
     def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """Sample, score, update. Seeding each step makes it the same after a resume."""
-        seed = step_seed(self.config.seed, step)
-        set_seed(seed)
-        objective = self.config.objective
+        set_seed(step_seed(self.config.seed, step))
         with self.world.at_once():
             rollout = sample_and_score(
-                self.loaded,
-                self.reward,
-                self._prompts(step),
-                sampling=self.config.sampling,
-                objective=objective,
-                seed=seed,
-                ahead=self.ahead.take(step),
+                *self._rollout(step), **self._rollout_options(step), ahead=self.ahead.take(step)
             )
             metrics = update(
                 self.loaded.policy,
                 self.optimizer,
                 self.scheduler,
                 rollout,
-                objective=objective,
+                objective=self.config.objective,
                 optimisation=self.config.optimisation,
                 max_tokens=self.max_tokens,
                 beginning=self.loaded.beginning,
@@ -328,14 +321,16 @@ class _Run:
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
         return rollout, {**rollout_metrics(rollout), **metrics, "epoch": epoch}
 
-    def _prompts(self, step: int) -> list[Encoded]:
-        return [self.prompts[i] for i in self.stream.batch(step)]
+    def _rollout(self, step: int) -> tuple[LoadedPolicy, Reward, list[Encoded]]:
+        return self.loaded, self.reward, [self.prompts[i] for i in self.stream.batch(step)]
 
-    def _sample(self, step: int) -> list[list[Completion]]:
-        """The completions of this process's share of a step's prompts, sampled ahead."""
-        prompts, seed = self._prompts(step), step_seed(self.config.seed, step)
-        own = self.world.share(range(len(prompts)))
-        return sample(self.loaded, prompts, own, sampling=self.config.sampling, seed=seed)
+    def _rollout_options(self, step: int) -> dict[str, Any]:
+        options = {"sampling": self.config.sampling, "objective": self.config.objective}
+        return {**options, "seed": step_seed(self.config.seed, step)}
+
+    def _sample(self, step: int) -> Share:
+        """This process's share of a step's prompts, sampled ahead."""
+        return sample_ahead(*self._rollout(step), **self._rollout_options(step))
 
     def _sync(self, step: int, metrics: dict[str, float]) -> None:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""

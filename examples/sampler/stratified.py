@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import grao_fast
 from grao_fast.models.policy import Policy
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, OnGroup
 from grao_fast.sampling.cache import cache_name
 
 
@@ -41,6 +41,7 @@ class StratifiedSampler:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """Sample completions of every prompt, from a generator of its own."""
         training = self.model.training
@@ -51,6 +52,8 @@ class StratifiedSampler:
             groups.append(
                 self._group(prompt, num_generations, max_new_tokens, temperature, generator)
             )
+            if on_group is not None:  # a slow reward may score it while the next are sampled
+                on_group(len(groups) - 1, groups[-1])
         self.model.train(training)
         return groups
 

@@ -5,9 +5,10 @@ and returns. `ExactMatch`, `Regex`, `Math`, `Length` and `JSONSchema` check a te
 objects are functions too. Those who score completions themselves import from here: `resolve_reward`
 finds functions and makes a `Reward` of them, whose `score_groups` returns `GroupScores`.
 `RewardError` is raised for a function that cannot be found or called, that fails, or that returns
-wrong values.
+wrong values. `per_group` marks functions that score a group while others are sampled.
 """
 
+from grao_fast.rewards.early import per_group
 from grao_fast.rewards.finding import RewardError
 from grao_fast.rewards.functions import GroupScores, Reward, resolve_reward
 from grao_fast.rewards.rules import ExactMatch, JSONSchema, Length, Math, Regex
@@ -21,5 +22,6 @@ __all__ = [
     "Regex",
     "Reward",
     "RewardError",
+    "per_group",
     "resolve_reward",
 ]
