@@ -113,6 +113,22 @@ def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_pr
     assert gap > 0.1 * double.lm_head.weight.grad.abs().max()
 
 
+def test_the_entropy_is_that_of_the_sampled_tokens(tiny_model):
+    """At the sampling temperature, and of living samples alone, not of references."""
+    loaded, rollout, _ = step_groups(tiny_model, OFF_POLICY)
+    double = double_of(tiny_model)
+    hidden_TD, _, sequence_T = rows_of(double, rollout)
+    entropy_T = reference.token_entropies(
+        hidden_TD, double.lm_head.weight, temperature=OFF_POLICY.temperature
+    )
+    K = OFF_POLICY.num_generations + 1
+    weight_T = reference.sequence_weights(rollout.advantages_NK).flatten()[sequence_T]
+    expected = entropy_T[(sequence_T % K != K - 1) & (weight_T != 0)].mean()
+    metrics = one_update(loaded, rollout, OFF_POLICY, lr=0.1)
+    assert metrics["entropy"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["entropy"] != pytest.approx(float(entropy_T.mean()), rel=1e-4)
+
+
 def test_the_mismatch_is_measured_over_the_tokens_that_are_computed(tiny_model):
     loaded, rollout, groups = step_groups(tiny_model, OFF_POLICY)
     rollout = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Tests of the data cursor, the seeds, the warnings of a run, and the checks of its options."""
+"""Tests of the data cursor, the seeds, and the checks of a run's options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from grao_fast.config import GRAOConfig
 from grao_fast.training.optim import count_steps
 from grao_fast.training.state import DataStream, step_seed
-from grao_fast.training.watch import Watch
 
 
 def test_every_epoch_holds_every_example_once():
@@ -36,59 +35,6 @@ def test_seeds_differ_by_step_and_by_run():
 )
 def test_length_of_a_run(options: dict, steps: int):
     assert count_steps(GRAOConfig(**options).optimisation, prompts=10, prompts_per_step=3) == steps
-
-
-def metrics(**changed: float) -> dict[str, float]:
-    return {"frac_dead": 0.2, "reward": 0.5, "reference/logprob": -1.0} | {
-        name.replace("_logprob", "/logprob"): value for name, value in changed.items()
-    }
-
-
-def said(rows: list[dict[str, float]]) -> list[str]:
-    watch = Watch()
-    return [text for step, row in enumerate(rows, 1) for text in watch.messages(step, row)]
-
-
-def test_a_loss_of_zero_is_explained_every_tenth_time():
-    messages = said([metrics(frac_dead=1.0)] * 12)
-    assert len(messages) == 2
-    assert "step 1: the loss is 0" in messages[0]
-    assert "step 11" in messages[1]
-    (message,) = said([metrics(frac_dead=1.0, reward=math.nan)])
-    assert "None for every sample" in message
-
-
-def test_collapsing_references_are_reported_once():
-    falling = [metrics(reference_logprob=-1.0 - 0.1 * step) for step in range(60)]
-    messages = said(falling)
-    assert len(messages) == 1
-    assert "fell from -1.00 to -2." in messages[0]
-    assert 'reference_advantage="clip"' in messages[0]
-
-
-def test_steady_and_absent_references_are_not():
-    assert said([metrics()] * 50) == []
-    assert said([metrics(reference_logprob=math.nan)] * 5) == []
-
-
-def test_a_sampler_that_parts_from_the_policy_is_reported_once():
-    near = metrics() | {"sampling/logp_diff": 0.02}
-    far = metrics() | {"sampling/logp_diff": 0.3}
-    (message,) = said([near, far, far])
-    assert "step 2: the sampler's log-probs differ from the policy's by 0.3 nats" in message
-    assert said([near, metrics() | {"sampling/logp_diff": math.nan}]) == []
-
-
-def test_a_sampler_that_was_exact_may_part_by_less():
-    """In float32, a stale head causes 2e-3; the first step shows what rounding causes."""
-    rows = [metrics() | {"sampling/logp_diff": gap} for gap in (1e-5, 2e-5, 8e-4, 2e-3)]
-    (message,) = said(rows)
-    assert "step 4: the sampler's log-probs differ from the policy's by 0.002 nats" in message
-    assert "more than the 0.001 that rounding explains" in message
-
-
-def test_a_step_with_a_kl_term_is_not_said_to_have_no_loss():
-    assert said([metrics(frac_dead=1.0) | {"kl": 0.01}]) == []
 
 
 def test_the_importance_weights_are_on_for_vllm_alone():

@@ -123,6 +123,12 @@ class MicroBatch:
         """Whether no target counts: see `idle`."""
         return not bool((self.sequence_T >= 0).any())
 
+    @property
+    def is_sample_T(self) -> Tensor:
+        """(T,) bool: whether a target is a sample's; neither a reference's, nor one of -1."""
+        K = self.rewards_NK.shape[1]
+        return self.sequence_T % K != K - 1
+
 
 def split_by_tokens(
     groups: Sequence[Group], max_tokens: int, *, share_prefix: bool = True

@@ -38,7 +38,6 @@ from grao_fast.models.checks import plain_model
 from grao_fast.models.liger import use_liger_layers
 from grao_fast.models.sharded_loading import Outline
 from grao_fast.models.weight_files import NONE_IF_ABSENT, safetensors_of
-from grao_fast.system.bars import no_bar, on_terminal
 from grao_fast.system.digests import digest_tensors
 from grao_fast.system.errors import UserError, first_line, first_of
 
@@ -285,8 +284,7 @@ def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _loading(name: str) -> Iterator[None]:
     """Turn Transformers' loading errors, many lines long, into one line that names the model."""
     try:
-        with no_bar(unless=on_terminal()):
-            yield
+        yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(

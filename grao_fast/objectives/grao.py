@@ -50,7 +50,7 @@ def grao_loss(
     ref_logprob_T: Tensor | None = None,
     workspace_mib: int | None = None,
 ) -> GRAOLoss:
-    """GRAO's loss of a micro-batch; the head's gradient is added to its weight's `grad`.
+    """GRAO's loss of a micro-batch, and its entropies; adds the head's gradient to its `grad`.
 
     Args:
         num_prompts: prompts of the whole step, dead groups included.
@@ -80,6 +80,7 @@ def grao_loss(
         sampler_cap=sampler_cap,
         ref_logprob_T=ref_logprob_T,
         kl_coef=None if ref_logprob_T is None else objective.kl_coef,
+        entropy=True,
         workspace_mib=workspace_mib,
         head_grad_VD=policy.head_grad(),
     )

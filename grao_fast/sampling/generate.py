@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from grao_fast.models.sharding import own_class
-from grao_fast.sampling import Completion, OnGroup
+from grao_fast.sampling import Completion
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.seeds import uniform_numbers
@@ -60,8 +60,7 @@ class GenerateSampler(ModelSampler):
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
-        whole: OnGroup,
-    ) -> None:
+    ) -> list[Completion]:
         """See `ModelSampler._decode`."""
         P, device = max(len(prompt) for prompt in prompts), self.model.device
         rows = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
@@ -95,10 +94,7 @@ class GenerateSampler(ModelSampler):
         before = ends.cumsum(1) - ends.long()  # end-of-sequence tokens before each token
         lengths, finished = (before == 0).sum(1), ends.any(1)
         name = own_class(self.model).__name__
-        completions = completions_of(tokens, logprobs, lengths, finished, model=name)
-        for group in range(len(prompts)):
-            first = group * num_generations
-            whole(group, completions[first : first + num_generations])
+        return completions_of(tokens, logprobs, lengths, finished, model=name)
 
     @contextmanager
     def _generating_by(self, config: GenerationConfig) -> Iterator[None]:

@@ -6,45 +6,72 @@ Suffixes: N prompts, G samples, K = G + 1 sequences, T rows of the head (each pr
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import MicroBatch
-from grao_fast.kernels import GRAOLoss
+from grao_fast.kernels import GRAOLoss, sequence_weights
+from grao_fast.sampling import Completion
 from grao_fast.training.rollout import Rollout
 
 
-def group_metrics(rewards_NK: Tensor, advantages_NK: Tensor) -> dict[str, Tensor]:
-    """The share of dead groups and the references' health; NaN without references."""
+def group_metrics(
+    rewards_NK: Tensor, advantages_NK: Tensor, *, beta: float, lam: float
+) -> dict[str, Tensor]:
+    """The share of dead groups and the references' health; NaN without references.
+
+    `reference/imitation_share` is sum max(w_y, 0) / sum |w_s| over the sequences of all groups,
+    where w are the coefficients of L in J; NaN if all are 0.
+    """
     reference_N = advantages_NK[:, -1]
     present_N = reference_N[~reference_N.isnan()]
+    weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
     return {
         "frac_dead": (advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
         "reference/reward": rewards_NK[:, -1].nanmean(),
         "reference/advantage": reference_N.nanmean(),
         "reference/frac_negative": (present_N < 0).double().mean(),
+        "reference/imitation_share": weights_NK[:, -1].clamp(min=0).sum() / weights_NK.abs().sum(),
     }
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, float]:
     """Rewards, lengths and the references' health; `reward` is of samples alone."""
     samples_NG = rollout.rewards_NK[:, :-1]
     completions = [completion for group in rollout.completions for completion in group]
+    lengths = [len(p.reference_ids) for p in rollout.prompts if p.reference_ids]
     metrics = {
         "reward": samples_NG.nanmean(),
         "reward_std": _nanstd(samples_NG),
         "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
-        **group_metrics(rollout.rewards_NK, rollout.advantages_NK),
+        **group_metrics(
+            rollout.rewards_NK, rollout.advantages_NK, beta=objective.beta, lam=objective.lam
+        ),
+        "reference/mean_length": sum(lengths) / len(lengths) if lengths else math.nan,
         "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
+        "completions/diversity": diversity(rollout.completions),
         **{f"time/{phase}": seconds for phase, seconds in rollout.seconds.items()},
     }
     if rollout.staleness is not None:
         metrics["sampling/staleness"] = rollout.staleness
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def diversity(groups: Sequence[Sequence[Completion]]) -> float:
+    """Mean over groups of the share of pairs of samples that differ; NaN if all have one sample."""
+    shares = []
+    for group in groups:
+        pairs = len(group) * (len(group) - 1)
+        if pairs:
+            counts = Counter(tuple(completion.token_ids) for completion in group)
+            shares.append(1 - sum(n * (n - 1) for n in counts.values()) / pairs)
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def _range(samples_NG: Tensor) -> Tensor:
@@ -86,6 +113,9 @@ class _Mean:
         return self.total / self.count if self.count else math.nan
 
 
+_MEANS = ("samples", "references", "entropy", "logp_diff", "importance", "clipped")
+
+
 class LossMetrics:
     """Accumulates the losses of an update's micro-batches.
 
@@ -96,7 +126,7 @@ class LossMetrics:
         self.sampler_cap = sampler_cap
         self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
         self.router: float | None = None
-        self.samples, self.references = _Mean(), _Mean()
+        self.samples, self.references, self.entropy = _Mean(), _Mean(), _Mean()
         self.logp_diff, self.importance, self.clipped = _Mean(), _Mean(), _Mean()
 
     @classmethod
@@ -108,7 +138,7 @@ class LossMetrics:
             total.kl += part.kl
             if part.router is not None:
                 total.router = (total.router or 0.0) + part.router
-            for name in ("samples", "references", "logp_diff", "importance", "clipped"):
+            for name in _MEANS:
                 getattr(total, name).join(getattr(part, name))
         return total
 
@@ -136,6 +166,8 @@ class LossMetrics:
         if clipped_T is not None:
             self.clipped.add(clipped_T)
         self._add_sequences(batch, logprob_T)
+        assert loss.entropy_T is not None, "grao_loss asks for it"
+        self.entropy.add(loss.entropy_T.cpu()[batch.is_sample_T])
 
     def _add_sequences(self, batch: MicroBatch, logprob_T: Tensor) -> None:
         """Add L(s), the mean log-prob of each sequence of the batch, to its kind's mean."""
@@ -154,6 +186,7 @@ class LossMetrics:
             "objective/exploration": exploration,
             "objective/imitation": imitation,
             "objective/alignment": alignment,
+            "entropy": self.entropy.value,
             "reference/logprob": self.references.value,
             "reference/logprob_gap": self.references.value - self.samples.value,
             "sampling/logp_diff": self.logp_diff.value,

@@ -11,9 +11,9 @@ from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.reporting.tracking import Tracker
 from grao_fast.system.files import write_file
 from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
+from grao_fast.training.diagnosis import Diagnosis
 from grao_fast.training.results import samples
 from grao_fast.training.rollout import Rollout
-from grao_fast.training.watch import Watch
 
 
 class Report:
@@ -39,7 +39,7 @@ class Report:
     ) -> None:
         self._output_dir, self._config, self._world = output_dir, config, world
         self._tracker: Tracker | None = None
-        self._watch = Watch()
+        self._diagnosis = Diagnosis()
         self.metrics = world.main(lambda: self._open(total_steps, start_step), held=True)
 
     def _open(self, total_steps: int, start_step: int) -> dict[str, float]:
@@ -53,10 +53,10 @@ class Report:
             show_progress=not config.disable_tqdm,
             start_step=start_step,
         )
-        return self._watch.recall(read_lines(self._output_dir / METRICS_FILE))
+        return self._diagnosis.recall(read_lines(self._output_dir / METRICS_FILE))
 
     def step(self, step: int, metrics: dict[str, float], rollout: Rollout, *, last: bool) -> None:
-        """Log a step that is done, with its warnings, and its samples where they are due."""
+        """Log a step that is done, with what it shows, and its samples, where they are due."""
         self._world.main(lambda: self._log_step(step, metrics, rollout, last), held=True)
 
     def _log_step(self, step: int, metrics: dict[str, float], rollout: Rollout, last: bool) -> None:
@@ -64,10 +64,8 @@ class Report:
         assert tracker is not None, "of rank 0"
         if step % config.logging_steps == 0 or last:
             tracker.log(step, metrics)
-        else:
-            tracker.advance(step)
-        for message in self._watch.messages(step, metrics):
-            tracker.message(message)
+            for message in self._diagnosis.messages(step, metrics):
+                tracker.message(message)
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             tracker.log_completions(step, samples(rollout))
 

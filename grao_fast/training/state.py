@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,12 @@ class DataStream:
         """Indices of the examples of a step."""
         start = step * self.batch_size
         places = range(start, start + self.batch_size)
-        return [int(_order(self.seed, p // self.size, self.size)[p % self.size]) for p in places]
+        orders = {epoch: self._order(epoch) for epoch in {p // self.size for p in places}}
+        return [orders[p // self.size][p % self.size] for p in places]
 
-
-@lru_cache(maxsize=2)  # a batch may lie in two epochs
-def _order(seed: int, epoch: int, size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step_seed(seed, -1 - epoch))
-    return torch.randperm(size, generator=generator)
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, -1 - epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
 
 
 def save_checkpoint(

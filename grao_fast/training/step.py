@@ -188,9 +188,7 @@ class _Part:
         if self.batch.is_idle:
             return
         assert self.logprob_T is not None, "after a pass"
-        K = self.batch.rewards_NK.shape[1]
-        is_sample_T = self.batch.sequence_T % K != K - 1
-        self.old_logprob_T = torch.where(is_sample_T, self.logprob_T, torch.nan)
+        self.old_logprob_T = torch.where(self.batch.is_sample_T, self.logprob_T, torch.nan)
 
 
 def _parts(policy: Policy, groups: list[Group], max_tokens: int) -> list[_Part]:

@@ -224,7 +224,8 @@ class GRAOTrainer(GRPOTrainer):
         return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
-        self._record(group_metrics(rewards_NK, advantages_NK))
+        beta, lam = self._objective["beta"], self._objective["lam"]
+        self._record(group_metrics(rewards_NK, advantages_NK, beta=beta, lam=lam))
         # Replaces GRPO's advantages in the table of completions.
         table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
         for _ in range(min(len(table), len(advantages))):
