@@ -72,14 +72,14 @@ def _block_rows(
 ) -> None:
     entropy = outputs.entropy_R is not None
     bend_BV = _transform_logits_(z_BV, bias_V, constants, dlogits_BV is not None)
-    statistics, gap_BV = _statistics_(z_BV, inputs.target_R, entropy)
+    pulls = inputs.entropy_weight_R is not None
+    statistics, gap_BV = _statistics_(z_BV, inputs.target_R, entropy, keep_gap=pulls)
     outcome = row_outcome(statistics, entropy, outputs.top1_R is not None)
     if dlogits_BV is not None and outputs.target_grad_R is not None:
         factors, target = row_factors(statistics, outcome.logprob_R, inputs, constants)
         outputs.target_grad_R.copy_(target.grad_R)
         target_exp_B = (statistics.target_z_R - statistics.peak_R).exp()
         _put_(z_BV, inputs.target_R, target_exp_B.where(~target.whole_R, 0))
-        gap_BV = None if factors.pull_R is None else gap_BV
         _gradient_(z_BV, gap_BV, bend_BV, factors, constants.slope)
         if dlogits_BV.data_ptr() != z_BV.data_ptr():
             dlogits_BV.copy_(z_BV)
@@ -103,7 +103,7 @@ def row_statistics(
     for rows in _blocks(logits_RV):
         z_BV = logits_RV[rows].clone()
         _transform_logits_(z_BV, bias_V, constants, False)
-        blocks.append(_statistics_(z_BV, target_R[rows], entropy)[0])
+        blocks.append(_statistics_(z_BV, target_R[rows], entropy, keep_gap=False)[0])
     return Statistics(*(torch.cat(each) for each in zip(*blocks, strict=True)))
 
 
@@ -140,26 +140,37 @@ def _blocks(logits_RV: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + block, R))
 
 
-def _statistics_(z_BV: Tensor, target_B: Tensor, entropy: bool) -> tuple[Statistics, Tensor | None]:
-    """Statistics, and z - max z for the entropy; z becomes exp(z - max z), 0 at the target."""
+def _statistics_(
+    z_BV: Tensor, target_B: Tensor, entropy: bool, *, keep_gap: bool
+) -> tuple[Statistics, Tensor | None]:
+    """Statistics, and z - max z if `keep_gap`; z becomes exp(z - max z), 0 at the target.
+
+    The entropy's sums share one buffer, by operations that PyTorch vectorises: a mask of the peaks
+    would take four times as long.
+    """
     # A shard may be masked completely; -inf - -inf is NaN.
     peak_B = z_BV.amax(1).clamp_(min=torch.finfo(z_BV.dtype).min)
     target_z_B = _at(z_BV, target_B).where(target_B >= 0, -torch.inf)
     gap_BV = _exponentials_(z_BV, peak_B, entropy)
     rest_B = ties_B = spread_B = peak_B
     if gap_BV is not None:
-        peaks_BV = z_BV == 1
-        rest_B, ties_B = z_BV.masked_fill(peaks_BV, 0).sum(1), peaks_BV.sum(1).to(peak_B.dtype)
-        spread_B = (z_BV * gap_BV).sum(1)
+        buffer_BV = z_BV * gap_BV if keep_gap else gap_BV.mul_(z_BV)
+        spread_B = buffer_BV.sum(1)
+        rest_B = torch.frac(z_BV, out=buffer_BV).sum(1)  # the peaks are 1, all others are below
     others_B = _put_(z_BV, target_B, torch.zeros_like(peak_B)).sum(1)
-    return Statistics(peak_B, target_z_B, others_B, rest_B, ties_B, spread_B), gap_BV
+    if entropy:
+        ties_B = (others_B + (target_z_B - peak_B).exp() - rest_B).round()
+    statistics = Statistics(peak_B, target_z_B, others_B, rest_B, ties_B, spread_B)
+    return statistics, gap_BV if keep_gap else None
 
 
 def _exponentials_(z_BV: Tensor, peak_B: Tensor, keep_gap: bool) -> Tensor | None:
     """z - peak if `keep_gap`; z becomes exp(z - peak)."""
-    z_BV.sub_(peak_B[:, None])
-    gap_BV = z_BV.clamp(min=_GAP_FLOOR) if keep_gap else None
-    z_BV.exp_()
+    if not keep_gap:
+        z_BV.sub_(peak_B[:, None]).exp_()
+        return None
+    gap_BV = torch.sub(z_BV, peak_B[:, None]).clamp_(min=_GAP_FLOOR)
+    torch.exp(gap_BV, out=z_BV)
     return gap_BV
 
 
