@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from grao_fast.sampling import transformers as transformers_sampler
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows
 from grao_fast.sampling.drawing import draw
 from grao_fast.sampling.model_sampler import Decoding
@@ -66,6 +68,33 @@ def test_logprobs_are_those_of_the_full_forward_pass(model, static_cache: bool):
             assert not any(ended[:-1])
             assert completion.finished == ended[-1]
             assert completion.finished or len(completion.token_ids) == 20
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_long_prompt_is_prefilled_in_parts(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Parts may be shorter than a sliding window of 4, or begin in the padding of a prompt."""
+    model = family_model(name).eval()
+
+    def sampled(pairs: int) -> list:
+        monkeypatch.setattr(transformers_sampler, "_PAIRS", pairs)
+        groups = sampler(model).sample(
+            PROMPTS, num_generations=2, max_new_tokens=6, temperature=1.0, seeds=SEEDS
+        )
+        return [completion for group in groups for completion in group]
+
+    whole = sampled(2**25)
+    for pairs in (1, 2 * 4 * 7, 5 * 4 * 7):  # 4 prompts of up to 7 tokens: parts of 1, 2, 5
+        for ours, theirs in zip(sampled(pairs), whole, strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_a_prompt_without_padding_needs_no_mask_in_sdpa():
+    mask = torch.ones(1, 3 * 2**13, dtype=torch.int64)
+    assert len(sampler(family_model("Llama"))._parts(mask)) == 1
+    assert sampler(family_model("Mistral"))._parts(mask)[:2] == [1365, 2730]
+    mask[0, 0] = 0
+    assert sampler(family_model("Llama"))._parts(mask)[-1] == 3 * 2**13
 
 
 def test_frequencies_follow_the_distribution(model):

@@ -24,6 +24,8 @@ from grao_fast.system.errors import UserError
 
 # Static caches have lengths that are multiples of this, since each length is compiled separately.
 _STATIC_BLOCK = 256
+# The most pairs of tokens that attend to each other at once in a prefill with a mask.
+_PAIRS = 2**25
 
 
 class TransformersSampler(ModelSampler):
@@ -95,7 +97,29 @@ class TransformersSampler(ModelSampler):
         ids = torch.tensor([[self.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return self._forward(self.model, ids, mask, positions, cache), mask
+        first = 0
+        for last in self._parts(mask):  # a part attends to the cache of those before it
+            logits = self._forward(
+                self.model, ids[:, first:last], mask[:, :last], positions[:, first:last], cache
+            )
+            first = last
+        return logits, mask
+
+    def _parts(self, mask: Tensor) -> list[int]:
+        """Where the parts end in which prompts are prefilled, by their attention mask (B, P).
+
+        Attention with a mask keeps one or more tensors of all B x P x P pairs. SDPA needs none for
+        prompts of one length that each see all of themselves.
+        """
+        B, P = mask.shape
+        config = self.model.config.get_text_config()
+        whole = (
+            config._attn_implementation == "sdpa"
+            and getattr(config, "sliding_window", None) is None
+            and bool(mask.all())
+        )
+        length = P if whole else max(1, _PAIRS // (B * P))
+        return [*range(length, P, length), P]
 
     def _decoder(
         self, cache: DynamicCache, mask: Tensor, max_new_tokens: int
