@@ -10,7 +10,10 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "grao_fast" / "__init__.py").read_text("utf-8"), re.MULTILINE
 ).group(1)
 
+RULES = ["jsonschema>=4.18", "math-verify>=0.8"]  # of grao_fast.rewards
+
 TEST = [
+    *RULES,
     "gguf>=0.10",  # the tests marked `real` read SmolLM2 from a GGUF file
     "hypothesis>=6.100",
     "openai>=1.56",  # the client of a vLLM server
@@ -44,6 +47,7 @@ setup(
         "jsonargparse>=4.48",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "regex>=2024.4.16",  # patterns with a time limit
         "rich>=13",
         "safetensors>=0.4.3",
         "torch>=2.8",
@@ -61,6 +65,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],
+        "rules": RULES,
         "peft": ["peft>=0.18"],
         "trl": ["trl>=1.16"],
         "vllm": ["vllm>=0.22"],

@@ -19,23 +19,20 @@ from grao_fast.distributed.folders import write_folder
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.held_out import HeldOut
 from grao_fast.evaluation.result import EvaluationResult
-from grao_fast.models.attention.frequencies import (
-    hold_frequencies,
-    longest_context,
-    release_frequencies,
-)
+from grao_fast.models.attention.frequencies import hold_frequencies_of, release_frequencies
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
-from grao_fast.sampling import Completion
+from grao_fast.rewards import Reward
+from grao_fast.sampling import Sampler
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
-from grao_fast.training.ahead import SamplingAhead
+from grao_fast.training.ahead import SamplingAhead, Share
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
@@ -45,7 +42,7 @@ from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
 from grao_fast.training.report import Report
 from grao_fast.training.results import TrainResult, write_summary
-from grao_fast.training.rollout import Rollout, sample, sample_and_score
+from grao_fast.training.rollout import Rollout, sample_ahead, sample_and_score
 from grao_fast.training.state import DataStream, step_seed
 from grao_fast.training.step import update
 
@@ -69,6 +66,7 @@ def train(
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None = None,
     metric: RewardSpec | None = None,
     peft_config: Any = None,
+    sampler: Sampler | None = None,
     callbacks: Sequence[Callback] = (),
     output_dir: str | Path = "grao-output",
     resume_from_checkpoint: str | Path | bool | None = None,
@@ -86,6 +84,7 @@ def train(
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
         metric: a held-out measure, called as a reward is, that training never sees.
         peft_config: a peft config, to train a new adapter.
+        sampler: one of your own, see `grao_fast.sampling.Sampler`; None: as config says.
         callbacks: see `grao_fast.callbacks.Callback`.
         output_dir: made if needed; one run at a time holds it.
         resume_from_checkpoint: True for the latest whole checkpoint in output_dir, "auto" for that
@@ -118,7 +117,8 @@ def train(
     config = config or GRAOConfig()
     with ExitStack() as stack:
         world = stack.enter_context(world_of(config))
-        world.together(lambda: _check_arguments(model, callbacks))
+        world.together(lambda: check_given("model", model))
+        world.together(lambda: check_callbacks(callbacks))
         output, checkpoint = world.main(
             lambda: _open_output(stack, output_dir, resume_from_checkpoint)
         )
@@ -144,7 +144,12 @@ def train(
             tokenizer = world.together(lambda: tokenizer_for(model, tokenizer, inputs))
         set_seed(config.seed)  # for an adapter's first weights
         loaded = load_policy(
-            model, config=config, tokenizer=tokenizer, peft_config=peft_config, world=world
+            model,
+            config=config,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            sampler=sampler,
+            world=world,
         )
         world.main(
             lambda: prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
@@ -153,11 +158,6 @@ def train(
             loaded, inputs, identity=identity, config=config, output=output, callbacks=callbacks
         )
         return run.train(checkpoint)
-
-
-def _check_arguments(model: object, callbacks: Sequence[Callback]) -> None:
-    check_given("model", model)
-    check_callbacks(callbacks)
 
 
 def _open_output(
@@ -187,11 +187,10 @@ class _Run:
         self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
-        eval_prompts: list[Encoded] = []
+        eval_prompts: Sequence[Encoded] = []
         if inputs.eval_examples:
             eval_prompts = loaded.encode(inputs.eval_examples, config.sampling, trained=False)
-        longest = longest_context(prompts, eval_prompts, config.max_new_tokens)
-        hold_frequencies(loaded.causal_lm, longest)
+        hold_frequencies_of(loaded.causal_lm, prompts, eval_prompts, config.max_new_tokens)
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(
@@ -277,7 +276,7 @@ class _Run:
                     after = self._evaluate(step)
                 save_steps = self.config.save_steps
                 if save_steps and (last or step % save_steps == 0):
-                    self._save(step)
+                    self._saved(self.progress.save(step))
                 if last:
                     break
             self._saved(self.progress.finish())
@@ -303,41 +302,36 @@ class _Run:
 
     def _step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """Sample, score, update. Seeding each step makes it the same after a resume."""
-        seed = step_seed(self.config.seed, step)
-        set_seed(seed)
-        objective = self.config.objective
+        set_seed(step_seed(self.config.seed, step))
         with self.world.at_once():
             rollout = sample_and_score(
-                self.loaded,
-                self.reward,
-                self._prompts(step),
-                sampling=self.config.sampling,
-                objective=objective,
-                seed=seed,
-                ahead=self.ahead.take(step),
+                *self._rollout(step), **self._rollout_options(step), ahead=self.ahead.take(step)
             )
             metrics = update(
                 self.loaded.policy,
                 self.optimizer,
                 self.scheduler,
                 rollout,
-                objective=objective,
+                objective=self.config.objective,
                 optimisation=self.config.optimisation,
                 max_tokens=self.max_tokens,
                 beginning=self.loaded.beginning,
             )
         self.progress.done = step + 1
         epoch = (step + 1) * self.stream.batch_size / self.stream.size
-        return rollout, {**rollout_metrics(rollout, objective), **metrics, "epoch": epoch}
+        metrics |= {"epoch": epoch}
+        return rollout, rollout_metrics(rollout, self.config.objective) | metrics
 
-    def _prompts(self, step: int) -> list[Encoded]:
-        return [self.prompts[i] for i in self.stream.batch(step)]
+    def _rollout(self, step: int) -> tuple[LoadedPolicy, Reward, list[Encoded]]:
+        return self.loaded, self.reward, [self.prompts[i] for i in self.stream.batch(step)]
 
-    def _sample(self, step: int) -> list[list[Completion]]:
-        """The completions of this process's share of a step's prompts, sampled ahead."""
-        prompts, seed = self._prompts(step), step_seed(self.config.seed, step)
-        own = self.world.share(range(len(prompts)))
-        return sample(self.loaded, prompts, own, sampling=self.config.sampling, seed=seed)
+    def _rollout_options(self, step: int) -> dict[str, Any]:
+        options = {"sampling": self.config.sampling, "objective": self.config.objective}
+        return {**options, "seed": step_seed(self.config.seed, step)}
+
+    def _sample(self, step: int) -> Share:
+        """This process's share of a step's prompts, sampled ahead."""
+        return sample_ahead(*self._rollout(step), **self._rollout_options(step))
 
     def _sync(self, step: int, metrics: dict[str, float]) -> None:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""
@@ -366,9 +360,6 @@ class _Run:
         last = step >= self.total_steps
         lacks = self.held_out.is_due(step, last=last) and not self.held_out.was_logged(step)
         return self._evaluate(step, log=lacks) if last or lacks else self.held_out.before
-
-    def _save(self, step: int) -> None:
-        self._saved(self.progress.save(step))
 
     def _saved(self, checkpoints: list[Path]) -> None:
         for path in checkpoints:

@@ -179,7 +179,6 @@ def run_all(
     """Run variants one after another in `size` processes that are started once."""
 
     def body(rank: int) -> None:
-        torch.set_num_threads(1)
         for name in names:
             variant = ALL[name]
             chosen = replace(variant, options=variant.options | (options or {}))

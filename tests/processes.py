@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets  # noqa: F401, imported before the fork, as the next ones are
 import torch.distributed.fsdp
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 from tqdm import tqdm
 
 import grao_fast.trainer  # noqa: F401
@@ -180,6 +180,7 @@ def _be(rank: int, environment: dict[str, str], body: Callable[[int], Any], fold
     try:
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         _print_into(folder, rank)
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and are waited for
         # shared by all children, and locked for ever if one is killed that holds it
         tqdm.set_lock(threading.RLock())
         status = _status_of(lambda: body(rank))

@@ -28,7 +28,6 @@ def in_processes(size: int, folder: Path, work: Callable[[World], None]) -> None
     """Call `work` in new processes, which print into the folder; an error in any is raised here."""
 
     def body(rank: int) -> None:
-        torch.set_num_threads(1)
         dist.init_process_group("gloo")
         work(World(rank, size, group=dist.group.WORLD))
         dist.destroy_process_group()

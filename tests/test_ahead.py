@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from vllm_server import FakeVLLM, serving
 import grao_fast.trainer
 from grao_fast import Preempted
 from grao_fast.callbacks import Callback
+from grao_fast.rewards import per_group
 from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.state import step_seed
@@ -237,6 +239,32 @@ def test_samples_are_the_same_where_the_weights_stay_the_same(fake, url, tiny_mo
     for name in ("reward", "loss", "completions/mean_length"):
         now, one, two = (logged(tmp_path / str(ahead), name) for ahead in range(3))
         assert now == one == two
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_groups_are_scored_while_others_are_sampled(ahead, fake, url, tiny_model, tmp_path):
+    """All requests of a step but one wait until a group of that step has been scored."""
+    let_through: dict[int, int] = {}
+    scored: list[int] = []
+
+    @per_group
+    def reward(completions: list[str]) -> list[float]:
+        scored.append(len(completions))
+        fake.release()
+        return rarely_equal(completions, completions)
+
+    def holds(step: int) -> bool:
+        first = let_through.setdefault(step, threading.get_ident())
+        return threading.get_ident() != first and len(scored) <= step * PROMPTS
+
+    fake.holds = holds
+    began = time.monotonic()
+    run(tiny_model, tmp_path, config=config(url, ahead), reward=reward)
+    assert time.monotonic() - began < WAIT / 2  # otherwise requests have waited in vain
+    assert scored == [4] * STEPS * PROMPTS  # G + 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time/reward_overlapped"] > 0 for row in rows)
+    assert no_thread_samples()
 
 
 def test_evaluations_use_the_weights_of_their_step(fake, url, tiny_model, tmp_path):

@@ -53,9 +53,9 @@ def test_json_values_keep_their_types_and_keys(tmp_path: Path) -> None:
 def test_objects_over_several_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text("\n".join(json.dumps({"a": n}, indent=2) for n in range(3)))
-    assert read_json(str(path)) == [{"a": 0}, {"a": 1}, {"a": 2}]
+    assert list(read_json(str(path))) == [{"a": 0}, {"a": 1}, {"a": 2}]
     path.write_text(json.dumps({"version": 1, "data": [{"a": 0}]}))
-    assert read_json(str(path), field="data") == [{"a": 0}]
+    assert list(read_json(str(path), field="data")) == [{"a": 0}]
     with pytest.raises(ValueError, match="not one JSON object with the key `rows`"):
         read_json(str(path), field="rows")
 
@@ -65,7 +65,8 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     cell = "x" * 200_000  # longer than the csv module's default limit
     path.write_bytes(f",prompt,answer\r\n0,a?,{cell}\r\n1,b?,\r\n".encode())
     limit = csv.field_size_limit()
-    assert read_csv(str(path)) == [{"prompt": "a?", "answer": cell}, {"prompt": "b?", "answer": ""}]
+    rows = list(read_csv(str(path)))
+    assert rows == [{"prompt": "a?", "answer": cell}, {"prompt": "b?", "answer": ""}]
     assert csv.field_size_limit() == limit
 
 

@@ -1,6 +1,6 @@
 """A real model on real data: SmolLM2-135M-Instruct on Anthropic's HH harmless-base.
 
-The model's folder is named by GRAO_SMOLLM2 (examples/harmless/README.md makes one); the data is
+The model's folder is named by GRAO_SMOLLM2 (docs/examples/harmless.md makes one); the data is
 looked for beside the checkout.
 """
 

@@ -14,8 +14,10 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
+from grao_fast.reporting.console import stderr_console
 from grao_fast.reporting.tables import head, tail
 from grao_fast.reporting.tracking import Tracker
+from grao_fast.system.bars import no_bar, no_dataset_bar
 from grao_fast.system.lines import read_lines
 
 ROW = {
@@ -164,9 +166,72 @@ def test_lines_of_text_without_a_terminal(tmp_path: Path) -> None:
     screen = console()
     with tracker(tmp_path, show_progress=True, console=screen) as run:
         run.log(1, {"loss": 0.5, "reward": 0.123456})
-        run.log(1, {"eval/ras": 0.5})
-        run.message("look [here]")
-    assert screen.file.getvalue() == "step 1/4  reward 0.1235  loss 0.5\nlook [here]\n"
+        run.log(1, {"eval/reward": -0.25, "eval/ras": 0.5, "eval/ras_win_or_tie": 0.75})
+        run.log_completions(1, [ROW])
+        run.message("look [here] :warning:\x1b[2J")
+    assert screen.file.getvalue() == (
+        "step 1/4  reward 0.1235  loss 0.5\n"
+        "step 1/4  evaluation: mean reward -0.250, RAS 50.0%\n"
+        "look [here] :warning:\\x1b[2J\n"
+    )
+
+
+def test_lines_say_the_time_left_by_all_steps_of_the_process(tmp_path, monkeypatch) -> None:
+    clock = iter(range(0, 100_000, 10))  # seconds at each look
+    screen = console()
+    monkeypatch.setattr(screen, "get_time", lambda: next(clock))
+    with tracker(tmp_path, show_progress=True, console=screen, total_steps=9, start_step=2) as run:
+        for step in (3, 4, 5, 8, 9):
+            run.log(step, {"loss": 0.5})
+    lines = screen.file.getvalue().splitlines()
+    assert lines[0] == "step 3/9  loss 0.5"  # the first step of a process says nothing about pace
+    assert lines[-1] == "step 9/9  loss 0.5"
+    left = [line.rpartition("  ")[2] for line in lines[1:-1]]
+    assert all(re.fullmatch(r"0:\d\d:\d\d left", text) for text in left)
+    assert left == sorted(left, reverse=True)
+
+
+def test_steps_that_are_not_logged_advance_the_bar_without_a_line(tmp_path: Path) -> None:
+    screen = console()
+    with tracker(tmp_path, show_progress=True, console=screen) as run:
+        run.advance(1)
+        assert run._display._progress.tasks[0].completed == 1
+    assert screen.file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["[red]x[/red]", "[/nope]", "[link=file:///etc]x[/link]", ":bomb:"]
+)
+def test_markup_in_a_table_is_text(tmp_path: Path, text: str) -> None:
+    screen = console(terminal=True)
+    hostile = text + "\x1b]0;title\x07\u202e"
+    row = {**ROW, "prompt": hostile, "reference": hostile, "completions": [hostile] * 3}
+    with tracker(tmp_path, show_progress=True, console=screen) as run:
+        run.log_completions(1, [row])
+    shown = screen.file.getvalue()
+    assert shown.count(text + "\\x1b]0;title\\x07\\u202e") == 4
+    assert "\x1b]" not in shown and "\u202e" not in shown
+
+
+def test_bars_of_libraries_are_off_only_within() -> None:
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    for kept, closed in ((True, False), (False, True)):
+        with no_bar(unless=kept), no_dataset_bar(unless=kept):
+            assert transformers_logging.is_progress_bar_enabled() is kept
+            assert datasets.are_progress_bars_disabled() is closed
+        assert transformers_logging.is_progress_bar_enabled()
+        assert not datasets.are_progress_bars_disabled()
+
+
+def test_a_log_file_is_no_terminal_for_any_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    screen = stderr_console()
+    assert not screen.is_terminal
+    screen.print("[red]plain[/red]")
+    assert screen.file.getvalue() == "plain\n"
 
 
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
@@ -180,7 +245,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_table_of_samples(tmp_path: Path) -> None:
-    screen = console()
+    screen = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     tie = {**ROW, "reference": None, "completions": ["same", "same"], "rewards": [1.0, 1.0]}
     with tracker(tmp_path, show_progress=True, console=screen) as run:
         run.log_completions(7, [ROW, tie, ROW, {**ROW, "reference": "fourth"}])

@@ -120,7 +120,6 @@ def test_a_server_that_is_restarted_between_steps_gets_the_weights_again(fake, o
 
 def ended(folder: Path, options: dict[str, Any]) -> list[Ended]:
     def body(rank: int) -> None:
-        torch.set_num_threads(1)
         variant = VARIANTS["tied"]
         variant.options.update(options)
         run(variant, folder / "output", folder / "models", steps=STEPS)

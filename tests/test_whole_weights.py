@@ -92,7 +92,6 @@ def test_two_processes_write_files_of_a_layer_each(tmp_path: Path, monkeypatch):
     path = save_tiny_model(tmp_path / "model")
 
     def body(rank: int) -> None:
-        torch.set_num_threads(1)
         with launched("cpu", timeout=60, heartbeat_timeout=60) as world:
             config = CONFIG.replace(bf16=True, sharding="full")
             loaded = load_policy(path, config=config, world=world)

@@ -93,27 +93,29 @@ class Encoder:
         self,
         prompts: Sequence[str | Messages],
         references: Sequence[str | Messages | None],
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> list[TokenIds]:
-        """Tokenise examples. Raises UserError for messages without a chat template."""
+        """Tokenise examples. Raises UserError for messages without a chat template.
+
+        numbers: of the examples, in errors and warnings; None: they are counted over all calls.
+        """
+        if numbers is None:
+            numbers = range(self._count, self._count + len(prompts))
         encoded: list[TokenIds] = []
         for start in range(0, len(prompts), _BATCH):
-            encoded += self._encode_batch(
-                prompts[start : start + _BATCH], references[start : start + _BATCH]
-            )
+            part = slice(start, start + _BATCH)
+            encoded += self._encode_batch(prompts[part], references[part], numbers[part])
         return encoded
 
-    def check(
-        self, prompts: Sequence[str | Messages], references: Sequence[str | Messages | None]
-    ) -> None:
-        """Raise UserError if a template is missing or refuses an example; tokenise nothing."""
-        for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-            self._render(index, prompt, reference)
-        self._count = len(prompts)
-        self._raise_refusals()
+    def check(self, prompt: str | Messages, reference: str | Messages | None, number: int) -> None:
+        """Render an example without tokenising it; `raise_refusals` raises if it was refused."""
+        self._render(number, prompt, reference)
+        self._count += 1
 
     def report(self) -> None:
         """Raise UserError for refused examples, and log each kind of warning once."""
-        self._raise_refusals()
+        self.raise_refusals()
         if self._ends_of_turns and "turns" not in self._reported:
             self._reported.add("turns")
             logger.warning(
@@ -126,8 +128,10 @@ class Encoder:
             if examples and reason not in self._reported:
                 self._reported.add(reason)
                 logger.warning(_REASONS[reason], len(examples), self._count, examples[0])
+                examples.clear()  # said once, however many more are drawn
 
-    def _raise_refusals(self) -> None:
+    def raise_refusals(self) -> None:
+        """Raise UserError if the chat template has refused examples."""
         if self._refusals:
             refused, reason = [index for index, _ in self._refusals], self._refusals[0][1]
             raise UserError(
@@ -140,28 +144,27 @@ class Encoder:
         self,
         prompts: Sequence[str | Messages],
         references: Sequence[str | Messages | None],
+        numbers: Sequence[int],
     ) -> list[TokenIds]:
-        first = self._count
         self._count += len(prompts)
-        rendered = [
-            self._render(first + n, prompt, reference)
-            for n, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
-        ]
+        rendered = [self._render(*each) for each in zip(numbers, prompts, references, strict=True)]
         texts = [text for text, _ in rendered]
         answers = {n: answer for n, (_, answer) in enumerate(rendered) if answer is not None}
         plain = [isinstance(prompt, str) for prompt in prompts]
         prompt_ids = self._prompt_ids(texts, plain)
         reference_ids: list[list[int]] = [[] for _ in prompts]
-        for n, ids in self._reference_ids(texts, plain, answers, prompt_ids).items():
+        behind, merged = self._reference_ids(texts, plain, answers, prompt_ids)
+        self._exceptions["merged"] += [numbers[n] for n in merged]
+        for n, ids in behind.items():
             reference_ids[n] = ids = self._ended(ids)[: self.max_reference_length]
             if _is_one_turn(references[n]) and not self.end_ids.isdisjoint(ids[:-1]):
-                self._exceptions["early end"].append(first + n)
+                self._exceptions["early end"].append(numbers[n])
         decoded = completion_texts(self.tokenizer, prompt_ids, reference_ids, self.ending_ids)
         for n, answer in answers.items():
             # a reference that was cut may end inside a character
             read = without_blanks(decoded[n]).rstrip("\ufffd")
             if not without_blanks(answer).startswith(read):
-                self._exceptions["altered"].append(first + n)
+                self._exceptions["altered"].append(numbers[n])
         return list(map(TokenIds, prompt_ids, reference_ids, decoded))
 
     def _prompt_ids(self, texts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
@@ -179,9 +182,8 @@ class Encoder:
         plain: Sequence[bool],
         answers: Mapping[int, str],
         prompt_ids: Sequence[list[int]],
-    ) -> dict[int, list[int]]:
-        """Ids of the answers, by the position of their prompt in the batch."""
-        first = self._count - len(texts)
+    ) -> tuple[dict[int, list[int]], list[int]]:
+        """Ids of the answers, by the position of their prompt in the batch; and those merged."""
         whole_ids = self._tokenize(
             [texts[n] + answer for n, answer in answers.items()], [plain[n] for n in answers]
         )
@@ -191,10 +193,9 @@ class Encoder:
             if whole[: len(prompt_ids[n])] == prompt_ids[n]
         }
         merged = [n for n in answers if n not in reference_ids]
-        self._exceptions["merged"] += [first + n for n in merged]
         separate = self._encode_inside([answers[n] for n in merged])
         reference_ids |= dict(zip(merged, separate, strict=True))
-        return {n: reference_ids[n] for n in answers}
+        return {n: reference_ids[n] for n in answers}, merged
 
     def _render(
         self, index: int, prompt: str | Messages, reference: str | Messages | None

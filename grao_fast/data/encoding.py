@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from grao_fast.data.encoder import Encoder, TokenIds
 from grao_fast.data.examples import Example
@@ -54,11 +55,33 @@ class Limits:
     embedding_rows: int | None = None
 
 
-def check_templates(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+class Lengths(NamedTuple):
+    """Tokens of the longest prompt, the longest reference, and the longest of both together."""
+
+    prompt: int
+    reference: int
+    together: int
+
+    @classmethod
+    def of(cls, encoded: Iterable[Encoded]) -> Lengths:
+        """The lengths of examples; zero if there are none."""
+        longest = cls(0, 0, 0)
+        for each in encoded:
+            prompt, reference = len(each.prompt_ids), len(each.reference_ids)
+            longest = longest.joined(cls(prompt, reference, prompt + reference))
+        return longest
+
+    def joined(self, other: Lengths) -> Lengths:
+        """The longest of both."""
+        return Lengths(*map(max, self, other))
+
+
+def check_templates(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError for examples that the chat template refuses; needs no model."""
-    Encoder(tokenizer).check(
-        [example.prompt for example in examples], [example.reference for example in examples]
-    )
+    encoder = Encoder(tokenizer)
+    for index, example in enumerate(examples):
+        encoder.check(example.prompt, example.reference, number_of(example, index))
+    encoder.raise_refusals()
 
 
 def encode_examples(
@@ -83,38 +106,86 @@ def encode_examples(
             reference, or it does not fit the model (the message names the example, counted from 0,
             and what to set); no example is left.
     """
-    if not examples:
-        raise UserError("there are no examples to encode")
-    if limits.context_length is not None and limits.max_new_tokens >= limits.context_length:
-        raise UserError(
-            f"max_new_tokens={limits.max_new_tokens} leaves no room for a prompt in the model's "
-            f"context of {limits.context_length} tokens: lower it"
+    encoding = Encoding(tokenizer, limits, eos_token_ids=eos_token_ids, trained=trained)
+    encoded = encoding.encode(examples, range(len(examples)))
+    kept = [each for each in encoded if each is not None]
+    encoding.report_dropped(kept=len(kept), of=len(examples))
+    return kept
+
+
+class Encoding:
+    """Turns examples into token ids that fit the model, in one or more calls of `encode`.
+
+    Arguments and errors are those of `encode_examples`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        *,
+        eos_token_ids: Collection[int] = (),
+        trained: bool = True,
+    ) -> None:
+        context, new = limits.context_length, limits.max_new_tokens
+        if context is not None and new >= context:
+            raise UserError(
+                f"max_new_tokens={new} leaves no room for a prompt in the model's context of "
+                f"{context} tokens: lower it"
+            )
+        self.tokenizer, self.limits, self.trained = tokenizer, limits, trained
+        cut_to = limits.max_reference_length if trained else None
+        self._encoder = Encoder(tokenizer, eos_token_ids, max_reference_length=cut_to)
+        self._shortest_dropped = math.inf
+
+    def encode(self, examples: Sequence[Example], places: Sequence[int]) -> list[Encoded | None]:
+        """Tokenise examples; None for those that max_prompt_length drops.
+
+        places: the examples' numbers in errors, if they are of no dataset.
+        """
+        numbers = [number_of(*each) for each in zip(examples, places, strict=True)]
+        ids = self._encoder.encode(
+            [example.prompt for example in examples],
+            [example.reference for example in examples],
+            numbers=numbers,
         )
-    cut_to = limits.max_reference_length if trained else None
-    encoder = Encoder(tokenizer, eos_token_ids, max_reference_length=cut_to)
-    ids = encoder.encode(
-        [example.prompt for example in examples], [example.reference for example in examples]
-    )
-    encoder.report()
-    if limits.embedding_rows is not None:
-        check_tokens(ids, tokenizer, limits.embedding_rows, references=trained)
-    encoded = []
-    for index, (example, of_example) in enumerate(zip(examples, ids, strict=True)):
-        if _is_kept(index, of_example, limits, trained):
-            text = of_example.text if of_example.reference else None
-            encoded.append(Encoded(example, of_example.prompt, of_example.reference, text))
-    if len(encoded) < len(examples):
-        logger.warning(
-            "dropped %d of %d prompts of more than max_prompt_length=%d tokens",
-            len(examples) - len(encoded), len(examples), limits.max_prompt_length,
-        )  # fmt: skip
-    if not encoded:
-        raise UserError(
-            f"none of {len(examples)} prompts has at most max_prompt_length="
-            f"{limits.max_prompt_length} tokens: the shortest has "
-            f"{min(len(of_example.prompt) for of_example in ids)}; raise it"
-        )
-    return encoded
+        self._encoder.report()
+        rows = self.limits.embedding_rows
+        if rows is not None:
+            check_tokens(ids, self.tokenizer, rows, references=self.trained, numbers=numbers)
+        each = zip(numbers, examples, ids, strict=True)
+        return [self._fitted(number, example, of_it) for number, example, of_it in each]
+
+    def report_dropped(self, *, kept: int, of: int) -> None:
+        """Log how many examples were dropped. Raises UserError if none is left."""
+        most = self.limits.max_prompt_length
+        if not of:
+            raise UserError("there are no examples to encode")
+        if not kept:
+            raise UserError(
+                f"none of {of} prompts has at most max_prompt_length={most} tokens: the shortest "
+                f"has {self._shortest_dropped}; raise it"
+            )
+        if kept < of:
+            logger.warning(
+                "dropped %d of %d prompts of more than max_prompt_length=%d tokens",
+                of - kept, of, most,
+            )  # fmt: skip
+
+    def _fitted(self, number: int, example: Example, ids: TokenIds) -> Encoded | None:
+        """An encoded example, or None if it is dropped. Raises UserError if it does not fit."""
+        prompt, reference = len(ids.prompt), len(ids.reference) if self.trained else 0
+        most = self.limits.max_prompt_length
+        if most is not None and prompt > most:
+            self._shortest_dropped = min(self._shortest_dropped, prompt)
+            return None
+        _check_fits(number, prompt, reference, self.limits)
+        return Encoded(example, ids.prompt, ids.reference, ids.text if ids.reference else None)
+
+
+def number_of(example: Example, place: int) -> int:
+    """The number of an example in errors: that of its row, if it has one."""
+    return place if example.row is None else example.row
 
 
 def check_tokens(
@@ -123,8 +194,13 @@ def check_tokens(
     embedding_rows: int,
     *,
     references: bool,
+    numbers: Sequence[int] | None = None,
 ) -> None:
-    """Raise UserError for token ids beyond the model's embedding, as of a tokenizer that grew."""
+    """Raise UserError for token ids beyond the model's embedding, as of a tokenizer that grew.
+
+    numbers: of the examples, in errors; None: 0, 1, 2...
+    """
+    numbers = range(len(ids)) if numbers is None else numbers
     largest = [
         max([*each.prompt, *(each.reference if references else ())], default=0) for each in ids
     ]
@@ -132,31 +208,27 @@ def check_tokens(
     if beyond:
         token = largest[beyond[0]]
         raise UserError(
-            f"example {first_of(beyond)} of {len(ids)}: token {token}, "
+            f"example {first_of([numbers[n] for n in beyond])} of {len(ids)}: token {token}, "
             f"{tokenizer.convert_ids_to_tokens(token)!r}, is beyond the model's embedding of "
             f"{embedding_rows} rows: call model.resize_token_embeddings({len(tokenizer)}) and save "
             "the model, or use the tokenizer that belongs to it"
         )
 
 
-def _is_kept(index: int, ids: TokenIds, limits: Limits, trained: bool) -> bool:
-    """Whether a prompt is short enough to be kept; raises ValueError if a kept one does not fit."""
-    prompt, reference = len(ids.prompt), len(ids.reference) if trained else 0
-    if limits.max_prompt_length is not None and prompt > limits.max_prompt_length:
-        return False
+def _check_fits(number: int, prompt: int, reference: int, limits: Limits) -> None:
+    """Raise UserError if a prompt and a reference of so many tokens do not fit the model."""
     if prompt == 0:
-        raise UserError(f"example {index}: the prompt has no tokens")
+        raise UserError(f"example {number}: the prompt has no tokens")
     context, new = limits.context_length, limits.max_new_tokens
     if context is not None and prompt + new > context:
         raise UserError(
-            f"example {index}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit the "
-            f"model's context of {context}: lower max_new_tokens, or set "
+            f"example {number}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit "
+            f"the model's context of {context}: lower max_new_tokens, or set "
             f"max_prompt_length={context - new} to drop such prompts"
         )
     if context is not None and prompt + reference > context:
         raise UserError(
-            f"example {index}: a prompt of {prompt} tokens and a reference of {reference} do not "
+            f"example {number}: a prompt of {prompt} tokens and a reference of {reference} do not "
             f"fit the model's context of {context}: set max_reference_length={new} to cut "
             "references"
         )
-    return True

@@ -16,10 +16,13 @@ A blank reference counts as none. HH transcripts that end in a blank answer are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from grao_fast.data.fields import (
     Messages,
@@ -31,8 +34,10 @@ from grao_fast.data.fields import (
     read_reference,
     shared_prefix,
 )
+from grao_fast.data.rows import chunks, paced
+from grao_fast.data.sizes import Sizes
 from grao_fast.data.sources import SourceRows, read_rows
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger, visible_errors
 
 if TYPE_CHECKING:
@@ -57,6 +62,86 @@ class Example:
     row: int | None = field(default=None, compare=False)
 
 
+class Examples(Sequence[Example]):
+    """The examples of a dataset, each read from its row when it is asked for.
+
+    places: the rows that are examples; None: all.
+    compared: whether every example needs a reference, with which a pairwise reward compares.
+
+    Raises UserError, when an example is asked for, if its row cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: SourceRows,
+        columns: _Columns,
+        places: np.ndarray | None = None,
+        *,
+        compared: bool = False,
+    ) -> None:
+        self._source, self._columns, self._places = source, columns, places
+        self.compared = compared
+
+    def __len__(self) -> int:
+        return len(self._source.rows) if self._places is None else len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return self.take(range(len(self))[place])
+        return self.take([range(len(self))[place]])[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        for places in chunks(range(len(self))):
+            yield from self.take(places)
+
+    def take(self, places: Sequence[int]) -> list[Example]:
+        """Read some examples."""
+        rows = list(places) if self._places is None else self._places[list(places)].tolist()
+        read = self._source.rows.take(rows)
+        examples = [self._columns.example(*each) for each in zip(rows, read, strict=True)]
+        if self.compared:
+            check_references(self._source.name, examples)
+        return examples
+
+    def among(self, places: Sequence[int]) -> Examples:
+        """Return some of these examples, of which none is read yet."""
+        rows = np.asarray(places, np.int64)
+        if self._places is not None:
+            rows = self._places[rows]
+        return Examples(self._source, self._columns, rows, compared=self.compared)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of the text of every example, or more; see `Rows.sizes`."""
+        rows, columns = self._source.rows, self._columns.rendered(self._source.columns)
+        sizes = Sizes(*(rows.sizes(names) for names in columns))
+        if self._places is None:
+            return sizes
+        return Sizes(*(each[self._places] for each in sizes))
+
+    def sample(self) -> Examples:
+        """Examples at even distances, as many as are soon tokenised; all of a small dataset."""
+        return self.among(self.sizes.sample())
+
+    def digest(self) -> str:
+        """Return a digest of the dataset's content."""
+        return self._source.rows.digest()
+
+
+def check_references(name: str, examples: Sequence[Example]) -> None:
+    """Raise UserError if an example lacks the reference that a pairwise reward compares with."""
+    absent = [example.row for example in examples if example.reference is None]
+    if absent:
+        raise UserError(
+            f"{name}: no reference in row {first_of(absent)}, which a pairwise reward compares "
+            'with; leave such rows out or set reward_type="pointwise"'
+        )
+
+
 @visible_errors()
 def load_examples(
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
@@ -77,32 +162,69 @@ def load_examples(
         ValueError: the dataset cannot be found or read, is empty, or lacks a column; or the prompt
             or reference of a row has the wrong type. The message names row and column.
     """
-    rows = read_rows(dataset, split=split)
-    columns = _Columns.of(rows)
+    return _open(dataset, split, require_references, whole=True)[1]
+
+
+def open_examples(
+    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    *,
+    split: str = "train",
+    require_references: bool = False,
+) -> Examples:
+    """Open a dataset whose examples are read as they are drawn.
+
+    Arguments and errors are those of `load_examples`, but of a large dataset only a sample is read
+    and checked here.
+    """
+    return _open(dataset, split, require_references, whole=False)[0]
+
+
+def _open(
+    dataset: Any, split: str, require_references: bool, *, whole: bool
+) -> tuple[Examples, list[Example]]:
+    """The examples of a dataset; and those read to check it, all or a sample."""
+    source = read_rows(dataset, split=split)
+    columns = _Columns.of(source)
     if require_references and columns.reference is None:
         raise UserError(
-            f"{rows.name} has no reference answers: it has {', '.join(rows.columns)}, and "
+            f"{source.name} has no reference answers: it has {', '.join(source.columns)}, and "
             f"references are taken from {', '.join(REFERENCE_COLUMNS)}; rename the column that "
             "holds the answers"
         )
-    examples = [columns.example(index, row) for index, row in enumerate(rows.rows)]
-    blank = sum(example.reference is None for example in examples)
-    if columns.transcripts and blank:
+    examples = Examples(source, columns)
+    if columns.transcripts:
+        return _without_blank(examples, source.name, whole=whole)
+    read = list(examples if whole else examples.sample())
+    blank = sum(example.reference is None for example in read)
+    if require_references and blank == len(read):
+        raise UserError(
+            f"every row of {source.name} has a blank reference in `{columns.reference}`"
+        )
+    if columns.reference is not None and blank:
+        logger.warning(
+            "%d of %d rows%s of %s have a blank reference in `%s`, which counts as none",
+            blank, len(read), " read" * (len(read) < len(examples)), source.name, columns.reference,
+        )  # fmt: skip
+    return examples, read
+
+
+def _without_blank(
+    transcripts: Examples, name: str, *, whole: bool
+) -> tuple[Examples, list[Example]]:
+    """Leave out transcripts that end in a blank answer, for which all are read."""
+    kept, read = [], []
+    for place, example in enumerate(paced(transcripts, len(transcripts), f"reading {name}")):
+        if example.reference is not None:
+            kept.append(place)
+            read += [example] if whole else []
+    if not kept:
+        raise UserError(f"every transcript of {name} ends in a blank answer")
+    if len(kept) < len(transcripts):
         logger.warning(
             "left out %d of %d transcripts of %s that end in a blank answer",
-            blank, len(examples), rows.name,
+            len(transcripts) - len(kept), len(transcripts), name,
         )  # fmt: skip
-        examples = [example for example in examples if example.reference is not None]
-        if not examples:
-            raise UserError(f"every transcript of {rows.name} ends in a blank answer")
-    elif require_references and blank == len(examples):
-        raise UserError(f"every row of {rows.name} has a blank reference in `{columns.reference}`")
-    elif columns.reference is not None and blank:
-        logger.warning(
-            "%d of %d rows of %s have a blank reference in `%s`, which counts as none",
-            blank, len(examples), rows.name, columns.reference,
-        )  # fmt: skip
-    return examples
+    return transcripts.among(kept), read
 
 
 @dataclass(frozen=True)
@@ -116,12 +238,7 @@ class _Columns:
     @classmethod
     def of(cls, rows: SourceRows) -> _Columns:
         present = rows.columns
-        for name in RESERVED_COLUMNS:
-            if name in present:
-                raise UserError(
-                    f"{rows.name} has a column `{name}`, which is an argument of every reward: "
-                    f"rename the column"
-                )
+        _refuse_reserved(present, rows.name)
         prompt = "prompt" if "prompt" in present else None
         reference = next((name for name in REFERENCE_COLUMNS if name in present), None)
         if prompt is None and reference != "chosen":
@@ -139,8 +256,14 @@ class _Columns:
             )
         return cls(prompt, reference, transcripts)
 
+    def rendered(self, present: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The columns that a chat template writes into a prompt; and also into a reference."""
+        prompt = [self.prompt or "chosen"]
+        return prompt, list(dict.fromkeys([*prompt, self.reference or prompt[0]]))
+
     def example(self, index: int, row: Mapping[str, Any]) -> Example:
         where = f"row {index}"
+        _refuse_reserved(row, where)
         for name, value in row.items():
             check_text(value, f"{where}, `{name}`")
         used = {self.prompt, self.reference}
@@ -176,3 +299,12 @@ class _Columns:
         if len(messages) == 1:
             raise UserError(f"{where} holds an answer and no prompt before it: add the prompt")
         return messages[:-1], read_reference(messages[-1:], where)
+
+
+def _refuse_reserved(columns: Container[str], where: str) -> None:
+    for name in RESERVED_COLUMNS:
+        if name in columns:
+            raise UserError(
+                f"{where} has a column `{name}`, which is an argument of every reward: rename the "
+                "column"
+            )

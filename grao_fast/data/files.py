@@ -1,5 +1,8 @@
 """Reads the rows of JSON and CSV files, with every value exactly as in the file.
 
+The rows stay in the file, whose lines are found here, and are decoded when they are asked for; of a
+compressed file, in a temporary copy.
+
 `datasets` reads these formats into typed columns: text that looks like a date becomes a date,
 "None" and "NA" in a CSV file become null, 00501 becomes 501, and an object gains the keys of all
 others in its column. Here a JSON value keeps its JSON type, and a CSV cell is text.
@@ -11,21 +14,27 @@ import csv
 import io
 import json
 import lzma
+import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import PurePath
 from typing import IO, Any, cast
 
 from fsspec.compression import compr
 
+from grao_fast.data.rows import FileRows, ListRows, Rows
 from grao_fast.system.errors import UserError
 
 Row = dict[str, Any]
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
+_BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 2**31 - 1  # characters; the csv module's default is 131072
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
@@ -33,8 +42,8 @@ _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 def read_json(
     path: str, *, name: str = "", encoding: str = "utf-8", field: str | None = None
-) -> list[Row]:
-    """Read the rows of a JSON Lines file, or of one JSON array of objects.
+) -> Rows:
+    """Return the rows of a JSON Lines file, or of one JSON array of objects.
 
     Args:
         path: the file, compressed or not.
@@ -43,70 +52,136 @@ def read_json(
         field: if the file is one object, the key of its rows.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not text, not JSON or not an object.
+        ValueError: the file cannot be read, or an array in it is not JSON. A line that is not text,
+            not JSON or not an object raises it when the row is asked for.
     """
     name = name or path
     decoder = json.JSONDecoder(object_pairs_hook=_object)
-    rows: list[Row] = []
-    with _open(path, name) as file:
-        lines = _lines(file, name, encoding)
-        for number, line in lines:
+
+    def decode(data: bytes, number: int) -> Row:
+        with _naming(name, number):
+            row = decoder.decode(_decoded(data, number, name, encoding))
+        return _checked(row, f"{name}, line {number}")
+
+    with _stored(path, name) as file:
+        places = _Places()
+        lines = _lines(file)
+        for number, start, line in lines:
             if not line.strip():
                 continue
-            with _naming(name, number):
-                first = not rows
-                if first and (field is not None or line.lstrip().startswith("[")):
-                    return _read_document(_rest(line, lines), decoder, name, field)
-                try:
-                    row = decoder.decode(line)
-                except json.JSONDecodeError:
-                    if not first:
-                        raise
-                    return _read_document(_rest(line, lines), decoder, name, field)
-            rows.append(_checked(row, f"{name}, line {number}"))
-    return rows
+            if not places.starts and not _is_row(line, number, name, encoding, decoder, field):
+                rest = chain([(number, start, line)], lines)
+                text = "".join(_decoded(data, n, name, encoding) for n, _, data in rest)
+                with _naming(name, number):
+                    return ListRows(_read_document(text, decoder, name, field))
+            places.add(start, len(line), number)
+        return places.rows(file, name, decode)
 
 
-def read_csv(
-    path: str, *, name: str = "", encoding: str = "utf-8", delimiter: str = ","
-) -> list[Row]:
-    """Read the rows of a CSV file with a header; every cell is text, possibly empty.
+def _is_row(
+    line: bytes,
+    number: int,
+    name: str,
+    encoding: str,
+    decoder: json.JSONDecoder,
+    field: str | None,
+) -> bool:
+    """Whether the first line of a file is a row; if not, it begins a document of many lines."""
+    text = _decoded(line, number, name, encoding)
+    if field is not None or text.lstrip().startswith("["):
+        return False
+    with _naming(name, number):
+        try:
+            decoder.decode(text)
+        except json.JSONDecodeError:
+            return False
+    return True
+
+
+def read_csv(path: str, *, name: str = "", encoding: str = "utf-8", delimiter: str = ",") -> Rows:
+    """Return the rows of a CSV file with a header; every cell is text, possibly empty.
 
     Columns without a name, such as the index that pandas writes, are left out. Arguments and errors
-    are those of `read_json`.
+    are those of `read_json`; that rows have the header's cells is checked for the whole file.
     """
     name = name or path
+
+    def decode(data: bytes, number: int) -> Row:
+        texts = io.StringIO(_decoded(data, number, name, encoding), newline="\n")
+        with _long_cells():
+            (cells,) = csv.reader(texts, delimiter=delimiter, strict=True)
+        return {key: cell for key, cell in zip(header, cells, strict=True) if key}
+
+    with _stored(path, name) as file, _long_cells():
+        header, places = _find_records(file, name, encoding, delimiter)
+        return places.rows(file, name, decode)
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let cells be of any length; the limit holds for the whole process."""
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
-        with _open(path, name) as file:
-            texts = (line for _, line in _lines(file, name, encoding))
-            return _read_table(csv.reader(texts, delimiter=delimiter, strict=True), name)
+        yield
     finally:
-        csv.field_size_limit(limit)  # the limit holds for the whole process
+        csv.field_size_limit(limit)
 
 
-def _read_table(reader: Any, name: str) -> list[Row]:
-    rows: list[Row] = []
+def _find_records(
+    file: IO[bytes], name: str, encoding: str, delimiter: str
+) -> tuple[list[str], _Places]:
+    """Return the header of a CSV file and the places of its records, each of one or more lines."""
     header: list[str] = []
+    places, end, last = _Places(), 0, 0  # end: of the lines that the reader has taken
+
+    def texts() -> Iterator[str]:
+        nonlocal end, last
+        for number, start, line in _lines(file):
+            end, last = start + len(line), number
+            yield _decoded(line, number, name, encoding)
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    start, number = 0, 1
     try:
         for cells in reader:
-            if not cells:
-                continue  # a blank line
-            if not header:
+            if cells and not header:
                 header = cells
                 twice = next((c for c in header if c and header.count(c) > 1), None)
                 if twice is not None:
                     raise UserError(f"{name} has several columns called `{twice}`: rename them")
-                continue
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{name}, line {reader.line_num} has {len(cells)} cells, but the header has "
-                    f"{len(header)}"
-                )
-            rows.append({key: cell for key, cell in zip(header, cells, strict=True) if key})
+            elif cells:  # not a blank line
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{name}, line {reader.line_num} has {len(cells)} cells, but the header "
+                        f"has {len(header)}"
+                    )
+                places.add(start, end - start, number)
+            start, number = end, last + 1
     except csv.Error as error:
         raise UserError(f"{name}, line {reader.line_num} is not CSV: {error}") from error
-    return rows
+    return header, places
+
+
+class _Places:
+    """Where the rows of a file are: their bytes, and the numbers of their first lines."""
+
+    def __init__(self) -> None:
+        self.starts, self.lengths, self.lines = array("q"), array("q"), array("q")
+
+    def add(self, start: int, length: int, line: int) -> None:
+        self.starts.append(start)
+        self.lengths.append(length)
+        self.lines.append(line)
+
+    def rows(self, file: IO[bytes], name: str, decode: Callable[[bytes, int], Row]) -> FileRows:
+        return FileRows(
+            file.fileno(),
+            name,
+            starts=self.starts,
+            lengths=self.lengths,
+            lines=self.lines,
+            decode=decode,
+        )
 
 
 def _read_document(text: str, decoder: json.JSONDecoder, name: str, field: str | None) -> list[Row]:
@@ -129,10 +204,6 @@ def _skip_blank(text: str, start: int) -> int:
     while start < len(text) and text[start].isspace():
         start += 1
     return start
-
-
-def _rest(line: str, lines: Iterator[tuple[int, str]]) -> str:
-    return line + "".join(text for _, text in lines)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -174,6 +245,20 @@ def _checked(row: Any, where: str) -> Row:
 
 
 @contextmanager
+def _stored(path: str, name: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading at any place; of a compressed one, an uncompressed temporary copy."""
+    with _open(path, name) as file:
+        if PurePath(name).suffix.lower() not in COMPRESSIONS:
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:  # without a name: it goes when the rows do
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            copy.seek(0)
+            yield cast("IO[bytes]", copy)
+
+
+@contextmanager
 def _open(path: str, name: str) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed. Raises UserError, with its name, if it is damaged."""
     compression = COMPRESSIONS.get(PurePath(name).suffix.lower())
@@ -211,16 +296,26 @@ def _uncompress_zstd(raw: IO[bytes], name: str) -> IO[bytes]:
     return io.BytesIO(b"".join(contents))
 
 
-def _lines(file: Iterable[bytes], name: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of every line, with its line break."""
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, from 1, the first byte, and the bytes of every line, with its break.
+
+    A UTF-8 byte order mark is left out.
+    """
+    start = 0
     for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        try:
-            yield number, line.decode(encoding)
-        except UnicodeDecodeError as error:
-            guess = "UTF-16" if number == 1 and line.startswith(_UTF16) else "ISO-8859-1"
-            raise UserError(
-                f"{name}, line {number}: byte {error.start} (0x{line[error.start]:02x}) is not "
-                f"{encoding.upper()}; convert the file, as with iconv -f {guess} -t UTF-8"
-            ) from error
+        if number == 1 and line.startswith(_BOM):
+            line, start = line[len(_BOM) :], len(_BOM)
+        yield number, start, line
+        start += len(line)
+
+
+def _decoded(data: bytes, number: int, name: str, encoding: str) -> str:
+    """Decode one or more lines, the first of which has a number. Raises UserError."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        guess = "UTF-16" if number == 1 and data.startswith(_UTF16) else "ISO-8859-1"
+        raise UserError(
+            f"{name}, line {number}: byte {error.start} (0x{data[error.start]:02x}) is not "
+            f"{encoding.upper()}; convert the file, as with iconv -f {guess} -t UTF-8"
+        ) from error

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.data.files import COMPRESSIONS, read_csv, read_json
+from grao_fast.data.rows import ArrowRows, ChainedRows, ListRows, Rows
+from grao_fast.data.sizes import spread
+from grao_fast.system.bars import no_dataset_bar, on_terminal
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
@@ -28,7 +31,7 @@ _READERS = {
     ".arrow": "arrow",
 }
 # Formats that are read here, since `datasets` would turn text into dates, numbers and nulls.
-_TEXT_READERS: dict[str, Callable[..., list[dict[str, Any]]]] = {"json": read_json, "csv": read_csv}
+_TEXT_READERS: dict[str, Callable[..., Rows]] = {"json": read_json, "csv": read_csv}
 # Options in a dataset's card: their names as arguments of the readers, and those that do not
 # concern the format.
 _FORMAT_OPTIONS = {
@@ -38,6 +41,7 @@ _FORMAT_OPTIONS = {
     "delimiter": "delimiter",
 }
 _NOT_OF_THE_FORMAT = {"name", "version", "data_dir", "data_files", "description", "features"}
+_SOME = 1000  # rows of a text file that tell its columns
 # An extension starts with a letter: "name.jsonl" is a file, "org/name-2.5" is a hub id.
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 
@@ -48,13 +52,16 @@ class SourceRows:
 
     name: str
     columns: list[str]
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
 
 
 def read_rows(
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]], *, split: str = "train"
 ) -> SourceRows:
-    """Read all rows of a dataset into memory. Raises UserError if there are none."""
+    """Open a dataset, whose rows are read when they are asked for. UserError if there are none.
+
+    The columns of JSON files, whose rows may differ, are those of up to a thousand rows.
+    """
     import datasets
 
     source: Any = dataset
@@ -67,44 +74,24 @@ def read_rows(
             raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, source))}")
         source = source[split]
     if isinstance(source, datasets.Dataset):
-        # with_format(None): plain Python values, whatever format the caller had set
-        rows = [_without_padding(row) for row in source.with_format(None).to_list()]
-        rows = SourceRows(name, source.column_names, rows)
+        columns, rows = source.column_names, ArrowRows(source)
+    elif isinstance(source, Rows):
+        some = source.take(spread(len(source), _SOME))
+        columns, rows = list(dict.fromkeys(key for row in some for key in row)), source
     elif isinstance(source, Sequence):
         for index, row in enumerate(source):
             if not isinstance(row, Mapping):
                 raise UserError(f"row {index} must be a dict, got {type(row).__name__}")
-        rows = SourceRows(name, list(dict.fromkeys(key for row in source for key in row)), source)
+        columns = list(dict.fromkeys(key for row in source for key in row))
+        rows = ListRows(source)
     else:
         raise UserError(
             "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts, "
             f"got {type(source).__name__}"
         )
-    if len(rows.rows) == 0:
+    if len(rows) == 0:
         raise UserError(f"{name} is empty: it has no rows")
-    return rows
-
-
-def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    """Remove the keys that are None from the messages and tools of an Arrow row.
-
-    Arrow gives every object in a column the keys of all others, so that a tool call would seem to
-    have the arguments of every other tool. Other columns stay as Arrow has them.
-    """
-    return {
-        name: _without_none(value) if name == "tools" or _are_messages(value) else value
-        for name, value in row.items()
-    }
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    return SourceRows(name, columns, rows)
 
 
 def _load(name: str, split: str) -> Any:
@@ -140,7 +127,8 @@ def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
-        yield
+        with no_dataset_bar(unless=on_terminal()):
+            yield
     except (DatasetsError, OSError, ValueError) as error:
         # OSError: a file cannot be read, or the hub cannot be reached or does not know the id
         cause = first_line(error.__cause__ or error)
@@ -148,20 +136,20 @@ def _loading(name: str, split: str, exists: bool) -> Iterator[None]:
         raise UserError(f"cannot load dataset {name!r}{kind}, split {split!r}: {cause}") from error
 
 
-def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> list[dict[str, Any]]:
-    """Read the rows of a split that consists of JSON or CSV files, which `datasets` has located."""
+def _read_text_files(builder: DatasetBuilder, name: str, split: str) -> Rows:
+    """Open the rows of a split that consists of JSON or CSV files, which `datasets` has located."""
     from datasets import DownloadManager
 
     splits = builder.config.data_files or {}
     if split not in splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}")
     options = _reader_options(builder.config)
-    rows: list[dict[str, Any]] = []
+    parts: list[Rows] = []
     for file in splits[split]:
         with _loading(name, split, exists=True):
             local = DownloadManager().download(file)
-        rows += _TEXT_READERS[builder.name](local, name=file, **options)
-    return rows
+        parts.append(_TEXT_READERS[builder.name](local, name=file, **options))
+    return parts[0] if len(parts) == 1 else ChainedRows(parts)
 
 
 def _reader_options(config: BuilderConfig) -> dict[str, Any]:

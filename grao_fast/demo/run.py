@@ -22,6 +22,7 @@ from grao_fast.demo.base_model import imitate, make_model, make_tokenizer
 from grao_fast.demo.task import LENGTH, better_sorted, in_place, make_rows, solution
 from grao_fast.evaluation.evaluate import evaluate
 from grao_fast.evaluation.result import EvaluationResult
+from grao_fast.reporting.console import stderr_console
 from grao_fast.reporting.plots import plot_run
 from grao_fast.system.files import writable_folder
 from grao_fast.system.streams import lenient_streams
@@ -122,8 +123,8 @@ def run_demo(
     config = demo_config(max_steps=max_steps, seed=seed)
     check_fresh(writable_folder(output_dir))
     # Progress goes to stderr, as in any run, and results go to stdout.
-    progress, console = Console(stderr=True), Console()
-    console.print(_INTRODUCTION, highlight=False)
+    progress, console = stderr_console(), Console()
+    console.print(_INTRODUCTION, highlight=False, soft_wrap=True)
     rows = make_rows(_TRAIN_PROMPTS + _HELD_OUT_PROMPTS, seed=seed)
     rows, held_out = rows[:_TRAIN_PROMPTS], rows[_TRAIN_PROMPTS:]
     tokenizer = make_tokenizer()

@@ -15,7 +15,7 @@ from grao_fast.data.encoding import check_templates
 from grao_fast.data.examples import Example, load_examples
 from grao_fast.evaluation.compare import RewardSpec, evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
-from grao_fast.models.attention.frequencies import hold_frequencies, longest_context
+from grao_fast.models.attention.frequencies import hold_frequencies_of
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
 from grao_fast.models.placement import world_of
@@ -144,8 +144,7 @@ def _answer(
 ) -> tuple[list[Example], list[str]]:
     """Greedy answers, and the examples that they answer."""
     encoded = loaded.encode(examples, sampling, trained=False)
-    longest = longest_context((), encoded, sampling.max_new_tokens)
-    hold_frequencies(loaded.causal_lm, longest)
+    hold_frequencies_of(loaded.causal_lm, (), encoded, sampling.max_new_tokens)
     prompts = [item.prompt_ids for item in encoded]
     texts = loaded.answer(prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
     return [item.scored for item in encoded], texts

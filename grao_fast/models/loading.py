@@ -38,6 +38,7 @@ from grao_fast.models.checks import plain_model
 from grao_fast.models.liger import use_liger_layers
 from grao_fast.models.sharded_loading import Outline
 from grao_fast.models.weight_files import NONE_IF_ABSENT, safetensors_of
+from grao_fast.system.bars import no_bar, on_terminal
 from grao_fast.system.digests import digest_tensors
 from grao_fast.system.errors import UserError, first_line, first_of
 
@@ -284,7 +285,8 @@ def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _loading(name: str) -> Iterator[None]:
     """Turn Transformers' loading errors, many lines long, into one line that names the model."""
     try:
-        yield
+        with no_bar(unless=on_terminal()):
+            yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(

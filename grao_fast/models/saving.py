@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils import logging as transformers_logging
 
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import saved_names
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.models.sharded_saving import copies, gathered_tensors, hold_sharded, save_sharded
 from grao_fast.models.sharding import local, own_class, reshard
+from grao_fast.system.bars import no_bar
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.files import NEW, named_when_full
 from grao_fast.system.visible import get_logger
@@ -147,18 +147,6 @@ def prove_saving(
                 save_pretrained(causal_lm, folder, state_dict={})
         with _refused(type(tokenizer).__name__), named_when_full(folder, trial):
             tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def no_bar() -> Iterator[None]:
-    """Disable Transformers' progress bar, which would break into the run's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

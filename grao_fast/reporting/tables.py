@@ -91,7 +91,8 @@ _RESULTS = {
     "nag_wins": "NAG, wins alone",
     "metric": "held-out metric",
 }
-_RATES = {"ras", "ras_win_or_tie", "nag", "nag_wins"}
+_VARIANTS = {"ras_win_or_tie", "nag_wins"}
+_RATES = {"ras", "nag", *_VARIANTS}
 
 
 def results_table(
@@ -103,7 +104,21 @@ def results_table(
     table.add_column("mean", justify="right")
     table.add_column("95% interval", justify="right")
     for name, mean in means.items():
-        form = ".1%" if name in _RATES else ".3f"
-        low, high = (number(bound, form) for bound in intervals[name])
-        table.add_row(_RESULTS[name], number(mean, form), f"{low} to {high}")
+        low, high = (metric_text(name, bound) for bound in intervals[name])
+        table.add_row(_RESULTS[name], metric_text(name, mean), f"{low} to {high}")
     return table
+
+
+def evaluation_line(means: Mapping[str, float]) -> str:
+    """Return the results of an evaluation in one line, by their short names."""
+    shown = (
+        f"{_RESULTS.get(name, name).partition(',')[0]} {metric_text(name, mean)}"
+        for name, mean in means.items()
+        if name not in _VARIANTS
+    )
+    return ", ".join(shown)
+
+
+def metric_text(name: str, value: float) -> str:
+    """Format a mean of an evaluation, rates in percent."""
+    return number(value, ".1%" if name in _RATES else ".3f")

@@ -32,8 +32,9 @@ class Tracker:
             GeneralTracker objects.
         config: hyperparameters for those trackers.
         total_steps: length of the progress bar.
-        show_progress: whether to show the bar and tables of samples on stderr, or lines of text if
-            stderr is not a terminal. False: messages go to `logging`, and nothing else is shown.
+        show_progress: whether to show the bar and tables of samples on stderr, or only lines of
+            text if stderr is not a terminal. False: messages go to `logging`, and nothing else is
+            shown.
         start_step: the step that a resumed run starts from, after which lines are removed from the
             files; 0 starts the files afresh.
 
@@ -72,6 +73,10 @@ class Tracker:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._tell(lambda tracker: tracker.log(finite, step=step))
         self._display.step(step, metrics)
+
+    def advance(self, step: int) -> None:
+        """Count a step whose metrics are not logged as done."""
+        self._display.advance(step)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write samples, one line for each prompt, and show a few in a table.

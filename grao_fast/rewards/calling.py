@@ -60,7 +60,7 @@ class Caller:
     ) -> None:
         self.functions, self.timeouts = list(functions), list(timeouts)
         self.names = [function_name(function) for function in functions]
-        self._async = [i for i, function in enumerate(functions) if _is_async(function)]
+        self._async = [i for i, function in enumerate(functions) if is_async(function)]
         self._sync = [i for i in range(len(functions)) if i not in self._async]
         # functions that run in the calling thread
         self._here = set(self._sync) if len(self._sync) == 1 else set()
@@ -90,7 +90,7 @@ class Caller:
         if all(self.timeouts[i] is None for i in self._async) and not _in_a_loop():
             loop.run()
         else:
-            in_thread(_as_here(loop.run))
+            in_thread(as_here(loop.run))
         try:
             return results | {i: self._wait(i, loop.outcomes[i], started) for i in self._async}
         finally:
@@ -99,13 +99,13 @@ class Caller:
     def _at_once(self, offered: Mapping[str, Any]) -> Results:
         generators, started = GlobalGenerators.now(), time.monotonic()
         outcomes = {
-            i: in_thread(_as_here(partial(self._call, i, offered)))
+            i: in_thread(as_here(partial(self._call, i, offered)))
             for i in self._sync
             if i not in self._here
         }
         loop = self._async_calls(offered)
         if self._async:
-            in_thread(_as_here(loop.run))
+            in_thread(as_here(loop.run))
         results, errors = {}, {}
         try:
             for i in sorted(self._here):
@@ -148,33 +148,15 @@ class Caller:
         if self.timeouts[i] is None:
             return self._call(i, offered)
         started = time.monotonic()
-        return self._wait(i, in_thread(_as_here(partial(self._call, i, offered))), started)
+        return self._wait(i, in_thread(as_here(partial(self._call, i, offered))), started)
 
     def _call(self, i: int, offered: Mapping[str, Any]) -> Any:
-        function = self.functions[i]
-        arguments = _own_arguments(function, offered)
-        with running(f"reward {self.names[i]}"):
-            result = function(**arguments)
-        if not inspect.isawaitable(result):
-            return result
-        # a plain function that returned a coroutine
-        loop = AsyncCalls({i: lambda: self._await(i, result)})
-        if _in_a_loop():
-            in_thread(_as_here(loop.run))
-        else:
-            loop.run()
-        return self._wait(i, loop.outcomes[i], time.monotonic())
+        return call_function(self.functions[i], self.names[i], offered)
 
     def _async_calls(self, offered: Mapping[str, Any]) -> AsyncCalls:
-        return AsyncCalls({i: partial(self._call_async, i, offered) for i in self._async})
-
-    async def _call_async(self, i: int, offered: Mapping[str, Any]) -> Any:
-        function = self.functions[i]
-        return await self._await(i, function(**_own_arguments(function, offered)))
-
-    async def _await(self, i: int, result: Any) -> Any:
-        with running(f"reward {self.names[i]}"):
-            return await result
+        return AsyncCalls(
+            {i: partial(call_async, self.functions[i], self.names[i], offered) for i in self._async}
+        )
 
     def _limit(self, i: int) -> float:
         timeout = self.timeouts[i]
@@ -186,15 +168,53 @@ class Caller:
         try:
             return outcome.result(left)
         except LoopStoppedError as error:
-            raise RewardError(
-                f"reward {self.names[i]} did not finish, because an async reward stopped the event "
-                f"loop: {error}"
-            ) from None
+            raise stopped(self.names[i], error) from None
         except futures.TimeoutError:
-            raise _TooSlow(
-                f"reward {self.names[i]} took longer than reward_timeout={limit:g} seconds: "
-                "raise it, or set a time limit on what the reward waits for"
-            ) from None
+            raise too_slow(self.names[i], limit) from None
+
+
+def stopped(name: str, error: LoopStoppedError) -> RewardError:
+    """The error of an async function whose event loop was stopped."""
+    return RewardError(
+        f"reward {name} did not finish, because an async reward stopped the event loop: {error}"
+    )
+
+
+def too_slow(name: str, timeout: float) -> RewardError:
+    """The error of a function that took longer than its time limit."""
+    return _TooSlow(
+        f"reward {name} took longer than reward_timeout={timeout:g} seconds: "
+        "raise it, or set a time limit on what the reward waits for"
+    )
+
+
+def call_function(function: RewardFunction, name: str, offered: Mapping[str, Any]) -> Any:
+    """Call a plain function with copies of the arguments that it takes. Raises RewardError."""
+    arguments = _own_arguments(function, offered)
+    with running(f"reward {name}"):
+        result = function(**arguments)
+    if not inspect.isawaitable(result):
+        return result
+    # a plain function that returned a coroutine
+    loop = AsyncCalls({0: lambda: _awaited(name, result)})
+    if _in_a_loop():
+        in_thread(as_here(loop.run)).result()
+    else:
+        loop.run()
+    try:
+        return loop.outcomes[0].result()
+    except LoopStoppedError as error:
+        raise stopped(name, error) from None
+
+
+async def call_async(function: RewardFunction, name: str, offered: Mapping[str, Any]) -> Any:
+    """Call an async function with copies of the arguments that it takes. Raises RewardError."""
+    return await _awaited(name, function(**_own_arguments(function, offered)))
+
+
+async def _awaited(name: str, result: Any) -> Any:
+    with running(f"reward {name}"):
+        return await result
 
 
 def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +225,7 @@ def _own_arguments(function: RewardFunction, offered: Mapping[str, Any]) -> dict
     }
 
 
-def _is_async(function: RewardFunction) -> bool:
+def is_async(function: RewardFunction) -> bool:
     call = getattr(type(function), "__call__", None)  # noqa: B004, its kind matters
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
@@ -219,7 +239,7 @@ def _in_a_loop() -> bool:
     return True
 
 
-def _as_here(function: Callable[[], Any]) -> Callable[[], Any]:
+def as_here(function: Callable[[], Any]) -> Callable[[], Any]:
     """Return `function` for another thread, with this thread's grad mode and CUDA device."""
     grad = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None

@@ -8,7 +8,8 @@ to match. The function takes the arguments that it names, from `prompts`, `compl
 
 The reward is the weighted sum of all functions that did not return None. Functions run
 concurrently, see `grao_fast.rewards.calling`. Every function gets its own deep copy of all values,
-which it may change; only objects that cannot be copied are shared.
+which it may change; only objects that cannot be copied are shared. Functions marked by `per_group`
+may score each group by itself while others are sampled, see `grao_fast.rewards.early`.
 
 Suffixes of names: N prompts, K = G + 1 sequences of a group, R scored texts (completions and
 references in one call), F functions.
@@ -17,8 +18,9 @@ references in one call), F functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor
 from grao_fast.config import RewardType
 from grao_fast.data.examples import Example
 from grao_fast.rewards.calling import Caller
+from grao_fast.rewards.early import EarlyCalls, EarlyFunction, is_per_group
 from grao_fast.rewards.finding import (
     RewardError,
     RewardFunction,
@@ -34,6 +37,14 @@ from grao_fast.rewards.finding import (
     function_name,
     require_references,
     select_arguments,
+)
+from grao_fast.rewards.texts import (
+    arguments,
+    column_names,
+    group_texts,
+    labels_of,
+    prompt_name,
+    scored_texts,
 )
 from grao_fast.rewards.values import LARGEST
 from grao_fast.system.errors import UserError
@@ -130,6 +141,15 @@ class Reward:
             )
         self.names = _unique([function_name(function) for function in functions])
         self._caller = Caller(functions, timeouts=self.timeouts)
+        self._early = {
+            i: EarlyFunction(self.names[i], function, self.timeouts[i])
+            for i, function in enumerate(functions)
+            if is_per_group(function)
+        }
+        others = [i for i in range(len(functions)) if i not in self._early]
+        self._caller_of_others = Caller(
+            [functions[i] for i in others], timeouts=[self.timeouts[i] for i in others]
+        )
 
     def check(self, examples: Sequence[Example], *, reward_type: RewardType) -> None:
         """Check that the functions can be called on these examples, without calling them.
@@ -137,7 +157,7 @@ class Reward:
         Raises RewardError if a function needs a column that the dataset lacks, if a pairwise one
         takes no `references`, or if no example has a reference to compare with.
         """
-        offered = _arguments(examples[:1], [""], [""], _column_names(examples))
+        offered = arguments(examples[:1], [""], [""], column_names(examples))
         for function in self.functions:
             if reward_type == "pairwise":
                 require_references(function)
@@ -155,10 +175,12 @@ class Reward:
         *,
         reward_type: RewardType,
         places: Sequence[int] | None = None,
+        early: EarlyCalls | None = None,
     ) -> GroupScores:
         """Score G completions of every example, and its reference. Raises RewardError.
 
         places: numbers of the prompts in errors; None: 0, 1, 2...
+        early: what `begin` returned, after all these groups have been begun.
 
         "pointwise": samples and references are scored alike, in one call. "pairwise": samples are
         compared with their reference, whose own reward is 0; a group without a reference has no
@@ -174,21 +196,16 @@ class Reward:
         # of every scored text: its index n * K + k in rewards_NK, the text, its name for errors
         cells, texts, labels = [], [], []
         for n, (example, group) in enumerate(zip(examples, completions, strict=True)):
-            if reward_type == "pairwise" and example.reference is None:
-                continue
-            scored = [*group]
-            if reward_type == "pointwise" and example.reference is not None:
-                scored.append(example.reference)
+            scored = scored_texts(example, group, reward_type)
             cells += [n * (samples + 1) + k for k in range(len(scored))]
             texts += scored
-            prompt = _prompt_name(places[n], example)
-            labels += [
-                f"completion {k} of {prompt}" if k < samples else f"the reference of {prompt}"
-                for k in range(len(scored))
-            ]
+            labels += labels_of(prompt_name(places[n], example), len(scored), samples)
         examples_R = [examples[cell // (samples + 1)] for cell in cells]
         references = [example.reference for example in examples_R]
-        scores_FR = self._call(examples_R, texts, references, reward_type, labels)
+        known = None if early is None else early.scores(places)
+        if early is not None and known is None:
+            self._early = {}  # from now on they are called after sampling
+        scores_FR = self._call(examples_R, texts, references, reward_type, labels, known)
 
         rewards_NK = torch.full((groups, samples + 1), math.nan, dtype=torch.float64)
         cell_R = torch.tensor(cells, dtype=torch.long)
@@ -200,6 +217,21 @@ class Reward:
         scores_FC[:, cell_R] = scores_FR
         scores_FNG = scores_FC.unflatten(1, (groups, samples + 1))[:, :, :-1]
         return GroupScores(rewards_NK, scores_FNG, self.names)
+
+    def begin(
+        self, examples: Sequence[Example], *, reward_type: RewardType, alone: bool
+    ) -> EarlyCalls | None:
+        """The calls for groups that are scored while others are sampled; none has begun yet.
+
+        None if no function is marked by `per_group`.
+
+        examples: of which calls are begun by their places.
+        alone: see `EarlyCalls`.
+        """
+        if not self._early:
+            return None
+        texts = partial(group_texts, examples, column_names(examples), reward_type)
+        return EarlyCalls(self._early, texts, alone=alone)
 
     def score(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         """Score one completion of every example, pointwise; NaN for no reward."""
@@ -236,15 +268,22 @@ class Reward:
         references: Sequence[str | None],
         reward_type: RewardType,
         labels: Sequence[str],
+        known: Mapping[int, list[float]] | None = None,
     ) -> Tensor:
-        """Return scores_FR, the float64 score of every text by every function; NaN for None."""
+        """Return scores_FR, the float64 score of every text by every function; NaN for None.
+
+        known: of the functions that are marked by `per_group`, if they have been called.
+        """
         if reward_type == "pairwise":
             for function in self.functions:
                 require_references(function)
         if not examples:
             return torch.empty(len(self.functions), 0, dtype=torch.float64)
-        offered = _arguments(examples, completions, references, _column_names(examples))
-        values = self._caller.call(offered, labels)
+        offered = arguments(examples, completions, references, column_names(examples))
+        if known is None:
+            return torch.tensor(self._caller.call(offered, labels), dtype=torch.float64)
+        others = iter(self._caller_of_others.call(offered, labels))
+        values = [known[i] if i in known else next(others) for i in range(len(self.functions))]
         return torch.tensor(values, dtype=torch.float64)
 
     def _sum(self, scores_FR: Tensor, labels: Sequence[str]) -> Tensor:
@@ -259,36 +298,6 @@ class Reward:
                 "reward_weights"
             )
         return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
-
-
-def _arguments(
-    examples: Sequence[Example],
-    completions: Sequence[str],
-    references: Sequence[str | None],
-    columns: Sequence[str],
-) -> dict[str, list[Any]]:
-    """The arguments that functions can take, by name: lists of one item for each text."""
-
-    def as_prompt(example: Example, text: str | None) -> Any:
-        if text is None or isinstance(example.prompt, str):
-            return text
-        return [{"role": "assistant", "content": text}]
-
-    return {
-        "prompts": [example.prompt for example in examples],
-        "completions": [as_prompt(*pair) for pair in zip(examples, completions, strict=True)],
-        "references": [as_prompt(*pair) for pair in zip(examples, references, strict=True)],
-        **{name: [example.columns.get(name) for example in examples] for name in columns},
-    }
-
-
-def _prompt_name(place: int, example: Example) -> str:
-    """A prompt in errors: its place in the step, and its row in the dataset."""
-    return f"prompt {place}" + ("" if example.row is None else f" (row {example.row})")
-
-
-def _column_names(examples: Sequence[Example]) -> list[str]:
-    return list(dict.fromkeys(name for example in examples for name in example.columns))
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ with its sampler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +28,10 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
+
+
+# on_group(place, completions): of the prompt at a place of the list that is sampled.
+OnGroup = Callable[[int, list[Completion]], None]
 
 
 class Sampler(Protocol):
@@ -52,8 +57,13 @@ class Sampler(Protocol):
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """`num_generations` completions of every prompt; temperature 0 decodes greedily.
+
+        A sampler calls `on_group` for a prompt as soon as its completions are whole, in any order
+        but in the thread that called `sample`. It may leave prompts out, which are then taken from
+        what it returns. An error of `on_group` ends the sampling.
 
         What is drawn for a prompt depends on its own seed, and not on the other prompts, their
         order or how they are batched: a rollout is the same however processes share its prompts.

@@ -54,3 +54,16 @@ def check_sharing(model: PreTrainedModel, kept: Kept) -> None:
             f"{own_class(model).__name__} carries a state from token to token ({kept.state}), "
             "which would run through all that is packed in one row: set share_prefix=False"
         )
+
+
+def check_own_sampler(sampler: object, *, use_vllm: bool) -> None:
+    """Raise UserError if a sampler lacks a part of the protocol, or vLLM is asked for as well."""
+    if isinstance(sampler, type):
+        raise UserError(f"sampler is the class {sampler.__name__}: pass an instance of it")
+    lacking = [name for name in ("context_length", "sync", "sample") if not hasattr(sampler, name)]
+    if lacking:
+        raise UserError(
+            f"sampler {type(sampler).__name__} has no {lacking[0]}: see grao_fast.sampling.Sampler"
+        )
+    if use_vllm:
+        raise UserError("use_vllm=True and sampler= ask for two samplers: leave one out")

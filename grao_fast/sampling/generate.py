@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from grao_fast.models.sharding import own_class
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, OnGroup
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.seeds import uniform_numbers
@@ -60,7 +60,8 @@ class GenerateSampler(ModelSampler):
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
-    ) -> list[Completion]:
+        whole: OnGroup,
+    ) -> None:
         """See `ModelSampler._decode`."""
         P, device = max(len(prompt) for prompt in prompts), self.model.device
         rows = [[self.pad_token_id] * (P - len(p)) + p for p in prompts]
@@ -94,7 +95,10 @@ class GenerateSampler(ModelSampler):
         before = ends.cumsum(1) - ends.long()  # end-of-sequence tokens before each token
         lengths, finished = (before == 0).sum(1), ends.any(1)
         name = own_class(self.model).__name__
-        return completions_of(tokens, logprobs, lengths, finished, model=name)
+        completions = completions_of(tokens, logprobs, lengths, finished, model=name)
+        for group in range(len(prompts)):
+            first = group * num_generations
+            whole(group, completions[first : first + num_generations])
 
     @contextmanager
     def _generating_by(self, config: GenerationConfig) -> Iterator[None]:

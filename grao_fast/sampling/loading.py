@@ -21,6 +21,7 @@ from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.encoding import Encoded, Limits, encode_examples
 from grao_fast.data.examples import Example
+from grao_fast.data.prompts import open_prompts
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
@@ -36,7 +37,7 @@ from grao_fast.models.router import Router
 from grao_fast.models.sharding import gathered, reshard
 from grao_fast.sampling import Completion, ConcurrentSampler, Sampler
 from grao_fast.sampling.cache import Kept, kept_by
-from grao_fast.sampling.choose import check_sharing, choose_sampler
+from grao_fast.sampling.choose import check_own_sampler, check_sharing, choose_sampler
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
 from grao_fast.sampling.proof import check_sampler
 from grao_fast.sampling.seeds import prompt_seeds
@@ -88,21 +89,22 @@ class LoadedPolicy:
 
     def encode(
         self, examples: Sequence[Example], sampling: SamplingOptions, *, trained: bool = True
-    ) -> list[Encoded]:
-        """Token ids of examples that fit model and sampler; see `encode_examples`."""
-        return encode_examples(
-            examples,
-            self.tokenizer,
-            Limits(
-                max_new_tokens=sampling.max_new_tokens,
-                context_length=self.context_length,
-                max_prompt_length=sampling.max_prompt_length,
-                max_reference_length=sampling.max_reference_length,
-                embedding_rows=self.embedding_rows,
-            ),
-            eos_token_ids=self.eos_token_ids,
-            trained=trained,
+    ) -> Sequence[Encoded]:
+        """Token ids of examples that fit model and sampler; see `encode_examples`.
+
+        Those to train on are encoded as they are drawn; see `grao_fast.data.prompts`.
+        """
+        limits = Limits(
+            max_new_tokens=sampling.max_new_tokens,
+            context_length=self.context_length,
+            max_prompt_length=sampling.max_prompt_length,
+            max_reference_length=sampling.max_reference_length,
+            embedding_rows=self.embedding_rows,
         )
+        ends = self.eos_token_ids
+        if trained:
+            return open_prompts(examples, self.tokenizer, limits, eos_token_ids=ends)
+        return encode_examples(examples, self.tokenizer, limits, eos_token_ids=ends, trained=False)
 
     def decode(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
@@ -149,6 +151,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     peft_config: Any = None,
     trained: bool = True,
+    sampler: Sampler | None = None,
     world: World | None = None,
 ) -> LoadedPolicy:
     """Load a model for training or sampling, and check that its loss and samples are its own.
@@ -161,6 +164,7 @@ def load_policy(
         tokenizer: of the model; None loads the one beside it.
         peft_config: a peft config; its adapter is trained instead of the model.
         trained: False for a model that only answers: gradients are not checked.
+        sampler: one of the user's own, checked as others are; None: as config says.
         world: the processes to shard it over; None: this one alone.
 
     Raises:
@@ -170,6 +174,8 @@ def load_policy(
         ConnectionError: no vLLM server answers.
     """
     world = World() if world is None else world
+    if sampler is not None:
+        world.together(lambda: check_own_sampler(sampler, use_vllm=config.use_vllm))
     placement = Placement.of(config, world, trains=trained)
     device, dtype = placement.device, placement.compute_dtype
     source = load_model(
@@ -214,12 +220,16 @@ def load_policy(
         computes_on=device,
         defers_reduction=defers_reduction,
     )
-    eos_token_ids = _eos_token_ids(causal_lm, tokenizer)
+    eos_ids = _eos_token_ids(causal_lm, tokenizer)
+    if sampler is not None:
+        sampler.sync(policy)
     loaded = LoadedPolicy(
         policy=policy,
         tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids,
-        sampler=world.together(lambda: _sampler(policy, tokenizer, eos_token_ids, kept, config)),
+        eos_token_ids=eos_ids,
+        sampler=world.together(
+            lambda: sampler or _sampler(policy, tokenizer, eos_ids, kept, config)
+        ),
         beginning=Beginning(model) if config.kl_coef or base_digest else None,
         base_digest=base_digest,
     )

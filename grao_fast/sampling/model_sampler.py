@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from grao_fast.models.policy import Policy
 from grao_fast.models.router import no_router_loss
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, OnGroup
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class ModelSampler:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """See `Sampler.sample`. Prompts are batched by length, the longest first."""
         assert len(seeds) == len(prompts), "one seed for each prompt"
@@ -67,20 +68,24 @@ class ModelSampler:
         self.model.eval()
         try:
             for chosen in self._batches(prompts, max(1, self.batch_size // num_generations)):
+
+                def whole(place: int, group: list[Completion], chosen=chosen) -> None:
+                    groups[chosen[place]] = group
+                    if on_group is not None:
+                        on_group(chosen[place], group)
+
                 autocast = torch.autocast(
                     self.model.device.type, dtype=self.dtype, enabled=self.dtype is not None
                 )
                 with autocast, no_router_loss(self.model):
-                    completions = self._decode(
+                    self._decode(
                         [prompts[i] for i in chosen],
                         num_generations,
                         max_new_tokens,
                         temperature,
                         [seeds[i] for i in chosen],
+                        whole,
                     )
-                for place, i in enumerate(chosen):
-                    first = place * num_generations
-                    groups[i] = completions[first : first + num_generations]
         finally:
             self.model.train(training)
         return groups
@@ -98,6 +103,7 @@ class ModelSampler:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
-    ) -> list[Completion]:
-        """Completions of a batch of prompts, grouped by prompt."""
+        whole: OnGroup,
+    ) -> None:
+        """Decode a batch of prompts; call `whole` for each once all its completions have ended."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from grao_fast.models.sharding import own_class
-from grao_fast.sampling import Completion
+from grao_fast.sampling import OnGroup
 from grao_fast.sampling.cache import GrowingLayer, cache_name, drop_rows, growing_cache
 from grao_fast.sampling.drawing import completions_of, draw
 from grao_fast.sampling.model_sampler import Decoding, ModelSampler
@@ -53,7 +53,8 @@ class TransformersSampler(ModelSampler):
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
-    ) -> list[Completion]:
+        whole: OnGroup,
+    ) -> None:
         """See `ModelSampler._decode`."""
         cache = growing_cache(self.model.config)
         logits, mask = self._prefill(prompts, cache)
@@ -67,6 +68,14 @@ class TransformersSampler(ModelSampler):
         logprobs = torch.zeros((len(rows), max_new_tokens), dtype=torch.float32, device=rows.device)
         lengths = torch.zeros_like(rows)
         finished = torch.zeros_like(ended)
+        name = own_class(self.model).__name__
+
+        def report(group: int) -> None:
+            own = slice(group * num_generations, (group + 1) * num_generations)
+            columns = tokens[own], logprobs[own], lengths[own], finished[own]
+            whole(group, completions_of(*columns, model=name))
+
+        over_groups = _OverGroups(len(prompts), num_generations)
         # One for every original row, so that a row's draws do not depend on when others end.
         numbers = uniform_numbers(seeds, num_generations, rows.device)
         for step, u in zip(range(max_new_tokens), numbers, strict=False):
@@ -77,18 +86,20 @@ class TransformersSampler(ModelSampler):
             ended |= torch.isin(token, self.eos_ids)
             finished[rows] = ended
             over = ended.cpu()  # the only device sync in a step
-            if step + 1 == max_new_tokens or bool(over.all()):
+            last = step + 1 == max_new_tokens or bool(over.all())
+            for group in over_groups.left() if last else over_groups.ended(over):
+                report(group)
+            if last:
                 break
             if not self.static_cache:
                 if over.any():
                     left = drop_rows(cache, over)
+                    over_groups.keep(left.cpu())
                     rows, token, mask, ended = rows[left], token[left], mask[left], ended[left]
                     position = position[left]
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(decode, token[:, None], mask, position, cache)
             position = position + 1
-        name = own_class(self.model).__name__
-        return completions_of(tokens, logprobs, lengths, finished, model=name)
 
     def _prefill(self, prompts: list[list[int]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Last logits (B, V) and attention mask (B, P) of left-padded prompts."""
@@ -165,3 +176,31 @@ class TransformersSampler(ModelSampler):
             **{self._cache_name: cache},
         )
         return output.logits[:, -1].float()
+
+
+class _OverGroups:
+    """Which prompts of a batch have no row left that decodes, each told once.
+
+    Rows are those still in the batch, in its order; G of them belong to each prompt at first.
+    """
+
+    def __init__(self, prompts: int, G: int) -> None:
+        self._group_of_row = torch.arange(prompts).repeat_interleave(G)
+        self._untold = set(range(prompts))
+
+    def ended(self, over: Tensor) -> list[int]:
+        """Prompts of which all rows are over now; over: (B,) on the CPU, of the rows."""
+        if not over.any():
+            return []
+        running = set(self._group_of_row[~over].tolist())
+        found = sorted(self._untold - running)
+        self._untold &= running
+        return found
+
+    def keep(self, rows: Tensor) -> None:
+        """Take over the rows that stay in the batch."""
+        self._group_of_row = self._group_of_row[rows]
+
+    def left(self) -> list[int]:
+        """All prompts that have not been told."""
+        return sorted(self._untold)

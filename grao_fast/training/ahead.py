@@ -20,28 +20,38 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from grao_fast.distributed.world import World
+from grao_fast.rewards.early import EarlyCalls
 from grao_fast.sampling import Completion, ConcurrentSampler, Sampler
 from grao_fast.system.threads import DaemonExecutor, in_thread
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-Completions = list[list[Completion]]
-
 _PATIENCE = 10.0  # seconds for threads to end when their rollouts are given up
 _ABORT_EVERY = 0.5  # seconds; a request may reach the sampler just after an abort
 
 
 @dataclass(frozen=True)
+class Share:
+    """The completions of this process's share of a step's prompts.
+
+    early: the calls that score each group by itself, all begun; None: no reward is called so.
+    """
+
+    completions: list[list[Completion]]
+    early: EarlyCalls | None
+
+
+@dataclass(frozen=True)
 class Sampled:
-    """The completions of this process's share of a step's prompts, sampled ahead.
+    """This process's share of a step's prompts, sampled ahead.
 
     staleness: steps of the policy since the sampling began.
     seconds: that the sampling took.
     waited: seconds that the run waited for it.
     """
 
-    completions: Completions
+    share: Share
     staleness: int
     seconds: float
     waited: float
@@ -49,16 +59,16 @@ class Sampled:
 
 @dataclass
 class _InFlight:
-    """A rollout that has begun. The future gives its completions and the seconds they took.
+    """A rollout that has begun. The future gives this process's share and the seconds it took.
 
     began: steps that the sampler's weights had then.
     """
 
     began: int
-    future: Future[tuple[Completions, float]]
+    future: Future[tuple[Share, float]]
     waited: float = 0.0
 
-    def finish(self) -> tuple[Completions, float]:
+    def finish(self) -> tuple[Share, float]:
         started = time.perf_counter()
         try:
             return self.future.result()
@@ -70,8 +80,8 @@ class SamplingAhead:
     """The rollouts in flight of a run; there are none with `ahead=0`.
 
     Args:
-        sample: sample(step) returns the completions of this process's share of a step's prompts.
-            It is called in threads, which must not touch the policy.
+        sample: sample(step) returns this process's share of a step's prompts. It is
+            called in threads, which must not touch the policy.
         sampler: that it samples with; where anything is sampled ahead, a ConcurrentSampler.
         ahead: most steps between the weights of a rollout's first tokens and the policy that learns
             from it.
@@ -81,7 +91,7 @@ class SamplingAhead:
 
     def __init__(
         self,
-        sample: Callable[[int], Completions],
+        sample: Callable[[int], Share],
         sampler: Sampler,
         *,
         ahead: int,
@@ -117,9 +127,9 @@ class SamplingAhead:
         if self._threads is None:
             return None
         rollout = self._in_flight[step]
-        completions, seconds = self._world.together(rollout.finish)
+        share, seconds = self._world.together(rollout.finish)
         del self._in_flight[step]
-        return Sampled(completions, step - rollout.began, seconds, rollout.waited)
+        return Sampled(share, step - rollout.began, seconds, rollout.waited)
 
     def close(self) -> None:
         """Give up the rollouts in flight, and wait until their threads have ended."""
@@ -127,6 +137,8 @@ class SamplingAhead:
             return
         assert isinstance(self._sampler, ConcurrentSampler), "as the configuration demands"
         self._threads.shutdown()
+        for rollout in self._in_flight.values():
+            rollout.future.add_done_callback(_abandon)
         running = {r.future for r in self._in_flight.values() if not r.future.cancel()}
         deadline = time.monotonic() + _PATIENCE
         while (running := _unfinished(running)) and time.monotonic() < deadline:
@@ -139,9 +151,17 @@ class SamplingAhead:
                 len(running),
             )
 
-    def _timed(self, step: int) -> tuple[Completions, float]:
+    def _timed(self, step: int) -> tuple[Share, float]:
         started = time.perf_counter()
         return self._sample(step), time.perf_counter() - started
+
+
+def _abandon(rollout: Future[tuple[Share, float]]) -> None:
+    """Give up what scores a rollout that nobody takes."""
+    if not rollout.cancelled() and rollout.exception() is None:
+        early = rollout.result()[0].early
+        if early is not None:
+            early.abandon()
 
 
 def _unfinished(futures: Iterable[Future]) -> set[Future]:

@@ -18,7 +18,7 @@ from grao_fast.models.adapters import adapter_configs, is_peft_model, saved_name
 from grao_fast.models.beginning import trainable
 from grao_fast.models.sharding import own_class
 from grao_fast.rewards import Reward
-from grao_fast.rewards.calling import function_name
+from grao_fast.rewards.named import identity
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.digests import digest_rows, digest_tensors
 from grao_fast.system.errors import first_of
@@ -53,7 +53,7 @@ class RunIdentity:
     """What stays the same for a whole run, and is known before a model is loaded.
 
     data: `fingerprint` of the dataset.
-    reward: names of the reward functions.
+    reward: names of the reward functions, with the settings of ready-made ones.
     """
 
     data: str
@@ -61,7 +61,7 @@ class RunIdentity:
 
     @classmethod
     def of(cls, examples: Sequence[Example], reward: Reward) -> RunIdentity:
-        return cls(fingerprint(examples), [function_name(f) for f in reward.functions])
+        return cls(fingerprint(examples), [identity(f) for f in reward.functions])
 
 
 @dataclass(frozen=True)

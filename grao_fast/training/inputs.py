@@ -11,12 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from grao_fast.config import RewardType
 from grao_fast.data.encoding import check_templates
-from grao_fast.data.examples import Example, load_examples
+from grao_fast.data.examples import (
+    Example,
+    Examples,
+    check_references,
+    load_examples,
+    open_examples,
+)
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.functions import Timeout, longest
-from grao_fast.system.errors import UserError, first_of
+from grao_fast.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,19 +32,20 @@ if TYPE_CHECKING:
 class Inputs:
     """The examples of a run, and what scores them.
 
+    examples: read as they are drawn.
     eval_examples: held out; None without an eval_dataset.
     metric: scores held-out completions; None: the reward alone does.
     """
 
-    examples: list[Example]
+    examples: Examples
     eval_examples: list[Example] | None
     reward: Reward
     metric: Reward | None
 
     @property
-    def sets(self) -> list[list[Example]]:
-        """The examples, and the held-out ones if any."""
-        return [rows for rows in (self.examples, self.eval_examples) if rows]
+    def sets(self) -> list[Sequence[Example]]:
+        """The examples to check, and the held-out ones if any; of a large dataset a sample."""
+        return [rows for rows in (self.examples.sample(), self.eval_examples) if rows]
 
     def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError for examples that the tokenizer's chat template refuses."""
@@ -63,7 +70,7 @@ def read_inputs(
         UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
     """
     inputs = Inputs(
-        examples=load_examples(dataset, split="train", require_references=True),
+        examples=open_examples(dataset, split="train", require_references=True),
         eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
         reward=resolve_reward(reward, weights=reward_weights, timeout=reward_timeout),
         metric=None if metric is None else resolve_reward(metric, timeout=longest(reward_timeout)),
@@ -73,7 +80,9 @@ def read_inputs(
     if inputs.metric and inputs.eval_examples:
         inputs.metric.check(inputs.eval_examples, reward_type="pointwise")
     if reward_type == "pairwise":
-        _check_references(inputs)
+        for name, rows in zip(("dataset", "eval_dataset"), inputs.sets, strict=False):
+            check_references(name, rows)
+        inputs.examples.compared = True  # also those that are drawn later
     if eval_dataset is None and metric is not None:
         raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
     if eval_dataset is None and eval_steps is not None:
@@ -88,14 +97,3 @@ def tokenizer_for(
     tokenizer = tokenizer or load_tokenizer(model)
     inputs.check_templates(tokenizer)
     return tokenizer
-
-
-def _check_references(inputs: Inputs) -> None:
-    """Refuse rows without the reference that a pairwise reward compares with."""
-    for name, rows in zip(("dataset", "eval_dataset"), inputs.sets, strict=False):
-        absent = [i for i, example in enumerate(rows) if example.reference is None]
-        if absent:
-            raise UserError(
-                f"{name}: no reference in row {first_of(absent)}, which a pairwise reward compares "
-                'with; leave such rows out or set reward_type="pointwise"'
-            )

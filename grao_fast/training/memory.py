@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from grao_fast.config import ObjectiveOptions, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
+from grao_fast.data.prompts import lengths_of
 from grao_fast.distributed.world import World
 from grao_fast.kernels.devices import workspace_bytes
 from grao_fast.models.policy import Policy
@@ -100,8 +101,8 @@ class GroupShape:
     def largest(cls, prompts: Sequence[Encoded], sampling: SamplingOptions) -> GroupShape:
         """The longest prompt, samples and reference of a run, in one group."""
         samples = (sampling.max_new_tokens,) * sampling.num_generations
-        reference = max(len(prompt.reference_ids) for prompt in prompts)
-        return cls(max(len(prompt.prompt_ids) for prompt in prompts), (*samples, reference))
+        lengths = lengths_of(prompts)
+        return cls(lengths.prompt, (*samples, lengths.reference))
 
     def scaled(self, factor: float) -> GroupShape:
         """This shape scaled, with at least one token where there was any."""

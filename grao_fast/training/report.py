@@ -66,6 +66,8 @@ class Report:
             tracker.log(step, metrics)
             for message in self._diagnosis.messages(step, metrics):
                 tracker.message(message)
+        else:
+            tracker.advance(step)
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             tracker.log_completions(step, samples(rollout))
 

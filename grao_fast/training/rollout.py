@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grao_fast.config import ObjectiveOptions, SamplingOptions
+from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
 from grao_fast.objectives import grao
@@ -21,7 +21,7 @@ from grao_fast.rewards.functions import GroupScores
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
-from grao_fast.training.ahead import Sampled
+from grao_fast.training.ahead import Sampled, Share
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Rollout:
     completions, texts: N lists of G.
     rewards_NK, advantages_NK: float64 on the CPU, NaN where absent.
     per_function: mean reward over the samples of each reward function.
-    seconds: by phase: "sample", "reward", and "wait" where the samples were sampled ahead.
+    seconds: by phase: "sample", "reward" after it, "reward_overlapped" before that where rewards
+        are called for each group, and "wait" where the samples were sampled ahead.
     staleness: steps of the policy since the sampling began; None: sampled when they were needed.
     """
 
@@ -46,23 +47,74 @@ class Rollout:
     staleness: int | None = None
 
 
+def sample_ahead(
+    loaded: LoadedPolicy,
+    reward: Reward,
+    prompts: Sequence[Encoded],
+    *,
+    sampling: SamplingOptions,
+    objective: ObjectiveOptions,
+    seed: int,
+) -> Share:
+    """This process's share of a step's prompts, sampled in a thread while the policy learns."""
+    return sample(
+        loaded,
+        reward,
+        prompts,
+        loaded.policy.world.share(range(len(prompts))),
+        sampling=sampling,
+        reward_type=objective.reward_type,
+        seed=seed,
+        alone=False,
+    )
+
+
 def sample(
     loaded: LoadedPolicy,
+    reward: Reward,
     prompts: Sequence[Encoded],
     places: Sequence[int],
     *,
     sampling: SamplingOptions,
+    reward_type: RewardType,
     seed: int,
-) -> list[list[Completion]]:
-    """G completions of each of a step's prompts that has one of these places."""
+    alone: bool = True,
+) -> Share:
+    """G completions of each of a step's prompts that has one of these places.
+
+    Groups that are whole are scored meanwhile, by the functions that are marked for it.
+
+    alone: see `EarlyCalls`.
+    """
+    early = reward.begin([p.scored for p in prompts], reward_type=reward_type, alone=alone)
+
+    def on_group(i: int, group: list[Completion]) -> None:
+        assert early is not None
+        early.begin(places[i], texts_of(loaded, prompts[places[i]], group))
+
     seeds = prompt_seeds(seed, len(prompts))
-    return loaded.sampler.sample(
-        [prompts[n].prompt_ids for n in places],
-        num_generations=sampling.num_generations,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        seeds=[seeds[n] for n in places],
-    )
+    try:
+        completions = loaded.sampler.sample(
+            [prompts[n].prompt_ids for n in places],
+            num_generations=sampling.num_generations,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seeds=[seeds[n] for n in places],
+            on_group=None if early is None else on_group,
+        )
+        for i, group in enumerate(completions):
+            if early is not None and places[i] not in early.begun:
+                on_group(i, group)
+    except BaseException:
+        if early is not None:
+            early.abandon()
+        raise
+    return Share(completions, early)
+
+
+def texts_of(loaded: LoadedPolicy, prompt: Encoded, group: Sequence[Completion]) -> list[str]:
+    """The texts of a prompt's completions."""
+    return loaded.decode([prompt.prompt_ids] * len(group), group)
 
 
 def sample_and_score(
@@ -85,28 +137,39 @@ def sample_and_score(
     world = loaded.policy.world
     places = list(range(len(prompts)))
 
+    share = None if ahead is None else ahead.share
+
     def completions_of(own: Sequence[int]) -> list[list[Completion]]:
-        if ahead is not None:
-            return ahead.completions
-        return sample(loaded, prompts, own, sampling=sampling, seed=seed)
+        nonlocal share
+        if share is None:
+            share = sample(
+                loaded,
+                reward,
+                prompts,
+                own,
+                sampling=sampling,
+                reward_type=objective.reward_type,
+                seed=seed,
+            )
+        return share.completions
 
     started = time.perf_counter()
     with loaded.ready_to_sample():
         completions = world.map(completions_of, places)
     sampled = time.perf_counter()
+    assert share is not None
+    early = share.early
 
     def score(own: Sequence[int]) -> list[tuple[list[str], Tensor, Tensor]]:
         if not own:  # more processes than prompts
             return []
-        texts = [
-            loaded.decode([prompts[n].prompt_ids] * len(completions[n]), completions[n])
-            for n in own
-        ]
+        texts = [texts_of(loaded, prompts[n], completions[n]) for n in own]
         scores = reward.score_groups(
             [prompts[n].scored for n in own],
             texts,
             reward_type=objective.reward_type,
             places=own,
+            early=early,
         )
         return list(zip(texts, scores.rewards_NK, scores.scores_FNG.unbind(1), strict=True))
 
@@ -115,6 +178,8 @@ def sample_and_score(
     )
     scored = GroupScores(torch.stack(rewards), torch.stack(scores, 1), reward.names)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
+    if early is not None:
+        seconds["reward_overlapped"] = early.overlapped
     if ahead is not None:
         seconds |= {"sample": ahead.seconds, "wait": ahead.waited}
     return Rollout(

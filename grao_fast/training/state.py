@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ class DataStream:
         """Indices of the examples of a step."""
         start = step * self.batch_size
         places = range(start, start + self.batch_size)
-        orders = {epoch: self._order(epoch) for epoch in {p // self.size for p in places}}
-        return [orders[p // self.size][p % self.size] for p in places]
+        return [int(_order(self.seed, p // self.size, self.size)[p % self.size]) for p in places]
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(step_seed(self.seed, -1 - epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _order(seed: int, epoch: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step_seed(seed, -1 - epoch))
+    return torch.randperm(size, generator=generator)
 
 
 def save_checkpoint(

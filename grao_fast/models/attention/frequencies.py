@@ -11,15 +11,15 @@ batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from grao_fast.data.prompts import lengths_of
 from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
@@ -52,12 +52,23 @@ def hold_frequencies(model: nn.Module, tokens: int | None) -> None:
     )
 
 
-def longest_context(
-    prompts: Iterable[Encoded], held_out: Iterable[Encoded], max_new_tokens: int
-) -> int:
-    """Tokens of the longest prompt with its completion or reference (held-out: completion)."""
-    trained = (len(p.prompt_ids) + max(max_new_tokens, len(p.reference_ids)) for p in prompts)
-    return max(chain(trained, (len(p.prompt_ids) + max_new_tokens for p in held_out)))
+def hold_frequencies_of(
+    model: nn.Module,
+    prompts: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    max_new_tokens: int,
+) -> None:
+    """`hold_frequencies` of the longest context of a run, or of an evaluation without prompts.
+
+    It is the longest prompt with its completion or reference; held-out: with its completion. If the
+    model depends on it, all prompts are encoded once to find it.
+    """
+    release_frequencies(model)
+    if not any(_rope_types(module) for module in model.modules()):
+        return
+    trained, asked = lengths_of(prompts, exact=True), lengths_of(held_out)
+    longest = max(trained.prompt, asked.prompt) + max_new_tokens
+    hold_frequencies(model, max(longest, trained.together))
 
 
 def release_frequencies(model: nn.Module) -> None:

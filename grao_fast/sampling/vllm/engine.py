@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grao_fast.distributed.world import World
 from grao_fast.models.policy import Policy
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, OnGroup
 from grao_fast.sampling.held_weights import HeldWeights
 from grao_fast.sampling.vllm.requests import (
     FAILURES,
@@ -152,8 +152,9 @@ class VLLMColocatedSampler:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`.
+        """See `Sampler.sample`; `on_group` is not called, as the engine returns all at once.
 
         All processes that share an engine must call it: each part of the engine samples the prompts
         of all.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import as_completed
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grao_fast.distributed.world import World
 from grao_fast.models.policy import Policy
-from grao_fast.sampling import Completion
+from grao_fast.sampling import Completion, OnGroup
 from grao_fast.sampling.held_weights import HeldWeights
 from grao_fast.sampling.vllm.client import HeldVersion, PauseMode, VLLMClient, paused
 from grao_fast.sampling.vllm.handover import HandOver, choose_hand_over
@@ -178,6 +179,7 @@ class VLLMServerSampler:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int],
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """See `Sampler.sample`; the longest prompts are requested first.
 
@@ -188,9 +190,18 @@ class VLLMServerSampler:
             self.recover()
         with self._weights_lock:
             losses = self._losses
-        groups = self._ask_for_all(
-            prompts, num_generations, max_new_tokens, temperature=temperature, seeds=seeds
+        assert len(seeds) == len(prompts), "one seed for each prompt"
+        options = sampling_options(
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=self.eos_ids,
         )
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for i, choices in self._answers(prompts, [options | {"seed": seed} for seed in seeds]):
+            groups[i] = self._completions(choices, num_generations, max_new_tokens)
+            if on_group is not None:
+                on_group(i, groups[i])
         with self._weights_lock:
             if self._losses > losses or self._version.is_lost():
                 raise ConnectionError(
@@ -205,32 +216,19 @@ class VLLMServerSampler:
         with paused(self.client, can_pause=self._can_pause, mode="abort"):
             pass
 
-    def _ask_for_all(
-        self,
-        prompts: list[list[int]],
-        num_generations: int,
-        max_new_tokens: int,
-        *,
-        temperature: float,
-        seeds: list[int],
-    ) -> list[list[Completion]]:
-        assert len(seeds) == len(prompts), "one seed for each prompt"
-        options = sampling_options(
-            num_generations=num_generations,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            eos_ids=self.eos_ids,
-        )
-
-        def ask(prompt: list[int], seed: int) -> list[Completion]:
-            choices = self._complete(prompt, options | {"seed": seed})
-            return self._completions(choices, num_generations, max_new_tokens)
-
+    def _answers(
+        self, prompts: list[list[int]], options: list[dict[str, Any]]
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The index and the answer of every prompt, in the order in which answers come."""
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         with DaemonExecutor(_REQUESTS_AT_ONCE) as pool:
-            asked = [prompts[i] for i in longest_first], [seeds[i] for i in longest_first]
-            groups = dict(zip(longest_first, pool.map(ask, *asked), strict=True))
-        return [groups[i] for i in range(len(prompts))]
+            asked = {pool.submit(self._complete, prompts[i], options[i]): i for i in longest_first}
+            try:
+                for answer in as_completed(asked):
+                    yield asked[answer], answer.result()
+            finally:
+                for answer in asked:
+                    answer.cancel()
 
     def _complete(self, prompt: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
         model = self.model if self._hand_over is None else self._hand_over.model
