@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grao_fast.checkup.findings import Finding
+    from grao_fast.checkup.result import CheckResult
+    from grao_fast.checkup.run import check
     from grao_fast.config import GRAOConfig
     from grao_fast.data import Example, load_examples
     from grao_fast.evaluation.compare import evaluate_completions
@@ -23,12 +26,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckResult",
     "EvaluationResult",
     "Example",
+    "Finding",
     "GRAOConfig",
     "Preempted",
     "TrainResult",
     "__version__",
+    "check",
     "evaluate",
     "evaluate_completions",
     "load_examples",
@@ -37,11 +43,14 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "CheckResult": "checkup.result",
     "EvaluationResult": "evaluation.result",
     "Example": "data",
+    "Finding": "checkup.findings",
     "GRAOConfig": "config",
     "Preempted": "system.interruption",
     "TrainResult": "training.results",
+    "check": "checkup.run",
     "evaluate": "evaluation.evaluate",
     "evaluate_completions": "evaluation.compare",
     "load_examples": "data",

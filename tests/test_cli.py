@@ -62,7 +62,7 @@ TRAIN = "train --model ./model --dataset sums.jsonl --reward rewards.py:correct 
 
 # Errors found before torch and transformers are imported.
 WRONG_OPTIONS = {
-    "": "a command is needed: train, eval, plan, plot, demo",
+    "": "a command is needed: train, check, eval, plan, plot, demo",
     "trian": r"no such command 'trian' \(did you mean train\?\)",
     "train": "missing --model, --dataset, --reward",
     "plot": "missing output_dir",
@@ -83,6 +83,8 @@ WRONG_OPTIONS = {
     TRAIN + "--config=twice.yaml": "key 'peft.r' occurs twice, in lines 3 and 5: keep one",
     TRAIN + "--config absent.yaml": "--config: File does not exist: .*absent.yaml",
     TRAIN + "--peft.lora_alpha 8": "need --peft.r",
+    "check --model ./model": "missing --dataset, --reward",
+    TRAIN.replace("train", "check") + "--num_generations 0": "num_generations must be at least 1",
     "eval --learning_rate 1": "unknown option --learning_rate",
     "demo --seed x": "seed must be an integer, got 'x'",
 }
@@ -104,6 +106,8 @@ WRONG_INPUTS = {
     TRAIN + "--output_dir file": "cannot write to output_dir 'file'",
     TRAIN + "--resume_from_checkpoint checkpoint-9": "checkpoint-9.* does not exist",
     TRAIN + "--resume_from_checkpoint true": "no whole checkpoint in '.*' to resume from",
+    TRAIN.replace("train", "check") + "--check_prompts 0": "check_prompts must be a whole number",
+    TRAIN.replace("train", "check") + "--dataset absent.jsonl": "absent.jsonl.*no such file",
     "eval --model ./model --dataset absent.jsonl --reward rewards.py:correct": "no such file",
     "plot file": "holds no metrics.jsonl",
 }

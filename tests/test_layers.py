@@ -17,8 +17,8 @@ FOLDERS = {"grao_fast": ROOT / "grao_fast", "grao_fast.kernels": ROOT / "kernels
 # Bottom to top.
 LAYERS = (
     "kernels", "system", "distributed", "reporting", "config", "data", "models", "sampling",
-    "rewards", "evaluation", "objectives", "training", "callbacks", "trainer", "integrations",
-    "demo", "cli", "__main__",
+    "rewards", "evaluation", "objectives", "training", "callbacks", "checkup", "trainer",
+    "integrations", "demo", "cli", "__main__",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Runs the `grao-fast` command: train, eval, plan, plot, demo.
+"""Runs the `grao-fast` command: train, check, eval, plan, plot, demo.
 
 An error that the user can correct is printed as one line on stderr, with exit code 2. A run that a
 signal stopped ends with 128 + the number of the signal. Any other error keeps its traceback. Torch
@@ -22,6 +22,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from grao_fast import __version__
+from grao_fast.cli.check import check_command, show
 from grao_fast.cli.messages import explain
 from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, train_command
 from grao_fast.cli.plan import plan_command
@@ -79,7 +80,7 @@ def _main(arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        commands[parsed.command].run(options)
+        return commands[parsed.command].run(options) or 0
     except Preempted as stop:
         _say_once(_how_to_resume(str(stop), arguments, options))
         return 128 + stop.signum
@@ -92,7 +93,6 @@ def _main(arguments: list[str]) -> int:
         return _fail(one_line(error) + (f" ({error.place})" if error.place else ""))
     except (OSError, FloatingPointError) as error:  # a file failed, or training diverged
         return _fail(one_line(error))
-    return 0
 
 
 class _WrongOptions(UserError):
@@ -166,6 +166,16 @@ def _train(options: Options) -> None:
         print(f"{result.steps} steps; model, metrics and checkpoints are in {where}")
 
 
+def _check(options: Options) -> int:
+    with _wrong_options():
+        config = GRAOConfig(**_take_config(options))
+        peft_config = _lora_config(**options.pop("peft"))
+
+    from grao_fast.checkup.run import check
+
+    return show(check(**options, config=config, peft_config=peft_config))
+
+
 def _eval(options: Options) -> None:
     with _wrong_options():
         config = GRAOConfig(**_take_config(options))
@@ -230,6 +240,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
     """Return the parser of the whole command, and its subcommands by name."""
     commands = {
         "train": train_command(_train),
+        "check": check_command(_check),
         "eval": eval_command(_eval),
         "plan": plan_command(_plan),
         "plot": Command.new(

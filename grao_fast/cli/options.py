@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from grao_fast.config import GRAOConfig
 
 PROGRAM = "grao-fast"
-Run = Callable[[dict[str, Any]], None]
+Run = Callable[[dict[str, Any]], int | None]  # returns the exit status; None: 0
 
 EXIT_STATUS = (
     "Exit status: 0, done; 2, an error that can be corrected, explained in one line; 1, any other "
@@ -44,8 +44,10 @@ class Command:
     hints: dict[str, Any]
 
     @classmethod
-    def new(cls, run: Run, usage: str, description: str) -> Command:
-        return cls(run, parser_of(f"{PROGRAM} {usage}", description), {})
+    def new(
+        cls, run: Run, usage: str, description: str, *, exit_status: str = EXIT_STATUS
+    ) -> Command:
+        return cls(run, parser_of(f"{PROGRAM} {usage}", description, exit_status), {})
 
     def add(
         self,
@@ -70,13 +72,13 @@ class Command:
         self.hints[name.removeprefix("--")] = hint
 
 
-def parser_of(usage: str, description: str) -> ArgumentParser:
+def parser_of(usage: str, description: str, exit_status: str = EXIT_STATUS) -> ArgumentParser:
     """Return a parser with the settings that all commands share."""
     return ArgumentParser(
         prog=PROGRAM,
         usage=usage,
         description=description,
-        epilog=EXIT_STATUS,
+        epilog=exit_status,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -85,6 +87,12 @@ def parser_of(usage: str, description: str) -> ArgumentParser:
 def train_command(run: Run) -> Command:
     """Build `grao-fast train`, with all fields of GRAOConfig, and LoRA's under --peft."""
     command = Command.new(run, "train [options]", "Align a model by GRAO.")
+    add_train_options(command)
+    return command
+
+
+def add_train_options(command: Command) -> None:
+    """Add the options of a training run."""
     _add_run_options(command)
     command.add(
         "--eval_dataset", str | None, "dataset to evaluate before and after the run", default=None
@@ -98,7 +106,6 @@ def train_command(run: Run) -> Command:
     )
     add_fields(command, [field.name for field in dataclasses.fields(GRAOConfig)])
     add_lora_options(command)
-    return command
 
 
 def add_lora_options(command: Command) -> None:

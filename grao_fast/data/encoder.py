@@ -122,13 +122,28 @@ class Encoder:
                 "the chat template ends a turn with %s, which does not end samples of this model; "
                 "an EOS is added to references. If the model does stop there, add that token to "
                 "eos_token_id in its generation_config",
-                " ".join(self.tokenizer.convert_ids_to_tokens(self._ends_of_turns)),
+                " ".join(self.ends_of_turns),
             )
         for reason, examples in self._exceptions.items():
             if examples and reason not in self._reported:
                 self._reported.add(reason)
                 logger.warning(_REASONS[reason], len(examples), self._count, examples[0])
                 examples.clear()  # said once, however many more are drawn
+
+    @property
+    def refusals(self) -> dict[int, str]:
+        """The examples that the chat template has refused, with its reasons."""
+        return dict(self._refusals)
+
+    @property
+    def exceptions(self) -> dict[str, list[int]]:
+        """The other examples whose reference does not simply follow the prompt, by the reason."""
+        return {reason: list(examples) for reason, examples in self._exceptions.items()}
+
+    @property
+    def ends_of_turns(self) -> list[str]:
+        """Tokens with which the chat template ends a turn, and that end no sample."""
+        return self.tokenizer.convert_ids_to_tokens(self._ends_of_turns)
 
     def raise_refusals(self) -> None:
         """Raise UserError if the chat template has refused examples."""

@@ -71,13 +71,13 @@ class Prompts(Sequence[Encoded]):
         longest = self.lengths
         parts = list(chunks(self._places))
         for part in paced(parts, len(parts), "tokenising the whole dataset, in parts of 512"):
-            encoded = self._encoding.encode(_take(self._examples, part), part)
+            encoded = self._encoding.encode(take(self._examples, part), part)
             longest = longest.joined(Lengths.of(filter(None, encoded)))
         return longest
 
     def _examine(self) -> np.ndarray:
         """Encode what must be known before the first step; returns the places that are kept."""
-        sizes = _sizes(self._examples)
+        sizes = sizes_of(self._examples)
         dropped: set[int] = set()
         sample = sizes.sample()
         surplus = self._encode(sample, sizes, dropped)
@@ -102,7 +102,7 @@ class Prompts(Sequence[Encoded]):
         surplus = 0
         parts = list(chunks(places))
         for part in paced(parts, len(parts), "tokenising, in parts of 512"):
-            encoded = self._encoding.encode(_take(self._examples, part), part)
+            encoded = self._encoding.encode(take(self._examples, part), part)
             for place, each in zip(part, encoded, strict=True):
                 if each is None:
                     dropped.add(place)
@@ -125,7 +125,7 @@ class Prompts(Sequence[Encoded]):
         return beyond
 
     def _draw(self, index: int) -> Encoded:
-        (encoded,) = self._encoding.encode(_take(self._examples, [index]), [index])
+        (encoded,) = self._encoding.encode(take(self._examples, [index]), [index])
         if encoded is None:
             raise UserError(
                 f"example {index}: its prompt has more tokens than max_prompt_length="
@@ -165,14 +165,16 @@ def lengths_of(prompts: Sequence[Encoded], *, exact: bool = False) -> Lengths:
     return Lengths.of(prompts)
 
 
-def _sizes(examples: Sequence[Example]) -> Sizes:
+def sizes_of(examples: Sequence[Example]) -> Sizes:
+    """Bytes of the text of every example, or more; known without reading those of a dataset."""
     if isinstance(examples, Examples):
         return examples.sizes
     prompt = np.array([text_size(example.prompt) for example in examples], np.int64)
     return Sizes(prompt, prompt + [text_size(example.reference) for example in examples])
 
 
-def _take(examples: Sequence[Example], places: Sequence[int]) -> list[Example]:
+def take(examples: Sequence[Example], places: Sequence[int]) -> list[Example]:
+    """Some of the examples; those of a dataset are read in one call."""
     if isinstance(examples, Examples):
         return examples.take(places)
     return [examples[place] for place in places]

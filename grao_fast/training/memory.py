@@ -65,6 +65,50 @@ def token_budget(
     Raises:
         UserError: not even one group fits; names its need and the remedies.
     """
+    found = micro_batch(
+        policy,
+        optimizer,
+        shape,
+        objective,
+        most=most,
+        memory_budget_mib=memory_budget_mib,
+        workspace_mib=workspace_mib,
+    )
+    tokens = found.groups * shape.group().size.tokens(share_prefix=policy.share_prefix)
+    logger.info(
+        "micro-batches of up to %d tokens: %d of the largest group take %.0f of %.0f MiB",
+        tokens,
+        found.groups,
+        found.peak / _MIB,
+        found.budget / _MIB,
+    )
+    return tokens
+
+
+@dataclass(frozen=True)
+class MicroBatchMemory:
+    """The most of the largest group that fit the memory of one micro-batch.
+
+    groups: how many.
+    peak: bytes of a pass over them; budget: bytes that such a pass may take.
+    """
+
+    groups: int
+    peak: float
+    budget: float
+
+
+def micro_batch(
+    policy: Policy,
+    optimizer: Optimizer,
+    shape: GroupShape,
+    objective: ObjectiveOptions,
+    *,
+    most: int,
+    memory_budget_mib: int | None = None,
+    workspace_mib: int | None = None,
+) -> MicroBatchMemory:
+    """Find how many of the largest group fit in one micro-batch; see `token_budget`."""
     probe = Probe(policy, objective, workspace_mib)
     with _untouched(policy):
         if policy.device.type == "cuda":
@@ -79,15 +123,7 @@ def token_budget(
         fitting = int(policy.world.least(most_that_fit(peak, budget, most)))
         if fitting == 0:
             raise UserError(_too_large(shape, peak(1), budget))
-    tokens = fitting * shape.group().size.tokens(share_prefix=policy.share_prefix)
-    logger.info(
-        "micro-batches of up to %d tokens: %d of the largest group take %.0f of %.0f MiB",
-        tokens,
-        fitting,
-        peak(fitting) / _MIB,
-        budget / _MIB,
-    )
-    return tokens
+        return MicroBatchMemory(fitting, peak(fitting), budget)
 
 
 @dataclass(frozen=True)

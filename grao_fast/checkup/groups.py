@@ -1,0 +1,197 @@
+"""Samples a few prompts and scores them beside their references, whatever the rewards do.
+
+Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, the reference last, F functions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
+from grao_fast.data.encoding import Encoded
+from grao_fast.objectives import grao
+from grao_fast.rewards import Reward, RewardError
+from grao_fast.sampling import Completion
+from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.system.errors import one_line
+from grao_fast.training.rollout import Rollout, sample
+
+_PATIENCE = 20.0  # seconds after which no further prompt is tried with a reward that has failed
+_LONGEST = 400  # characters of an error that is shown
+
+
+class Failed(NamedTuple):
+    """How often a reward failed, and what it said first.
+
+    prompts, tried: of the prompts that were scored one by one afterwards.
+    """
+
+    prompts: int
+    tried: int
+    message: str
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """Samples of a few prompts, and their rewards.
+
+    rollout: as a step of training has it; NaN where a reward failed.
+    names, scores_FNG: the functions and the scores that each gave the samples; NaN for none.
+    failed: None if no reward failed.
+    ends: the last tokens of the samples that ended.
+    """
+
+    rollout: Rollout
+    names: list[str]
+    scores_FNG: Tensor
+    failed: Failed | None
+    ends: list[str]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All samples."""
+        return [each for group in self.rollout.completions for each in group]
+
+    @property
+    def samples_NG(self) -> Tensor:
+        """The rewards of the samples."""
+        return self.rollout.rewards_NK[:, :-1]
+
+    @property
+    def reference_N(self) -> Tensor:
+        """The rewards of the references."""
+        return self.rollout.rewards_NK[:, -1]
+
+
+def sample_and_try(
+    loaded: LoadedPolicy,
+    reward: Reward,
+    prompts: Sequence[Encoded],
+    *,
+    sampling: SamplingOptions,
+    objective: ObjectiveOptions,
+    seed: int,
+) -> GroupFacts:
+    """Sample the prompts and try the rewards on them; every process does its share."""
+    world, places = loaded.policy.world, range(len(prompts))
+    started = time.perf_counter()
+    with loaded.ready_to_sample():
+        completions = world.map(
+            lambda own: sample(loaded, prompts, own, sampling=sampling, seed=seed), places
+        )
+    sampled = time.perf_counter()
+
+    def score(own: Sequence[int]) -> list[_Scored]:
+        texts = [
+            loaded.decode([prompts[n].prompt_ids] * len(completions[n]), completions[n])
+            for n in own
+        ]
+        trial = _Trial(reward, objective.reward_type, prompts, dict(zip(own, texts, strict=True)))
+        return trial.run(own, one_by_one=world.size == 1) if own else []
+
+    scored = world.map(score, places)
+    seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
+    rewards_NK = torch.stack([each.rewards_K for each in scored])
+    last = [each.token_ids[-1] for group in completions for each in group if each.finished]
+    return GroupFacts(
+        rollout=Rollout(
+            prompts=prompts,
+            completions=completions,
+            texts=[each.texts for each in scored],
+            rewards_NK=rewards_NK,
+            advantages_NK=grao.advantages(rewards_NK, objective),
+            per_function={},
+            seconds=seconds,
+        ),
+        names=reward.names,
+        scores_FNG=torch.stack([each.scores_FG for each in scored], dim=1),
+        failed=_failed(scored),
+        ends=loaded.tokenizer.convert_ids_to_tokens(last),
+    )
+
+
+class _Scored(NamedTuple):
+    """A group's texts and rewards.
+
+    together: what a reward said when it failed on all prompts of the process; None: it did not.
+    alone: what it said when it failed on this one alone; None: it did not, or was not tried.
+    """
+
+    texts: list[str]
+    rewards_K: Tensor
+    scores_FG: Tensor
+    together: str | None = None
+    alone: str | None = None
+    tried: bool = True
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The scoring of one process's prompts.
+
+    texts: of the samples, by the place of their prompt.
+    """
+
+    reward: Reward
+    reward_type: RewardType
+    prompts: Sequence[Encoded]
+    texts: dict[int, list[str]]
+
+    def run(self, own: Sequence[int], *, one_by_one: bool) -> list[_Scored]:
+        """Score all prompts in one call, as a step does; if that fails, one by one.
+
+        one_by_one: False if a call may wait for other processes, which would not repeat it.
+        """
+        try:
+            return self._score(own)
+        except RewardError as error:
+            message = _message(error)
+        if not one_by_one or len(own) == 1:
+            return [self._absent(n)._replace(together=message, alone=message) for n in own]
+        scored: list[_Scored] = []
+        started = time.monotonic()
+        for n in own:
+            if time.monotonic() - started > _PATIENCE:
+                scored.append(self._absent(n)._replace(tried=False))
+                continue
+            try:
+                scored += self._score([n])
+            except RewardError as error:
+                scored.append(self._absent(n)._replace(alone=_message(error)))
+        return [each._replace(together=message) for each in scored]
+
+    def _score(self, places: Sequence[int]) -> list[_Scored]:
+        texts = [self.texts[n] for n in places]
+        scores = self.reward.score_groups(
+            [self.prompts[n].scored for n in places],
+            texts,
+            reward_type=self.reward_type,
+            places=places,
+        )
+        groups = zip(texts, scores.rewards_NK, scores.scores_FNG.unbind(1), strict=True)
+        return [_Scored(*group) for group in groups]
+
+    def _absent(self, n: int) -> _Scored:
+        """A group without rewards."""
+        G, F = len(self.texts[n]), len(self.reward.names)
+        rewards_K = torch.full((G + 1,), math.nan, dtype=torch.float64)
+        return _Scored(self.texts[n], rewards_K, torch.full((F, G), math.nan, dtype=torch.float64))
+
+
+def _message(error: RewardError) -> str:
+    return one_line(error, _LONGEST) + (f" ({error.place})" if error.place else "")
+
+
+def _failed(scored: Sequence[_Scored]) -> Failed | None:
+    messages = [each.together for each in scored if each.together is not None]
+    if not messages:
+        return None
+    tried = [each for each in scored if each.tried]
+    return Failed(sum(each.alone is not None for each in tried), len(tried), messages[0])
