@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ def test_a_sound_run_has_no_findings(tiny_model: Path, tmp_path: Path, unchecked
 
 DEFECTS: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any], str, str]] = {
     "constant reward": (sums(9), constant, {}, "dead groups", "the reward is constant, 0.5"),
-    "references lose": (sums(9), no_digits, {}, "lost by refs", "100% of 3 references"),
+    "references lose": (sums(9), no_digits, {}, "references lose", "100% of 3 references"),
     "long prompts": (with_prompt("a" * 600), digits, {}, "prompts", "max_new_tokens=200: row 6"),
     "truncation": (sums(9), digits, {"max_new_tokens": 2}, "truncation", "max_new_tokens=2;"),
     "None": (sums(9), rarely, {}, "no reward", "75% of samples got None"),
@@ -218,11 +219,26 @@ def test_output_dir_is_read_alone(tiny_model: Path, tmp_path: Path, unchecked: N
     assert "has done 2 steps, and this run has 1" in the(other, "checkpoint").value
     assert not other.ok
     in_file = checked(output_dir=output / "summary.json")
-    assert "summary.json' is not a folder" in the(in_file, "output_dir").value
+    assert "summary.json' is not a folder; choose" in the(in_file, "output_dir").value
     assert look() == before
 
 
 # ---- limits, and findings on facts
+
+
+def test_the_page_has_the_limits() -> None:
+    page = Path(__file__).parents[1] / "docs/check.md"
+    if not page.is_file():
+        pytest.skip("needs a checkout")
+    rows = re.findall(r"^\| ([^|`]+) \| ([^|]+) \| ([^|]+) \|$", page.read_text("utf-8"), re.M)
+
+    def said(limit: float) -> str:
+        return {math.inf: "never", math.ulp(0.0): "any"}.get(limit) or f"{100 * limit:g}%"
+
+    shown = {name: (warning, failure) for name, warning, failure in rows}
+    assert {
+        name: tuple(map(said, limit)) for name, limit in LIMITS.items()
+    }.items() <= shown.items()
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -270,9 +286,9 @@ def verdicts(findings: list[Finding]) -> dict[str, str]:
         ([[1, 1, 1], [0, 1, 2]], {"dead groups": "warning"}),
         ([[1, 1, 1]] * 9 + [[0, 1, 2]], {"dead groups": "failure"}),
         ([[1, 1, 2], [0, 1, 2]], {"samples alike": "warning"}),
-        ([[1, 3, 1.9], [0, 1, 2]], {"lost by refs": "warning"}),
+        ([[1, 3, 1.9], [0, 1, 2]], {"references lose": "warning"}),
         ([[1, 3, 2.1], [0, 1, 2]], {}),
-        ([[1, 3, 0], [0, 1, -2]], {"lost by refs": "failure"}),
+        ([[1, 3, 0], [0, 1, -2]], {"references lose": "failure"}),
         ([[NAN, 1, 2], [0, 1, 2]], {"no reward": "warning"}),
         ([[0, 1, NAN], [0, 1, 2]], {"no reward": "failure"}),  # half of the references
         ([[NAN, NAN, 1]] * 2, {"no reward": "failure"}),
@@ -284,7 +300,7 @@ def test_rewards(rewards: list[list[float]], expected: dict[str, str]) -> None:
 
 def test_references_that_lose_are_a_warning_where_their_advantage_is_clipped() -> None:
     objective = CONFIG.replace(reference_advantage="clip").objective
-    assert verdicts(on_rewards(sampled([[1, 3, 0]]), objective)) == {"lost by refs": "warning"}
+    assert verdicts(on_rewards(sampled([[1, 3, 0]]), objective)) == {"references lose": "warning"}
 
 
 def test_one_of_several_functions_is_constant() -> None:

@@ -26,7 +26,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 RUNS = re.compile(r"<!-- tested: (\w+) -->\n```(?:python|json)\n(.*?)```", re.DOTALL)
 # tests/test_docs.py runs these, whose blocks need files
-RUN_ELSEWHERE = ("docs/quickstart.md", "docs/rewards.md")
+RUN_ELSEWHERE = ("docs/quickstart.md", "docs/rewards.md", "docs/check.md")
 MARKED = {name: RUNS.findall(text) for name, text in TEXTS.items() if name not in RUN_ELSEWHERE}
 EXAMPLES = {name: code for examples in MARKED.values() for name, code in examples}
 LONG = ("train", "trl")  # these start from files

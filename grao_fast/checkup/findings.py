@@ -58,7 +58,6 @@ LIMITS = {
     "empty samples": Limit(0.1, 0.9),
     "equal samples": Limit(0.25, 0.9),
     # rewards
-    "failed": Limit(_ANY, _ANY),
     "no reward": Limit(_ANY, 0.5),
     "dead groups": Limit(0.5, 0.9),
     "equal rewards of samples": Limit(0.5, _NEVER),

@@ -29,6 +29,10 @@ def _check_writable(output: Path) -> None:
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise UserError(f"output_dir {str(output)!r}: {str(there)!r} is not a folder")
+        raise _not_written_to(output, f"{str(there)!r} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {str(output)!r}: {str(there)!r} cannot be written to")
+        raise _not_written_to(output, f"no permission in {str(there)!r}")
+
+
+def _not_written_to(output: Path, reason: str) -> UserError:
+    return UserError(f"cannot write to output_dir {str(output)!r}: {reason}; choose another folder")

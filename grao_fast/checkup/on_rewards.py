@@ -86,9 +86,10 @@ def on_constant_functions(facts: GroupFacts) -> list[Finding]:
 
 def on_dead_groups(facts: GroupFacts) -> Finding:
     """Judge the share of prompts whose rewards are all equal, so that nothing is learned."""
-    advantages_NK = facts.rollout.advantages_NK.nan_to_num(0.0)
-    dead = float((advantages_NK == 0).all(1).double().mean())
-    value = f"{percent(dead)} of {len(advantages_NK)} groups have equal rewards"
+    live_N, scored_N = _live_and_scored(facts)
+    total = int(scored_N.sum())
+    dead = 1 - share(int(live_N.sum()), total)
+    value = f"{percent(dead)} of {total} groups have equal rewards"
     everything = _present(facts.rollout.rewards_NK)
     if bool((everything == everything[0]).all()):
         value += f": the reward is constant, {everything[0]:g}"
@@ -101,8 +102,7 @@ def on_dead_groups(facts: GroupFacts) -> Finding:
 
 def on_spread(facts: GroupFacts) -> list[Finding]:
     """Judge in how many of the groups with unequal rewards the samples' are all equal."""
-    advantages_NK = facts.rollout.advantages_NK.nan_to_num(0.0)
-    live_N = (advantages_NK != 0).any(1)
+    live_N, _ = _live_and_scored(facts)
     total = int(live_N.sum())
     if not total:
         return []
@@ -133,7 +133,13 @@ def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Findin
         if clipped
         else ', or set reference_advantage="clip": such references are made ever less likely'
     )
-    return [judged("rewards", "lost by refs", limit, lost, value, remedy)]
+    return [judged("rewards", "references lose", limit, lost, value, remedy)]
+
+
+def _live_and_scored(facts: GroupFacts) -> tuple[Tensor, Tensor]:
+    """Whether each group has an advantage other than 0, and whether it has any reward."""
+    live_N = (facts.rollout.advantages_NK.nan_to_num(0.0) != 0).any(1)
+    return live_N, ~facts.rollout.rewards_NK.isnan().all(1)
 
 
 def _present(rewards: Tensor) -> Tensor:

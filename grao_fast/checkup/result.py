@@ -12,7 +12,7 @@ from rich.text import Text
 from grao_fast.checkup.findings import Finding, Verdict
 from grao_fast.system.visible import squeezed
 
-_NAME = 13  # characters of a name on one line
+_NAME = 15  # characters of a name on one line
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
