@@ -9,6 +9,7 @@ Its commands are then only parsed; tests/test_readme.py checks the options of `g
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -126,6 +127,16 @@ def test_all_pages_are_in_the_site() -> None:
     entries = re.findall(r'= "([\w/-]+\.md)"', config)
     pages = [name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")]
     assert sorted(entries) == sorted(pages)
+
+
+@pytest.mark.parametrize("module", ["grao_fast", "grao_fast.kernels", "grao_fast.rewards"])
+def test_the_api_has_all_public_names(module: str) -> None:
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE)
+    public = set(importlib.import_module(module).__all__) - {"__version__", "reference"}
+    prefix = module.replace("grao_fast.kernels", "kernels")
+    assert public == {
+        name.rpartition(".")[2] for name in shown if name.rpartition(".")[0] == prefix
+    }
 
 
 def test_no_link_leads_out_of_the_site() -> None:

@@ -66,7 +66,7 @@ def messages_of(source: str, *, returned: bool) -> Iterator[str]:
 
 def normal(text: str) -> str:
     """Return the text with one kind of placeholder and of space."""
-    return " ".join(re.sub(r"\{[^}]*\}|%[-\d.]*[a-z]", "{}", text).split())
+    return " ".join(re.sub(r"\{[^}]*\}|%[-\d.]*[a-z]|…", "{}", text).split())
 
 
 def all_messages() -> dict[str, str]:
