@@ -20,8 +20,9 @@ from grao_fast.objectives import grao
 from grao_fast.rewards import Reward, RewardError
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import one_line
-from grao_fast.training.rollout import Rollout, sample
+from grao_fast.training.rollout import Rollout, texts_of
 
 _PATIENCE = 20.0  # seconds after which no further prompt is tried with a reward that has failed
 _LONGEST = 400  # characters of an error that is shown
@@ -81,18 +82,24 @@ def sample_and_try(
 ) -> GroupFacts:
     """Sample the prompts and try the rewards on them; every process does its share."""
     world, places = loaded.policy.world, range(len(prompts))
+    seeds = prompt_seeds(seed, len(prompts))
+
+    def completions_of(own: Sequence[int]) -> list[list[Completion]]:
+        return loaded.sampler.sample(
+            [prompts[n].prompt_ids for n in own],
+            num_generations=sampling.num_generations,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seeds=[seeds[n] for n in own],
+        )
+
     started = time.perf_counter()
     with loaded.ready_to_sample():
-        completions = world.map(
-            lambda own: sample(loaded, prompts, own, sampling=sampling, seed=seed), places
-        )
+        completions = world.map(completions_of, places)
     sampled = time.perf_counter()
 
     def score(own: Sequence[int]) -> list[_Scored]:
-        texts = [
-            loaded.decode([prompts[n].prompt_ids] * len(completions[n]), completions[n])
-            for n in own
-        ]
+        texts = [texts_of(loaded, prompts[n], completions[n]) for n in own]
         trial = _Trial(reward, objective.reward_type, prompts, dict(zip(own, texts, strict=True)))
         return trial.run(own, one_by_one=world.size == 1) if own else []
 
