@@ -133,6 +133,7 @@ def train(
                 reward_weights=config.reward_weights,
                 reward_timeout=config.reward_timeout,
                 eval_steps=config.eval_steps,
+                num_generations_eval=config.num_generations_eval,
             )
         )
         world.together(lambda: check_trackers(config.report_to))
@@ -194,15 +195,15 @@ class _Run:
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(
-                partial(loaded.answer, max_new_tokens=config.max_new_tokens, seed=config.seed),
+                loaded,
                 eval_prompts,
                 reward=inputs.reward,
                 metric=inputs.metric,
                 reward_type=config.reward_type,
+                sampling=config.sampling,
                 eval_steps=config.eval_steps,
                 seed=config.seed,
                 output_dir=output,
-                world=self.world,
             )
         if config.prompts_per_step > len(prompts):
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grao_fast import GRAOConfig, evaluate, evaluate_completions
 from grao_fast.data.examples import Example
 from grao_fast.evaluation.bootstrap import bootstrap_intervals
+from grao_fast.evaluation.pass_at_k import expected_best, pass_at_k
 from grao_fast.rewards import RewardError
 
 # Of lengths 2: against it "a" loses, "bb" ties, "ccc" wins.
@@ -239,3 +241,76 @@ def test_errors_come_before_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="is that of a training run"):
         evaluate("org/name", rows, length, output_dir=tmp_path)
+
+
+# ---- pass@k
+
+
+def test_pass_at_k_is_the_mean_over_all_draws() -> None:
+    """The best of k of n scores, over all draws without replacement; Chen's for 0 and 1."""
+    scores = [0.0, 1.0, 1.0, 0.0, 0.0]
+    for values in (scores, [0.3, -2.0, 7.0, 0.3, 1.5]):
+        for k in range(1, 6):
+            best = [max(drawn) for drawn in itertools.combinations(values, k)]
+            assert expected_best(values, k) == pytest.approx(sum(best) / len(best))
+    for k in range(1, 6):
+        chen = 1 - math.comb(3, k) / math.comb(5, k)
+        assert expected_best(scores, k) == pytest.approx(chen)
+    assert expected_best([1.0, math.nan, 0.0], 1) == 0.5
+    assert math.isnan(expected_best([1.0, math.nan], 2))
+    assert expected_best([0.0] * 1999 + [1.0], 1000) == pytest.approx(0.5)  # no overflow
+    names = [name.removeprefix("pass_at_") for name in pass_at_k([[0.0] * 6])]
+    assert names == ["1", "2", "4", "6"]
+
+
+def test_samples_are_scored_by_the_metric_alone() -> None:
+    samples = [["a", "bb"], ["c", "d"], ["eee", "f"], ["", ""], ["gg", "gg"]]
+    asked: list[int] = []
+
+    def short(completions: list[str]) -> list[float | None]:
+        asked.append(len(completions))
+        return [None if not text else float(len(text) == 1) for text in completions]
+
+    result = evaluate_completions(
+        length, EXAMPLES, COMPLETIONS, reward_type="pointwise", metric=short, samples=samples
+    )
+    assert asked == [5, 10]
+    assert result.metric == 2 / 5  # of the greedy ones, "a" and "e"
+    assert result.pass_at_k == pytest.approx({1: (0.5 + 1 + 0.5 + 0) / 4, 2: 3 / 4})
+    assert result.metrics()["pass_at_2"] == 3 / 4
+    assert set(result.intervals) == set(result.metrics())
+    assert result.rows[2]["samples"] == ["eee", "f"]
+    assert result.rows[3]["sample_metrics"] == [None, None]
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(result.table())
+    assert "5 prompts, greedy and sampled" in screen.file.getvalue()
+    assert "pass@2, held-out metric of samples" in screen.file.getvalue()
+    with pytest.raises(ValueError, match="samples are scored by the metric: pass one"):
+        evaluate_completions(
+            length, EXAMPLES, COMPLETIONS, reward_type="pointwise", samples=samples
+        )
+    with pytest.raises(ValueError, match="samples must hold 5 texts, got 1"):
+        evaluate_completions(
+            length, EXAMPLES, COMPLETIONS, reward_type="pointwise", metric=short, samples=[["a"]]
+        )
+
+
+def test_evaluate_samples_every_prompt_from_its_own_seed(tiny_model: Path) -> None:
+    config = CONFIG.replace(num_generations_eval=4, temperature=1.0)
+    rows = sums(5)
+    results = [
+        evaluate(str(tiny_model), part, characters, metric=characters, config=config)
+        for part in (rows, rows, rows[:2])
+    ]
+    texts = [[row["samples"] for row in result.rows] for result in results]
+    assert texts[0] == texts[1] and texts[0][:2] == texts[2]
+    assert all(len(set(group)) > 1 for group in texts[0])
+    assert texts[0][0] != texts[0][1]
+    assert set(results[0].pass_at_k) == {1, 2, 4}
+    assert results[0].pass_at_k[1] < results[0].pass_at_k[4]
+    with pytest.raises(ValueError, match="num_generations_eval=4 has no effect without a metric"):
+        evaluate(str(tiny_model), rows, characters, config=config)
+
+
+def characters(completions: list[Any]) -> list[float]:
+    return [float(len(messages[0]["content"])) for messages in completions]

@@ -173,6 +173,27 @@ def test_resume_is_bit_identical(tiny_model, tmp_path: Path, uninterrupted: Path
     assert result.after.nag is not None
 
 
+def test_held_out_samples_repeat_and_leave_the_run_alone(
+    tiny_model, tmp_path: Path, uninterrupted: Path
+):
+    options = {
+        "eval_dataset": ROWS[:3],
+        "metric": letters,
+        "config": CONFIG.replace(num_generations_eval=3, eval_steps=3),
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    result = run(tiny_model, whole, **options)
+    assert same_bits(whole / "final", uninterrupted / "final")
+    run(tiny_model, stopped, **options, callbacks=[StopAt(4)])
+    resumed = run(tiny_model, stopped, **options, resume_from_checkpoint=True)
+    assert (resumed.before, resumed.after) == (result.before, result.after)
+    assert set(resumed.before.pass_at_k) == {1, 2, 3}
+    for step in (3, 6):
+        rows = [(folder / f"eval-{step}.jsonl").read_text() for folder in (whole, stopped)]
+        assert rows[0] == rows[1] and '"samples"' in rows[0]
+    assert "eval/pass_at_3" in lines(whole)[-1]
+
+
 def test_a_module_can_be_resumed_as_a_module(tiny_model, tmp_path: Path, uninterrupted: Path):
     from transformers import AutoTokenizer
 

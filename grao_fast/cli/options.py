@@ -25,6 +25,8 @@ EVALUATION_FIELDS = (
     "reward_type",
     "reward_weights",
     "reward_timeout",
+    "num_generations_eval",
+    "temperature",
     "max_new_tokens",
     "max_prompt_length",
     "generation_batch_size",

@@ -130,6 +130,8 @@ class GRAOConfig:
 
     Evaluation, logging and saving:
         eval_steps: steps between evaluations, besides those at start and end; None: only those.
+        num_generations_eval: samples of each held-out prompt, at `temperature`, whose pass@k by the
+            held-out metric is reported beside that of the greedy answer; None: greedy answers only.
         logging_steps: steps between lines of metrics.
         log_completions_steps: steps between tables of samples; 0: none.
         save_steps: steps between checkpoints; 0: only the final model is saved.
@@ -200,6 +202,7 @@ class GRAOConfig:
     heartbeat_timeout: float = 60.0
 
     eval_steps: int | None = None
+    num_generations_eval: int | None = None
     logging_steps: int = 1
     log_completions_steps: int = 10
     save_steps: int = 100

@@ -64,6 +64,7 @@ AT_LEAST: dict[str, float] = {
     "ddp_timeout": 0,
     "heartbeat_timeout": 0,
     "eval_steps": 1,
+    "num_generations_eval": 1,
     "logging_steps": 1,
     "log_completions_steps": 0,
     "save_steps": 0,

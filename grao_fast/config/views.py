@@ -40,6 +40,7 @@ class SamplingOptions:
     """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`."""
 
     num_generations: int
+    num_generations_eval: int | None
     temperature: float
     max_new_tokens: int
     max_prompt_length: int | None

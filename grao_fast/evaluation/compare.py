@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from grao_fast.config import RewardType
 from grao_fast.data.examples import Example
 from grao_fast.data.fields import answer_text
 from grao_fast.evaluation.bootstrap import bootstrap_intervals
+from grao_fast.evaluation.pass_at_k import pass_at_k
 from grao_fast.evaluation.result import METRICS, EvaluationResult
+from grao_fast.reporting.tables import PASS_AT
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.finding import RewardFunction
 from grao_fast.system.errors import UserError
@@ -36,6 +39,7 @@ def evaluate_completions(
     baseline: Sequence[str] | None = None,
     reward_type: RewardType,
     metric: RewardSpec | None = None,
+    samples: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
 ) -> EvaluationResult:
     """Compare completions with the references, and with a baseline's completions.
@@ -46,21 +50,28 @@ def evaluate_completions(
         baseline: of the base model, for NAG; one for every example.
         reward_type: "pointwise" or "pairwise".
         metric: a held-out measure, called as a pointwise reward is.
+        samples: sampled completions of every example, which the metric scores for pass@k.
         seed: of the bootstrap.
 
     Raises:
         RewardError: the reward or the metric failed.
-        UserError: the number of completions is not that of the examples.
+        UserError: the number of completions is not that of the examples; samples without a metric.
     """
-    for name, texts in (("completions", completions), ("baseline", baseline)):
+    sets = {"completions": completions, "baseline": baseline, "samples": samples}
+    for name, texts in sets.items():
         if texts is not None and len(texts) != len(examples):
             raise UserError(f"{name} must hold {len(examples)} texts, got {len(texts)}")
     if not examples:
         raise UserError("there is nothing to evaluate: no examples")
     examples = [replace(each, reference=answer_text(each.reference)) for each in examples]
     scores = _score(resolve_reward(reward), examples, completions, baseline, reward_type)
+    sampled: list[list[float]] = []
     if metric is not None:
-        scores["metric"] = _tensor(resolve_reward(metric).score(examples, completions))
+        metric = resolve_reward(metric)
+        scores["metric"] = _tensor(metric.score(examples, completions))
+        sampled = _score_samples(metric, examples, samples or ())
+    elif samples is not None:
+        raise UserError("samples are scored by the metric: pass one, or leave samples out")
     per_prompt = {
         "reward": scores["reward"],
         "ras": _where_present(scores["vs_reference"], lambda r: r > 0),
@@ -68,6 +79,7 @@ def evaluate_completions(
         "nag": _where_present(scores["vs_baseline"], torch.sign),
         "nag_wins": _where_present(scores["vs_baseline"], lambda r: r > 0),
         "metric": scores["metric"],
+        **pass_at_k(sampled),
     }
     absent = int(scores["vs_reference"].isnan().sum())
     if absent:
@@ -80,7 +92,12 @@ def evaluate_completions(
     return EvaluationResult(
         prompts=len(examples),
         intervals=bootstrap_intervals(present, seed=seed),
-        rows=_rows(examples, completions, baseline, scores),
+        rows=_with_samples(_rows(examples, completions, baseline, scores), samples, sampled),
+        pass_at_k={
+            int(name.removeprefix(PASS_AT)): mean
+            for name, mean in means.items()
+            if name.startswith(PASS_AT)
+        },
         **{name: means.get(name) for name in METRICS},
     )
 
@@ -111,6 +128,16 @@ def _score(
     return scores
 
 
+def _score_samples(
+    metric: Reward, examples: Sequence[Example], samples: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """The metric of every sample; one call for all."""
+    pairs = zip(examples, samples, strict=False)
+    repeated = [example for example, texts in pairs for _ in texts]
+    scores = iter(metric.score(repeated, [text for texts in samples for text in texts]))
+    return [list(islice(scores, len(texts))) for texts in samples]
+
+
 def _tensor(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -118,6 +145,17 @@ def _tensor(values: Sequence[float]) -> Tensor:
 def _where_present(values_N: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a function to every value but NaN, for which comparisons and sign() would give 0."""
     return torch.where(values_N.isnan(), values_N, function(values_N).double())
+
+
+def _with_samples(
+    rows: list[dict[str, Any]],
+    samples: Sequence[Sequence[str]] | None,
+    sampled: Sequence[Sequence[float]],
+) -> list[dict[str, Any]]:
+    for row, texts, scores in zip(rows, samples or (), sampled, strict=False):
+        present = [None if math.isnan(score) else score for score in scores]
+        row |= {"samples": list(texts), "sample_metrics": present}
+    return rows
 
 
 def _rows(

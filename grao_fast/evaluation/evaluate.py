@@ -1,4 +1,4 @@
-"""`evaluate`: answer a dataset's prompts greedily; measure RAS, NAG and the mean reward."""
+"""`evaluate`: answer a dataset's prompts; measure RAS, NAG and the mean reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.encoding import check_templates
 from grao_fast.data.examples import Example, load_examples
+from grao_fast.evaluation.answers import Answers, answers_of
 from grao_fast.evaluation.compare import RewardSpec, evaluate_completions
+from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies_of
 from grao_fast.models.checks import check_given, restores_models
@@ -61,9 +63,10 @@ def evaluate(
         base_model: the model before alignment, for NAG; loaded after `model` has answered, so that
             only one is in memory.
         config: `reward_type`, `reward_weights`, `reward_timeout`, the lengths,
-            `generation_batch_size`, `cache_implementation`, `device`, `bf16` and `seed` are read.
+            `generation_batch_size`, `cache_implementation`, `device`, `bf16` and `seed` are read;
+            and, for pass@k, `num_generations_eval` and `temperature`.
         tokenizer: of both models; None loads the one beside each.
-        metric: a held-out measure, called as a pointwise reward is.
+        metric: a held-out measure, called as a pointwise reward is; samples are scored by it alone.
         output_dir: where eval.json and completions.jsonl are written; None: they are not.
 
     With several processes, each answers its share of the prompts, rank 0 scores, and all return
@@ -87,6 +90,7 @@ def evaluate(
         kl_coef=0.0,
     )
     with world_of(config) as world:
+        check_samples(config.num_generations_eval, metric)
         check_given("model", model)
         if base_model is not None:
             check_given("base_model", base_model)
@@ -109,7 +113,7 @@ def evaluate(
 
         options = {"config": config, "trained": False, "world": world}
         loaded = load_policy(model, tokenizer=tokenizer, **options)
-        examples, completions = _answer(loaded, examples, config.sampling, seed=config.seed)
+        examples, answers = _answer(loaded, examples, config.sampling, seed=config.seed)
         baseline = None
         if base_model is not None:
             if isinstance(base_model, nn.Module) and tokenizer is None:
@@ -118,17 +122,18 @@ def evaluate(
             base = load_policy(base_model, tokenizer=tokenizer, **options)
             # Both answer the same prompts; those that were too long have been dropped.
             asked = [replace(each, reference=None) for each in examples]
-            unlimited = replace(config.sampling, max_prompt_length=None)
-            _, baseline = _answer(base, asked, unlimited, seed=config.seed)
+            greedy = replace(config.sampling, max_prompt_length=None, num_generations_eval=None)
+            baseline = _answer(base, asked, greedy, seed=config.seed)[1].greedy
 
         def compare() -> EvaluationResult:
             result = evaluate_completions(
                 scorer,
                 examples,
-                completions,
+                answers.greedy,
                 baseline=baseline,
                 reward_type=config.reward_type,
                 metric=metric,
+                samples=answers.samples,
                 seed=config.seed,
             )
             if folder is not None:
@@ -141,13 +146,12 @@ def evaluate(
 
 def _answer(
     loaded: LoadedPolicy, examples: Sequence[Example], sampling: SamplingOptions, *, seed: int
-) -> tuple[list[Example], list[str]]:
-    """Greedy answers, and the examples that they answer."""
+) -> tuple[list[Example], Answers]:
+    """The examples that fit the model, and its answers."""
     encoded = loaded.encode(examples, sampling, trained=False)
     hold_frequencies_of(loaded.causal_lm, (), encoded, sampling.max_new_tokens)
-    prompts = [item.prompt_ids for item in encoded]
-    texts = loaded.answer(prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
-    return [item.scored for item in encoded], texts
+    answers = answers_of(loaded, encoded, sampling, seed=seed)
+    return [item.scored for item in encoded], answers
 
 
 def _result_folder(folder: Path) -> Path:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from grao_fast.config import RewardType
+from grao_fast.config import RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.fingerprint import fingerprint
-from grao_fast.distributed.world import World
+from grao_fast.evaluation.answers import Answers, answers_of
 from grao_fast.evaluation.baseline import read_baseline, write_baseline
 from grao_fast.evaluation.compare import evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.rewards import Reward
+from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.lines import METRICS_FILE, read_lines
 
 
@@ -20,14 +21,14 @@ class HeldOut:
     """Evaluates a policy on held-out prompts, against their references and its first answers.
 
     Args:
-        answer: token ids of prompts -> the policy's greedy answers, as it is now.
+        loaded: the policy, with the processes of the run: all answer, and rank 0 scores.
         prompts: to answer.
         reward, metric: score the answers; metric None: the reward alone.
         reward_type: "pointwise" or "pairwise".
+        sampling: of the answers.
         eval_steps: evaluate every so many steps; None: before and after training only.
-        seed: of the bootstrap.
+        seed: of the samples, and of the bootstrap.
         output_dir: of the run, where the answers from before training are kept.
-        world: the processes of the run, all of which answer; rank 0 scores.
 
     before: the evaluation from before training; None until `begin` or `recall` has set it, and if
         `recall` finds no answers.
@@ -35,18 +36,19 @@ class HeldOut:
 
     def __init__(
         self,
-        answer: Callable[[list[list[int]]], list[str]],
+        loaded: LoadedPolicy,
         prompts: Sequence[Encoded],
         *,
         reward: Reward,
         metric: Reward | None,
         reward_type: RewardType,
+        sampling: SamplingOptions,
         eval_steps: int | None,
         seed: int,
         output_dir: Path,
-        world: World,
     ) -> None:
-        self._answers_of, self.prompts, self._world = answer, prompts, world
+        self._loaded, self.prompts, self._world = loaded, prompts, loaded.policy.world
+        self._sampling = sampling
         self.reward, self.metric, self.reward_type = reward, metric, reward_type
         self.eval_steps, self.seed, self.output_dir = eval_steps, seed, output_dir
         self.digest = fingerprint([prompt.example for prompt in prompts])
@@ -55,20 +57,20 @@ class HeldOut:
 
     def begin(self) -> EvaluationResult:
         """Evaluate the policy before training, and keep its answers."""
-        texts = self._answer()
+        answers = self._answer()
         self._world.main(
-            lambda: write_baseline(self.output_dir, texts, data=self.digest), held=True
+            lambda: write_baseline(self.output_dir, answers, data=self.digest), held=True
         )
-        self._first_texts, self.before = texts, self._compare(texts, None)
+        self._first_texts, self.before = answers.greedy, self._compare(answers, None)
         return self.before
 
     def recall(self) -> None:
         """Restore the evaluation from before training, from the answers that the run has kept."""
-        texts = self._world.main(
+        answers = self._world.main(
             lambda: read_baseline(self.output_dir, data=self.digest, prompts=len(self.prompts))
         )
-        if texts is not None:
-            self._first_texts, self.before = texts, self._compare(texts, None)
+        if answers is not None:
+            self._first_texts, self.before = answers.greedy, self._compare(answers, None)
 
     def evaluate(self) -> EvaluationResult:
         """Evaluate the policy as it is, and compare it with the one from before training."""
@@ -87,19 +89,20 @@ class HeldOut:
             )
         )
 
-    def _answer(self) -> list[str]:
+    def _answer(self) -> Answers:
         with self._world.at_once():
-            return self._answers_of([prompt.prompt_ids for prompt in self.prompts])
+            return answers_of(self._loaded, self.prompts, self._sampling, seed=self.seed)
 
-    def _compare(self, texts: list[str], baseline: list[str] | None) -> EvaluationResult:
+    def _compare(self, answers: Answers, baseline: list[str] | None) -> EvaluationResult:
         return self._world.main(
             lambda: evaluate_completions(
                 self.reward,
                 [prompt.scored for prompt in self.prompts],
-                texts,
+                answers.greedy,
                 baseline=baseline,
                 reward_type=self.reward_type,
                 metric=self.metric,
+                samples=None if self.metric is None else answers.samples,
                 seed=self.seed,
             )
         )

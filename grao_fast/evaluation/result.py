@@ -13,6 +13,8 @@ The paper (arXiv 2508.07750) counts a win in RAS as R > 0 in one place and R >= 
 so both are reported. It defines NAG as the share with R(post) > R(pre), but its tables contain a
 negative NAG, which a share cannot be: `nag` can be negative, and `nag_wins` is the share.
 
+`pass_at_k` is defined in `pass_at_k.py`.
+
 Intervals are 95% percentile bootstrap intervals over prompts, of 10,000 resamples.
 """
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grao_fast.reporting.tables import results_table
+from grao_fast.reporting.tables import PASS_AT, results_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +39,10 @@ class EvaluationResult:
     reward: mean of R(o), or of R(o, y) where the reward is pairwise.
     ras, ras_win_or_tie, nag, nag_wins: fractions, see the top of this module; RAS needs
         references, NAG completions of a base model.
-    metric: mean of the held-out metric.
+    metric: mean of the held-out metric of the greedy answers.
     intervals: the 95% bootstrap interval (low, high) of every one that is not None.
     rows: the texts and scores of every prompt.
+    pass_at_k: by k, the expected best metric of k samples; empty without samples.
     """
 
     prompts: int
@@ -51,10 +54,12 @@ class EvaluationResult:
     metric: float | None
     intervals: dict[str, tuple[float, float]]
     rows: list[dict[str, Any]] = field(repr=False)
+    pass_at_k: dict[int, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """The means that are not None, by name."""
+        """The means that are not None, by name; those of `pass_at_k` as pass_at_1 and so on."""
         values = {name: getattr(self, name) for name in METRICS}
+        values |= {f"{PASS_AT}{k}": value for k, value in self.pass_at_k.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:

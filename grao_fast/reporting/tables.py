@@ -91,6 +91,7 @@ _RESULTS = {
     "nag_wins": "NAG, wins alone",
     "metric": "held-out metric",
 }
+PASS_AT = "pass_at_"  # and the number of samples
 _VARIANTS = {"ras_win_or_tie", "nag_wins"}
 _RATES = {"ras", "nag", *_VARIANTS}
 
@@ -99,24 +100,31 @@ def results_table(
     prompts: int, means: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
 ) -> Table:
     """Return a table of the results of an evaluation, with rates in percent."""
-    table = Table(title=f"{prompts} prompts, greedy", title_justify="left")
+    answers = "greedy and sampled" if any(name.startswith(PASS_AT) for name in means) else "greedy"
+    table = Table(title=f"{prompts} prompts, {answers}", title_justify="left")
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_column("95% interval", justify="right")
     for name, mean in means.items():
         low, high = (metric_text(name, bound) for bound in intervals[name])
-        table.add_row(_RESULTS[name], metric_text(name, mean), f"{low} to {high}")
+        table.add_row(_described(name), metric_text(name, mean), f"{low} to {high}")
     return table
 
 
 def evaluation_line(means: Mapping[str, float]) -> str:
     """Return the results of an evaluation in one line, by their short names."""
     shown = (
-        f"{_RESULTS.get(name, name).partition(',')[0]} {metric_text(name, mean)}"
+        f"{_described(name).partition(',')[0]} {metric_text(name, mean)}"
         for name, mean in means.items()
         if name not in _VARIANTS
     )
     return ", ".join(shown)
+
+
+def _described(name: str) -> str:
+    if name.startswith(PASS_AT):
+        return f"pass@{name.removeprefix(PASS_AT)}, held-out metric of samples"
+    return _RESULTS.get(name, name)
 
 
 def metric_text(name: str, value: float) -> str:

@@ -127,21 +127,42 @@ class LoadedPolicy:
 
     def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
         """The greedy completion of every prompt, as text. Every process must call it."""
+        texts = self.complete(
+            prompts, num_generations=1, temperature=0.0, max_new_tokens=max_new_tokens, seed=seed
+        )
+        return [text for (text,) in texts]
+
+    def complete(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[list[str]]:
+        """Completions of every prompt, as texts. Every process must call it.
+
+        What is sampled for a prompt depends on `seed` and its place, not on the other prompts.
+        """
         seeds = prompt_seeds(seed, len(prompts))
 
-        def answers(places: Sequence[int]) -> list[str]:
+        def complete_own(places: Sequence[int]) -> list[list[str]]:
             own = [prompts[place] for place in places]
             groups = self.sampler.sample(
                 own,
-                num_generations=1,
+                num_generations=num_generations,
                 max_new_tokens=max_new_tokens,
-                temperature=0.0,
+                temperature=temperature,
                 seeds=[seeds[place] for place in places],
             )
-            return self.decode(own, [group[0] for group in groups])
+            return [
+                self.decode([prompt] * len(group), group)
+                for prompt, group in zip(own, groups, strict=True)
+            ]
 
         with self.ready_to_sample():
-            return self.policy.world.map(answers, range(len(prompts)))
+            return self.policy.world.map(complete_own, range(len(prompts)))
 
 
 def load_policy(

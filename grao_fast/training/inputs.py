@@ -19,6 +19,7 @@ from grao_fast.data.examples import (
     open_examples,
 )
 from grao_fast.evaluation.compare import RewardSpec
+from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.functions import Timeout, longest
@@ -63,6 +64,7 @@ def read_inputs(
     reward_weights: Sequence[float] | None,
     reward_timeout: Timeout,
     eval_steps: int | None,
+    num_generations_eval: int | None,
 ) -> Inputs:
     """Load the datasets and find the reward functions of a run.
 
@@ -85,6 +87,7 @@ def read_inputs(
         inputs.examples.compared = True  # also those that are drawn later
     if eval_dataset is None and metric is not None:
         raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
+    check_samples(num_generations_eval, metric)
     if eval_dataset is None and eval_steps is not None:
         raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
     return inputs
