@@ -152,6 +152,7 @@ def train(
             sampler=sampler,
             world=world,
         )
+        inputs.place_rewards(loaded.policy)
         world.main(
             lambda: prove_saving(loaded.model, loaded.tokenizer, output, merged=config.use_vllm)
         )

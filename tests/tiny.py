@@ -78,3 +78,36 @@ def sums(number: int) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def save_tiny_classifier(
+    folder: Path, *, labels: tuple[str, ...] = ("score",), chat_template: str | None = None
+) -> Path:
+    """Save a random two-layer Llama that classifies sequences, and a tokenizer of characters.
+
+    Its configuration has no padding token, as those of many reward models have none.
+    """
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = character_tokenizer(chat_template=chat_template)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=1,
+            id2label=dict(enumerate(labels)),
+            label2id={label: n for n, label in enumerate(labels)},
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -20,9 +20,10 @@ from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.models.attention.frequencies import hold_frequencies_of
 from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.loading import existing_path, load_tokenizer
-from grao_fast.models.placement import world_of
+from grao_fast.models.placement import Placement, world_of
 from grao_fast.rewards import resolve_reward
-from grao_fast.rewards.functions import longest
+from grao_fast.rewards.functions import ready
+from grao_fast.rewards.limits import longest
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import writable_folder, write_file
@@ -113,6 +114,7 @@ def evaluate(
 
         options = {"config": config, "trained": False, "world": world}
         loaded = load_policy(model, tokenizer=tokenizer, **options)
+        beside = Placement.beside(loaded.policy)
         examples, answers = _answer(loaded, examples, config.sampling, seed=config.seed)
         baseline = None
         if base_model is not None:
@@ -141,7 +143,10 @@ def evaluate(
                 write_lines(folder / COMPLETIONS_FILE, result.rows)
             return result
 
-        return world.main(compare)
+        for each in filter(None, (scorer, metric)):
+            each.place(beside)
+        with ready(scorer, metric):
+            return world.main(compare)
 
 
 def _answer(

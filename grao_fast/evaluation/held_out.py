@@ -13,6 +13,7 @@ from grao_fast.evaluation.baseline import read_baseline, write_baseline
 from grao_fast.evaluation.compare import evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.rewards import Reward
+from grao_fast.rewards.functions import ready
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.system.lines import METRICS_FILE, read_lines
 
@@ -94,15 +95,16 @@ class HeldOut:
             return answers_of(self._loaded, self.prompts, self._sampling, seed=self.seed)
 
     def _compare(self, answers: Answers, baseline: list[str] | None) -> EvaluationResult:
-        return self._world.main(
-            lambda: evaluate_completions(
-                self.reward,
-                [prompt.scored for prompt in self.prompts],
-                answers.greedy,
-                baseline=baseline,
-                reward_type=self.reward_type,
-                metric=self.metric,
-                samples=None if self.metric is None else answers.samples,
-                seed=self.seed,
+        with ready(self.reward, self.metric):
+            return self._world.main(
+                lambda: evaluate_completions(
+                    self.reward,
+                    [prompt.scored for prompt in self.prompts],
+                    answers.greedy,
+                    baseline=baseline,
+                    reward_type=self.reward_type,
+                    metric=self.metric,
+                    samples=None if self.metric is None else answers.samples,
+                    seed=self.seed,
+                )
             )
-        )

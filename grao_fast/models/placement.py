@@ -14,7 +14,8 @@ from grao_fast.config.views import ShardingOption
 from grao_fast.distributed.choice import choose_sharding, reduces_once
 from grao_fast.distributed.launch import launched
 from grao_fast.distributed.world import World
-from grao_fast.models.sharding import device_memory, local, mesh_of, shard
+from grao_fast.models.policy import Policy
+from grao_fast.models.sharding import device_memory, local, mesh_of, shard, sharding_of
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
@@ -75,6 +76,21 @@ class Placement:
             cpu_offload=config.cpu_offload,
             keeps_copy=config.kl_coef > 0,
             trains=trains,
+        )
+
+    @classmethod
+    def beside(cls, policy: Policy) -> Placement:
+        """The placement of a frozen model that is divided as a policy is."""
+        sharding, replicas = sharding_of(policy.causal_lm)
+        return cls(
+            world=policy.world,
+            device=policy.device,
+            compute_dtype=None,
+            sharding=sharding,
+            replicas=replicas,
+            cpu_offload=False,
+            keeps_copy=False,
+            trains=False,
         )
 
     def shard(self, model: nn.Module, causal_lm: PreTrainedModel) -> bool:

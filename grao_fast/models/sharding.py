@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from grao_fast.distributed.choice import Sharding
 from grao_fast.distributed.world import World
 from grao_fast.system.errors import UserError
 
@@ -109,6 +110,17 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that `shard` has sharded, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sharding_of(model: nn.Module) -> tuple[Sharding, int | None]:
+    """How `shard` has divided a model, and the replicas of "hybrid"."""
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return "none", None
+    if mesh.ndim == 1:
+        return "full", None
+    replicas, shards = mesh.shape
+    return ("none", None) if shards == 1 else ("hybrid", replicas)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ references in one call), F functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from grao_fast.config import RewardType
 from grao_fast.data.examples import Example
+from grao_fast.models.placement import Placement
 from grao_fast.rewards.calling import Caller
 from grao_fast.rewards.early import EarlyCalls, EarlyFunction, is_per_group
 from grao_fast.rewards.finding import (
@@ -38,6 +40,9 @@ from grao_fast.rewards.finding import (
     require_references,
     select_arguments,
 )
+from grao_fast.rewards.limits import Timeout, limit_of_each
+from grao_fast.rewards.named import NamedReward
+from grao_fast.rewards.placed import PlacedReward
 from grao_fast.rewards.texts import (
     arguments,
     column_names,
@@ -48,17 +53,6 @@ from grao_fast.rewards.texts import (
 )
 from grao_fast.rewards.values import LARGEST
 from grao_fast.system.errors import UserError
-
-# Seconds, for all functions or for each; None: no limit.
-Timeout = float | Sequence[float | None] | None
-
-
-def longest(timeout: Timeout) -> float | None:
-    """The longest of several time limits; None if one of them is none."""
-    if not isinstance(timeout, Sequence):
-        return timeout
-    limits = [math.inf if each is None else each for each in timeout]
-    return None if math.inf in limits else max(limits, default=None)
 
 
 @dataclass(frozen=True)
@@ -132,13 +126,7 @@ class Reward:
             )
         self.functions = list(functions)
         self.weights = [float(weight) for weight in weights]
-        several = isinstance(timeout, Sequence)
-        self.timeouts = list(timeout) if several else [timeout] * len(functions)
-        if len(self.timeouts) != len(functions):
-            raise RewardError(
-                f"reward_timeout must be one number, or hold {len(functions)}, one for each reward "
-                f"function (None: no limit); got {self.timeouts}"
-            )
+        self.timeouts = limit_of_each(timeout, len(functions))
         self.names = _unique([function_name(function) for function in functions])
         self._caller = Caller(functions, timeouts=self.timeouts)
         self._early = {
@@ -162,11 +150,28 @@ class Reward:
             if reward_type == "pairwise":
                 require_references(function)
             select_arguments(function, offered)
+            if isinstance(function, NamedReward):
+                function.check(examples)
         if reward_type == "pairwise" and all(example.reference is None for example in examples):
             raise RewardError(
                 "reward_type='pairwise' compares completions with references, but the dataset has "
                 "none: add a column `reference`, or set reward_type='pointwise'"
             )
+
+    def place(self, placement: Placement) -> None:
+        """Load the models of rewards that have one, beside the policy; every process must."""
+        for function in self.functions:
+            if isinstance(function, PlacedReward):
+                function.place(placement)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """A context in which each process can score alone: all must enter it together."""
+        with ExitStack() as stack:
+            for function in self.functions:
+                if isinstance(function, PlacedReward):
+                    stack.enter_context(function.ready())
+            yield
 
     def score_groups(
         self,
@@ -298,6 +303,15 @@ class Reward:
                 "reward_weights"
             )
         return total_R.masked_fill(scores_FR.isnan().all(dim=0), math.nan)
+
+
+@contextmanager
+def ready(*rewards: Reward | None) -> Iterator[None]:
+    """A context in which each process can score by several rewards alone; see `Reward.ready`."""
+    with ExitStack() as stack:
+        for reward in filter(None, rewards):
+            stack.enter_context(reward.ready())
+        yield
 
 
 def _unique(names: Sequence[str]) -> list[str]:

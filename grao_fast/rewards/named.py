@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grao_fast.data.examples import Example
 from grao_fast.data.fields import answer_text
 from grao_fast.rewards.finding import RewardError, RewardFunction, function_name
 
@@ -38,6 +39,9 @@ class NamedReward:
         self.identity = f"{name}({stated})"
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self.__signature__ = inspect.Signature([inspect.Parameter(each, kind) for each in takes])
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise UserError for examples that cannot be scored, before a model is loaded."""
 
 
 def identity(function: RewardFunction) -> str:

@@ -21,8 +21,10 @@ from grao_fast.data.examples import (
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.models.loading import load_tokenizer
+from grao_fast.models.placement import Placement
+from grao_fast.models.policy import Policy
 from grao_fast.rewards import Reward, resolve_reward
-from grao_fast.rewards.functions import Timeout, longest
+from grao_fast.rewards.limits import Timeout, longest
 from grao_fast.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +49,11 @@ class Inputs:
     def sets(self) -> list[Sequence[Example]]:
         """The examples to check, and the held-out ones if any; of a large dataset a sample."""
         return [rows for rows in (self.examples.sample(), self.eval_examples) if rows]
+
+    def place_rewards(self, policy: Policy) -> None:
+        """Load the models of rewards beside the policy. Every process must call it."""
+        for reward in filter(None, (self.reward, self.metric)):
+            reward.place(Placement.beside(policy))
 
     def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError for examples that the tokenizer's chat template refuses."""

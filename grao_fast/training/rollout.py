@@ -173,9 +173,9 @@ def sample_and_score(
         )
         return list(zip(texts, scores.rewards_NK, scores.scores_FNG.unbind(1), strict=True))
 
-    texts, rewards, scores = (
-        list(column) for column in zip(*world.map(score, places), strict=True)
-    )
+    with reward.ready():
+        scored_prompts = world.map(score, places)
+    texts, rewards, scores = (list(column) for column in zip(*scored_prompts, strict=True))
     scored = GroupScores(torch.stack(rewards), torch.stack(scores, 1), reward.names)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
     if early is not None:

@@ -49,6 +49,8 @@ class Math(NamedReward):
         UserError: math-verify is not installed.
     """
 
+    per_group = True  # it compares one group while the next is sampled
+
     def __init__(self, column: str = "answer", *, seconds: int = 5, name: str = "math") -> None:
         if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1:
             raise RewardError(f"seconds must be a whole number of at least 1, got {seconds!r}")
