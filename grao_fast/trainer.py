@@ -24,7 +24,6 @@ from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
-from grao_fast.rewards import Reward
 from grao_fast.sampling import Sampler
 from grao_fast.sampling.loading import LoadedPolicy, load_policy
 from grao_fast.system import interruption
@@ -32,8 +31,9 @@ from grao_fast.system.files import clear_left_overs, writable_folder
 from grao_fast.system.lock import only_run_in
 from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
-from grao_fast.training.ahead import SamplingAhead, Share
+from grao_fast.training.ahead import SamplingAhead
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
+from grao_fast.training.draws import PromptDraws
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
 from grao_fast.training.memory import GroupShape, token_budget
@@ -42,7 +42,8 @@ from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress
 from grao_fast.training.report import Report
 from grao_fast.training.results import TrainResult, write_summary
-from grao_fast.training.rollout import Rollout, sample_ahead, sample_and_score
+from grao_fast.training.rollout import Rollout
+from grao_fast.training.rollouts import Rollouts
 from grao_fast.training.state import DataStream, step_seed
 from grao_fast.training.step import update
 
@@ -185,7 +186,7 @@ class _Run:
         output: Path,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.loaded, self.reward, self.config = loaded, inputs.reward, config
+        self.loaded, self.config = loaded, config
         self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
@@ -210,12 +211,14 @@ class _Run:
             logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
                            config.prompts_per_step, len(prompts))  # fmt: skip
         batch_size, optimisation = min(config.prompts_per_step, len(prompts)), config.optimisation
-        self.stream = DataStream(len(prompts), batch_size, config.seed)
+        stream = DataStream(len(prompts), batch_size, config.seed)
+        self.draws = PromptDraws(stream, curriculum=config.curriculum)
+        self.rollouts = Rollouts(loaded, inputs.reward, prompts, self.draws, config)
         self.total_steps = count_steps(
             optimisation, prompts=len(prompts), prompts_per_step=batch_size
         )
         self.ahead = SamplingAhead(
-            self._sample,
+            self.rollouts.share,
             loaded.sampler,
             ahead=config.async_rollouts,
             steps=self.total_steps,
@@ -228,7 +231,7 @@ class _Run:
             self.optimizer,
             self.scheduler,
             identity=identity,
-            prompts=len(prompts),
+            draws=self.draws,
             config=config,
             output_dir=output,
         )
@@ -243,7 +246,7 @@ class _Run:
             self.optimizer,
             GroupShape.largest(self.prompts, self.config.sampling),
             self.config.objective,
-            most=self.stream.batch_size,
+            most=self.draws.stream.batch_size,
             memory_budget_mib=self.config.memory_budget_mib,
             workspace_mib=self.config.workspace_mib,
         )
@@ -306,9 +309,7 @@ class _Run:
         """Sample, score, update. Seeding each step makes it the same after a resume."""
         set_seed(step_seed(self.config.seed, step))
         with self.world.at_once():
-            rollout = sample_and_score(
-                *self._rollout(step), **self._rollout_options(step), ahead=self.ahead.take(step)
-            )
+            rollout = self.rollouts.make(step, self.ahead.take(step))
             metrics = update(
                 self.loaded.policy,
                 self.optimizer,
@@ -319,21 +320,10 @@ class _Run:
                 max_tokens=self.max_tokens,
                 beginning=self.loaded.beginning,
             )
+        self.draws.done(step)
         self.progress.done = step + 1
-        epoch = (step + 1) * self.stream.batch_size / self.stream.size
-        metrics |= {"epoch": epoch}
+        metrics |= {"epoch": self.draws.epochs(step + 1)}
         return rollout, rollout_metrics(rollout, self.config.objective) | metrics
-
-    def _rollout(self, step: int) -> tuple[LoadedPolicy, Reward, list[Encoded]]:
-        return self.loaded, self.reward, [self.prompts[i] for i in self.stream.batch(step)]
-
-    def _rollout_options(self, step: int) -> dict[str, Any]:
-        options = {"sampling": self.config.sampling, "objective": self.config.objective}
-        return {**options, "seed": step_seed(self.config.seed, step)}
-
-    def _sample(self, step: int) -> Share:
-        """This process's share of a step's prompts, sampled ahead."""
-        return sample_ahead(*self._rollout(step), **self._rollout_options(step))
 
     def _sync(self, step: int, metrics: dict[str, float]) -> None:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""

@@ -71,6 +71,7 @@ VARIANTS = {
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
+    "refilled": Variant({"dynamic_sampling": 2, "curriculum": True}, dead=0.5),
     "odd counts": Variant({"prompts_per_step": 5, "max_tokens_per_microbatch": 60}),
     "three prompts": Variant({"prompts_per_step": 3}),
     "padded": Variant({"share_prefix": False}),

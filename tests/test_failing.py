@@ -19,6 +19,7 @@ from test_trainer import CONFIG, ROWS, lines, run, same_bits
 
 import grao_fast.trainer
 import grao_fast.training.progress
+import grao_fast.training.rollouts
 import grao_fast.training.step
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
@@ -32,7 +33,7 @@ SOON = 30.0  # seconds in which all processes have to end
 # Each is called once a step, but the sampler also in the checks of a model.
 MOMENTS = {
     "load": (grao_fast.trainer, "load_policy", 1, None),
-    "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
+    "sampling": (grao_fast.training.rollouts, "sample_and_score", 2, 1),
     "reward": (test_trainer, "rarely_equal", 2, 1),
     "update": (grao_fast.training.step, "micro_batch_loss", 2, 1),
     "optimiser": (grao_fast.training.step, "_optimizer_step", 2, 1),

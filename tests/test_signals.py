@@ -25,6 +25,7 @@ from test_trainer import CONFIG, ROWS, letters, lines, rarely_equal, run, same_b
 import grao_fast.evaluation.held_out
 import grao_fast.system.interruption
 import grao_fast.trainer
+import grao_fast.training.rollouts
 import grao_fast.training.step
 from grao_fast import Preempted
 from grao_fast.callbacks import Callback
@@ -90,10 +91,12 @@ def at_call(
     monkeypatch.setattr(owner, name, wrapped)
 
 
+SAMPLING = grao_fast.training.rollouts, "sample_and_score"
+
 # Functions in which a signal comes, and the steps that are finished by then. Each is called once a
 # step unless another number is given.
 MOMENTS = {
-    "sampling": (grao_fast.trainer, "sample_and_score", 2, 1),
+    "sampling": (*SAMPLING, 2, 1),
     "gradient": (grao_fast.training.step, "micro_batch_loss", 4, 1),
     "optimiser's step": (grao_fast.training.step.torch.optim.AdamW, "step", 2, 2),
     "behind the optimiser": (grao_fast.training.step, "update_flops", 2, 2),
@@ -135,10 +138,9 @@ def test_a_signal_at_any_moment_saves_whole_steps_and_the_run_goes_on_to_the_sam
 def test_a_run_can_be_stopped_again_and_again(tiny_model, tmp_path, uninterrupted, monkeypatch):
     """A resumed run stopped before its first step leaves the checkpoint that it resumed from."""
     for number, whole in ((2, 1), (1, 1), (2, 2), (3, 4)):
-        name = "sample_and_score" if whole < 4 else "save_model"
-        number = number if whole < 4 else 1
+        moment = (*SAMPLING, number) if whole < 4 else (grao_fast.trainer, "save_model", 1)
         with monkeypatch.context() as patch, pytest.raises(Preempted) as caught:
-            at_call(patch, grao_fast.trainer, name, number, send)
+            at_call(patch, *moment, send)
             run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=whole_dir(tmp_path))
         assert caught.value.checkpoint == tmp_path / f"checkpoint-{whole}"
     run(tiny_model, tmp_path, **OPTIONS, resume_from_checkpoint=True)
@@ -152,7 +154,7 @@ def whole_dir(output: Path) -> bool | None:
 def test_without_checkpoints_a_signal_writes_one_and_says_where(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGHUP))
+    at_call(monkeypatch, *SAMPLING, 2, lambda: send(signal.SIGHUP))
     with pytest.raises(Preempted) as caught:
         run(tiny_model, tmp_path, config=CONFIG.replace(save_steps=0))
     assert caught.value.code == 129
@@ -172,7 +174,7 @@ def test_before_the_first_step_there_is_nothing_to_save(name, tiny_model, tmp_pa
 
 def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(tiny_model, tmp_path, monkeypatch):
     """Python reports an interrupted process only for KeyboardInterrupt itself, not a subclass."""
-    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signal.SIGINT))
+    at_call(monkeypatch, *SAMPLING, 2, lambda: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         run(tiny_model, tmp_path, **OPTIONS)
     assert type(caught.value) is KeyboardInterrupt
@@ -183,7 +185,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_of_pythons_own_kind(tiny_model, tmp_path
 def test_a_second_ctrl_c_waits_for_no_save_and_a_second_sigterm_does(
     signum: int, saved: bool, tiny_model: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, lambda: send(signum))
+    at_call(monkeypatch, *SAMPLING, 2, lambda: send(signum))
     at_call(monkeypatch, grao_fast.training.progress, "save_checkpoint", 1, lambda: send(signum))
     with pytest.raises((KeyboardInterrupt, Preempted)):
         run(tiny_model, tmp_path, **OPTIONS)
@@ -330,7 +332,7 @@ def test_a_failing_save_does_not_hide_what_went_wrong_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(grao_fast.training.progress, "save_checkpoint", full)
-    at_call(monkeypatch, grao_fast.trainer, "sample_and_score", 2, send)
+    at_call(monkeypatch, *SAMPLING, 2, send)
     with pytest.raises(Preempted) as caught:
         run(tiny_model, tmp_path, **OPTIONS)
     assert caught.value.checkpoint is None

@@ -90,6 +90,11 @@ class GRAOConfig:
 
     Optimisation:
         prompts_per_step: the number of prompts in a step.
+        dynamic_sampling: the most further rounds of sampling in a step. Each replaces the groups
+            whose rewards are all equal, from which nothing is learned, by groups of the next
+            prompts; 0: none. Epochs then take fewer steps, but num_train_epochs counts as without.
+        curriculum: draw prompts less often whose groups had equal rewards: not in the next epoch,
+            then in two, four, and eight, until a group has different ones.
         num_iterations: the number of updates on the samples of a step, all at its learning rate.
             From the second on, the log-prob of a sampled token is replaced by its clipped ratio to
             the policy at the start of the step.
@@ -171,6 +176,8 @@ class GRAOConfig:
     async_rollouts: int = 0
 
     prompts_per_step: int = 64
+    dynamic_sampling: int = 0
+    curriculum: bool = False
     num_iterations: int = 1
     epsilon: float = 0.2
     epsilon_high: float | None = None

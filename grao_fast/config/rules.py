@@ -52,6 +52,7 @@ AT_LEAST: dict[str, float] = {
     "max_reference_length": 1,
     "generation_batch_size": 1,
     "prompts_per_step": 1,
+    "dynamic_sampling": 0,
     "max_tokens_per_microbatch": 1,
     "memory_budget_mib": 1,
     "learning_rate": 0,
@@ -107,6 +108,13 @@ def check_effect(config: Any) -> None:
             f"async_rollouts={config.async_rollouts} learns from samples of earlier weights, which "
             "importance weights correct: set vllm_importance_sampling_clip_max, 3.0 by default"
         )
+    for name in ("dynamic_sampling", "curriculum"):
+        if getattr(config, name) and config.async_rollouts:
+            raise UserError(
+                f"{name}={getattr(config, name)!r} chooses prompts by the rewards of the step "
+                f"before, which async_rollouts={config.async_rollouts} does not wait for: set one "
+                "of the two"
+            )
     default_clip = default.epsilon, default.epsilon
     if config.num_iterations == 1 and config.objective.clip != default_clip:
         raise UserError(

@@ -176,7 +176,8 @@ class Caller:
 def stopped(name: str, error: LoopStoppedError) -> RewardError:
     """The error of an async function whose event loop was stopped."""
     return RewardError(
-        f"reward {name} did not finish, because an async reward stopped the event loop: {error}"
+        f"reward {name} did not finish, because an async reward stopped the event loop"
+        + (f": {error}" if str(error) else "")
     )
 
 

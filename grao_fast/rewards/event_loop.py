@@ -80,7 +80,7 @@ class OpenLoop:
                 self._ended = True
                 for outcome in self._outcomes:
                     if not outcome.done():
-                        outcome.set_exception(LoopStoppedError("it was stopped"))
+                        outcome.set_exception(LoopStoppedError())
             _leave(self._loop)
             threads.shutdown()
 
@@ -89,7 +89,7 @@ class OpenLoop:
         outcome: Future[Any] = Future()
         with self._lock:
             if self._ended:
-                outcome.set_exception(LoopStoppedError("it was stopped"))
+                outcome.set_exception(LoopStoppedError())
             else:
                 self._outcomes.append(outcome)
                 self._loop.call_soon_threadsafe(self._start, call, outcome)

@@ -59,6 +59,7 @@ def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, 
     }
     if rollout.staleness is not None:
         metrics["sampling/staleness"] = rollout.staleness
+    metrics |= rollout.counts
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
     return {name: float(value) for name, value in metrics.items()}
 

@@ -18,6 +18,7 @@ from grao_fast.system import interruption
 from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import read_state
+from grao_fast.training.draws import PromptDraws
 from grao_fast.training.identity import PolicyIdentity, RunIdentity, check_steps, digest_frozen
 from grao_fast.training.saver import SaveError, Saver
 from grao_fast.training.state import (
@@ -35,7 +36,7 @@ class Progress:
 
     Args:
         identity: of the run, written into its checkpoints.
-        prompts: how many the run has.
+        draws: which prompts the steps take.
         config: written into checkpoints as it was given.
         output_dir: of the run.
 
@@ -50,12 +51,12 @@ class Progress:
         scheduler: LambdaLR,
         *,
         identity: RunIdentity,
-        prompts: int,
+        draws: PromptDraws,
         config: GRAOConfig,
         output_dir: Path,
     ) -> None:
         self.loaded, self.optimizer, self.scheduler = loaded, optimizer, scheduler
-        self.identity, self.prompts, self.config = identity, prompts, config
+        self.identity, self.draws, self.config = identity, draws, config
         self.policy_identity = PolicyIdentity.of(loaded)
         self.frozen: str | None = None  # set by `begin`
         self.done: int | None = 0
@@ -156,7 +157,8 @@ class Progress:
             "run": asdict(self.identity),
             "policy": asdict(self.policy_identity),
             "frozen": self.frozen,
-            "prompts": self.prompts,
+            "prompts": self.draws.stream.size,
+            "draws": self.draws.state(),
         }
         return {"step": step, "config": self.config, "belongs_to": belongs_to}
 
@@ -164,11 +166,13 @@ class Progress:
         state = read_state(checkpoint)
         check_steps(checkpoint, state["step"], total_steps)
         self.policy_identity = resume_policy(self.loaded, self.policy_identity, checkpoint, state)
-        if state["prompts"] != self.prompts:
+        prompts = self.draws.stream.size
+        if state["prompts"] != prompts:
             logger.warning(
                 "%d prompts are short enough here and %d were: their order is another one",
-                self.prompts, state["prompts"],
+                prompts, state["prompts"],
             )  # fmt: skip
+        self.draws.load(state.get("draws"))
         load_optimizer(
             checkpoint,
             self.loaded.model,

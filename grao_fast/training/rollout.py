@@ -6,8 +6,9 @@ Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, the reference l
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.ahead import Sampled, Share
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -32,6 +35,8 @@ class Rollout:
     completions, texts: N lists of G.
     rewards_NK, advantages_NK: float64 on the CPU, NaN where absent.
     per_function: mean reward over the samples of each reward function.
+    scores_FNG: the samples' score by each reward function, as in `GroupScores`; None: unknown.
+    counts: metrics of how the prompts were drawn.
     seconds: by phase: "sample", "reward" after it, "reward_overlapped" before that where rewards
         are called for each group, and "wait" where the samples were sampled ahead.
     staleness: steps of the policy since the sampling began; None: sampled when they were needed.
@@ -45,28 +50,49 @@ class Rollout:
     per_function: dict[str, float]
     seconds: dict[str, float]
     staleness: int | None = None
+    scores_FNG: Tensor | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def dead_N(self) -> Tensor:
+        """Whether all rewards of a group are equal or absent, so that it has no weight."""
+        return (self.advantages_NK.nan_to_num(0.0) == 0).all(1)
 
-def sample_ahead(
-    loaded: LoadedPolicy,
-    reward: Reward,
-    prompts: Sequence[Encoded],
-    *,
-    sampling: SamplingOptions,
-    objective: ObjectiveOptions,
-    seed: int,
-) -> Share:
-    """This process's share of a step's prompts, sampled in a thread while the policy learns."""
-    return sample(
-        loaded,
-        reward,
-        prompts,
-        loaded.policy.world.share(range(len(prompts))),
-        sampling=sampling,
-        reward_type=objective.reward_type,
-        seed=seed,
-        alone=False,
-    )
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(len(c.token_ids) for group in self.completions for c in group)
+
+    def replaced(self, places: Sequence[int], other: Rollout, by: Sequence[int]) -> Rollout:
+        """This rollout with the groups at some places replaced by those of another.
+
+        Seconds are those of both.
+        """
+        assert self.scores_FNG is not None and other.scores_FNG is not None, "of scored rollouts"
+        fresh = dict(zip(places, by, strict=True))
+        N = len(self.prompts)
+        order = [N + fresh[n] if n in fresh else n for n in range(N)]
+
+        def joined(one: Sequence[T], two: Sequence[T]) -> list[T]:
+            both = [*one, *two]
+            return [both[n] for n in order]
+
+        scores_FNG = torch.cat([self.scores_FNG, other.scores_FNG], 1)[:, order]
+        rewards_NK = torch.cat([self.rewards_NK, other.rewards_NK])[order]
+        return replace(
+            self,
+            prompts=joined(self.prompts, other.prompts),
+            completions=joined(self.completions, other.completions),
+            texts=joined(self.texts, other.texts),
+            rewards_NK=rewards_NK,
+            advantages_NK=torch.cat([self.advantages_NK, other.advantages_NK])[order],
+            per_function=GroupScores(rewards_NK, scores_FNG, [*self.per_function]).per_function,
+            seconds={
+                phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0)
+                for phase in self.seconds | other.seconds
+            },
+            scores_FNG=scores_FNG,
+        )
 
 
 def sample(
@@ -77,13 +103,14 @@ def sample(
     *,
     sampling: SamplingOptions,
     reward_type: RewardType,
-    seed: int,
+    seeds: Sequence[int],
     alone: bool = True,
 ) -> Share:
     """G completions of each of a step's prompts that has one of these places.
 
     Groups that are whole are scored meanwhile, by the functions that are marked for it.
 
+    seeds: of all prompts.
     alone: see `EarlyCalls`.
     """
     early = reward.begin([p.scored for p in prompts], reward_type=reward_type, alone=alone)
@@ -92,7 +119,6 @@ def sample(
         assert early is not None
         early.begin(places[i], texts_of(loaded, prompts[places[i]], group))
 
-    seeds = prompt_seeds(seed, len(prompts))
     try:
         completions = loaded.sampler.sample(
             [prompts[n].prompt_ids for n in places],
@@ -125,6 +151,7 @@ def sample_and_score(
     sampling: SamplingOptions,
     objective: ObjectiveOptions,
     seed: int,
+    first: int = 0,
     ahead: Sampled | None = None,
 ) -> Rollout:
     """Sample G completions of every prompt and score them beside the references.
@@ -132,6 +159,8 @@ def sample_and_score(
     Each process does its share of the prompts, and returns the rollout of all. What is sampled for
     a prompt does not depend on the number of processes.
 
+    seed: of the step.
+    first: prompts that the step has sampled already.
     ahead: this process's share, if it was sampled ahead; None: it is sampled now.
     """
     world = loaded.policy.world
@@ -149,7 +178,7 @@ def sample_and_score(
                 own,
                 sampling=sampling,
                 reward_type=objective.reward_type,
-                seed=seed,
+                seeds=prompt_seeds(seed, first + len(prompts))[first:],
             )
         return share.completions
 
@@ -191,6 +220,7 @@ def sample_and_score(
         per_function=scored.per_function,
         seconds=seconds,
         staleness=None if ahead is None else ahead.staleness,
+        scores_FNG=scored.scores_FNG,
     )
 
 

@@ -1,14 +1,15 @@
 """The state that a run needs to resume exactly.
 
-All randomness of a step is a function of (seed, step), and the data cursor is a function of the
-step, so weights, optimiser and scheduler are the whole state.
+All randomness of a step is a function of (seed, step), and so is the data cursor, unless prompts
+are drawn by rewards (`grao_fast.training.draws`). So weights, optimiser, scheduler and these draws
+are the whole state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -59,7 +60,10 @@ class DataStream:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of a step."""
         start = step * self.batch_size
-        places = range(start, start + self.batch_size)
+        return self.at(range(start, start + self.batch_size))
+
+    def at(self, places: Sequence[int]) -> list[int]:
+        """Indices of the examples at some places of the stream."""
         return [int(_order(self.seed, p // self.size, self.size)[p % self.size]) for p in places]
 
 

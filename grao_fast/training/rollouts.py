@@ -1,0 +1,116 @@
+"""The rollouts of a run: each step's prompts, sampled and scored, with dead groups refilled.
+
+A group whose rewards are all equal, or absent, weighs nothing: it has cost samples and teaches
+nothing. With `dynamic_sampling`, such groups are replaced by groups of the prompts that come next,
+which may be dead in turn, for so many rounds at most. What is dead then stays in the step, where it
+counts as any group does when the loss is averaged over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.encoding import Encoded
+from grao_fast.rewards import Reward
+from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.seeds import prompt_seeds
+from grao_fast.training.ahead import Sampled, Share
+from grao_fast.training.draws import PromptDraws
+from grao_fast.training.rollout import Rollout, sample, sample_and_score
+from grao_fast.training.state import step_seed
+
+
+class Rollouts:
+    """Makes the rollouts of a run; every process makes all of them, and samples its share.
+
+    Args:
+        prompts: of the run.
+        draws: which of them a step takes.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedPolicy,
+        reward: Reward,
+        prompts: Sequence[Encoded],
+        draws: PromptDraws,
+        config: GRAOConfig,
+    ) -> None:
+        self._loaded, self._reward, self._prompts = loaded, reward, prompts
+        self._draws, self._config = draws, config
+
+    def share(self, step: int) -> Share:
+        """This process's share of a step's prompts, to be sampled ahead in a thread."""
+        prompts = self._of(self._draws.planned(step))
+        return sample(
+            self._loaded,
+            self._reward,
+            prompts,
+            self._loaded.policy.world.share(range(len(prompts))),
+            sampling=self._config.sampling,
+            reward_type=self._config.reward_type,
+            seeds=prompt_seeds(self._seed(step), len(prompts)),
+            alone=False,
+        )
+
+    def make(self, step: int, ahead: Sampled | None) -> Rollout:
+        """The rollout of a step; ahead: as in `sample_and_score`."""
+        indices = self._draws.batch(step)
+        rollout = self._sample(step, indices, ahead=ahead)
+        made, sampled = [rollout], list(zip(indices, rollout.dead_N.tolist(), strict=True))
+        refilled = 0
+        while rollout.dead_N.any() and len(made) <= self._config.dynamic_sampling:
+            dead = rollout.dead_N.nonzero().flatten().tolist()
+            indices = self._draws.more(len(dead))
+            other = self._sample(step, indices, first=len(sampled))
+            made.append(other)
+            sampled += zip(indices, other.dead_N.tolist(), strict=True)
+            live = (~other.dead_N).nonzero().flatten().tolist()
+            rollout = rollout.replaced(dead[: len(live)], other, live)
+            refilled += len(live)
+        self._draws.tell(sampled)
+        return replace(rollout, counts=self._counts(made, refilled))
+
+    def _sample(
+        self, step: int, indices: Sequence[int], *, first: int = 0, ahead: Sampled | None = None
+    ) -> Rollout:
+        return sample_and_score(
+            self._loaded,
+            self._reward,
+            self._of(indices),
+            sampling=self._config.sampling,
+            objective=self._config.objective,
+            seed=self._seed(step),
+            first=first,
+            ahead=ahead,
+        )
+
+    def _of(self, indices: Sequence[int]) -> list[Encoded]:
+        return [self._prompts[index] for index in indices]
+
+    def _seed(self, step: int) -> int:
+        return step_seed(self._config.seed, step)
+
+    def _counts(self, made: Sequence[Rollout], refilled: int) -> dict[str, float]:
+        """Metrics of what was drawn and sampled; made: the rollout of every round."""
+        counts: dict[str, float] = {}
+        if self._config.dynamic_sampling:
+            groups = sum(len(each.prompts) for each in made)
+            samples_MG = torch.cat([each.rewards_NK[:, :-1] for each in made])
+            counts = {
+                "rounds": len(made) - 1,
+                "refilled": refilled,
+                "groups": groups,
+                "tokens": sum(each.sampled_tokens for each in made),
+                "frac_dead": sum(int(each.dead_N.sum()) for each in made) / groups,
+                "reward": float(samples_MG.nanmean()),
+            }
+        counts = {f"dynamic_sampling/{name}": value for name, value in counts.items()}
+        if self._config.curriculum:
+            counts["curriculum/passed_over"] = self._draws.passed_over
+            counts["curriculum/resting"] = self._draws.resting
+        return counts
