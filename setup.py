@@ -39,7 +39,7 @@ setup(
         *(f"grao_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"grao_fast": "grao_fast", "grao_fast.kernels": "kernels"},
-    package_data={"grao_fast": ["py.typed"]},
+    package_data={"grao_fast": ["py.typed", "reporting/page/*.jinja"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4",
@@ -62,6 +62,7 @@ setup(
             'mkdocstrings-python>=2; python_version >= "3.11"',
             'zensical>=0.0.73; python_version >= "3.11"',
         ],
+        "browser": ["playwright>=1.50"],  # the tests marked `browser`, with a Chromium of their own
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grao_fast.evaluation.compare import evaluate_completions
     from grao_fast.evaluation.evaluate import evaluate
     from grao_fast.evaluation.result import EvaluationResult
+    from grao_fast.reporting.page.report import report
     from grao_fast.reporting.plots import plot_run
     from grao_fast.system.interruption import Preempted
     from grao_fast.trainer import train
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate_completions",
     "load_examples",
     "plot_run",
+    "report",
     "train",
 ]
 
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "evaluate_completions": "evaluation.compare",
     "load_examples": "data",
     "plot_run": "reporting.plots",
+    "report": "reporting.page.report",
     "train": "trainer",
 }
 

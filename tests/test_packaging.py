@@ -68,7 +68,8 @@ def test_wheel_holds_every_module_and_no_other_folder(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"grao_fast/{name}" for name in python_files(ROOT / "grao_fast")}
     expected |= {f"grao_fast/kernels/{name}" for name in python_files(ROOT / "kernels")}
-    assert names == expected | {"grao_fast/py.typed"}
+    data = {"grao_fast/py.typed", "grao_fast/reporting/page/report.html.jinja"}
+    assert names == expected | data
 
 
 def test_wheel_metadata(wheel: Path) -> None:

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 from grao_fast.reporting import plots
 from grao_fast.reporting.plots import plot_run
+from grao_fast.reporting.series import running_mean
 
 
 def step(number: int, **metrics: float | None) -> dict[str, Any]:
@@ -107,14 +108,14 @@ def test_steps_without_components_are_left_out() -> None:
 
 def test_running_mean() -> None:
     short = [1.0, 5.0, 2.0]
-    assert plots._running_mean(short) == short
+    assert running_mean(short) == short
     values = [float(number) for number in range(30)]
     values[10] = math.nan
-    smooth = plots._running_mean(values)
+    smooth = running_mean(values)
     assert smooth[0] == 1.0  # of 0, 1, 2
     assert smooth[20] == 20.0
     assert smooth[10] == 10.0  # of 8, 9, 11, 12
-    assert math.isnan(plots._running_mean([math.nan] * 9)[4])
+    assert math.isnan(running_mean([math.nan] * 9)[4])
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs the `grao-fast` command: train, check, eval, plan, plot, demo.
+"""Runs the `grao-fast` command: train, check, eval, plan, plot, report, demo.
 
 An error that the user can correct is printed as one line on stderr, with exit code 2. A run that a
 signal stopped ends with 128 + the number of the signal. Any other error keeps its traceback. Torch
@@ -26,6 +26,7 @@ from grao_fast.cli.check import check_command, show
 from grao_fast.cli.messages import explain
 from grao_fast.cli.options import PROGRAM, Command, eval_command, parser_of, train_command
 from grao_fast.cli.plan import plan_command
+from grao_fast.cli.report import report_command
 from grao_fast.cli.yaml_files import check_no_key_twice, config_files
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed import launcher
@@ -246,6 +247,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Command]]:
         "plot": Command.new(
             _plot, "plot output_dir", "Draw a run's reward, loss and components as PNG."
         ),
+        "report": report_command(),
         "demo": Command.new(
             _demo,
             "demo [options]",

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from grao_fast.reporting.series import Series, component_shares, running_mean, series_of
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lines import METRICS_FILE, read_lines
@@ -29,15 +30,12 @@ _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "
 _GREY = "#666666"
 _SIZE_INCHES = (6.4, 3.8)
 _DPI = 150
-_SHORT_RUN = 8  # fewer points than this are not smoothed
 _RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill the panel
 _COMPONENTS = {"exploration": _BLUE, "imitation": _ORANGE, "alignment": _GREEN}
 _RATES = {
     "eval/ras": ("RAS (beats the reference)", _GREEN, "o"),
     "eval/nag": ("NAG (wins minus losses against the base model)", _VERMILION, "s"),
 }
-
-Series = tuple[list[int], list[float]]  # steps and values
 
 
 @visible_errors()
@@ -76,11 +74,11 @@ def plot_run(output_dir: str | Path) -> list[Path]:
 
 def _reward(rows: Sequence[dict[str, Any]]) -> Figure | None:
     lines = {
-        "samples": (_series(rows, "reward"), _BLUE),
-        "references": (_series(rows, "reference/reward"), _ORANGE),
+        "samples": (series_of(rows, "reward"), _BLUE),
+        "references": (series_of(rows, "reference/reward"), _ORANGE),
     }
-    evaluated = _series(rows, "eval/reward")
-    rates = {key: _series(rows, key) for key in _RATES}
+    evaluated = series_of(rows, "eval/reward")
+    rates = {key: series_of(rows, key) for key in _RATES}
     rates = {key: series for key, series in rates.items() if series[0]}
     if not lines["samples"][0][0] and not evaluated[0] and not rates:
         return None
@@ -105,7 +103,7 @@ def _reward(rows: Sequence[dict[str, Any]]) -> Figure | None:
 
 
 def _loss(rows: Sequence[dict[str, Any]]) -> Figure | None:
-    series = _series(rows, "loss")
+    series = series_of(rows, "loss")
     if not series[0]:
         return None
     figure, axes = _figure("Loss", "loss, $-J$ (nats)")
@@ -115,19 +113,12 @@ def _loss(rows: Sequence[dict[str, Any]]) -> Figure | None:
 
 
 def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
-    keys = [f"objective/{name}" for name in _COMPONENTS]
-    steps, shares = [], []
-    for row in rows:
-        sizes = [abs(row[key]) if row.get(key) is not None else math.nan for key in keys]
-        total = sum(sizes)
-        if not math.isnan(total) and total > 0:  # all are 0 in a step with dead groups only
-            steps.append(row["step"])
-            shares.append([size / total for size in sizes])
+    steps, columns = component_shares(rows)
     if not steps:
         return None
     figure, axes = _figure("Share of each component of the objective", "share of summed magnitudes")
     # Means of shares that sum to 1 sum to 1, so the smoothed areas still fill the plot.
-    smooth = [_running_mean(list(column)) for column in zip(*shares, strict=True)]
+    smooth = [running_mean(column) for column in columns]
     if len(steps) == 1:  # an area needs a width
         steps = [steps[0], steps[0] + 1]
         smooth = [column * 2 for column in smooth]
@@ -145,31 +136,11 @@ def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def _series(rows: Sequence[dict[str, Any]], key: str) -> Series:
-    """Return the steps and values of a metric, with NaN, which is drawn as a gap, for null."""
-    found = [(row["step"], row[key]) for row in rows if key in row]
-    values = [math.nan if value is None else float(value) for _, value in found]
-    if all(map(math.isnan, values)):
-        return [], []
-    return [step for step, _ in found], values
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Average over a centred window of about a tenth of the run, without NaN; copy short runs."""
-    reach = 0 if len(values) < _SHORT_RUN else 1 + len(values) // 25
-    means = []
-    for index in range(len(values)):
-        window = values[max(0, index - reach) : index + reach + 1]
-        present = [value for value in window if not math.isnan(value)]
-        means.append(sum(present) / len(present) if present else math.nan)
-    return means
-
-
 def _draw(axes: Axes, series: Series, label: str, colour: str) -> None:
     steps, values = series
     if not steps:
         return
-    smooth = _running_mean(values)
+    smooth = running_mean(values)
     if smooth != values:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     marker = "o" if len(steps) == 1 else None

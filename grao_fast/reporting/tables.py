@@ -64,11 +64,22 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def as_text(prompt: str | Sequence[Any]) -> str:
     """Return a prompt as text, with messages as lines of "role: content"."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(map(_message, prompt))
+
+
+def _message(message: Any) -> str:
+    """Return a message as "role: content", with the text of a list of parts; else as it is."""
+    if not isinstance(message, Mapping):
+        return str(message)
+    content = message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+        content = "".join(str(part) for part in parts if part is not None)
+    calls = message.get("tool_calls")
+    shown = [str(part) for part in (content, calls) if part is not None]
+    return f"{message.get('role', '')}: {' '.join(shown)}"
 
 
 def head(text: str, characters: int = _CHARACTERS) -> str:

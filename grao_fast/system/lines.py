@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,28 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return [row for _, row in _readable(Path(path))]
 
 
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a file, with or without a step; lines that cannot be read are skipped."""
+    lines = Path(path).read_bytes().split(b"\n")
+    return [row for line in lines if (row := _object(line)) is not None]
+
+
+def read_ends(path: str | Path, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the first and the last rows of a file of any size, at most so many of each.
+
+    Lines that cannot be read are skipped. In a short file the two overlap.
+    """
+    first: list[dict[str, Any]] = []
+    latest: deque[bytes] = deque(maxlen=rows + 1)  # the last line may be torn
+    with Path(path).open("rb") as file:
+        for line in file:
+            latest.append(line)
+            if len(first) < rows and (row := _row(line)) is not None:
+                first.append(row)
+    read = (_row(line) for line in latest)
+    return first, [row for row in read if row is not None][-rows:]
+
+
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a whole file of lines; NaN and infinity become null."""
     write_file(path, "".join(_dump(row) + "\n" for row in rows))
@@ -91,9 +114,14 @@ def _readable(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """Parse a line as a row with a step; None if it is not one."""
+    row = _object(line)
+    return row if row is not None and type(row.get("step")) is int else None
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError, RecursionError):
         row = json.loads(line.decode())
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if isinstance(row, dict):
             return row
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed.world import World
@@ -14,6 +15,7 @@ from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
 from grao_fast.training.diagnosis import Diagnosis
 from grao_fast.training.results import samples
 from grao_fast.training.rollout import Rollout
+from grao_fast.training.state import versions
 
 
 class Report:
@@ -45,6 +47,7 @@ class Report:
     def _open(self, total_steps: int, start_step: int) -> dict[str, float]:
         config = self._config
         write_file(self._output_dir / "config.json", json.dumps(config.to_dict(), indent=1))
+        write_file(self._output_dir / "run.json", json.dumps(self._facts(total_steps), indent=1))
         self._tracker = Tracker(
             self._output_dir,
             report_to=config.report_to,
@@ -54,6 +57,17 @@ class Report:
             start_step=start_step,
         )
         return self._diagnosis.recall(read_lines(self._output_dir / METRICS_FILE))
+
+    def _facts(self, total_steps: int) -> dict[str, Any]:
+        """What reports show of a run besides its options, before it has finished."""
+        defaults = GRAOConfig().to_dict()
+        options = self._config.to_dict()
+        return {
+            "total_steps": total_steps,
+            "processes": self._world.size,
+            "changed": [name for name, value in options.items() if value != defaults[name]],
+            "versions": versions(),
+        }
 
     def step(self, step: int, metrics: dict[str, float], rollout: Rollout, *, last: bool) -> None:
         """Log a step that is done, with what it shows, and its samples, where they are due."""

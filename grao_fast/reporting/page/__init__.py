@@ -1,0 +1,1 @@
+"""The report of runs as one HTML page that needs no network: curves, samples, configuration."""
