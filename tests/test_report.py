@@ -91,13 +91,13 @@ def test_a_finished_run(tmp_path: Path) -> None:
 def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     text = cells(page(*folders).text)
-    assert "Tokens of a sample. a 50 b 50" in text  # a chart with one metric
+    assert "there is nothing to learn from. a 0.5 b 0.5" in text  # one metric
     assert "a: samples 2" in text and "b: samples 2" in text
     assert "or between the runs. ■ a ■ b seed 0 1" in text
     assert "a, b: The first 2 of 2 held-out prompts" in text
-    assert text.count("before training") == 2  # the same of both runs
+    assert text.count("before training reward") == 2  # the same of both runs
     assert "first before a: after" not in text  # as are these
-    assert text.count("after step 30") == 2
+    assert text.count("after step 30 reward") == 2
 
 
 def test_answers_that_runs_do_not_share_say_whose_they_are(tmp_path: Path) -> None:
@@ -251,4 +251,4 @@ def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "Answers" in (tmp_path / "a/report.html").read_text()
     assert "Answers" not in (tmp_path / "grao-report.html").read_text()
     assert main(["report"]) == 2
-    assert "missing DIR, the output_dir of a run" in capsys.readouterr().err
+    assert "missing DIR; see grao-fast report --help" in capsys.readouterr().err

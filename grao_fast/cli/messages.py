@@ -10,8 +10,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from grao_fast.system.visible import squeezed
 
-_POSITIONAL = {"output_dir": "output_dir", "output_dirs": "DIR, the output_dir of a run"}
-
 
 def explain(message: str, command: str, hints: dict[str, Any], commands: Sequence[str]) -> str:
     """Return an error of the parser as one line.
@@ -40,7 +38,8 @@ def explain(message: str, command: str, hints: dict[str, Any], commands: Sequenc
         return f"unknown key {unknown[1]!r} in the config file{near}; see grao-fast {where}"
     if missing := re.search(r"arguments are required: (.+)", message):
         keys = [key.removeprefix(f"{command}.") for key in missing[1].split(", ")]
-        flags = ", ".join(_POSITIONAL.get(key, f"--{key}") for key in keys)
+        positional = {"output_dir": "output_dir", "output_dirs": "DIR"}
+        flags = ", ".join(positional.get(key, f"--{key}") for key in keys)
         return f"missing {flags}; see grao-fast {where}"
     key = re.match(r'Parser key "([^"]+)":', message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)

@@ -58,7 +58,11 @@ _SECTIONS: dict[str, list[Panel]] = {
         Panel("Loss", {"loss": "loss"}, "-J, plus the KL penalty or a router's loss, if any."),
     ],
     "Samples": [
-        Panel("Length", {"completions/mean_length": "mean"}, "Tokens of a sample."),
+        Panel(
+            "Length",
+            {"completions/mean_length": "samples", "reference/mean_length": "references"},
+            "Mean number of tokens.",
+        ),
         Panel(
             "Truncated samples",
             {"completions/clipped_ratio": "truncated"},
@@ -77,6 +81,12 @@ _SECTIONS: dict[str, list[Panel]] = {
             percent=True,
         ),
         Panel("Entropy", {"entropy": "entropy"}, "Of the policy at sampled tokens, in nats."),
+        Panel(
+            "Diversity",
+            {"completions/diversity": "diversity"},
+            "Share of the pairs of a group's samples that differ.",
+            percent=True,
+        ),
     ],
     "The reference's health": [
         Panel(
@@ -94,6 +104,12 @@ _SECTIONS: dict[str, list[Panel]] = {
             "Log-probability, L(y) and L(o)",
             {"reference/logprob": "references, L(y)", L_SAMPLES: "samples, L(o)"},
             "Mean log-probability of a token, in nats. A steep fall of L(y) is a collapse.",
+        ),
+        Panel(
+            "Imitation",
+            {"reference/imitation_share": "share of the gradient"},
+            "Share of the weights of all sequences that raises references.",
+            percent=True,
         ),
     ],
     "Optimisation": [
