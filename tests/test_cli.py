@@ -62,7 +62,7 @@ TRAIN = "train --model ./model --dataset sums.jsonl --reward rewards.py:correct 
 
 # Errors found before torch and transformers are imported.
 WRONG_OPTIONS = {
-    "": "a command is needed: train, check, eval, plan, plot, demo",
+    "": "a command is needed: train, check, eval, plan, plot, report, demo",
     "trian": r"no such command 'trian' \(did you mean train\?\)",
     "train": "missing --model, --dataset, --reward",
     "plot": "missing output_dir",
