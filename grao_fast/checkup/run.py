@@ -107,6 +107,7 @@ def check(
                 reward_weights=config.reward_weights,
                 reward_timeout=config.reward_timeout,
                 eval_steps=config.eval_steps,
+                num_generations_eval=config.num_generations_eval,
             )
         )
         world.together(lambda: check_trackers(config.report_to))
