@@ -44,6 +44,8 @@ def pass_at_k(scores_NG: Sequence[Sequence[float]]) -> dict[str, Tensor]:
     n = max(map(len, scores_NG), default=0)
     powers = [2**power for power in range(n.bit_length())]  # up to n
     return {
-        f"{PASS_AT}{k}": torch.tensor([expected_best(scores, k) for scores in scores_NG]).double()
+        f"{PASS_AT}{k}": torch.tensor(
+            [expected_best(scores, k) for scores in scores_NG], dtype=torch.float64
+        )
         for k in sorted({*powers, n})
     }

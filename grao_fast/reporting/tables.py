@@ -100,7 +100,7 @@ _RESULTS = {
     "ras_win_or_tie": "RAS, ties counted as wins",
     "nag": "NAG, wins minus losses against the base model",
     "nag_wins": "NAG, wins alone",
-    "metric": "held-out metric",
+    "metric": "held-out metric, greedy",
 }
 PASS_AT = "pass_at_"  # and the number of samples
 _VARIANTS = {"ras_win_or_tie", "nag_wins"}

@@ -59,6 +59,7 @@ def rows(
     write_gradient: bool,
     entropy: bool = False,
     off_policy: bool = False,
+    entropy_weight: bool = False,
 ):
     shape = triton_rows.launch_shape(V, target.warp_size)
     types = {
@@ -78,7 +79,7 @@ def rows(
         "HAS_BIAS": transformed,
         "HAS_CAP": transformed,
         "HAS_ENTROPY": entropy,
-        "HAS_ENTROPY_WEIGHT": entropy and write_gradient,
+        "HAS_ENTROPY_WEIGHT": entropy_weight,
         "HAS_TOP1": off_policy,
         "FORM": FORMS["clipped_ratio"].number if off_policy else 0,
         "WRITE_GRADIENT": write_gradient,
@@ -185,10 +186,13 @@ def compile_for(name: str) -> dict[str, dict]:
     results[f"{name} logprobs"] = facts(rows(target, "fp32", 49152, True, False))
     results[f"{name} entropies"] = facts(rows(target, "fp32", 49152, True, False, True))
     for gradient, transformed in product(("fp32", "bf16"), (False, True)):
-        compiled = rows(target, gradient, 49152, transformed, True, True)
+        compiled = rows(target, gradient, 49152, transformed, True, True, entropy_weight=True)
         results[f"{name} entropy-rows {gradient} {transformed}"] = facts(compiled)
-        compiled = rows(target, gradient, 49152, transformed, True, False, True)
+        compiled = rows(target, gradient, 49152, transformed, True, True, True)
         results[f"{name} off-policy-rows {gradient} {transformed}"] = facts(compiled)
+        form = "transformed" if transformed else "plain"  # as `grao_fast.train` runs them
+        compiled = rows(target, gradient, 49152, transformed, True, True)
+        results[f"{name} trained-rows {gradient} {form}"] = facts(compiled)
     for transformed, entropy in ((False, False), (True, True)):
         form = (18992, transformed, entropy)  # an eighth of 151936
         results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))
