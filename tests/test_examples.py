@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from judge_server import JudgeServer, chat, serving
 from tiny import sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -149,9 +150,9 @@ def test_the_math_example(tiny_model, tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.slow
 def test_the_judge_example(tiny_model, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("openai")
-    server = pytest.importorskip("judge_server")
-    with server.serving(server.JudgeServer()) as url:
-        options = {"model": tiny_model, "judge_model": "judge", "judge_url": url}
+    judge = JudgeServer(lambda pair: chat("A" if pair.first > pair.second else "B"))
+    with serving(judge) as url:
+        options = {"model": tiny_model, "judge_model": "judge-model", "judge_url": url}
         call(
             "judge/train",
             monkeypatch,

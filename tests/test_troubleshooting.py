@@ -15,7 +15,13 @@ EXCEPTIONS = re.compile(
     r"(?!Assertion|Attribute|Timeout)\w*Error$|ProcessDied|SlowProcess|_TooSlow|KeyboardInterrupt|TemplateRefusal"
 )
 # their functions return what is shown, or their constants are its words
-RETURNED = ("cli/messages.py", "data/encoder.py", "distributed/links.py", "training/diagnosis.py")
+RETURNED = (
+    "cli/messages.py",
+    "data/encoder.py",
+    "distributed/links.py",
+    "rewards/judge/remedies.py",
+    "training/diagnosis.py",
+)
 NO_MESSAGES = (
     "a list [{}, ...]",
     "an integer of {} bits",

@@ -23,6 +23,7 @@ from grao_fast.evaluation.result import METRICS, EvaluationResult
 from grao_fast.reporting.tables import PASS_AT
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.finding import RewardFunction
+from grao_fast.rewards.measured import join_metrics
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
@@ -64,12 +65,15 @@ def evaluate_completions(
     if not examples:
         raise UserError("there is nothing to evaluate: no examples")
     examples = [replace(each, reference=answer_text(each.reference)) for each in examples]
-    scores = _score(resolve_reward(reward), examples, completions, baseline, reward_type)
+    reward = resolve_reward(reward)
+    scores = _score(reward, examples, completions, baseline, reward_type)
+    measured = dict(reward.take_metrics())
     sampled: list[list[float]] = []
     if metric is not None:
         metric = resolve_reward(metric)
         scores["metric"] = _tensor(metric.score(examples, completions))
         sampled = _score_samples(metric, examples, samples or ())
+        measured |= {f"metric/{name}": value for name, value in metric.take_metrics().items()}
     elif samples is not None:
         raise UserError("samples are scored by the metric: pass one, or leave samples out")
     per_prompt = {
@@ -98,6 +102,7 @@ def evaluate_completions(
             for name, mean in means.items()
             if name.startswith(PASS_AT)
         },
+        measured=join_metrics([measured]),
         **{name: means.get(name) for name in METRICS},
     )
 

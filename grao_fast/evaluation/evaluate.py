@@ -106,6 +106,8 @@ def evaluate(
         if metric is not None:
             metric = resolve_reward(metric, timeout=longest(config.reward_timeout))
             metric.check(examples, reward_type="pointwise")
+        for each in filter(None, (scorer, metric)):
+            each.check_ready()
         for named in (model, base_model):
             if isinstance(named, (str, Path)):
                 existing_path(named)

@@ -43,6 +43,7 @@ class EvaluationResult:
     intervals: the 95% bootstrap interval (low, high) of every one that is not None.
     rows: the texts and scores of every prompt.
     pass_at_k: by k, the expected best metric of k samples; empty without samples.
+    measured: the rewards' own metrics, and those of the held-out metric.
     """
 
     prompts: int
@@ -55,6 +56,7 @@ class EvaluationResult:
     intervals: dict[str, tuple[float, float]]
     rows: list[dict[str, Any]] = field(repr=False)
     pass_at_k: dict[int, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The means that are not None, by name; those of `pass_at_k` as pass_at_1 and so on."""
@@ -65,7 +67,8 @@ class EvaluationResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: prompts, the means that are not None, and `intervals`."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        return {"prompts": self.prompts, **self.metrics(), "intervals": intervals}
+        plain = {"prompts": self.prompts, **self.metrics(), "intervals": intervals}
+        return plain | ({"measured": self.measured} if self.measured else {})
 
     def table(self) -> Table:
         """A table for the terminal; rates in percent."""

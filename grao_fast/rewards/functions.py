@@ -11,6 +11,8 @@ concurrently, see `grao_fast.rewards.calling`. Every function gets its own deep 
 which it may change; only objects that cannot be copied are shared. Functions marked by `per_group`
 may score each group by itself while others are sampled, see `grao_fast.rewards.early`.
 
+A reward may offer more, see `grao_fast.rewards.measured`: a check before the run, and metrics.
+
 Suffixes of names: N prompts, K = G + 1 sequences of a group, R scored texts (completions and
 references in one call), F functions.
 """
@@ -38,9 +40,11 @@ from grao_fast.rewards.finding import (
     find_function,
     function_name,
     require_references,
+    running,
     select_arguments,
 )
 from grao_fast.rewards.limits import Timeout, limit_of_each
+from grao_fast.rewards.measured import Checked, Measured, Metrics
 from grao_fast.rewards.named import NamedReward
 from grao_fast.rewards.placed import PlacedReward
 from grao_fast.rewards.texts import (
@@ -172,6 +176,31 @@ class Reward:
                 if isinstance(function, PlacedReward):
                     stack.enter_context(function.ready())
             yield
+
+    def check_ready(self) -> None:
+        """Ask the functions that can tell whether they would fail. Raises RewardError if one does.
+
+        It may call a server, so it is called once before a run.
+        """
+        for name, function in zip(self.names, self.functions, strict=True):
+            if isinstance(function, Checked):
+                with running(f"check_ready of reward {name}"):
+                    function.check_ready()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a function offers metrics."""
+        return any(isinstance(function, Measured) for function in self.functions)
+
+    def take_metrics(self) -> Metrics:
+        """Return the functions' own metrics since the last call, by rewards/FUNCTION/METRIC."""
+        taken = {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            if isinstance(function, Measured):
+                with running(f"take_metrics of reward {name}"):
+                    metrics = function.take_metrics()
+                taken |= {f"rewards/{name}/{key}": value for key, value in metrics.items()}
+        return taken
 
     def score_groups(
         self,

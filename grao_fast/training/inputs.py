@@ -97,6 +97,8 @@ def read_inputs(
     check_samples(num_generations_eval, metric)
     if eval_dataset is None and eval_steps is not None:
         raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
+    for each in filter(None, (inputs.reward, inputs.metric)):
+        each.check_ready()
     return inputs
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import MicroBatch
 from grao_fast.kernels import GRAOLoss, sequence_weights
+from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
 from grao_fast.training.rollout import Rollout
 
@@ -61,6 +62,7 @@ def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, 
         metrics["sampling/staleness"] = rollout.staleness
     metrics |= rollout.counts
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
+    metrics |= join_metrics(rollout.measured)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -87,7 +87,9 @@ class Report:
 
     def evaluation(self, step: int, result: EvaluationResult) -> None:
         """Log an evaluation, and write its rows."""
-        metrics = {f"eval/{name}": value for name, value in result.metrics().items()}
+        metrics = {
+            f"eval/{name}": value for name, value in (result.metrics() | result.measured).items()
+        }
 
         def log() -> None:
             assert self._tracker is not None, "of rank 0"

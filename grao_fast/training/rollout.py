@@ -19,6 +19,7 @@ from grao_fast.data.packing import Group
 from grao_fast.objectives import grao
 from grao_fast.rewards import Reward
 from grao_fast.rewards.functions import GroupScores
+from grao_fast.rewards.measured import Metrics
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
@@ -39,6 +40,7 @@ class Rollout:
     counts: metrics of how the prompts were drawn.
     seconds: by phase: "sample", "reward" after it, "reward_overlapped" before that where rewards
         are called for each group, and "wait" where the samples were sampled ahead.
+    measured: the reward functions' own metrics, of each process.
     staleness: steps of the policy since the sampling began; None: sampled when they were needed.
     """
 
@@ -52,6 +54,7 @@ class Rollout:
     staleness: int | None = None
     scores_FNG: Tensor | None = None
     counts: Mapping[str, float] = field(default_factory=dict)
+    measured: Sequence[Metrics] = ()
 
     @property
     def dead_N(self) -> Tensor:
@@ -92,6 +95,7 @@ class Rollout:
                 for phase in self.seconds | other.seconds
             },
             scores_FNG=scores_FNG,
+            measured=[*self.measured, *other.measured],
         )
 
 
@@ -205,6 +209,7 @@ def sample_and_score(
     with reward.ready():
         scored_prompts = world.map(score, places)
     texts, rewards, scores = (list(column) for column in zip(*scored_prompts, strict=True))
+    measured = world.each(reward.take_metrics) if reward.is_measured else []
     scored = GroupScores(torch.stack(rewards), torch.stack(scores, 1), reward.names)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
     if early is not None:
@@ -221,6 +226,7 @@ def sample_and_score(
         seconds=seconds,
         staleness=None if ahead is None else ahead.staleness,
         scores_FNG=scored.scores_FNG,
+        measured=measured,
     )
 
 
