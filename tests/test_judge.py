@@ -282,7 +282,9 @@ def test_the_openai_key_is_not_sent_where_none_is_asked_for(server, url, monkeyp
 
 def refused(tmp_path: Path, judge: Judge) -> str:
     rows = [{"prompt": "p", "reference": "good"}]
-    options: dict[str, Any] = dict.fromkeys(("eval_dataset", "metric", "reward_weights"))
+    options: dict[str, Any] = dict.fromkeys(
+        ("eval_dataset", "metric", "reward_weights", "num_generations_eval")
+    )
     options |= {"reward_timeout": None, "eval_steps": None, "reward_type": "pairwise"}
     with pytest.raises(RewardError) as error:
         read_inputs(rows, judge, **options)

@@ -40,11 +40,10 @@ from grao_fast.rewards.finding import (
     find_function,
     function_name,
     require_references,
-    running,
     select_arguments,
 )
 from grao_fast.rewards.limits import Timeout, limit_of_each
-from grao_fast.rewards.measured import Checked, Measured, Metrics
+from grao_fast.rewards.measured import Measured, Metrics, check_ready, take_metrics
 from grao_fast.rewards.named import NamedReward
 from grao_fast.rewards.placed import PlacedReward
 from grao_fast.rewards.texts import (
@@ -182,10 +181,7 @@ class Reward:
 
         It may call a server, so it is called once before a run.
         """
-        for name, function in zip(self.names, self.functions, strict=True):
-            if isinstance(function, Checked):
-                with running(f"check_ready of reward {name}"):
-                    function.check_ready()
+        check_ready(self.names, self.functions)
 
     @property
     def is_measured(self) -> bool:
@@ -194,13 +190,7 @@ class Reward:
 
     def take_metrics(self) -> Metrics:
         """Return the functions' own metrics since the last call, by rewards/FUNCTION/METRIC."""
-        taken = {}
-        for name, function in zip(self.names, self.functions, strict=True):
-            if isinstance(function, Measured):
-                with running(f"take_metrics of reward {name}"):
-                    metrics = function.take_metrics()
-                taken |= {f"rewards/{name}/{key}": value for key, value in metrics.items()}
-        return taken
+        return take_metrics(self.names, self.functions)
 
     def score_groups(
         self,

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from grao_fast.rewards.finding import RewardFunction, running
+
 Metrics = Mapping[str, float | list[float]]
 
 
@@ -28,6 +30,25 @@ class Measured(Protocol):
         thing that was measured, and their mean over all processes is reported.
         """
         ...
+
+
+def check_ready(names: Sequence[str], functions: Sequence[RewardFunction]) -> None:
+    """Check the rewards that can tell that they would fail. Raises RewardError if one would."""
+    for name, function in zip(names, functions, strict=True):
+        if isinstance(function, Checked):
+            with running(f"check_ready of reward {name}"):
+                function.check_ready()
+
+
+def take_metrics(names: Sequence[str], functions: Sequence[RewardFunction]) -> Metrics:
+    """Return the metrics of all rewards that have some, as rewards/NAME/METRIC."""
+    taken: dict[str, float | list[float]] = {}
+    for name, function in zip(names, functions, strict=True):
+        if isinstance(function, Measured):
+            with running(f"take_metrics of reward {name}"):
+                metrics = function.take_metrics()
+            taken |= {f"rewards/{name}/{key}": value for key, value in metrics.items()}
+    return taken
 
 
 def join_metrics(parts: Sequence[Metrics]) -> dict[str, float]:

@@ -31,7 +31,9 @@ _SHOWN = 5  # names of models
 def explained(endpoint: Endpoint, failure: Failure) -> str:
     """Return the failure and its remedy on one line, with the model and the URL."""
     remedy = _remedy(endpoint, failure)
-    return f"judge {endpoint.model!r} at {endpoint.base_url}: {failure.message}; {remedy}"
+    return (
+        f"judge {endpoint.model!r} at {endpoint.base_url}: {failure.message.rstrip('.')}; {remedy}"
+    )
 
 
 def _remedy(endpoint: Endpoint, failure: Failure) -> str:
