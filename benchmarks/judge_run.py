@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace) -> float:
             reward_type="pairwise",
             num_generations=2,
             prompts_per_step=2,
-            max_new_tokens=24,
+            max_new_tokens=12,
             max_steps=arguments.steps,
             save_steps=0,
             learning_rate=1e-5,
