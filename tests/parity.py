@@ -67,7 +67,9 @@ VARIANTS = {
     "none": Variant({"sharding": "none"}),
     "hybrid": Variant({"sharding": "hybrid", "replicas": 2}),
     "LoRA": Variant(lora=True),
-    "KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}),
+    "KL, two updates": Variant(
+        {"kl_coef": 0.1, "num_iterations": 2, "num_generations_eval": 3, "eval_steps": 2}
+    ),
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
@@ -121,6 +123,9 @@ def run(variant: Variant, output: Path, models: Path, *, steps: int) -> dict[str
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    held_out: dict[str, Any] = {}
+    if "num_generations_eval" in variant.options:
+        held_out = {"eval_dataset": ROWS[:5], "metric": reward_of(0.0)}
     result = grao_fast.train(
         model,
         ROWS,
@@ -129,15 +134,19 @@ def run(variant: Variant, output: Path, models: Path, *, steps: int) -> dict[str
         tokenizer=tokenizer,
         peft_config=peft_config,
         output_dir=output,
+        **held_out,
     )
     return {name: tensor.detach() for name, tensor in result.model.state_dict().items()}
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
     """The largest differences of two runs in rewards, losses and weights; where samples differ."""
-    ours, theirs = (_lines(folder / "metrics.jsonl") for folder in (one, other))
+    ours, theirs = (
+        [row for row in _lines(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (one, other)
+    )
     texts = [
-        [row["completions"] for row in _lines(folder / "completions.jsonl")]
+        [row["completions"] for row in _lines(folder / "completions.jsonl")] + _held_out(folder)
         for folder in (one, other)
     ]
     assert len(ours) == len(theirs) and len(texts[0]) == len(texts[1])
@@ -156,6 +165,12 @@ def differences(one: Path, other: Path) -> dict[str, float]:
         "tokens": off("tokens"),
         "weights": max(float((weights[k] - others[k]).abs().max()) for k in weights),
     }
+
+
+def _held_out(folder: Path) -> list[list[str]]:
+    """The greedy answers and samples of a run's evaluations."""
+    rows = [row for path in sorted(folder.glob("eval-*.jsonl")) for row in _lines(path)]
+    return [[row["completion"], *row["samples"]] for row in rows]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
