@@ -138,7 +138,7 @@ def test_few_steps_are_not_judged() -> None:
 
 
 def test_a_loss_of_zero_is_explained() -> None:
-    dead = {"frac_dead": 1.0, "reward": math.nan}
+    dead = {"frac_dead": 1.0, "reward": math.nan, "frac_reward_zero_std": 1.0}
     (message,) = said([dead] * 12)
     assert message.startswith("step 1: ") and "None for every sample" in message
     assert said([dead | {"kl": 0.01}]) == []  # the KL term gives a loss

@@ -181,7 +181,7 @@ def blunt_reward(history: History) -> str | None:
     """A reward that no longer tells the samples of a prompt apart."""
     equal = history.latest("frac_reward_zero_std")
     before, now = _both(history, "reward_std")
-    if equal >= LIMITS.equal_groups:
+    if equal >= LIMITS.equal_groups and no_signal(history) is None:
         found = f"in {equal:.0%} of groups all samples have the same reward"
     elif now < LIMITS.spread_left * before:
         found = (
