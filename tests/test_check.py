@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from processes import launch
 from rich.console import Console
 from test_evaluate import length
 from tiny import CHAT_TEMPLATE, character_tokenizer, save_tiny_model, sums, write_jsonl
@@ -221,6 +222,27 @@ def test_output_dir_is_read_alone(tiny_model: Path, tmp_path: Path, unchecked: N
     in_file = checked(output_dir=output / "summary.json")
     assert "summary.json' is not a folder; choose" in the(in_file, "output_dir").value
     assert look() == before
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_and_leave_a_module_whole(
+    tiny_model: Path, tmp_path: Path, unchecked: None
+) -> None:
+    def body(rank: int) -> None:
+        result = run(tiny_model, sums(9), digits)
+        assert result.ok
+        assert "in 2 processes" in the(result, "model").value
+        print([each.value for each in result.findings])
+        assert "returned nan" in the(run(tiny_model, sums(9), nan_at_times), "calls").value
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        assert run(model, sums(9), digits, tokenizer=tokenizer).ok
+        assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+    one, two = launch(body, tmp_path)
+    assert (one.status, two.status) == (0, 0), one.stderr + two.stderr
+    assert one.stdout == two.stdout
 
 
 # ---- limits, and findings on facts
