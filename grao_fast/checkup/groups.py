@@ -101,9 +101,10 @@ def sample_and_try(
     def score(own: Sequence[int]) -> list[_Scored]:
         texts = [texts_of(loaded, prompts[n], completions[n]) for n in own]
         trial = _Trial(reward, objective.reward_type, prompts, dict(zip(own, texts, strict=True)))
-        return trial.run(own, one_by_one=world.size == 1) if own else []
+        return trial.run(own) if own else []
 
-    scored = world.map(score, places)
+    with reward.ready():
+        scored = world.map(score, places)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
     rewards_NK = torch.stack([each.rewards_K for each in scored])
     last = [each.token_ids[-1] for group in completions for each in group if each.finished]
@@ -151,16 +152,13 @@ class _Trial:
     prompts: Sequence[Encoded]
     texts: dict[int, list[str]]
 
-    def run(self, own: Sequence[int], *, one_by_one: bool) -> list[_Scored]:
-        """Score all prompts in one call, as a step does; if that fails, one by one.
-
-        one_by_one: False if a call may wait for other processes, which would not repeat it.
-        """
+    def run(self, own: Sequence[int]) -> list[_Scored]:
+        """Score all prompts in one call, as a step does; if that fails, one by one."""
         try:
             return self._score(own)
         except RewardError as error:
             message = _message(error)
-        if not one_by_one or len(own) == 1:
+        if len(own) == 1:
             return [self._absent(n)._replace(together=message, alone=message) for n in own]
         scored: list[_Scored] = []
         started = time.monotonic()

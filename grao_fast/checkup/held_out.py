@@ -24,7 +24,8 @@ def try_metric(
     texts = loaded.answer(
         [prompt.prompt_ids for prompt in prompts], max_new_tokens=max_new_tokens, seed=seed
     )
-    return loaded.policy.world.main(lambda: _measured(metric, prompts, texts))
+    with metric.ready():
+        return loaded.policy.world.main(lambda: _measured(metric, prompts, texts))
 
 
 def _measured(metric: Reward, prompts: Sequence[Encoded], texts: Sequence[str]) -> Finding:

@@ -125,6 +125,7 @@ def check(
             world=world,
         )
         world.together(lambda: adamw(loaded.model, config.optimisation))  # refuses what is trained
+        inputs.place_rewards(loaded.policy)
         done, resumed = _resume(loaded, inputs, checkpoint, config)
         checked = _Check(loaded, inputs, config, max(check_prompts, world.size))
         findings = [_on_model(loaded), in_folder, *resumed, *checked.findings(steps_done=done)]
