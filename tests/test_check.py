@@ -333,6 +333,12 @@ def test_one_of_several_functions_is_constant() -> None:
     assert (warning.name, warning.value) == ("constant function", "b gives every sample 2")
 
 
+def test_metrics_of_rewards_are_shown() -> None:
+    facts = sampled([[0, 1, 2]], measured={"rewards/judge/cost": 0.0125})
+    (own,) = [f for f in on_rewards(facts, CONFIG.objective) if f.name == "own metrics"]
+    assert own.value == "of 1 prompts: judge/cost 0.0125"
+
+
 def test_failed_rewards_are_not_counted_as_none() -> None:
     facts = sampled([[NAN, NAN, NAN]], failed=Failed(1, 1, "reward r raised"))
     assert verdicts(on_rewards(facts, CONFIG.objective)) == {"calls": "failure"}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.objectives import grao
 from grao_fast.rewards import Reward, RewardError
+from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
@@ -47,6 +48,7 @@ class GroupFacts:
     names, scores_FNG: the functions and the scores that each gave the samples; NaN for none.
     failed: None if no reward failed.
     ends: the last tokens of the samples that ended.
+    measured: the reward functions' own metrics.
     """
 
     rollout: Rollout
@@ -54,6 +56,7 @@ class GroupFacts:
     scores_FNG: Tensor
     failed: Failed | None
     ends: list[str]
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def completions(self) -> list[Completion]:
@@ -106,6 +109,7 @@ def sample_and_try(
     with reward.ready():
         scored = world.map(score, places)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
+    measured = world.each(reward.take_metrics) if reward.is_measured else []
     rewards_NK = torch.stack([each.rewards_K for each in scored])
     last = [each.token_ids[-1] for group in completions for each in group if each.finished]
     return GroupFacts(
@@ -122,6 +126,7 @@ def sample_and_try(
         scores_FNG=torch.stack([each.scores_FG for each in scored], dim=1),
         failed=_failed(scored),
         ends=loaded.tokenizer.convert_ids_to_tokens(last),
+        measured=join_metrics(measured),
     )
 
 

@@ -16,6 +16,10 @@ from grao_fast.config import ObjectiveOptions
 def on_rewards(facts: GroupFacts, objective: ObjectiveOptions) -> list[Finding]:
     """Return what the rewards say. If nothing has a reward, only why is said."""
     findings = [on_failures(facts)]
+    if facts.measured:
+        shown = [f"{k.removeprefix('rewards/')} {v:.3g}" for k, v in facts.measured.items()]
+        value = f"of {len(facts.rollout.prompts)} prompts: {', '.join(shown)}"
+        findings.append(Finding("rewards", "own metrics", "ok", value))
     if facts.failed is None:
         findings.append(on_absent(facts))
     if bool(facts.samples_NG.isnan().all()):
