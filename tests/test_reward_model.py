@@ -77,6 +77,9 @@ def test_batches_are_of_similar_lengths_within_the_budget() -> None:
     texts = [batches.Ids((0,) * n) for n in (3, 50, 4, 9, 10, 3)]
     lengths = [[len(text.tokens) for text in batch] for batch in batches.batches(texts, 20)]
     assert lengths == [[50], [10, 9], [4, 3, 3]]
+    texts = [batches.Ids((0,) * n) for n in (5, 20, 74, 80, 100)]
+    lengths = [[len(text.tokens) for text in batch] for batch in batches.batches(texts, 1000)]
+    assert lengths == [[100, 80], [74], [20, 5]]
 
 
 def test_a_label_is_chosen_by_number_or_name(labelled: Path) -> None:
@@ -249,6 +252,10 @@ def test_two_processes_shard_it_and_train_as_one(
         model = RewardModel(classifier, chat_template=CHAT_TEMPLATE)
         run(tiny_model, tmp_path / "two", model, sharding="full")
         assert len(sharded_modules(model._model)) == 3  # two layers, and the root
+        checked = grao_fast.check(
+            tiny_model, sums(6), model, config=SHORT.replace(sharding="full"), check_prompts=2
+        )
+        assert not [each for each in checked.findings if "scorer" in each.value and each.remedy]
         with pytest.raises(RewardError, match="reward scorer is sharded over the processes of a"):
             model(["hi"], ["yes"])
 

@@ -340,6 +340,7 @@ def test_rewards_are_made_by_name_with_arguments(tmp_path: Path) -> None:
         f"{path}:number(2)": "is not callable: it is a int",
         f"{path}:Near": r"is a class: pass an instance of it, as '.*:Near\(\.\.\.\)'",
         "Nearest(2)": "grao_fast.rewards has no 'Nearest'",
+        "ExactMtch(2)": r"grao_fast.rewards has no 'ExactMtch' \(did you mean ExactMatch\?\)",
         "(2)": "cannot be read: write 'Class",
         "a.b(2)": "cannot be read: write 'Class",
     }.items():

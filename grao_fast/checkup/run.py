@@ -124,6 +124,7 @@ def check(
             sampler=sampler,
             world=world,
         )
+        inputs.place_rewards(loaded.policy)
         world.together(lambda: adamw(loaded.model, config.optimisation))  # refuses what is trained
         inputs.place_rewards(loaded.policy)
         done, resumed = _resume(loaded, inputs, checkpoint, config)

@@ -16,12 +16,19 @@ from grao_fast.rewards.conversations import Ids
 
 Output = Literal["logit", "probability"]
 
+_FEW = 16  # tokens of padding that cost less than another batch
+
 
 def batches(texts: Sequence[Ids], tokens: int) -> Iterator[list[Ids]]:
-    """Yield texts of similar lengths, the longest first, up to so many tokens with padding."""
+    """Yield texts of similar lengths, the longest first, up to so many tokens with padding.
+
+    A text that would be padded by more than a quarter of the batch's longest begins another batch.
+    """
     batch: list[Ids] = []
     for text in sorted(texts, key=lambda text: -len(text.tokens)):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > tokens:
+        longest = len((batch or [text])[0].tokens)
+        padding = longest - len(text.tokens)
+        if batch and ((len(batch) + 1) * longest > tokens or padding > max(_FEW, longest // 4)):
             yield batch
             batch = []
         batch.append(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -124,8 +125,8 @@ def _import(spec: str) -> Any:
     module_name, colon, attribute = spec.rpartition(":")
     if not colon or not module_name or not attribute:
         raise RewardError(
-            f"reward {spec!r} names no function: write 'package.module:function' or "
-            f"'path/file.py:function'"
+            f"reward {spec!r} names no function: write 'package.module:function', "
+            f"'path/file.py:function', or a class of {_OWN} with its arguments, as 'Length(200)'"
         )
     if module_name.endswith(".py"):
         path = Path(module_name).expanduser()
@@ -145,7 +146,9 @@ def _import(spec: str) -> Any:
                 ) from error
             raise
     if not hasattr(module, attribute):
-        raise RewardError(f"reward {spec!r}: {module_name} has no {attribute!r}")
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise RewardError(f"reward {spec!r}: {module_name} has no {attribute!r}{meant}")
     return getattr(module, attribute)
 
 
