@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.reporting.console import Display
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
 from grao_fast.system.visible import get_logger
 
@@ -39,7 +40,7 @@ class Tracker:
             files; 0 starts the files afresh.
 
     Raises:
-        ValueError: a tracker is unknown, or its package is not installed.
+        ValueError: a tracker is unknown or does not start, or its package is not installed.
         OSError: output_dir cannot be written.
     """
 
@@ -60,8 +61,7 @@ class Tracker:
         self._metrics = LineFile(self.output_dir / METRICS_FILE, keep_to=start_step)
         self._completions = LineFile(self.output_dir / COMPLETIONS_FILE, keep_to=start_step)
         for tracker in self._trackers:
-            tracker.start()
-            tracker.store_init_configuration(_hyperparameters(config))
+            _start(tracker, _hyperparameters(config))
         self._failed: set[int] = set()
         self._display = Display(
             total_steps=total_steps, start_step=start_step, shown=show_progress, console=console
@@ -71,7 +71,8 @@ class Tracker:
         """Write a line of metrics; NaN and infinity become null."""
         self._metrics.write({"step": step, **metrics})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._tell(lambda tracker: tracker.log(finite, step=step))
+        named = {_plain_name(name): value for name, value in finite.items()}
+        self._tell(lambda tracker: tracker.log(named, step=step))
         self._display.step(step, metrics)
 
     def advance(self, step: int) -> None:
@@ -156,9 +157,11 @@ def _make_trackers(
 ) -> list[GeneralTracker]:
     if not report_to:
         return []
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     check_trackers(report_to)
+    PartialState()  # without it, those for wandb and trackio fail when they log that they started
     trackers = []
     for item in report_to:
         if not isinstance(item, str):
@@ -168,6 +171,23 @@ def _make_trackers(
         where = [str(output_dir)] if kind.requires_logging_directory else []
         trackers.append(kind(_PROJECT, *where))
     return trackers
+
+
+def _start(tracker: GeneralTracker, hyperparameters: Mapping[str, Any]) -> None:
+    """Start a tracker, or raise UserError with the reason in one line."""
+    try:
+        tracker.start()
+        tracker.store_init_configuration(dict(hyperparameters))
+    except Exception as error:  # of any kind: trackers are not ours
+        raise UserError(
+            f"report_to: {type(tracker).__name__} cannot start ({type(error).__name__}: "
+            f"{one_line(error)}): set it up, or leave it out"
+        ) from error
+
+
+def _plain_name(metric: str) -> str:
+    """Return a metric's name in the characters that every tracker takes."""
+    return re.sub(r"[^\w./ -]", "_", metric, flags=re.ASCII)
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
