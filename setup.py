@@ -68,6 +68,7 @@ setup(
         "liger": ["liger-kernel>=0.8"],
         "rules": RULES,
         "peft": ["peft>=0.18"],
+        "trackers": ["mlflow-skinny>=3", "sqlalchemy>=2", "tensorboard>=2.15", "trackio", "wandb"],
         "trl": ["trl>=1.16"],
         "vllm": ["vllm>=0.22"],
         "vllm-server": ["openai>=1.56"],

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
+from pyarrow import parquet
 from rich.console import Console
+from tiny import sums
 
+import grao_fast
+from grao_fast import GRAOConfig
 from grao_fast.reporting.console import stderr_console
 from grao_fast.reporting.tables import head, tail
 from grao_fast.reporting.tracking import Tracker
@@ -266,3 +272,100 @@ def test_texts_are_cut_to_length() -> None:
     assert head("a  b\nc", 5) == tail("a  b\nc", 5) == "a b c"
     assert head("abcdefgh", 5) == "ab..."
     assert tail("abcdefgh", 5) == "...gh"
+
+
+def test_samples_as_parquet(tmp_path: Path) -> None:
+    scores = {"near": [-1.0, 2.0, math.nan], "f(x, most=3)": [0.0, 0.0, 0.0]}
+    odd = {**ROW, "prompt": "\ud800 \u2028", "reference": None, "reference_reward": math.nan}
+    with tracker(tmp_path, parquet=True) as run:
+        run.log_completions(7, [{**ROW, "scores": scores}, {**odd, "scores": scores}])
+        run.log_completions(8, [])
+    (path,) = (tmp_path / "completions").iterdir()
+    assert path.name == "completions_00007.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    assert len(rows) == 6
+    assert rows[1] == {
+        "step": 7,
+        "prompt": json.dumps(ROW["prompt"]),
+        "completion": "fine",
+        "rewards/near": 2.0,
+        "rewards/f(x, most=3)": 0.0,
+        "reward": 2.0,
+        "advantage": 1.25,
+        "reference": ROW["reference"],
+        "reference_reward": 0.5,
+        "reference_advantage": 0.25,
+    }
+    assert rows[2]["rewards/near"] is rows[2]["reward"] is rows[2]["advantage"] is None
+    assert rows[3]["prompt"] == "\\ud800 \u2028"
+    assert rows[3]["reference"] is rows[3]["reference_reward"] is None
+
+
+def test_a_resumed_run_keeps_no_later_parquet(tmp_path: Path) -> None:
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions/notes.txt").write_text("kept")
+    for start in (0, 4, 0):
+        with tracker(tmp_path, parquet=True, start_step=start) as run:
+            for step in range(start + 2, 9, 2):
+                run.log_completions(step, [ROW])
+            names = sorted(path.name for path in (tmp_path / "completions").iterdir())
+            assert names == [*(f"completions_{n:05d}.parquet" for n in (2, 4, 6, 8)), "notes.txt"]
+        table = parquet.read_table(tmp_path / "completions/completions_00008.parquet")
+        assert table.num_rows == 3
+    tracker(tmp_path, parquet=True, start_step=4).close()
+    assert len(list((tmp_path / "completions").iterdir())) == 3
+
+
+def test_parquet_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    def length(completions):
+        return [len(text[0]["content"]) / 10 for text in completions]
+
+    def nothing(completions):
+        return [None for _ in completions]
+
+    config = GRAOConfig(
+        num_generations=2, max_new_tokens=4, prompts_per_step=2, max_steps=2, save_steps=0,
+        log_completions_steps=1, log_completions=True, disable_tqdm=True, device="cpu",
+    )  # fmt: skip
+    grao_fast.train(tiny_model, sums(4), [length, nothing], config=config, output_dir=tmp_path)
+    tables = [parquet.read_table(p) for p in sorted((tmp_path / "completions").iterdir())]
+    assert [table.column("step").to_pylist() for table in tables] == [[1] * 4, [2] * 4]
+    assert tables[0].schema == tables[1].schema
+    rows = tables[0].to_pylist()
+    assert all(
+        row["rewards/length"] == len(row["completion"]) / 10 == row["reward"] for row in rows
+    )
+    assert all(row["rewards/nothing"] is None for row in rows)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["total_steps"] == 2 and "log_completions" in facts["changed"]
+    assert "beta" not in facts["changed"] and facts["versions"]["torch"]
+
+
+def test_samples_of_no_step_are_refused() -> None:
+    with pytest.raises(ValueError, match="log_completions=True has no effect without"):
+        GRAOConfig(log_completions=True, log_completions_steps=0)
+
+
+class Failing(Recorder):
+    def start(self) -> None:
+        raise RuntimeError("no key\nlog in first")
+
+
+def test_a_tracker_that_cannot_start_is_told_in_a_line(tmp_path: Path) -> None:
+    message = r"Failing cannot start \(RuntimeError: no key.*\): set it up, or leave it out"
+    with pytest.raises(ValueError, match=message):
+        tracker(tmp_path, report_to=[Failing()])
+
+
+class Loud(Recorder):
+    def start(self) -> None:
+        get_logger("accelerate.tracking").debug("as accelerate's own trackers do")
+
+
+def test_trackers_may_log_through_accelerate(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    recorder = Loud()
+    with tracker(tmp_path, report_to=[recorder]) as run:
+        run.log(1, {'rewards/Near("a", most=3)/mean': 1.0, "completions/mean_length": 2.0})
+    names = {"rewards/Near__a__ most_3_/mean": 1.0, "completions/mean_length": 2.0}
+    assert recorder.calls[-2] == (1, names)  # in characters that MLflow takes

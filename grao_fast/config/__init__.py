@@ -139,6 +139,7 @@ class GRAOConfig:
             held-out metric is reported beside that of the greedy answer; None: greedy answers only.
         logging_steps: steps between lines of metrics.
         log_completions_steps: steps between tables of samples; 0: none.
+        log_completions: write the samples of these steps as parquet too, in `completions/`.
         save_steps: steps between checkpoints; 0: only the final model is saved.
         save_total_limit: the number of checkpoints to keep; None: all.
         async_save: copy a checkpoint into the CPU's memory, and write it while training goes on.
@@ -212,6 +213,7 @@ class GRAOConfig:
     num_generations_eval: int | None = None
     logging_steps: int = 1
     log_completions_steps: int = 10
+    log_completions: bool = False
     save_steps: int = 100
     save_total_limit: int | None = None
     async_save: bool = False

@@ -103,6 +103,8 @@ def check_effect(config: Any) -> None:
         for other, wanted in needed.items():
             if value != getattr(default, name) and getattr(config, other) != wanted:
                 raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
+    if config.log_completions and not config.log_completions_steps:
+        raise UserError("log_completions=True has no effect without log_completions_steps")
     if config.async_rollouts and config.vllm_importance_sampling_clip_max is None:
         raise UserError(
             f"async_rollouts={config.async_rollouts} learns from samples of earlier weights, which "

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.reporting.console import Display
+from grao_fast.reporting.parquet import SampleFiles
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.lines import COMPLETIONS_FILE, METRICS_FILE, LineFile
 from grao_fast.system.visible import get_logger
@@ -38,6 +39,7 @@ class Tracker:
             shown.
         start_step: the step that a resumed run starts from, after which lines are removed from the
             files; 0 starts the files afresh.
+        parquet: whether to write samples as parquet too.
 
     Raises:
         ValueError: a tracker is unknown or does not start, or its package is not installed.
@@ -53,6 +55,7 @@ class Tracker:
         total_steps: int,
         show_progress: bool,
         start_step: int = 0,
+        parquet: bool = False,
         console: Console | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -60,6 +63,7 @@ class Tracker:
         self._trackers = _make_trackers(report_to, self.output_dir)
         self._metrics = LineFile(self.output_dir / METRICS_FILE, keep_to=start_step)
         self._completions = LineFile(self.output_dir / COMPLETIONS_FILE, keep_to=start_step)
+        self._samples = SampleFiles(self.output_dir, keep_to=start_step) if parquet else None
         for tracker in self._trackers:
             _start(tracker, _hyperparameters(config))
         self._failed: set[int] = set()
@@ -83,10 +87,13 @@ class Tracker:
         """Write samples, one line for each prompt, and show a few in a table.
 
         A row holds `prompt`, `reference` (text or None), `reference_reward`,
-        `reference_advantage`, and the lists `completions`, `rewards` and `advantages`.
+        `reference_advantage`, the lists `completions`, `rewards` and `advantages`, and may hold
+        `scores`, such a list for each reward function by its name.
         """
         for row in rows:
             self._completions.write({"step": step, **row})
+        if self._samples is not None:
+            self._samples.write(step, rows)
         self._display.completions(step, rows)
 
     def message(self, text: str) -> None:

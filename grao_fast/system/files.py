@@ -54,11 +54,15 @@ def writable_folder(output_dir: str | Path) -> Path:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file atomically; if that fails, an existing file is unchanged."""
+    # backslashreplace turns a lone surrogate into JSON's escape for it
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically; if that fails, an existing file is unchanged."""
     beside = path.with_name(NEW + path.name)
     with named_when_full(beside, path):
-        # backslashreplace turns a lone surrogate into JSON's escape for it
-        with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
+        beside.write_bytes(data)
         _flush(beside)
         beside.replace(path)
         _flush(path.parent)

@@ -55,6 +55,7 @@ class Report:
             total_steps=total_steps,
             show_progress=not config.disable_tqdm,
             start_step=start_step,
+            parquet=config.log_completions,
         )
         return self._diagnosis.recall(read_lines(self._output_dir / METRICS_FILE))
 

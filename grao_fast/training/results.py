@@ -47,9 +47,17 @@ def samples(rollout: Rollout) -> list[dict[str, Any]]:
             "advantages": rollout.advantages_NK[n, :-1].tolist(),
             "reference_reward": float(rollout.rewards_NK[n, -1]),
             "reference_advantage": float(rollout.advantages_NK[n, -1]),
+            "scores": _scores(rollout, n),
         }
         for n, prompt in enumerate(rollout.prompts)
     ]
+
+
+def _scores(rollout: Rollout, n: int) -> dict[str, list[float]]:
+    """The scores of a prompt's samples by each reward function."""
+    if rollout.scores_FNG is None:
+        return {}
+    return dict(zip(rollout.per_function, rollout.scores_FNG[:, n].tolist(), strict=True))
 
 
 def write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) -> None:
