@@ -45,6 +45,7 @@ setup(
         "datasets>=4",
         "jinja2>=3.1",  # chat templates
         "jsonargparse>=4.48",
+        "markupsafe>=2.1.2",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "regex>=2024.4.16",  # patterns with a time limit
@@ -62,13 +63,20 @@ setup(
             'mkdocstrings-python>=2; python_version >= "3.11"',
             'zensical>=0.0.73; python_version >= "3.11"',
         ],
-        "browser": ["playwright>=1.50"],  # the tests marked `browser`, with a Chromium of their own
+        "browser": ["playwright>=1.65"],  # the tests marked `browser`, with a Chromium of their own
         "flash": ["flash-attn>=2.6"],
         "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],
         "rules": RULES,
         "peft": ["peft>=0.18"],
-        "trackers": ["mlflow-skinny>=3", "sqlalchemy>=2", "tensorboard>=2.15", "trackio", "wandb"],
+        "trackers": [
+            "alembic>=1.14",  # MLflow's in SQLite, as is SQLAlchemy
+            "mlflow-skinny>=3.17",
+            "sqlalchemy>=2",
+            "tensorboard>=2.21",
+            "trackio>=0.43",
+            "wandb>=0.31",
+        ],
         "trl": ["trl>=1.16"],
         "vllm": ["vllm>=0.22"],
         "vllm-server": ["openai>=1.56"],
