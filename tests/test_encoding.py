@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tiny import character_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -61,7 +63,7 @@ def assistant(text: str | None, **more: Any) -> dict[str, Any]:
 
 
 def encode(
-    rows: list[dict],
+    rows: Any,
     tokenizer: Any,
     *,
     ends: tuple[str, ...] = (),
@@ -369,3 +371,76 @@ def test_characters_that_are_bytes_are_scored_whole() -> None:
     rows = [{"prompt": p, "reference": r} for p in prompts for r in references]
     said = [item.reference_text for item in encode(rows, tokenizer)]
     assert said == [row["reference"] for row in rows]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "number"}}}},
+    {"type": "function", "function": {"name": "now", "parameters": {"zone": {"x": 1}}}},
+]
+WITH_TOOLS = (
+    "{% for t in tools or [] %}[{{ t.function | tojson }}]{% endfor %}" + CHATML
+    + "{% if add_generation_prompt and thinks %}<think>\n{% endif %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_row_gives_the_template_its_tools_and_arguments(as_dataset: bool) -> None:
+    tokenizer = character_tokenizer(*SPECIAL, *'[]{}"', chat_template=WITH_TOOLS)
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": [user("hi")],
+            "reference": "yo",
+            "tools": TOOLS[:1],
+            "chat_template_kwargs": {},
+        },
+        {"prompt": [user("hi")], "reference": "yo", "chat_template_kwargs": {"thinks": True}},
+        {"prompt": [user("hi")], "reference": "yo", "tools": TOOLS[1:]},
+        {"prompt": [user("hi")], "reference": "yo", "tools": []},
+    ]
+    given = Dataset.from_list(rows) if as_dataset else rows
+    encoded = encode(given, tokenizer, ends=("<|im_end|>",))
+    turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(each.prompt_ids) for each in encoded] == [
+        f"[{json.dumps(TOOLS[0]['function'])}]{turn}",
+        f"{turn}<think>\n",
+        f"[{json.dumps(TOOLS[1]['function'])}]{turn}",
+        turn,
+    ]
+    assert [written(each, tokenizer) for each in encoded] == ["yo<|im_end|>"] * 4
+    assert encoded[0].example.columns["tools"] == TOOLS[:1]  # for rewards too
+    rows[0]["tools"] = json.dumps(TOOLS[:1])
+    assert encode(rows[:1], tokenizer)[0].prompt_ids == encoded[0].prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tools": "[{"}, "row 0, `tools` is text, but not JSON: JSONDecodeError: "),
+        ({"tools": ["add"]}, "row 0, `tools` must be a list of JSON schemas, got list"),
+        ({"tools": {}}, "row 0, `tools` must be a list of JSON schemas, got dict"),
+        ({"chat_template_kwargs": "x"}, "`chat_template_kwargs` must be a dict, got str"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "holds 'tokenize', which is set for every"),
+    ],
+)
+def test_a_template_argument_of_the_wrong_kind_is_named(columns: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_examples([{"prompt": [user("hi")], **columns}])
+    assert load_examples([{"prompt": "hi", **columns}])  # no template writes them
+
+
+def test_content_may_be_a_list_of_text_parts() -> None:
+    def parts(*texts: str) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    row = {
+        "prompt": [{"role": "user", "content": parts("a ", "b")}],
+        "completion": [{"role": "assistant", "content": parts("c")}],
+    }
+    other = {"prompt": [{"role": "user", "content": "d"}], "completion": [assistant("e")]}
+    for given in ([row], Dataset.from_list([row])):
+        (example,) = load_examples(given)
+        assert (example.prompt, example.reference) == ([user("a b")], "c")
+    assert load_examples([row, other])[1].prompt == [user("d")]
+    row["prompt"][0]["content"].append({"type": "image", "url": "x"})
+    with pytest.raises(ValueError, match=r"row 0, `prompt`, message 0: part 2 .* is image, and"):
+        load_examples([row])

@@ -57,6 +57,7 @@ def as_shards(data: list[dict[str, Any]], folder: Path) -> Any:
 @pytest.fixture
 def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four examples are a sample, two the largest, and a dataset of more than 30 is large."""
+    monkeypatch.setattr(sizes, "_FEW", 4)
     monkeypatch.setattr(sizes, "_SAMPLE", 4)
     monkeypatch.setattr(sizes, "_LARGEST", 2)
     monkeypatch.setattr(sources, "_SOME", 4)

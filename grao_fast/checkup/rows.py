@@ -106,7 +106,10 @@ def read_rows(
         max_reference_length=sampling.max_reference_length if trained else None,
     )
     ids = encoder.encode(
-        [each.prompt for each in chosen], [each.reference for each in chosen], numbers=numbers
+        [each.prompt for each in chosen],
+        [each.reference for each in chosen],
+        numbers=numbers,
+        options=[each.template_options for each in chosen],
     )
 
     def fit(number: int, of_row: TokenIds) -> Fit:

@@ -13,6 +13,7 @@ text plus the template's end of turn. A tag that the generation prompt opens is 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _MARK = "@@answer@@"
 _OPEN_TAG = re.compile(r"([<\[◁](?:think|thinking|thought|reasoning)[>\]▷])\s*\Z", re.IGNORECASE)
+_KEPT = 64  # templates with options of rows, each of which knows how it ends a turn
 _LONGEST_REFUSAL = 300  # characters of an error; Transformers quotes the whole conversation
 # What a template, or Transformers around it, raises for messages that it cannot render.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -64,6 +66,23 @@ class Chat:
         self.continues = continues
         self.options = dict(options or {})
         self._closing: str | None = None
+        self._with: dict[str, Chat] = {}  # by further options
+
+    def with_options(self, more: Mapping[str, Any]) -> Chat:
+        """Return this template with further arguments, such as a row's tools."""
+        if not more:
+            return self
+        key = json.dumps(more, sort_keys=True, default=str)
+        if key not in self._with:
+            if len(self._with) == _KEPT:
+                self._with.clear()
+            self._with[key] = Chat(
+                self.tokenizer,
+                self.end_texts,
+                continues=self.continues,
+                options={**self.options, **more},
+            )
+        return self._with[key]
 
     def prompt(self, messages: Messages) -> str:
         """Return the text of a prompt, generation prompt included. Raises TemplateRefusal."""

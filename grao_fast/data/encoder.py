@@ -95,22 +95,33 @@ class Encoder:
         references: Sequence[str | Messages | None],
         *,
         numbers: Sequence[int] | None = None,
+        options: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[TokenIds]:
         """Tokenise examples. Raises UserError for messages without a chat template.
 
         numbers: of the examples, in errors and warnings; None: they are counted over all calls.
+        options: further arguments of each example for `apply_chat_template`.
         """
+        options = [{}] * len(prompts) if options is None else options
         if numbers is None:
             numbers = range(self._count, self._count + len(prompts))
         encoded: list[TokenIds] = []
         for start in range(0, len(prompts), _BATCH):
             part = slice(start, start + _BATCH)
-            encoded += self._encode_batch(prompts[part], references[part], numbers[part])
+            encoded += self._encode_batch(
+                prompts[part], references[part], numbers[part], options[part]
+            )
         return encoded
 
-    def check(self, prompt: str | Messages, reference: str | Messages | None, number: int) -> None:
+    def check(
+        self,
+        number: int,
+        prompt: str | Messages,
+        reference: str | Messages | None,
+        options: Mapping[str, Any],
+    ) -> None:
         """Render an example without tokenising it; `raise_refusals` raises if it was refused."""
-        self._render(number, prompt, reference)
+        self._render(number, prompt, reference, options)
         self._count += 1
 
     def report(self) -> None:
@@ -160,9 +171,11 @@ class Encoder:
         prompts: Sequence[str | Messages],
         references: Sequence[str | Messages | None],
         numbers: Sequence[int],
+        options: Sequence[Mapping[str, Any]],
     ) -> list[TokenIds]:
         self._count += len(prompts)
-        rendered = [self._render(*each) for each in zip(numbers, prompts, references, strict=True)]
+        each = zip(numbers, prompts, references, options, strict=True)
+        rendered = [self._render(*example) for example in each]
         texts = [text for text, _ in rendered]
         answers = {n: answer for n, (_, answer) in enumerate(rendered) if answer is not None}
         plain = [isinstance(prompt, str) for prompt in prompts]
@@ -213,7 +226,11 @@ class Encoder:
         return {n: reference_ids[n] for n in answers}, merged
 
     def _render(
-        self, index: int, prompt: str | Messages, reference: str | Messages | None
+        self,
+        index: int,
+        prompt: str | Messages,
+        reference: str | Messages | None,
+        options: Mapping[str, Any],
     ) -> tuple[str, str | None]:
         """Return an example's prompt as text, and the text its reference adds; None without one."""
         if isinstance(prompt, str):
@@ -221,17 +238,18 @@ class Encoder:
             if reference is not None and reference.rstrip().endswith(self.end_texts):
                 reference = reference.rstrip()
             return prompt, reference
-        if self.tokenizer.chat_template is None and self.chat.options.get("chat_template") is None:
+        chat = self.chat.with_options(options)
+        if self.tokenizer.chat_template is None and chat.options.get("chat_template") is None:
             raise UserError(
                 f"example {index}: the prompt is a list of messages, and the tokenizer has no chat "
                 "template: set tokenizer.chat_template, or give the prompts as text"
             )
         self._ends_of_turns = sorted(self.ending_ids - self.end_ids)
         try:
-            text = self.chat.prompt(prompt)
+            text = chat.prompt(prompt)
             if reference is None:
                 return text, None
-            answer, written = self.chat.answer(prompt, text, reference)
+            answer, written = chat.answer(prompt, text, reference)
         except TemplateRefusal as error:
             self._refusals.append((index, str(error)))
             return "", None

@@ -80,7 +80,8 @@ def check_templates(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
     """Raise UserError for examples that the chat template refuses; needs no model."""
     encoder = Encoder(tokenizer)
     for index, example in enumerate(examples):
-        encoder.check(example.prompt, example.reference, number_of(example, index))
+        number = number_of(example, index)
+        encoder.check(number, example.prompt, example.reference, example.template_options)
     encoder.raise_refusals()
 
 
@@ -148,6 +149,7 @@ class Encoding:
             [example.prompt for example in examples],
             [example.reference for example in examples],
             numbers=numbers,
+            options=[example.template_options for example in examples],
         )
         self._encoder.report()
         rows = self.limits.embedding_rows

@@ -9,7 +9,10 @@ How columns are read:
     chosen without prompt    contains its prompt: the messages before the last turn; an HH
                              transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."); or text, whose
                              prompt is the beginning that it shares with `rejected`
-    any other column         passed to the reward function by name
+    tools                    the tools that the chat template shows: JSON schemas, or one text of
+                             JSON that holds them
+    chat_template_kwargs     further arguments of the chat template, such as enable_thinking
+    any other column         passed to the reward function by name, as the last two are too
 
 A blank reference counts as none. HH transcripts that end in a blank answer are left out.
 """
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from grao_fast.data.fields import (
+    TEMPLATE_COLUMNS,
     Messages,
     check_text,
     is_hh_transcript,
@@ -32,6 +36,7 @@ from grao_fast.data.fields import (
     read_messages,
     read_prompt,
     read_reference,
+    read_template_options,
     shared_prefix,
 )
 from grao_fast.data.rows import chunks, paced
@@ -61,6 +66,14 @@ class Example:
     columns: dict[str, Any]
     row: int | None = field(default=None, compare=False)
 
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The arguments that the row gives the chat template; none where no template is used."""
+        if isinstance(self.prompt, str):
+            return {}
+        where = "an example" if self.row is None else f"row {self.row}"
+        return read_template_options(self.columns, where)
+
 
 class Examples(Sequence[Example]):
     """The examples of a dataset, each read from its row when it is asked for.
@@ -74,7 +87,7 @@ class Examples(Sequence[Example]):
     def __init__(
         self,
         source: SourceRows,
-        columns: _Columns,
+        columns: Columns,
         places: np.ndarray | None = None,
         *,
         compared: bool = False,
@@ -162,7 +175,8 @@ def load_examples(
         ValueError: the dataset cannot be found or read, is empty, or lacks a column; or the prompt
             or reference of a row has the wrong type. The message names row and column.
     """
-    return _open(dataset, split, require_references, whole=True)[1]
+    source = read_rows(dataset, split=split)
+    return _checked(source, Columns.of(source), require_references, whole=True)[1]
 
 
 def open_examples(
@@ -176,15 +190,19 @@ def open_examples(
     Arguments and errors are those of `load_examples`, but of a large dataset only a sample is read
     and checked here.
     """
-    return _open(dataset, split, require_references, whole=False)[0]
+    return examples_of(read_rows(dataset, split=split), require_references=require_references)[0]
 
 
-def _open(
-    dataset: Any, split: str, require_references: bool, *, whole: bool
+def examples_of(source: SourceRows, *, require_references: bool) -> tuple[Examples, Columns]:
+    """The examples of rows, a sample of which is checked, and how the columns are read."""
+    columns = Columns.of(source)
+    return _checked(source, columns, require_references, whole=False)[0], columns
+
+
+def _checked(
+    source: SourceRows, columns: Columns, require_references: bool, *, whole: bool
 ) -> tuple[Examples, list[Example]]:
     """The examples of a dataset; and those read to check it, all or a sample."""
-    source = read_rows(dataset, split=split)
-    columns = _Columns.of(source)
     if require_references and columns.reference is None:
         raise UserError(
             f"{source.name} has no reference answers: it has {', '.join(source.columns)}, and "
@@ -228,7 +246,7 @@ def _without_blank(
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """The columns of a dataset that hold its prompts and references."""
 
     prompt: str | None
@@ -236,7 +254,7 @@ class _Columns:
     transcripts: bool  # whether `chosen` holds HH transcripts
 
     @classmethod
-    def of(cls, rows: SourceRows) -> _Columns:
+    def of(cls, rows: SourceRows) -> Columns:
         present = rows.columns
         _refuse_reserved(present, rows.name)
         prompt = "prompt" if "prompt" in present else None
@@ -259,6 +277,7 @@ class _Columns:
     def rendered(self, present: Sequence[str]) -> tuple[list[str], list[str]]:
         """The columns that a chat template writes into a prompt; and also into a reference."""
         prompt = [self.prompt or "chosen"]
+        prompt += [name for name in TEMPLATE_COLUMNS if name in present]
         return prompt, list(dict.fromkeys([*prompt, self.reference or prompt[0]]))
 
     def example(self, index: int, row: Mapping[str, Any]) -> Example:
@@ -274,7 +293,9 @@ class _Columns:
             reference = read_reference(value, f"{where}, `{self.reference}`", prompt)
         else:
             prompt, reference = self._implicit(row, f"{where}, `chosen`")
-        return Example(prompt, reference, columns, index)
+        example = Example(prompt, reference, columns, index)
+        _ = example.template_options  # are read, so that errors are raised here
+        return example
 
     def _implicit(
         self, row: Mapping[str, Any], where: str

@@ -6,17 +6,29 @@ a field that it cannot read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, explained
 
 Messages = list[dict[str, Any]]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message's reasoning
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
+# Arguments of `apply_chat_template` that decide what is rendered, and in which form.
+_NOT_OF_ROWS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tools",
+)
 _ASKING = ("user", "system", "developer")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -107,7 +119,8 @@ def _after_system(messages: Messages) -> int:
 def read_messages(value: Any, where: str) -> Messages:
     """Read a conversation: one or more dicts with `role` and `content` as text.
 
-    The content may be missing from an assistant's turn with tool calls or reasoning.
+    The content may be missing from an assistant's turn with tool calls or reasoning. Content that
+    is a list of text parts, [{"type": "text", "text": ...}, ...], becomes one text.
     """
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise UserError(f"{where} must be text or messages, got {type(value).__name__}")
@@ -122,6 +135,8 @@ def read_messages(value: Any, where: str) -> Messages:
             )
         # Arrow gives every message the keys of all messages, and None for those it did not have.
         present = {key: item for key, item in message.items() if item is not None}
+        if isinstance(present.get("content"), Sequence):
+            present["content"] = _joined_parts(present["content"], f"{where}, message {position}")
         needed = ["role", "content"]
         if present.get("role") == "assistant" and beside_text(present):
             needed = ["content"] if "content" in present else []
@@ -133,6 +148,47 @@ def read_messages(value: Any, where: str) -> Messages:
                 )
         messages.append(present)
     return messages
+
+
+def _joined_parts(content: Any, where: str) -> str:
+    """The text of a message's content, which may be given in parts."""
+    if isinstance(content, (str, bytes)):
+        return content
+    texts = []
+    for place, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind not in ("text", "str") or not isinstance(text, str):
+            raise UserError(
+                f"{where}: part {place} of `content` is {kind}, and only text can be rendered: "
+                'give {"type": "text", "text": ...}'
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read the columns of a row that are arguments of its chat template."""
+    tools, more = (row.get(name) for name in TEMPLATE_COLUMNS)
+    if isinstance(tools, str):
+        with explained(f"{where}, `tools` is text, but not JSON", json.JSONDecodeError):
+            tools = json.loads(tools)
+    is_list = isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)
+    if tools is not None and not is_list:
+        raise UserError(
+            f"{where}, `tools` must be a list of JSON schemas, got {type(tools).__name__}"
+        )
+    if more is not None and not isinstance(more, Mapping):
+        raise UserError(
+            f"{where}, `chat_template_kwargs` must be a dict, got {type(more).__name__}"
+        )
+    own = next((name for name in _NOT_OF_ROWS if name in (more or {})), None)
+    if own is not None:
+        raise UserError(
+            f"{where}, `chat_template_kwargs` holds {own!r}, which is set for every prompt: leave "
+            "it out"
+        )
+    return ({"tools": list(tools)} if tools else {}) | dict(more or {})
 
 
 def answer_text(reference: str | Messages | None) -> str | None:

@@ -8,6 +8,7 @@ largest. All prompts that are too long are thus known, and the length of an epoc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from threading import Lock
@@ -31,7 +32,20 @@ _KEPT = 2**20  # tokens of encoded examples that are kept: about 40 MB
 _HEADERS = 64  # tokens of a template's headers beyond those that the sample has
 
 
-class Prompts(Sequence[Encoded]):
+class DrawnPrompts(Sequence[Encoded], ABC):
+    """Prompts that are encoded as they are drawn.
+
+    lengths: the longest that are known before the first step.
+    """
+
+    lengths: Lengths
+
+    @abstractmethod
+    def exact_lengths(self) -> Lengths:
+        """The lengths that no prompt or reference exceeds."""
+
+
+class Prompts(DrawnPrompts):
     """Encoded examples without those that are too long, each encoded when it is asked for.
 
     The latest are kept. Threads may share them.
@@ -159,8 +173,8 @@ def open_prompts(
 
 
 def lengths_of(prompts: Sequence[Encoded], *, exact: bool = False) -> Lengths:
-    """The longest prompt and reference; of `Prompts` those known, or with `exact` of all."""
-    if isinstance(prompts, Prompts):
+    """The longest prompt and reference; of those drawn, as known, or with `exact` of all."""
+    if isinstance(prompts, DrawnPrompts):
         return prompts.exact_lengths() if exact else prompts.lengths
     return Lengths.of(prompts)
 
@@ -169,7 +183,9 @@ def sizes_of(examples: Sequence[Example]) -> Sizes:
     """Bytes of the text of every example, or more; known without reading those of a dataset."""
     if isinstance(examples, Examples):
         return examples.sizes
-    prompt = np.array([text_size(example.prompt) for example in examples], np.int64)
+    prompt = np.array(
+        [text_size(e.prompt) + text_size(e.template_options) for e in examples], np.int64
+    )
     return Sizes(prompt, prompt + [text_size(example.reference) for example in examples])
 
 

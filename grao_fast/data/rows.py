@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+from grao_fast.data.fields import TEMPLATE_COLUMNS
 from grao_fast.data.sizes import column_sizes, text_size
 from grao_fast.system.digests import digest_rows
 from grao_fast.system.errors import UserError
@@ -220,13 +221,13 @@ def paced(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    """Remove the keys that are None from the messages and tools of an Arrow row.
+    """Remove the keys that are None from an Arrow row's messages and what goes to its template.
 
     Arrow gives every object in a column the keys of all others, so that a tool call would seem to
     have the arguments of every other tool. Other columns stay as Arrow has them.
     """
     return {
-        name: _without_none(value) if name == "tools" or _are_messages(value) else value
+        name: _without_none(value) if name in TEMPLATE_COLUMNS or _are_messages(value) else value
         for name, value in row.items()
     }
 

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_SAMPLE = 10_000  # examples
+_FEW = 10_000  # examples
+_SAMPLE = 2048  # of more than a few
 _SAMPLE_BYTES = 32 * 2**20
 _LARGEST = 256  # examples
 _PER_FIELD = 8  # quotes, colon, comma and indentation that a template may write beside a field
@@ -23,9 +24,9 @@ class Sizes(NamedTuple):
     whole: np.ndarray
 
     def sample(self) -> Sequence[int]:
-        """Places of examples at even distances, as many as are soon tokenised."""
-        affordable = int(_SAMPLE_BYTES // max(1.0, float(self.whole.mean())))
-        return spread(len(self.whole), max(1, min(_SAMPLE, affordable)))
+        """Places of examples at even distances, as many as are soon tokenised; all of a few."""
+        n, affordable = len(self.whole), int(_SAMPLE_BYTES // max(1.0, float(self.whole.mean())))
+        return spread(n, max(1, min(n if n <= _FEW else _SAMPLE, affordable)))
 
     def largest(self) -> list[int]:
         """Places of the largest examples, by prompt and as a whole."""
