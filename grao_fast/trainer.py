@@ -44,7 +44,7 @@ from grao_fast.training.report import Report
 from grao_fast.training.results import TrainResult, write_summary
 from grao_fast.training.rollout import Rollout
 from grao_fast.training.rollouts import Rollouts
-from grao_fast.training.state import DataStream, step_seed
+from grao_fast.training.state import step_seed, stream_of
 from grao_fast.training.step import update
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def train(
                 num_generations_eval=config.num_generations_eval,
             )
         )
+        world.together(lambda: inputs.check_stream(config.max_steps, curriculum=config.curriculum))
         world.together(lambda: check_trackers(config.report_to))
         identity = RunIdentity.of(inputs.examples, inputs.reward)
         if checkpoint is not None:
@@ -207,15 +208,11 @@ class _Run:
                 seed=config.seed,
                 output_dir=output,
             )
-        if config.prompts_per_step > len(prompts):
-            logger.warning("prompts_per_step %d > %d prompts: every step takes all of them",
-                           config.prompts_per_step, len(prompts))  # fmt: skip
-        batch_size, optimisation = min(config.prompts_per_step, len(prompts)), config.optimisation
-        stream = DataStream(len(prompts), batch_size, config.seed)
+        stream, optimisation = stream_of(prompts, config), config.optimisation
         self.draws = PromptDraws(stream, curriculum=config.curriculum)
         self.rollouts = Rollouts(loaded, inputs.reward, prompts, self.draws, config)
         self.total_steps = count_steps(
-            optimisation, prompts=len(prompts), prompts_per_step=batch_size
+            optimisation, prompts=stream.size, prompts_per_step=stream.batch_size
         )
         self.ahead = SamplingAhead(
             self.rollouts.share,

@@ -186,7 +186,7 @@ class _Check:
         """Measure all that can be measured, part by part."""
         config, sampling, world = self.config, self.config.sampling, self.loaded.policy.world
         facts = world.together(
-            lambda: read_rows(self.inputs.examples, self.loaded, sampling, seed=config.seed)
+            lambda: read_rows(self.inputs.known, self.loaded, sampling, seed=config.seed)
         )
         held_out = None
         if self.inputs.eval_examples is not None:

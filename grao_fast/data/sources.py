@@ -84,6 +84,11 @@ def read_rows(
                 raise UserError(f"row {index} must be a dict, got {type(row).__name__}")
         columns = list(dict.fromkeys(key for row in source for key in row))
         rows = ListRows(source)
+    elif isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        raise UserError(
+            "only the dataset that is trained on may be streaming: of one that is answered whole, "
+            "pass rows, as list(dataset.take(200))"
+        )
     else:
         raise UserError(
             "dataset must be a path, a hub id, a datasets.Dataset or a list of dicts, "

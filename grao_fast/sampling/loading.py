@@ -21,7 +21,7 @@ from grao_fast.config import GRAOConfig, SamplingOptions
 from grao_fast.data.decoding import completion_texts, ending_ids
 from grao_fast.data.encoding import Encoded, Limits, encode_examples
 from grao_fast.data.examples import Example
-from grao_fast.data.prompts import open_prompts
+from grao_fast.data.streaming import StreamedExamples, draw_prompts
 from grao_fast.distributed.world import World
 from grao_fast.models.adapters import check_all_saved, is_peft_model
 from grao_fast.models.attention import choose_attention, keep_score_cap
@@ -88,7 +88,11 @@ class LoadedPolicy:
         return min(embedding.weight.shape[0] for embedding in embeddings)
 
     def encode(
-        self, examples: Sequence[Example], sampling: SamplingOptions, *, trained: bool = True
+        self,
+        examples: Sequence[Example] | StreamedExamples,
+        sampling: SamplingOptions,
+        *,
+        trained: bool = True,
     ) -> Sequence[Encoded]:
         """Token ids of examples that fit model and sampler; see `encode_examples`.
 
@@ -103,7 +107,8 @@ class LoadedPolicy:
         )
         ends = self.eos_token_ids
         if trained:
-            return open_prompts(examples, self.tokenizer, limits, eos_token_ids=ends)
+            return draw_prompts(examples, self.tokenizer, limits, eos_token_ids=ends)
+        assert not isinstance(examples, StreamedExamples), "streaming datasets are trained on"
         return encode_examples(examples, self.tokenizer, limits, eos_token_ids=ends, trained=False)
 
     def decode(

@@ -95,15 +95,20 @@ class PromptDraws:
         """Epochs that the first `step` steps, all done, have gone through."""
         return (step * self.stream.batch_size + self._beyond) / self.stream.size
 
-    def state(self) -> dict[str, Any]:
-        """What `load` takes, as data for JSON."""
-        return {"beyond": self._beyond, "rests": {str(i): list(r) for i, r in self._rests.items()}}
+    def state(self, step: int) -> dict[str, Any]:
+        """What `load` takes, as data for JSON, after so many steps."""
+        return {
+            "beyond": self._beyond,
+            "rests": {str(i): list(r) for i, r in self._rests.items()},
+            "stream": self.stream.state(self._start(step)),
+        }
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Take over the state of a checkpoint; None: of one without."""
         if state is None:
             return
         self._beyond = state["beyond"]
+        self.stream.load(state.get("stream"))
         if self.curriculum:
             rests: Mapping[str, Sequence[int]] = state["rests"]
             self._rests = {int(index): _Rest(*rest) for index, rest in rests.items()}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import Example
 from grao_fast.data.fingerprint import fingerprint
+from grao_fast.data.streaming import StreamedExamples
 from grao_fast.models.adapters import adapter_configs, is_peft_model, saved_names
 from grao_fast.models.beginning import trainable
 from grao_fast.models.sharding import own_class
@@ -60,7 +61,7 @@ class RunIdentity:
     reward: list[str]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], reward: Reward) -> RunIdentity:
+    def of(cls, examples: Sequence[Example] | StreamedExamples, reward: Reward) -> RunIdentity:
         return cls(fingerprint(examples), [identity(f) for f in reward.functions])
 
 

@@ -16,8 +16,8 @@ from grao_fast.data.examples import (
     Examples,
     check_references,
     load_examples,
-    open_examples,
 )
+from grao_fast.data.streaming import StreamedExamples, open_dataset
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.models.loading import load_tokenizer
@@ -40,7 +40,7 @@ class Inputs:
     metric: scores held-out completions; None: the reward alone does.
     """
 
-    examples: Examples
+    examples: Examples | StreamedExamples
     eval_examples: list[Example] | None
     reward: Reward
     metric: Reward | None
@@ -54,6 +54,26 @@ class Inputs:
         """Load the models of rewards beside the policy. Every process must call it."""
         for reward in filter(None, (self.reward, self.metric)):
             reward.place(Placement.beside(policy))
+
+    @property
+    def known(self) -> Examples:
+        """The examples, or the first of a streaming dataset."""
+        return self.examples.head if isinstance(self.examples, StreamedExamples) else self.examples
+
+    def check_stream(self, max_steps: int, *, curriculum: bool) -> None:
+        """Raise UserError for options that a streaming dataset cannot serve."""
+        if not isinstance(self.examples, StreamedExamples):
+            return
+        if curriculum:
+            raise UserError(
+                "curriculum lets prompts of a streaming dataset rest that may never come again: "
+                "leave it out"
+            )
+        if max_steps <= 0:
+            raise UserError(
+                "a streaming dataset has no length, by which num_train_epochs would be counted: "
+                "set max_steps"
+            )
 
     def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError for examples that the tokenizer's chat template refuses."""
@@ -79,7 +99,7 @@ def read_inputs(
         UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
     """
     inputs = Inputs(
-        examples=open_examples(dataset, split="train", require_references=True),
+        examples=open_dataset(dataset, split="train", require_references=True),
         eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
         reward=resolve_reward(reward, weights=reward_weights, timeout=reward_timeout),
         metric=None if metric is None else resolve_reward(metric, timeout=longest(reward_timeout)),

@@ -17,7 +17,7 @@ from grao_fast.distributed.world import World
 from grao_fast.system.errors import UserError
 
 
-def count_steps(optimisation: OptimisationOptions, *, prompts: int, prompts_per_step: int) -> int:
+def count_steps(optimisation: OptimisationOptions, *, prompts: float, prompts_per_step: int) -> int:
     """The steps of a run: `max_steps`, or those of `num_train_epochs`, at least one."""
     if optimisation.max_steps > 0:
         return optimisation.max_steps

@@ -157,8 +157,8 @@ class Progress:
             "run": asdict(self.identity),
             "policy": asdict(self.policy_identity),
             "frozen": self.frozen,
-            "prompts": self.draws.stream.size,
-            "draws": self.draws.state(),
+            "prompts": self.draws.stream.prompts,
+            "draws": self.draws.state(step),
         }
         return {"step": step, "config": self.config, "belongs_to": belongs_to}
 
@@ -166,7 +166,7 @@ class Progress:
         state = read_state(checkpoint)
         check_steps(checkpoint, state["step"], total_steps)
         self.policy_identity = resume_policy(self.loaded, self.policy_identity, checkpoint, state)
-        prompts = self.draws.stream.size
+        prompts = self.draws.stream.prompts
         if state["prompts"] != prompts:
             logger.warning(
                 "%d prompts are short enough here and %d were: their order is another one",

@@ -9,62 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-
-from grao_fast.config import GRAOConfig
-from grao_fast.distributed.folders import write_folder
-from grao_fast.distributed.tensors import held_tensors, save_tensors
-from grao_fast.distributed.world import World
-from grao_fast.models.adapters import (
-    is_peft_model,
-    subtract_first_weights,
-)
-from grao_fast.models.saving import hold_model, save_model
-from grao_fast.models.sharding import reshard
-from grao_fast.sampling.loading import LoadedPolicy
-from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
-from grao_fast.training.identity import (
-    PolicyIdentity,
-    check_base,
-    check_same_policy,
-    digest_weights,
-)
-from grao_fast.training.optim import load_moments, moments_of
-from grao_fast.training.weights import load_weights, save_bare
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in a step: sampling, dropout, a reward's own draws."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
-
-
-@dataclass(frozen=True)
-class DataStream:
-    """An endless stream of shuffled epochs, of which step s takes the s-th batch."""
-
-    size: int
-    batch_size: int
-    seed: int
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the examples of a step."""
-        start = step * self.batch_size
         return self.at(range(start, start + self.batch_size))
 
     def at(self, places: Sequence[int]) -> list[int]:
         """Indices of the examples at some places of the stream."""
-        return [int(_order(self.seed, p // self.size, self.size)[p % self.size]) for p in places]
+        if self.streamed is not None:
+            return list(places)
+        n = int(self.size)
+        return [int(_order(self.seed, p // n, n)[p % n]) for p in places]
+
+    def state(self, place: int) -> dict[str, Any] | None:
+        """What `load` needs to go on at a place, as data for JSON; None: nothing."""
+        return None if self.streamed is None else self.streamed.state(place)
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Take over the state of a checkpoint."""
+        if self.streamed is not None:
+            self.streamed.load(state)
+
+
+def stream_of(prompts: Sequence[Encoded], config: GRAOConfig) -> DataStream:
+    """The stream of a run's prompts; a step takes all of them if they are fewer than it should."""
+    wanted = config.prompts_per_step
+    if isinstance(prompts, StreamedPrompts):
+        # prompts sampled ahead are asked for again, and an unfinished step may have drawn more
+        prompts.kept = wanted * (config.async_rollouts + config.dynamic_sampling + 2)
+        return DataStream(math.inf, wanted, config.seed, prompts)
+    if wanted > len(prompts):
+        logger.warning(
+            "prompts_per_step %d > %d prompts: every step takes all of them", wanted, len(prompts)
+        )
+    return DataStream(len(prompts), min(wanted, len(prompts)), config.seed)
 
 
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
