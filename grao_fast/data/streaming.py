@@ -148,8 +148,7 @@ class StreamedPrompts(DrawnPrompts):
             while self._next <= place:
                 self._draw()
             first = self._next - len(self._latest)
-            if place < first:
-                raise RuntimeError(f"prompt {place} has passed: those from {first} on are kept")
+            assert place >= first, f"prompt {place} has passed: those from {first} on are kept"
             return self._latest[place - first]
 
     def exact_lengths(self) -> Lengths:
@@ -168,8 +167,7 @@ class StreamedPrompts(DrawnPrompts):
         """What `load` needs to go on at a place, as data for JSON; None at the beginning."""
         with self._lock:
             before = [mark for mark in self._marks if mark["place"] <= place]
-            if not before and self._marks:
-                raise RuntimeError(f"prompt {place} has passed, and with it the stream's state")
+            assert before or not self._marks, f"prompt {place} has passed, and its state with it"
             return before[-1] if before else None
 
     def load(self, state: Mapping[str, Any] | None) -> None:

@@ -9,6 +9,73 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.encoding import Encoded
+from grao_fast.data.streaming import StreamedPrompts
+from grao_fast.distributed.folders import write_folder
+from grao_fast.distributed.tensors import held_tensors, save_tensors
+from grao_fast.distributed.world import World
+from grao_fast.models.adapters import (
+    is_peft_model,
+    subtract_first_weights,
+)
+from grao_fast.models.saving import hold_model, save_model
+from grao_fast.models.sharding import reshard
+from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.system.visible import get_logger
+from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
+from grao_fast.training.identity import (
+    PolicyIdentity,
+    check_base,
+    check_same_policy,
+    digest_weights,
+)
+from grao_fast.training.optim import load_moments, moments_of
+from grao_fast.training.weights import load_weights, save_bare
+
+logger = get_logger(__name__)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in a step: sampling, dropout, a reward's own draws."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@dataclass(frozen=True)
+class DataStream:
+    """An endless stream of shuffled epochs, of which step s takes the s-th batch.
+
+    size: examples of an epoch; infinite for a streaming dataset.
+    streamed: the prompts of a streaming dataset, whose order is its own.
+    """
+
+    size: float
+    batch_size: int
+    seed: int
+    streamed: StreamedPrompts | None = None
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts an epoch has; None: unknown."""
+        return None if self.streamed is not None else int(self.size)
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of a step."""
+        start = step * self.batch_size
         return self.at(range(start, start + self.batch_size))
 
     def at(self, places: Sequence[int]) -> list[int]:
