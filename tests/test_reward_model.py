@@ -145,6 +145,7 @@ def test_texts_that_are_too_long(classifier: Path, caplog: pytest.LogCaptureFixt
     model = RewardModel(classifier)
     assert model(["p", "p"], [long, text])[0] is None
     assert "1 of 2 conversations have more than 256 tokens, and have no reward" in caplog.text
+    assert [model.take_metrics() for _ in range(2)] == [{"too_long": 1.0}, {"too_long": 0.0}]
     cut = RewardModel(classifier, too_long="cut")(["p"], [long])
     assert cut == pytest.approx([float(alone(classifier, "b" * 256)[0])], abs=1e-5)
     assert "are scored without their beginning" in caplog.text
@@ -230,6 +231,7 @@ def test_a_run_scores_by_a_model_and_a_rule(tiny_model: Path, classifier: Path, 
     metrics = run(tiny_model, tmp_path / "run", model).metrics
     total = metrics["rewards/scorer/mean"] + 0.5 * metrics["rewards/length/mean"]
     assert metrics["reward"] == pytest.approx(total)
+    assert metrics["rewards/scorer/too_long"] == 0
     final = grao_fast.evaluate(tmp_path / "run/final", sums(2), model, config=SHORT)
     assert final.reward is not None
 

@@ -141,6 +141,7 @@ def test_math_that_takes_too_long_has_no_reward(math_rule: Math, caplog) -> None
     assert time.monotonic() - began < 20
     assert "1 of 3 completions could not be compared within 1 seconds" in caplog.text
     assert "column 'answer': math-verify cannot read the answers of 1 of 3" in caplog.text
+    assert math_rule.take_metrics() == {"late": 1.0, "unread": 1.0}
 
 
 def test_math_works_in_a_thread_and_after_its_process_was_killed(math_rule: Math) -> None:

@@ -44,6 +44,25 @@ class NamedReward:
         """Raise UserError for examples that cannot be scored, before a model is loaded."""
 
 
+class CountedReward(NamedReward):
+    """A reward that counts what it could not score, in metrics of its own: rewards/NAME/COUNT.
+
+    counts: since the last call of `take_metrics`.
+    """
+
+    def __init__(
+        self, name: str, *, takes: Sequence[str], settings: Mapping[str, Any], counts: Sequence[str]
+    ) -> None:
+        """Name the reward and what it counts; see `NamedReward`."""
+        super().__init__(name, takes=takes, settings=settings)
+        self.counts = dict.fromkeys(counts, 0.0)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the counts, and begin anew; see `grao_fast.rewards.measured.Measured`."""
+        taken, self.counts = self.counts, dict.fromkeys(self.counts, 0.0)
+        return taken
+
+
 def identity(function: RewardFunction) -> str:
     """What a checkpoint states of a reward: its name, and its settings if they are known."""
     return function.identity if isinstance(function, NamedReward) else function_name(function)

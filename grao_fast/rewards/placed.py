@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 from grao_fast.models.placement import Placement
-from grao_fast.rewards.named import NamedReward
+from grao_fast.rewards.named import CountedReward
 
 
-class PlacedReward(NamedReward, ABC):
+class PlacedReward(CountedReward, ABC):
     """A reward that is loaded beside a policy, and may be sharded over the same processes."""
 
     @abstractmethod

@@ -54,7 +54,7 @@ class RewardModel(PlacedReward):
         tokenizer: of the model, or its folder; None: the one beside the model.
         max_length: the most tokens of prompt and completion; None: as many as the model takes.
         too_long: what becomes of longer ones: "none": no reward; "cut": they lose their beginning;
-            "error". A warning counts them.
+            "error". A warning and the metric rewards/NAME/too_long count them.
         tokens_per_batch: tokens that are scored at once, padding included; one text that is longer
             is scored alone.
         device: "cpu", "cuda", "cuda:1"...; None: the policy's.
@@ -125,7 +125,8 @@ class RewardModel(PlacedReward):
             name = Path(outline.name_or_path).name or type(outline).__name__
         settings = {"weights": digest, "label": self._label, "output": self._output,
                     "layout": layout, "max_length": self._max_length}  # fmt: skip
-        super().__init__(name, takes=["prompts", "completions"], settings=settings)
+        takes = ["prompts", "completions"]
+        super().__init__(name, takes=takes, settings=settings, counts=["too_long"])
 
     def check(self, examples: Sequence[Example]) -> None:
         """See `NamedReward.check`. The first prompt stands for all."""
@@ -162,6 +163,7 @@ class RewardModel(PlacedReward):
         limit = self._max_length
         long = 0 if limit is None else sum(len(each.tokens) > limit for each in ids)
         if long:
+            self.counts["too_long"] += long
             self._tell(long, len(ids))
         fitting = [self._fitted(each) for each in ids]
         with self._lock:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grao_fast.rewards.finding import RewardError
-from grao_fast.rewards.named import NamedReward, accepted_answers, check_column, texts_of
+from grao_fast.rewards.named import CountedReward, accepted_answers, check_column, texts_of
 from grao_fast.system.optional import import_optional
 from grao_fast.system.visible import get_logger, visible
 
@@ -27,13 +27,14 @@ _START = 60.0  # seconds in which a worker imports SymPy, on a busy machine
 _LONGEST = 80  # characters of an answer in a warning
 
 
-class Math(NamedReward):
+class Math(CountedReward):
     r"""1 where a completion's answer equals that in a column as mathematics, else 0.
 
     math-verify looks for the answer in the completion: the last \boxed{...}, else the last formula
     or number. The column holds a number, LaTeX with or without its delimiters, or a list of answers
     that all count. A row whose answer is None or cannot be read has no reward, nor has a completion
-    that cannot be compared in time, such as 9^{9^{9^9}}; a warning counts both.
+    that cannot be compared in time, such as 9^{9^{9^9}}; warnings count both, and the metrics
+    rewards/NAME/unread and rewards/NAME/late.
     Needs math-verify: `pip install "grao-fast[rules]"`.
 
     Comparisons run in a process of their own, since math-verify can limit its time in a main
@@ -58,7 +59,12 @@ class Math(NamedReward):
         import_optional("math_verify", extra="rules", option="Math")
         self._worker: _Worker | None = None
         self._lock = threading.Lock()  # one question at a time
-        super().__init__(name, takes=["completions", column], settings={"column": column})
+        super().__init__(
+            name,
+            takes=["completions", column],
+            settings={"column": column},
+            counts=["late", "unread"],
+        )
 
     def __call__(self, completions: Any, **columns: Any) -> list[float | None]:
         """Score completions."""
@@ -71,6 +77,8 @@ class Math(NamedReward):
             scores.append(None if score is None else float(score))
             late += why == "time"
             unread += [answers[0]] if why == "answer" else []
+        self.counts["late"] += late
+        self.counts["unread"] += len(unread)
         if late:
             logger.warning(
                 "reward %s: %d of %d completions could not be compared within %d seconds, and have "
