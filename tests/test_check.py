@@ -75,7 +75,8 @@ def with_prompt(content: str) -> list[dict[str, Any]]:
 
 def run(model: Path, rows: list[dict[str, Any]], reward: Any, **options: Any) -> CheckResult:
     config = CONFIG.replace(**{k: options.pop(k) for k in list(options) if hasattr(CONFIG, k)})
-    return check(model, rows, reward, config=config, check_prompts=3, **options)
+    options = {"check_prompts": 3} | options
+    return check(model, rows, reward, config=config, **options)
 
 
 def the(result: CheckResult, name: str) -> Finding:
@@ -101,7 +102,9 @@ def test_a_sound_run_has_no_findings(tiny_model: Path, tmp_path: Path, unchecked
 
 DEFECTS: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any], str, str]] = {
     "constant reward": (sums(9), constant, {}, "dead groups", "the reward is constant, 0.5"),
-    "references lose": (sums(9), no_digits, {}, "references lose", "100% of 3 references"),
+    "references lose": (
+        sums(9), no_digits, {"check_prompts": 5}, "references lose", "100% of 5 references",
+    ),
     "long prompts": (with_prompt("a" * 600), digits, {}, "prompts", "max_new_tokens=200: row 6"),
     "truncation": (sums(9), digits, {"max_new_tokens": 2}, "truncation", "max_new_tokens=2;"),
     "None": (sums(9), rarely, {}, "no reward", "75% of samples got None"),
@@ -311,7 +314,8 @@ def verdicts(findings: list[Finding]) -> dict[str, str]:
         ([[1, 1, 2], [0, 1, 2]], {"samples alike": "warning"}),
         ([[1, 3, 1.9], [0, 1, 2]], {"references lose": "warning"}),
         ([[1, 3, 2.1], [0, 1, 2]], {}),
-        ([[1, 3, 0], [0, 1, -2]], {"references lose": "failure"}),
+        ([[1, 3, 0], [0, 1, -2]] * 3, {"references lose": "failure"}),
+        ([[1, 3, 0], [0, 1, -2]] * 2, {"references lose": "warning"}),  # too few prompts
         ([[NAN, 1, 2], [0, 1, 2]], {"no reward": "warning"}),
         ([[0, 1, NAN], [0, 1, 2]], {"no reward": "failure"}),  # half of the references
         ([[NAN, NAN, 1]] * 2, {"no reward": "failure"}),
@@ -323,7 +327,9 @@ def test_rewards(rewards: list[list[float]], expected: dict[str, str]) -> None:
 
 def test_references_that_lose_are_a_warning_where_their_advantage_is_clipped() -> None:
     objective = CONFIG.replace(reference_advantage="clip").objective
-    assert verdicts(on_rewards(sampled([[1, 3, 0]]), objective)) == {"references lose": "warning"}
+    assert verdicts(on_rewards(sampled([[1, 3, 0]] * 6), objective)) == {
+        "references lose": "warning"
+    }
 
 
 def test_one_of_several_functions_is_constant() -> None:
@@ -485,6 +491,9 @@ def test_of_many_rows_the_longest_are_read() -> None:
     assert (facts.total, len(facts.rows)) == (3 * READ, READ)
     assert [row.number for row in facts.that("no room")] == [2345]
     assert facts.share("no room") == 1 / facts.total
+    assert facts.ends == {"<eos>": READ}
+    options = CONFIG.replace(max_reference_length=1).sampling
+    assert read_rows(examples[:3], loaded_with(None, 99), options, seed=0).ends == {}
     assert facts.share("fits") == pytest.approx(1 - 1 / facts.total)
 
 

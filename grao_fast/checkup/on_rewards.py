@@ -12,6 +12,8 @@ from grao_fast.checkup.findings import Finding, judged, percent, share
 from grao_fast.checkup.groups import GroupFacts
 from grao_fast.config import ObjectiveOptions
 
+_ENOUGH = 5  # prompts: by chance alone, fewer references may all lose
+
 
 def on_rewards(facts: GroupFacts, objective: ObjectiveOptions) -> list[Finding]:
     """Return what the rewards say. If nothing has a reward, only why is said."""
@@ -131,7 +133,8 @@ def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Findin
     lost = share(int((facts.reference_N < mean_N)[both_N].sum()), total)
     value = f"{percent(lost)} of {total} references score below the mean of their samples"
     clipped = objective.reference_advantage == "clip"
-    limit = "lost by the reference, clipped" if clipped else "lost by the reference"
+    spared = clipped or total < _ENOUGH
+    limit = "lost by the reference, clipped" if spared else "lost by the reference"
     remedy = "see whether the reward is the wrong way round; take better references" + (
         "; the regulariser (lam) still lowers their probability"
         if clipped

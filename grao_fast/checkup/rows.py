@@ -127,7 +127,8 @@ def read_rows(
     def those(test: Callable[[Row], bool]) -> list[int]:
         return [row.number for row in rows if test(row)]
 
-    ends = [row.ids.reference[-1] for row in rows if row.ids.reference]
+    last = [row.ids.reference[-1] for row in rows if row.ids.reference]
+    ends = [token for token in last if token in encoder.end_ids]  # the others were cut
     bos, special = tokenizer.bos_token_id, tokenizer.all_special_tokens
     return RowFacts(
         total=len(examples),
