@@ -78,7 +78,7 @@ def table(steps: Sequence[dict[str, Any]]) -> str:
         values = [value for value in values if value is not None]
         amount = sum(values) if name in AMOUNTS else sum(values) / max(1, len(values))
         first, last = values[0], values[-1]
-        rows.append(f"| `{name}` | {first:.4g} | {last:.4g} | {amount:.4g} |")
+        rows.append(f"| `{name}` | {first:.4g} | {last:.4g} | {amount:.6g} |")
     head = (
         "| metric | first step | last step | sum, or mean of the steps |\n| --- |" + " ---: |" * 3
     )
