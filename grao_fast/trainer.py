@@ -48,7 +48,7 @@ from grao_fast.training.state import step_seed, stream_of
 from grao_fast.training.step import update
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ logger = get_logger(__name__)
 @restores_models
 def train(
     model: str | Path | nn.Module,
-    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    dataset: str | Path | Dataset | IterableDataset | Sequence[Mapping[str, Any]],
     reward: RewardSpec,
     *,
     config: GRAOConfig | None = None,
@@ -77,7 +77,7 @@ def train(
     Args:
         model: a folder or hub id of a model, or of an adapter, which is continued on the base that
             it names; or a Transformers causal language model, or a PeftModel.
-        dataset: prompts with reference answers; see `grao_fast.data.examples` for columns.
+        dataset: prompts with reference answers, streaming or not; see `grao_fast.data.examples`.
         reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
             "file.py:function", or a list of these. See `GRAOConfig.reward_type`.
         config: options; the paper's by default.

@@ -28,7 +28,7 @@ from grao_fast.rewards.limits import Timeout, longest
 from grao_fast.system.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Inputs:
 
 
 def read_inputs(
-    dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
+    dataset: str | Path | Dataset | IterableDataset | Sequence[Mapping[str, Any]],
     reward: RewardSpec,
     *,
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None,
