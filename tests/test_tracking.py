@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def test_a_resumed_run_keeps_no_later_parquet(tmp_path: Path) -> None:
     assert len(list((tmp_path / "completions").iterdir())) == 3
 
 
-def test_parquet_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_in_a_log_file_with_parquet(tiny_model: Path, tmp_path: Path, capfd) -> None:
     def length(completions):
         return [len(text[0]["content"]) / 10 for text in completions]
 
@@ -324,10 +325,20 @@ def test_parquet_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
         return [None for _ in completions]
 
     config = GRAOConfig(
-        num_generations=2, max_new_tokens=4, prompts_per_step=2, max_steps=2, save_steps=0,
-        log_completions_steps=1, log_completions=True, disable_tqdm=True, device="cpu",
+        num_generations=2, max_new_tokens=4, prompts_per_step=2, max_steps=2, save_steps=1,
+        log_completions_steps=1, log_completions=True, device="cpu",
     )  # fmt: skip
-    grao_fast.train(tiny_model, sums(4), [length, nothing], config=config, output_dir=tmp_path)
+    for resumed in (None, tmp_path / "checkpoint-1"):
+        if resumed:
+            for name in ("checkpoint-2", "final"):
+                shutil.rmtree(tmp_path / name)
+        grao_fast.train(
+            tiny_model, sums(4), [length, nothing], config=config, output_dir=tmp_path,
+            resume_from_checkpoint=resumed,
+        )  # fmt: skip
+    shown = capfd.readouterr().err
+    assert len(re.findall(r"^step 2/2  reward .*  loss .*$", shown, re.MULTILINE)) == 2
+    assert "\r" not in shown and "\x1b" not in shown
     tables = [parquet.read_table(p) for p in sorted((tmp_path / "completions").iterdir())]
     assert [table.column("step").to_pylist() for table in tables] == [[1] * 4, [2] * 4]
     assert tables[0].schema == tables[1].schema

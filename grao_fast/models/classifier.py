@@ -22,6 +22,7 @@ from grao_fast.models.outline import places_of, tensor_at
 from grao_fast.models.placement import Placement
 from grao_fast.models.sharded_loading import Outline
 from grao_fast.models.weight_files import WeightFiles, safetensors_of
+from grao_fast.system.bars import no_bar, on_terminal
 from grao_fast.system.digests import digest_tensors
 from grao_fast.system.errors import UserError, explained, first_of
 
@@ -84,7 +85,8 @@ class Classifier:
         return digest_tensors(head) if head else None
 
     def _load(self, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        with explained(f"cannot load reward model {self.name!r}", *_LOADING):
+        named = explained(f"cannot load reward model {self.name!r}", *_LOADING)
+        with named, no_bar(unless=on_terminal()):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 self.name,
                 dtype=dtype,

@@ -18,6 +18,7 @@ from grao_fast.models.policy import Policy
 from grao_fast.models.sharded_loading import refill
 from grao_fast.models.sharding import own_class
 from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.system.bars import no_bar, on_terminal
 from grao_fast.training.checkpoint import CheckpointError
 from grao_fast.training.identity import digest_weights, tensors_of
 
@@ -76,14 +77,15 @@ def _saved_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint, on the CPU or, as an outline without values, on "meta"."""
     on: dict[str, Any] = {"device_map": {"": "meta"}} if outline else {}
-    loaded: Any = own_class(causal_lm).from_pretrained(
-        path,
-        dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, in one line
-        **on,
-    )
+    with no_bar(unless=on_terminal()):
+        loaded: Any = own_class(causal_lm).from_pretrained(
+            path,
+            dtype=torch.float32,  # which represents frozen layers of other dtypes exactly
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one line
+            **on,
+        )
     saved, info = loaded
     missing, unexpected = (info[kind] for kind in ("missing_keys", "unexpected_keys"))
     shapes = [f"{key} of shape {tuple(was)}" for key, was, _ in info["mismatched_keys"]]

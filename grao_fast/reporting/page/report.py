@@ -92,7 +92,7 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for metric, name in EVALUATIONS.items():
         rows.append((f"held out: {name}", [_evaluated(run, metric) for run in runs]))
     seconds = [run.summary.get("seconds") for run in runs]
-    rows.append(("time of the last start", [_duration(value) for value in seconds]))
+    rows.append(("duration, from the latest start", [_duration(value) for value in seconds]))
     return [(name, cells) for name, cells in rows if any(cells)]
 
 
@@ -117,7 +117,9 @@ def _duration(seconds: Any) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _options(runs: Sequence[Run]) -> dict[str, list[tuple[str, list[str]]]]:
