@@ -129,7 +129,7 @@ def test_a_wrong_value_names_its_completion(value: Any) -> None:
 
 def test_the_time_limit_is_that_of_a_call() -> None:
     """Many calls may together take longer than the limit; one may not."""
-    assert scores(resolve_reward(as_early(length, wait=0.06), timeout=0.3)) is not None
+    assert scores(resolve_reward(as_early(length, wait=0.3), timeout=1.5)) is not None
     started = time.monotonic()
     with pytest.raises(
         RewardError, match=r"called for prompt \d.* took longer than reward_timeout"

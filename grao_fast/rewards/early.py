@@ -192,10 +192,10 @@ class EarlyCalls:
     def _raise_failed(self) -> None:
         now = time.perf_counter()
         for call in self._calls:
+            limit, started = call.function.timeout, call.started
+            if limit is not None and started is not None and (call.ended or now) - started >= limit:
+                raise too_slow(call.what, limit)
             if not call.outcome.done():
-                limit, started = call.function.timeout, call.started
-                if limit is not None and started is not None and now - started >= limit:
-                    raise too_slow(call.what, limit)
                 continue
             try:
                 call.outcome.result()
