@@ -7,10 +7,12 @@
 Each run is a process of its own, on a tiny Llama (two layers of 64 dimensions) with a byte-level
 BPE tokenizer of 4,096 tokens that is trained on the same text. A row is a message of about 60 words
 and a reference of about 40, made of 5,000 made-up words, in JSON Lines or in Arrow files
-(`Dataset.save_to_disk`). Files are in the page cache. The clock
-starts when `train` is called, which imports most of what it needs, and
-stops when the first step has ended, and the process's peak of resident memory is read there. CPU
-seconds, which other programs on the machine disturb less, are the process's own. For Linux.
+(`Dataset.save_to_disk`), which are in the page cache. The clock starts when `train` is called, that
+imports most of what it needs, and stops when the first step has ended; the process's peak of
+resident memory is read there. CPU seconds, which other programs on the machine disturb less, are
+the process's own. For Linux.
+
+Another checkout needs a link from its grao_fast/kernels to its kernels.
 """
 
 from __future__ import annotations
