@@ -43,7 +43,8 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge_at(server: RealServer, **options) -> Judge:
-    options = {"model": "judge", "api_key_env": "GRAO_TEST_KEY", "timeout": 300.0} | options
+    options = {"model": "judge", "api_key_env": "GRAO_TEST_KEY", "max_tokens": 16} | options
+    options["timeout"] = 300.0
     return Judge("the correct answer", base_url=f"{server.url}/v1", **options)
 
 
