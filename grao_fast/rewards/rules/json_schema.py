@@ -109,7 +109,7 @@ def _parsed(text: str) -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    raise json.JSONDecodeError(f"{constant} is not JSON", constant, 0)
 
 
 def _loaded(text: str, where: str) -> Any:
