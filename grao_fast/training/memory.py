@@ -65,6 +65,7 @@ def token_budget(
     Raises:
         UserError: not even one group fits; names its need and the remedies.
     """
+    logger.info("measuring how many groups fit in the memory of a micro-batch")
     found = micro_batch(
         policy,
         optimizer,
