@@ -134,10 +134,10 @@ def _in_words(curve: Curve, form: Callable[[float], str]) -> str:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """Return the bounds of an axis: those of its values, with a width."""
+    """Return the bounds of an axis: those of its values; of one value alone, it and 0."""
     if high > low:
         return low, high
-    return (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9 or 1.0)
+    return (min(low, 0.0), max(low, 0.0)) if low else (0.0, 1.0)
 
 
 def _axes(frame: _Frame, *, form: Callable[[float], str]) -> Markup:
