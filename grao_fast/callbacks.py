@@ -12,7 +12,7 @@ from grao_fast.system.errors import UserError
 if TYPE_CHECKING:  # a module of callbacks need not wait for torch and transformers
     from grao_fast.config import GRAOConfig
     from grao_fast.evaluation.result import EvaluationResult
-    from grao_fast.sampling.loading import LoadedPolicy
+    from grao_fast.sampling.loaded import LoadedPolicy
 
 
 class Callback:

@@ -25,7 +25,8 @@ from grao_fast.models.placement import world_of
 from grao_fast.models.saving import prove_saving, save_model
 from grao_fast.reporting.tracking import check_trackers
 from grao_fast.sampling import Sampler
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system import interruption
 from grao_fast.system.files import clear_left_overs, writable_folder
 from grao_fast.system.lock import only_run_in

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grao_fast
 from grao_fast.config import GRAOConfig
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

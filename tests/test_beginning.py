@@ -14,7 +14,8 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Group
 from grao_fast.kernels import GRAOLoss
 from grao_fast.models.policy import Policy
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training.checkpoint import CheckpointError, read_state
 from grao_fast.training.identity import PolicyIdentity, digest_frozen
 from grao_fast.training.optim import adamw

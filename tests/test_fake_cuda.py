@@ -29,7 +29,8 @@ from grao_fast.models.attention import flex
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion, loading
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training.checkpoint import OPTIMIZER
 from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.optim import adamw, moments_of

@@ -18,7 +18,8 @@ from grao_fast import GRAOConfig
 from grao_fast.data.packing import Group, MicroBatch
 from grao_fast.models.attention.frequencies import hold_frequencies, release_frequencies
 from grao_fast.models.policy import Policy
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.proof import measure_sampler
 
 LONG_ROPE = {

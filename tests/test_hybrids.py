@@ -16,7 +16,8 @@ from grao_fast import GRAOConfig
 from grao_fast.data.packing import Group, pad
 from grao_fast.sampling import Completion
 from grao_fast.sampling.generate import GenerateSampler, supports_left_padding
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.training.flops import layer_windows
 

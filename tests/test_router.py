@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import pack
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training.step import micro_batch_loss
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]

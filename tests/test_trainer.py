@@ -15,7 +15,8 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import load_examples
 from grao_fast.kernels import reference
 from grao_fast.rewards import resolve_reward
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.training.rollout import Rollout, sample_and_score, to_groups
 from grao_fast.training.step import micro_batch_loss
 

@@ -17,7 +17,8 @@ from real_vllm import BIN, RealServer, save_model
 from test_trainer import CONFIG, lines, run
 
 from grao_fast.sampling import Completion
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system.threads import in_thread
 
 pytestmark = [

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from vllm_server import FakeVLLM, serving
 
 import grao_fast
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.model_sampler import Decoding
 from grao_fast.sampling.transformers import TransformersSampler
 from grao_fast.sampling.vllm import VLLMServerSampler

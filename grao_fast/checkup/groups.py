@@ -20,7 +20,7 @@ from grao_fast.objectives import grao
 from grao_fast.rewards import Reward, RewardError
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import one_line
 from grao_fast.training.rollout import Rollout, texts_of

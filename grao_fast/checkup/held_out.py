@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from grao_fast.checkup.findings import Finding
 from grao_fast.data.encoding import Encoded
 from grao_fast.rewards import Reward, RewardError
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.errors import one_line
 
 

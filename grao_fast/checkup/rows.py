@@ -15,7 +15,7 @@ from grao_fast.data.encoder import Encoder, TokenIds
 from grao_fast.data.encoding import Encoded, number_of
 from grao_fast.data.examples import Example
 from grao_fast.data.prompts import sizes_of, take
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 
 READ = 1000  # rows that are tokenised, at most
 _LONGEST = 100  # of these, the ones with the most bytes; the others are drawn at random

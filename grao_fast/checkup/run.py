@@ -31,7 +31,8 @@ from grao_fast.models.checks import check_given, restores_models
 from grao_fast.models.placement import Placement, world_of
 from grao_fast.reporting.tracking import check_trackers
 from grao_fast.sampling import Sampler
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system import interruption
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.system.streams import lenient_streams

@@ -16,7 +16,7 @@ from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.models.sharding import device_memory, local
 from grao_fast.objectives import grao
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.training.flops import ModelCost, group_work
 from grao_fast.training.memory import GroupShape, micro_batch

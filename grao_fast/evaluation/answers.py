@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from grao_fast.config import SamplingOptions
 from grao_fast.data.encoding import Encoded
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 
 
 class Answers(NamedTuple):

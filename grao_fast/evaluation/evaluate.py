@@ -24,7 +24,8 @@ from grao_fast.models.placement import Placement, world_of
 from grao_fast.rewards import resolve_reward
 from grao_fast.rewards.functions import ready
 from grao_fast.rewards.limits import longest
-from grao_fast.sampling.loading import LoadedPolicy, load_policy
+from grao_fast.sampling.loaded import LoadedPolicy
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import writable_folder, write_file
 from grao_fast.system.interruption import stoppable

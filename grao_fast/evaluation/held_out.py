@@ -14,7 +14,7 @@ from grao_fast.evaluation.compare import evaluate_completions
 from grao_fast.evaluation.result import EvaluationResult
 from grao_fast.rewards import Reward
 from grao_fast.rewards.functions import ready
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.lines import METRICS_FILE, read_lines
 
 

@@ -20,7 +20,7 @@ from grao_fast.models.beginning import trainable
 from grao_fast.models.sharding import own_class
 from grao_fast.rewards import Reward
 from grao_fast.rewards.named import identity
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.digests import digest_rows, digest_tensors
 from grao_fast.system.errors import first_of
 from grao_fast.system.visible import get_logger

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed.world import World
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system import interruption
 from grao_fast.system.errors import one_line
 from grao_fast.system.visible import get_logger

@@ -21,7 +21,7 @@ from grao_fast.rewards import Reward
 from grao_fast.rewards.functions import GroupScores
 from grao_fast.rewards.measured import Metrics
 from grao_fast.sampling import Completion
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.ahead import Sampled, Share
 

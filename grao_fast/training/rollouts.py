@@ -16,7 +16,7 @@ import torch
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.rewards import Reward
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.ahead import Sampled, Share
 from grao_fast.training.draws import PromptDraws

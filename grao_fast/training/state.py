@@ -34,7 +34,7 @@ from grao_fast.models.adapters import (
 )
 from grao_fast.models.saving import hold_model, save_model
 from grao_fast.models.sharding import reshard
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.visible import get_logger
 from grao_fast.training.checkpoint import FORMAT, OPTIMIZER, STATE, CheckpointError
 from grao_fast.training.identity import (

@@ -17,7 +17,7 @@ from grao_fast.models.beginning import trainable
 from grao_fast.models.policy import Policy
 from grao_fast.models.sharded_loading import refill
 from grao_fast.models.sharding import own_class
-from grao_fast.sampling.loading import LoadedPolicy
+from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.bars import no_bar, on_terminal
 from grao_fast.training.checkpoint import CheckpointError
 from grao_fast.training.identity import digest_weights, tensors_of
