@@ -21,6 +21,7 @@ ALONE, FULL, NONE = (
 TRL = Contender("trl", "full", 2)
 
 
+@pytest.mark.slow
 def test_sharded_steps_are_one_processs_and_send_what_is_planned() -> None:
     found = race([ALONE, FULL, NONE], "cpu", CASE, rounds=1)
     alone, full, none = (found[each.name] for each in (ALONE, FULL, NONE))

@@ -179,6 +179,7 @@ def test_the_rewards_that_fell_most_are_shown(tmp_path: Path) -> None:
     assert re.findall(r"prompt user: (text \d)", worst) == ["text 5"]  # half as many
 
 
+@pytest.mark.slow
 def test_many_steps_make_a_small_page(tmp_path: Path) -> None:
     rows = [metrics(step, reward=math.sin(step * 7.0)) for step in range(1, 20_001)]
     rows[10_000]["reward"] = 99.0  # a spike that must not be lost

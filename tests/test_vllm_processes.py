@@ -74,7 +74,7 @@ def test_two_processes_train_as_one(fake: FakeVLLM, options, tmp_path: Path):
     assert all(torch.equal(theirs[name], tensor) for name, tensor in final.items())
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_goes_alone_or_merged(fake: FakeVLLM, options, tmp_path: Path, alone: bool):
     fake.max_lora_rank = 8 if alone else None
     compare("LoRA", fake, tmp_path, options)
