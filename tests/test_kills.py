@@ -169,12 +169,12 @@ def test_a_run_is_killed_before_every_change_of_its_folder(
 
 @pytest.mark.slow
 def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Path):
-    """Kill runs at random, and resume each until it ends: 100 kills or more, in 60 runs or more."""
+    """Kill runs at random, and resume each until it ends: 50 kills or more, in 30 runs or more."""
     start = time.monotonic()
     assert exit_status(fork(lambda: run(tiny_model, tmp_path / "timed", **OPTIONS))) == 0
     longest = time.monotonic() - start  # later, the run would have ended
     draw, kills, runs = random.Random(0), 0, 0
-    while kills < 100 or runs < 60:
+    while kills < 50 or runs < 30:
         output = tmp_path / str(runs)
         output.mkdir()
 
