@@ -127,18 +127,9 @@ def train(
         interruption.resumes_from(checkpoint)
         inputs = world.together(
             lambda: read_inputs(
-                dataset,
-                reward,
-                eval_dataset=eval_dataset,
-                metric=metric,
-                reward_type=config.reward_type,
-                reward_weights=config.reward_weights,
-                reward_timeout=config.reward_timeout,
-                eval_steps=config.eval_steps,
-                num_generations_eval=config.num_generations_eval,
+                dataset, reward, config=config, eval_dataset=eval_dataset, metric=metric
             )
         )
-        world.together(lambda: inputs.check_stream(config.max_steps, curriculum=config.curriculum))
         world.together(lambda: check_trackers(config.report_to))
         identity = RunIdentity.of(inputs.examples, inputs.reward)
         if checkpoint is not None:

@@ -16,6 +16,7 @@ from judge_faults import FAULTS, HEAD, always, measure, row
 from judge_server import JudgeServer, Reply, chat, refusal, serving, verdict
 from test_trainer import CONFIG, lines, run
 
+from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import Example
 from grao_fast.evaluation.compare import evaluate_completions
 from grao_fast.rewards import Judge, RewardError, resolve_reward
@@ -282,12 +283,9 @@ def test_the_openai_key_is_not_sent_where_none_is_asked_for(server, url, monkeyp
 
 def refused(tmp_path: Path, judge: Judge) -> str:
     rows = [{"prompt": "p", "reference": "good"}]
-    options: dict[str, Any] = dict.fromkeys(
-        ("eval_dataset", "metric", "reward_weights", "num_generations_eval")
-    )
-    options |= {"reward_timeout": None, "eval_steps": None, "reward_type": "pairwise"}
+    config = GRAOConfig(reward_type="pairwise")
     with pytest.raises(RewardError) as error:
-        read_inputs(rows, judge, **options)
+        read_inputs(rows, judge, config=config, eval_dataset=None, metric=None)
     assert "\n" not in str(error.value)
     return str(error.value)
 

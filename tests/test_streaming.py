@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict
 from test_trainer import CONFIG, ROWS, rarely_equal, run, same_bits
 from tiny import CHAT_TEMPLATE, character_tokenizer
 
+import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.data import streaming
 from grao_fast.data.encoding import Limits
@@ -97,9 +98,11 @@ def test_a_resumed_run_goes_on_reading(tiny_model: Path, tmp_path: Path, shuffle
 
 
 def test_what_a_stream_cannot_do_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    epochs = CONFIG.replace(max_steps=-1)
     with pytest.raises(ValueError, match=r"has no length, .* set max_steps"):
-        epochs = CONFIG.replace(max_steps=-1)
         run(tiny_model, tmp_path, dataset=stream(), reward=rarely_equal, config=epochs)
+    with pytest.raises(ValueError, match=r"has no length, .* set max_steps"):
+        grao_fast.check(tiny_model, stream(), rarely_equal, config=epochs)
     with pytest.raises(ValueError, match=r"only the dataset that is trained on .*take\(200\)"):
         load_examples(stream())
     with pytest.raises(ValueError, match="no split 'train'; it has test"):

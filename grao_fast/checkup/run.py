@@ -96,19 +96,12 @@ def check(
             f"check_prompts must be a whole number of at least 1, got {check_prompts!r}"
         )
     with world_of(config) as world:
-        world.together(lambda: _check_arguments(model, callbacks))
+        world.together(lambda: check_given("model", model))
+        world.together(lambda: check_callbacks(callbacks))
         in_folder, checkpoint = world.main(lambda: look_at(output_dir, resume_from_checkpoint))
         inputs = world.together(
             lambda: read_inputs(
-                dataset,
-                reward,
-                eval_dataset=eval_dataset,
-                metric=metric,
-                reward_type=config.reward_type,
-                reward_weights=config.reward_weights,
-                reward_timeout=config.reward_timeout,
-                eval_steps=config.eval_steps,
-                num_generations_eval=config.num_generations_eval,
+                dataset, reward, config=config, eval_dataset=eval_dataset, metric=metric
             )
         )
         world.together(lambda: check_trackers(config.report_to))
@@ -125,18 +118,12 @@ def check(
             sampler=sampler,
             world=world,
         )
-        inputs.place_rewards(loaded.policy)
         world.together(lambda: adamw(loaded.model, config.optimisation))  # refuses what is trained
         inputs.place_rewards(loaded.policy)
         done, resumed = _resume(loaded, inputs, checkpoint, config)
         checked = _Check(loaded, inputs, config, max(check_prompts, world.size))
         findings = [_on_model(loaded), in_folder, *resumed, *checked.findings(steps_done=done)]
         return world.gather(CheckResult(tuple(findings)))[0]
-
-
-def _check_arguments(model: object, callbacks: Sequence[Callback]) -> None:
-    check_given("model", model)
-    check_callbacks(callbacks)
 
 
 def _is_changed(model: nn.Module, config: GRAOConfig, world: World, *, by_training: bool) -> bool:

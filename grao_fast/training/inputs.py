@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grao_fast.config import RewardType
+from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import check_templates
 from grao_fast.data.examples import (
     Example,
@@ -24,7 +24,7 @@ from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy
 from grao_fast.rewards import Reward, resolve_reward
-from grao_fast.rewards.limits import Timeout, longest
+from grao_fast.rewards.limits import longest
 from grao_fast.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,21 +60,6 @@ class Inputs:
         """The examples, or the first of a streaming dataset."""
         return self.examples.head if isinstance(self.examples, StreamedExamples) else self.examples
 
-    def check_stream(self, max_steps: int, *, curriculum: bool) -> None:
-        """Raise UserError for options that a streaming dataset cannot serve."""
-        if not isinstance(self.examples, StreamedExamples):
-            return
-        if curriculum:
-            raise UserError(
-                "curriculum lets prompts of a streaming dataset rest that may never come again: "
-                "leave it out"
-            )
-        if max_steps <= 0:
-            raise UserError(
-                "a streaming dataset has no length, by which num_train_epochs would be counted: "
-                "set max_steps"
-            )
-
     def check_templates(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError for examples that the tokenizer's chat template refuses."""
         for rows in self.sets:
@@ -85,25 +70,24 @@ def read_inputs(
     dataset: str | Path | Dataset | IterableDataset | Sequence[Mapping[str, Any]],
     reward: RewardSpec,
     *,
+    config: GRAOConfig,
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None,
     metric: RewardSpec | None,
-    reward_type: RewardType,
-    reward_weights: Sequence[float] | None,
-    reward_timeout: Timeout,
-    eval_steps: int | None,
-    num_generations_eval: int | None,
 ) -> Inputs:
     """Load the datasets and find the reward functions of a run.
 
     Raises:
         UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
     """
+    timeout, reward_type = config.reward_timeout, config.reward_type
     inputs = Inputs(
         examples=open_dataset(dataset, split="train", require_references=True),
         eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
-        reward=resolve_reward(reward, weights=reward_weights, timeout=reward_timeout),
-        metric=None if metric is None else resolve_reward(metric, timeout=longest(reward_timeout)),
+        reward=resolve_reward(reward, weights=config.reward_weights, timeout=timeout),
+        metric=None if metric is None else resolve_reward(metric, timeout=longest(timeout)),
     )
+    if isinstance(inputs.examples, StreamedExamples):
+        _check_stream(config.max_steps, curriculum=config.curriculum)
     for rows in inputs.sets:
         inputs.reward.check(rows, reward_type=reward_type)
     if inputs.metric and inputs.eval_examples:
@@ -114,12 +98,28 @@ def read_inputs(
         inputs.examples.compared = True  # also those that are drawn later
     if eval_dataset is None and metric is not None:
         raise UserError("metric is measured on eval_dataset: pass one, or leave metric out")
-    check_samples(num_generations_eval, metric)
-    if eval_dataset is None and eval_steps is not None:
-        raise UserError(f"eval_steps={eval_steps} needs an eval_dataset: pass one, or leave it out")
+    check_samples(config.num_generations_eval, metric)
+    if eval_dataset is None and config.eval_steps is not None:
+        raise UserError(
+            f"eval_steps={config.eval_steps} needs an eval_dataset: pass one, or leave it out"
+        )
     for each in filter(None, (inputs.reward, inputs.metric)):
         each.check_ready()
     return inputs
+
+
+def _check_stream(max_steps: int, *, curriculum: bool) -> None:
+    """Raise UserError for options that a streaming dataset cannot serve."""
+    if curriculum:
+        raise UserError(
+            "curriculum lets prompts of a streaming dataset rest that may never come again: "
+            "leave it out"
+        )
+    if max_steps <= 0:
+        raise UserError(
+            "a streaming dataset has no length, by which num_train_epochs would be counted: "
+            "set max_steps"
+        )
 
 
 def tokenizer_for(
