@@ -114,3 +114,20 @@ def test_what_a_stream_cannot_do_is_refused(tiny_model: Path, tmp_path: Path) ->
     assert fingerprint(open_dataset(stream())) == fingerprint(open_dataset(stream()))
     other = fingerprint(open_dataset(stream(letters="abcd")))
     assert fingerprint(open_dataset(stream())) != other
+
+
+def test_a_streamed_row_has_the_tools_of_its_own() -> None:
+    """Arrow gives the tools of all rows the keys of each other's."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": name}],
+            "reference": "b",
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {name: {}}}}],
+        }
+        for name in ("x", "y")
+    ]
+    dataset = Dataset.from_list(rows)
+    whole = open_dataset(dataset, split="train")
+    streamed = open_dataset(dataset.to_iterable_dataset(), split="train")
+    read = [streamed.read(n, row) for n, row in enumerate(streamed.dataset)]
+    assert list(streamed.head) == read == list(whole)

@@ -139,7 +139,7 @@ class Encoder:
             if examples and reason not in self._reported:
                 self._reported.add(reason)
                 logger.warning(_REASONS[reason], len(examples), self._count, examples[0])
-                examples.clear()  # said once, however many more are drawn
+            examples.clear()  # said once, however many more are drawn
 
     @property
     def refusals(self) -> dict[int, str]:

@@ -95,12 +95,11 @@ class Prompts(DrawnPrompts):
         dropped: set[int] = set()
         sample = sizes.sample()
         surplus = self._encode(sample, sizes, dropped)
-        whole = len(sample) == len(sizes.whole)
-        if not whole:
-            seen = np.zeros(len(sizes.whole), bool)
-            seen[list(sample)] = True
-            beyond = self._beyond(sizes, surplus) & ~seen
-            left = sorted({*np.flatnonzero(beyond).tolist(), *sizes.largest()})
+        if len(sample) < len(sizes.whole):
+            chosen = self._beyond(sizes, surplus)
+            chosen[sizes.largest()] = True
+            chosen[list(sample)] = False
+            left = np.flatnonzero(chosen).tolist()
             logger.info(
                 "tokenising %d of %d examples before the first step: a sample of %d, and %d that "
                 "are among the largest or may be too long",

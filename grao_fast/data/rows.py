@@ -100,7 +100,7 @@ class ArrowRows(Rows):
     def take(self, places: Sequence[int]) -> list[Row]:
         columns = self._dataset[list(places)]
         each = zip(*columns.values(), strict=True)
-        return [_without_padding(dict(zip(columns, values, strict=True))) for values in each]
+        return [without_padding(dict(zip(columns, values, strict=True))) for values in each]
 
     def sizes(self, columns: Sequence[str]) -> np.ndarray:
         chosen = self._dataset.select_columns(list(columns)).with_format("arrow")
@@ -220,7 +220,7 @@ def paced(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         yield item
 
 
-def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+def without_padding(row: dict[str, Any]) -> dict[str, Any]:
     """Remove the keys that are None from an Arrow row's messages and what goes to its template.
 
     Arrow gives every object in a column the keys of all others, so that a tool call would seem to

@@ -26,7 +26,7 @@ from grao_fast.data.examples import (
     open_examples,
 )
 from grao_fast.data.prompts import DrawnPrompts, open_prompts
-from grao_fast.data.rows import ListRows
+from grao_fast.data.rows import ListRows, without_padding
 from grao_fast.data.sources import SourceRows
 from grao_fast.system.digests import digest_rows
 from grao_fast.system.errors import UserError
@@ -90,7 +90,7 @@ class StreamedExamples:
         self.dataset = dataset
         self._rows = list(islice(dataset.with_format(None), _HEAD))
         columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        source = SourceRows(_NAME, columns, ListRows(self._rows))
+        source = SourceRows(_NAME, columns, ListRows(list(map(without_padding, self._rows))))
         if not self._rows:
             raise UserError(f"{_NAME} is empty: it has no rows")
         self.head, self._columns = examples_of(source, require_references=require_references)
@@ -106,7 +106,7 @@ class StreamedExamples:
 
     def read(self, number: int, row: Mapping[str, Any]) -> Example | None:
         """Return a row as an example; None for a transcript that ends in a blank answer."""
-        example = self._columns.example(number, row)
+        example = self._columns.example(number, without_padding(row))
         if self.compared:
             check_references(_NAME, [example])
         blank = example.reference is None and self._columns.transcripts

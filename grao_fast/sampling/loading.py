@@ -122,7 +122,9 @@ def load_policy(
         tokenizer=tokenizer,
         eos_token_ids=eos_ids,
         sampler=world.together(
-            lambda: sampler or _sampler(policy, tokenizer, eos_ids, kept, config)
+            lambda: (
+                _sampler(policy, tokenizer, eos_ids, kept, config) if sampler is None else sampler
+            )
         ),
         beginning=Beginning(model) if config.kl_coef or base_digest else None,
         base_digest=base_digest,
