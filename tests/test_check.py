@@ -421,7 +421,7 @@ def test_templates(facts: Any, verdict: str, value: str) -> None:
     ],
 )
 def test_memory_and_time(weights: int, reward: float | None, expected: dict[str, str]) -> None:
-    memory = Memory(weights, 10, 20, 0, 30.0, groups=1, budget=50, device=1000)
+    memory = Memory(weights, 10, 20, 0, 30.0, groups=1, device=1000)
     times = Times(4, 0.5, sample=1.0, reward=reward, update=1.0, tflops=0.1)
     findings = on_step(StepFacts(64, memory, times), steps=7200)
     assert verdicts(findings) == expected
@@ -430,7 +430,7 @@ def test_memory_and_time(weights: int, reward: float | None, expected: dict[str,
 
 
 def test_an_update_that_diverges_is_a_failure() -> None:
-    memory = Memory(10, 10, 20, 0, 30.0, groups=1, budget=50, device=1000)
+    memory = Memory(10, 10, 20, 0, 30.0, groups=1, device=1000)
     findings = on_step(StepFacts(64, memory, None, "the gradient's norm is nan"), steps=1)
     assert verdicts(findings) == {"update": "failure"}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import prompt_study as study
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -17,22 +15,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "prompts-cpu.json"
 pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="needs a checkout")
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    path = ROOT / "benchmarks" / "prompt_study.py"
-    spec = importlib.util.spec_from_file_location("prompt_study", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["prompt_study"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def row(step: int, **more: Any) -> dict[str, Any]:
     step_rows = {"completions/mean_length": 2.0, "tokens": 7.0, "frac_dead": 0.5}
     return {"step": step, "loss": 0.0} | step_rows | more
 
 
-def test_tokens_are_those_of_all_rounds(study: ModuleType) -> None:
+def test_tokens_are_those_of_all_rounds() -> None:
     further = {"dynamic_sampling/tokens": 90.0, "dynamic_sampling/frac_dead": 0.75}
     rows = [
         {"step": 0, "eval/metric": 0.1, "eval/reward": 0.2},
@@ -47,7 +35,7 @@ def test_tokens_are_those_of_all_rounds(study: ModuleType) -> None:
     assert study.at_tokens(run, 14, "trained") == pytest.approx(0.6)
 
 
-def test_the_page_shows_the_results(study: ModuleType) -> None:
+def test_the_page_shows_the_results() -> None:
     runs = json.loads(RESULTS.read_text())["runs"]
     page = (ROOT / "docs" / "results" / "prompts.md").read_text(encoding="utf-8")
     assert study.table(runs) in page

@@ -253,3 +253,11 @@ def test_command(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "Answers" not in (tmp_path / "grao-report.html").read_text()
     assert main(["report"]) == 2
     assert "missing DIR; see grao-fast report --help" in capsys.readouterr().err
+
+
+def test_a_run_whose_samples_have_no_log_probs(tmp_path: Path) -> None:
+    """L(o) has then no value, and its chart only L(y)."""
+    row = metrics(1, **{"reference/logprob": -1.0, "reference/logprob_gap": None})
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    html = grao_fast.report(tmp_path).read_text()
+    assert "references, L(y)" in html and "samples, L(o)" not in html

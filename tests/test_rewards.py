@@ -336,6 +336,8 @@ def test_rewards_are_made_by_name_with_arguments(tmp_path: Path) -> None:
         f"{path}:Near(2, most=-1)": "raised ValueError: below 0",
         f"{path}:Near(2, mist=1)": "unexpected keyword argument 'mist'",
         f"{path}:Near(number)": "arguments must be written out",
+        f"{path}:Near({{[2]: 2}})": "arguments must be written out",
+        f"{path}:Near(2, most=1, most=2)": "names an argument twice",
         f"{path}:Near(2": "has no 'Near\\(2'",
         f"{path}:number(2)": "is not callable: it is a int",
         f"{path}:Near": r"is a class: pass an instance of it, as '.*:Near\(\.\.\.\)'",

@@ -278,3 +278,12 @@ def test_rules_are_rewards(tmp_path: Path) -> None:
         "same(column='references', extract=None, ignore_case=False)",
         "regex(pattern='\\\\d', full=False, ignore_case=False)",
     ]
+
+
+def test_a_row_without_an_answer_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("searched")
+
+    rule = ExactMatch("answer", extract=r"\d+")
+    monkeypatch.setattr("grao_fast.rewards.rules.patterns.Pattern.last", never)
+    assert rule(["1"], answer=[None]) == [None]

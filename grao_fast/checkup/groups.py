@@ -159,6 +159,7 @@ class _Trial:
 
     def run(self, own: Sequence[int]) -> list[_Scored]:
         """Score all prompts in one call, as a step does; if that fails, one by one."""
+        started = time.monotonic()
         try:
             return self._score(own)
         except RewardError as error:
@@ -166,7 +167,6 @@ class _Trial:
         if len(own) == 1:
             return [self._absent(n)._replace(together=message, alone=message) for n in own]
         scored: list[_Scored] = []
-        started = time.monotonic()
         for n in own:
             if time.monotonic() - started > _PATIENCE:
                 scored.append(self._absent(n)._replace(tried=False))

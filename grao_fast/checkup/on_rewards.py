@@ -64,7 +64,7 @@ def on_absent(facts: GroupFacts) -> Finding:
     lacking = facts.reference_N.isnan() & torch.tensor(has_reference)
     if bool(lacking.any()):
         value += f"; {int(lacking.sum())} of {sum(has_reference)} references got None"
-        absent = max(absent, float(lacking.double().mean()))
+        absent = max(absent, share(int(lacking.sum()), sum(has_reference)))
     remedy = "return a number wherever one can be given: what has no reward is not learned from"
     return judged("rewards", "no reward", "no reward", absent, value, remedy)
 
@@ -92,9 +92,8 @@ def on_constant_functions(facts: GroupFacts) -> list[Finding]:
 
 def on_dead_groups(facts: GroupFacts) -> Finding:
     """Judge the share of prompts whose rewards are all equal, so that nothing is learned."""
-    live_N, scored_N = _live_and_scored(facts)
-    total = int(scored_N.sum())
-    dead = 1 - share(int(live_N.sum()), total)
+    total = int((~facts.rollout.rewards_NK.isnan().all(1)).sum())
+    dead = 1 - share(int((~facts.rollout.dead_N).sum()), total)
     value = f"{percent(dead)} of {total} groups have equal rewards"
     everything = _present(facts.rollout.rewards_NK)
     if bool((everything == everything[0]).all()):
@@ -108,7 +107,7 @@ def on_dead_groups(facts: GroupFacts) -> Finding:
 
 def on_spread(facts: GroupFacts) -> list[Finding]:
     """Judge in how many of the groups with unequal rewards the samples' are all equal."""
-    live_N, _ = _live_and_scored(facts)
+    live_N = ~facts.rollout.dead_N
     total = int(live_N.sum())
     if not total:
         return []
@@ -141,12 +140,6 @@ def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Findin
         else ', or set reference_advantage="clip": such references are made ever less likely'
     )
     return [judged("rewards", "references lose", limit, lost, value, remedy)]
-
-
-def _live_and_scored(facts: GroupFacts) -> tuple[Tensor, Tensor]:
-    """Whether each group has an advantage other than 0, and whether it has any reward."""
-    live_N = (facts.rollout.advantages_NK.nan_to_num(0.0) != 0).any(1)
-    return live_N, ~facts.rollout.rewards_NK.isnan().all(1)
 
 
 def _present(rewards: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Memory:
     """Bytes of this process's device.
 
     weights: all parameters; kept: copies of trained ones for the KL term.
-    pass_: peak of a micro-batch; its groups and its budget, as `MicroBatchMemory` has them.
+    pass_: peak of a micro-batch; its groups, as `MicroBatchMemory` has them.
     device: what there is; of a CPU, the machine's, divided by its processes.
     """
 
@@ -41,7 +41,6 @@ class Memory:
     kept: int
     pass_: float
     groups: int
-    budget: float
     device: int
 
     @property
@@ -137,7 +136,6 @@ def measure(
         kept=0 if loaded.beginning is None else 4 * elements,
         pass_=found.peak,
         groups=found.groups,
-        budget=found.budget,
         device=device_memory(policy.device, policy.world),
     )
     try:

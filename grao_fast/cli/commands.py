@@ -155,9 +155,7 @@ def _how_to_resume(what: str, arguments: list[str], options: Options) -> str:
 
 
 def _train(options: Options) -> None:
-    with _wrong_options():
-        config = GRAOConfig(**_take_config(options))
-        peft_config = _lora_config(**options.pop("peft"))
+    config, peft_config = _configs(options)
 
     from grao_fast.trainer import train
 
@@ -168,9 +166,7 @@ def _train(options: Options) -> None:
 
 
 def _check(options: Options) -> int:
-    with _wrong_options():
-        config = GRAOConfig(**_take_config(options))
-        peft_config = _lora_config(**options.pop("peft"))
+    config, peft_config = _configs(options)
 
     from grao_fast.checkup.run import check
 
@@ -191,9 +187,7 @@ def _eval(options: Options) -> None:
 
 
 def _plan(options: Options) -> None:
-    with _wrong_options():
-        config = GRAOConfig(**_take_config(options))
-        peft_config = _lora_config(**options.pop("peft"))
+    config, peft_config = _configs(options)
 
     from grao_fast.cli.plan_tables import print_plan
 
@@ -211,6 +205,12 @@ def _demo(options: Options) -> None:
     from grao_fast.demo import run_demo
 
     run_demo(**options)
+
+
+def _configs(options: Options) -> tuple[GRAOConfig, Any]:
+    """Remove the options of a run and of its adapter, and return the configuration of each."""
+    with _wrong_options():
+        return GRAOConfig(**_take_config(options)), _lora_config(**options.pop("peft"))
 
 
 def _take_config(options: Options) -> Options:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
+from grao_fast.system.errors import nearest
 from grao_fast.system.visible import squeezed
 
 
@@ -24,17 +24,17 @@ def explain(message: str, command: str, hints: dict[str, Any], commands: Sequenc
     if not command:
         wrong = re.search(r"invalid choice: '([^']*)'", message)
         if wrong:
-            near = _nearest(wrong[1], commands)
+            near = nearest(wrong[1], commands)
             return f"no such command {wrong[1]!r}{near}; commands: {', '.join(commands)}"
         if "to be one of" in message:
             return f"a command is needed: {', '.join(commands)}"
     if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
         if not unknown[1].startswith("-"):
             return f"unexpected argument {unknown[1]!r}; see grao-fast {where}"
-        near = _nearest(unknown[1].lstrip("-"), list(hints), "--")
+        near = nearest(unknown[1].lstrip("-"), list(hints), "--")
         return f"unknown option {unknown[1]}{near}; see grao-fast {where}"
     if unknown := re.search(r"does not accept (?:option|nested key|key) '([^']+)'", message):
-        near = _nearest(unknown[1], list(hints))
+        near = nearest(unknown[1], list(hints))
         return f"unknown key {unknown[1]!r} in the config file{near}; see grao-fast {where}"
     if missing := re.search(r"arguments are required: (.+)", message):
         keys = [key.removeprefix(f"{command}.") for key in missing[1].split(", ")]
@@ -48,12 +48,6 @@ def explain(message: str, command: str, hints: dict[str, Any], commands: Sequenc
         return f"{name} must be {describe(hints[name])}, got {value[1]!r}"
     message = message.replace('Parser key "config":', "--config:")
     return squeezed(message.replace('"<unicode string>"', "the config file"))
-
-
-def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
-    """Return " (did you mean ...?)" with the known word nearest to a wrong one; "" if none is."""
-    found = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {prefix}{found[0]}?)" if found else ""
 
 
 def describe(hint: Any) -> str:

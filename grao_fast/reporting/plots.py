@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from grao_fast.reporting.series import Series, component_shares, running_mean, series_of
+from grao_fast.reporting.series import COMPONENTS, Series, component_shares, running_mean, series_of
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lines import METRICS_FILE, read_lines
@@ -31,7 +31,7 @@ _GREY = "#666666"
 _SIZE_INCHES = (6.4, 3.8)
 _DPI = 150
 _RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill the panel
-_COMPONENTS = {"exploration": _BLUE, "imitation": _ORANGE, "alignment": _GREEN}
+_COMPONENTS = dict(zip(COMPONENTS, (_BLUE, _ORANGE, _GREEN), strict=True))
 _RATES = {
     "eval/ras": ("RAS (beats the reference)", _GREEN, "o"),
     "eval/nag": ("NAG (wins minus losses against the base model)", _VERMILION, "s"),

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from grao_fast.data.fields import Messages, answer_text
+from grao_fast.data.fields import Messages
+from grao_fast.rewards.named import texts_of
 from grao_fast.system.errors import UserError, explained
 
 Layout = Literal["chat", "joined", "pair"]
@@ -49,7 +50,7 @@ class Conversations:
             encoded = self.tokenizer(texts, add_special_tokens=False, **options)
         else:
             firsts = [self._text(prompt) for prompt in prompts]
-            seconds = [answer_text(completion) or "" for completion in completions]
+            seconds = texts_of(completions)
             if self.layout == "joined":
                 joined = [first + second for first, second in zip(firsts, seconds, strict=True)]
                 encoded = self.tokenizer(joined, **options)

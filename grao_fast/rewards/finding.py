@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grao_fast.system.errors import UserError
+from grao_fast.system.errors import UserError, nearest
 from grao_fast.system.interruption import is_interrupt
 from grao_fast.system.visible import visible_lines
 
@@ -146,8 +145,7 @@ def _import(spec: str) -> Any:
                 ) from error
             raise
     if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        meant = nearest(attribute, dir(module))
         raise RewardError(f"reward {spec!r}: {module_name} has no {attribute!r}{meant}")
     return getattr(module, attribute)
 
@@ -166,11 +164,13 @@ def _made(spec: str) -> Any:
     try:
         arguments = [ast.literal_eval(each) for each in expression.args]
         options = {each.arg or "**": ast.literal_eval(each.value) for each in expression.keywords}
-    except ValueError:
+    except (ValueError, TypeError):
         raise RewardError(
             f"reward {spec!r}: arguments must be written out, as text in quotes, numbers, lists or "
             "None; for others, make the reward in a file and name it"
         ) from None
+    if len(options) < len(expression.keywords):
+        raise RewardError(f"reward {spec!r} names an argument twice: keep one")
     made = _import(f"{module}:{expression.func.id}")
     if not callable(made):
         raise RewardError(f"reward {spec!r} is not callable: it is a {type(made).__name__}")

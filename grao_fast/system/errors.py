@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its full stop, as `one_line` does."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return squeezed(lines[0]).rstrip(".")[:_LONGEST_REASON]
+
+
+def nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return " (did you mean ...?)" with the known word nearest to a wrong one; "" if none is."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {prefix}{found[0]}?)" if found else ""
 
 
 def first_of(names: Sequence[object], shown: int = 1) -> str:

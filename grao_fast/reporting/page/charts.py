@@ -162,7 +162,8 @@ def _series(run: Run, metric: str) -> Series:
         return run.series(metric)
     gaps = dict(zip(*run.series("reference/logprob_gap"), strict=True))
     steps, logprobs = run.series("reference/logprob")
-    return steps, [y - gaps.get(s, math.nan) for s, y in zip(steps, logprobs, strict=True)]
+    values = [y - gaps.get(s, math.nan) for s, y in zip(steps, logprobs, strict=True)]
+    return ([], []) if all(map(math.isnan, values)) else (steps, values)
 
 
 def _chart(panel: Panel, runs: Sequence[Run]) -> Chart | None:

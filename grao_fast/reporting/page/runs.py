@@ -20,7 +20,7 @@ from grao_fast.system.lines import METRICS_FILE, read_lines
 MOST_RUNS = 7  # colours that can be told apart
 _STRETCH = 10  # the first and last tenth of a run are compared
 
-# What is held against the reference or the model before training, with the name of its interval.
+# Means over held-out prompts, with their names in the summary.
 EVALUATIONS = {"reward": "reward", "ras": "RAS", "nag": "NAG", "metric": "metric"}
 
 

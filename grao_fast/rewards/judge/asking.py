@@ -122,7 +122,8 @@ class Asker:
         else:
             self._record.answer(outcome)
             if (verdict := _verdict_of(outcome)) is not None:
-                self._in_vain, self._ever = 0, True
+                with self._lock:
+                    self._in_vain, self._ever = 0, True
                 return verdict
             self._record.count(unparsable=1)
             failure = _unparsable(outcome)

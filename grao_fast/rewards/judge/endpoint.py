@@ -110,16 +110,15 @@ class Endpoint:
         stop: set when the answer is no longer wanted; it ends the pauses between tries.
         silent_once: whether a server that is silent, or not there, is tried only once.
         """
-        for done in range(1, self._max_retries + 2):
-            outcome = self._try(body)
+        done = 0
+        while True:
+            outcome, done = self._try(body), done + 1
             if isinstance(outcome, Answer) or not outcome.transient or done > self._max_retries:
                 return outcome, done
             pause = self._pause(done) if outcome.pause is None else outcome.pause
-            if pause > _LONGEST_PAUSE or (silent_once and outcome.kind in SILENT):
+            silent = silent_once and outcome.kind in SILENT
+            if silent or pause > _LONGEST_PAUSE or stop.wait(pause):
                 return outcome, done
-            if stop.wait(pause):
-                return outcome, done
-        raise AssertionError("the last try returns")
 
     def _pause(self, done: int) -> float:
         """Seconds to wait after a number of tries, if the server does not say."""

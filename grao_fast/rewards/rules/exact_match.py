@@ -49,13 +49,14 @@ class ExactMatch(NamedReward):
         where = f"reward {self.__name__}: column {self._column!r}"
         for text, value in zip(texts_of(completions), columns[self._column], strict=True):
             answers = accepted_answers(value, where)
+            if not answers:
+                scores.append(None)
+                continue
             try:
                 given = text if self._extract is None else self._extract.last(text)
             except TimeoutError:
-                answers = []
-                late += 1
-            if not answers:
                 scores.append(None)
+                late += 1
                 continue
             wanted = {self._plain(answer) for answer in answers}
             scores.append(float(given is not None and self._plain(given) in wanted))
