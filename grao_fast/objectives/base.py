@@ -1,0 +1,117 @@
+"""What an objective is: from rewards and lengths to the coefficient of every token.
+
+    loss = kl - sum_c terms_c,    terms_c = sum_t terms_ct value_t
+
+is what `grao_fast.kernels.linear_policy_loss` computes in one pass over the vocabulary. An
+objective says what terms_ct is. The value of a token is its log-prob, or follows from it by a row
+form: a ratio to the log-prob that it was sampled with, or a shaping of references' tokens.
+
+Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, the reference last, C terms of the
+objective, T rows that predict a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a step, whatever process or micro-batch computes them; tensors on the CPU.
+
+    rewards_NK: float64; NaN for an absent sequence, the reference included.
+    length_NK: int64, the tokens of each sequence; 0 where it is absent.
+    max_new_tokens: the most tokens that a sample may have.
+    progress: the share of the run's steps that are done, in [0, 1).
+    """
+
+    rewards_NK: Tensor
+    length_NK: Tensor
+    max_new_tokens: int
+    progress: float = 0.0
+
+    @property
+    def present_NK(self) -> Tensor:
+        """Whether a sequence has a reward and a token."""
+        return ~self.rewards_NK.isnan() & (self.length_NK > 0)
+
+
+class Rows(NamedTuple):
+    """The rows of a micro-batch of whole groups, of an objective that takes two passes.
+
+    sequence_T: int64, n * K + k, where n counts the groups of the micro-batch; -1: does not count.
+    logprob_T, entropy_T: float32, under the policy, constants.
+    old_logprob_T: under the policy that the step began with; None: that is this policy.
+    ref_logprob_T: under the policy that training began with; None: not asked for.
+    """
+
+    sequence_T: Tensor
+    logprob_T: Tensor
+    entropy_T: Tensor
+    old_logprob_T: Tensor | None
+    ref_logprob_T: Tensor | None
+
+
+class SecondPass(NamedTuple):
+    """The coefficients of log-probs whose gradient is the objective's, and the objective's value.
+
+    terms_CT: float32. The gradient of -sum_ct terms_ct logp_t is that of the loss.
+    values_C: the terms of the objective: the loss of the micro-batch is -sum(values_C).
+    """
+
+    terms_CT: Tensor
+    values_C: Tensor
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """An objective. Its fields are its options; a subclass states its formula and its source.
+
+    terms: the names of its C terms, in metrics `objective/NAME`.
+    needs_samples: whether completions are sampled and scored; False: references are enough.
+    needs_references: whether a prompt without a reference has no use.
+    ratio: the form of a sample's token that has an old log-prob: "clipped" as in PPO, "truncated"
+        for a constant weight as in CISPO; see `grao_fast.kernels.OffPolicy`.
+    shaping: the form of a reference's token, see `grao_fast.kernels.Shaping`; None: its log-prob.
+    two_passes: whether coefficients depend on sums of log-probs: then the head is computed once
+        for these, without gradients, and `second_pass` follows.
+    needs_initial: whether `second_pass` needs log-probs under the policy that training began with.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("policy",)
+    needs_samples: ClassVar[bool] = True
+    needs_references: ClassVar[bool] = False
+    ratio: ClassVar[str] = "clipped"
+    shaping: ClassVar[str | None] = None
+    two_passes: ClassVar[bool] = False
+    needs_initial: ClassVar[bool] = False
+
+    @abstractmethod
+    def advantages(self, rewards_NK: Tensor) -> Tensor:
+        """(N, K) what weighs each sequence, for metrics too; NaN where it is absent."""
+
+    @abstractmethod
+    def coefficients(self, groups: Groups) -> Tensor:
+        """(C, N, K) float64: what multiplies the value of each token of a sequence, in each term.
+
+        Means over tokens, samples and prompts are included, dead groups counted, so that the loss
+        and the gradient of a step are sums over its micro-batches. 0 where a sequence is absent.
+        """
+
+    def second_pass(self, terms_CT: Tensor, rows: Rows) -> SecondPass:
+        """Coefficients from those of `coefficients`, by token, and the log-probs of the first pass.
+
+        Only where `two_passes`; whatever a row of coefficient 0 holds must not matter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes one pass")
+
+
+def mean_over_tokens(weights_NK: Tensor, groups: Groups) -> Tensor:
+    """(N, K) a sequence's weight spread over its tokens; 0 where it is absent."""
+    length_NK = groups.length_NK.clamp(min=1)
+    return torch.where(groups.present_NK, weights_NK.double() / length_NK, 0.0)
