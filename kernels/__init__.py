@@ -10,7 +10,7 @@ The kernels are tested against `grao_fast.kernels.reference`, the specification.
 if __name__ == "kernels":
     __version__ = "0"  # Transformers 5.0 fails on a package without a version
 else:
-    from . import reference
+    from . import reference, reference_objectives
     from .advantage import group_advantages, sequence_weights
     from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
     from .linear_grao import GRAOLoss, linear_grao_loss
@@ -31,5 +31,6 @@ __all__ = [
     "linear_policy_loss",
     "linear_weighted_cross_entropy",
     "reference",
+    "reference_objectives",
     "sequence_weights",
 ]

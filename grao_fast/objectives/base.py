@@ -91,6 +91,11 @@ class Objective(ABC):
     two_passes: ClassVar[bool] = False
     needs_initial: ClassVar[bool] = False
 
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """(low, high) of the ratio where they are options of the objective; None: the trainer's."""
+        return None
+
     @abstractmethod
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         """(N, K) what weighs each sequence, for metrics too; NaN where it is absent."""
