@@ -120,3 +120,17 @@ def mean_over_tokens(weights_NK: Tensor, groups: Groups) -> Tensor:
     """(N, K) a sequence's weight spread over its tokens; 0 where it is absent."""
     length_NK = groups.length_NK.clamp(min=1)
     return torch.where(groups.present_NK, weights_NK.double() / length_NK, 0.0)
+
+
+def token_terms(terms_CNK: Tensor, sequence_T: Tensor) -> Tensor:
+    """(C, T) float32, for `linear_policy_loss`: the coefficients of each row's sequence.
+
+    They are 0 for a row of sequence -1, and for one whose terms cancel: it has no gradient, so it
+    is not computed, and its terms sum to 0 anyway.
+
+    terms_CNK: from `Objective.coefficients`, of all groups or of those of a micro-batch.
+    sequence_T: int64, n * K + k, where n counts these groups; -1: does not count.
+    """
+    terms_CT = terms_CNK.flatten(1)[:, sequence_T.clamp(min=0)].float()
+    counts_T = (sequence_T >= 0) & (terms_CT.sum(0) != 0)
+    return torch.where(counts_T, terms_CT, 0.0)

@@ -5,6 +5,6 @@ any cost. They share nothing with `grao_fast.objectives` and the kernels, which 
 them in float64. GRAO's own specification is `grao_fast.kernels.reference`.
 """
 
-from . import ppo
+from . import mixtures, policy_gradient, ppo, supervised
 
-__all__ = ["ppo"]
+__all__ = ["mixtures", "policy_gradient", "ppo", "supervised"]

@@ -1,0 +1,168 @@
+"""Mixtures of imitation and reinforcement: CHORD, UFT and HPT.
+
+Each has two terms, `policy` on samples and `imitation` on references. References' rows have no
+ratio. See each class for its formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from grao_fast.objectives.base import Groups, Objective
+from grao_fast.objectives.grpo import GRPO, DrGRPO
+from grao_fast.objectives.options import check_choice, check_flag, check_number
+from grao_fast.objectives.statistics import (
+    SCHEDULES,
+    annealed,
+    imitation_coefficients,
+    reference_lengths,
+    sample_rewards,
+)
+
+_TERMS = ("policy", "imitation")
+
+
+@dataclass(frozen=True)
+class CHORD(Objective):
+    """GRPO and SFT, from mostly the one that imitates to mostly the one that explores.
+
+        loss = (1 - mu) L_GRPO + mu L_SFT
+
+    L_SFT is the mean over the tokens of the step's references, as in `SFT`, or with `phi` that of
+    p (1 - p) log pi, p = pi(y_t) and p (1 - p) a constant: tokens that are neither certain nor
+    hopeless count most. mu falls from `mu_start` to `mu_end` over a share of the run, then stays.
+
+    The defaults of mu are the paper's, 0.9 to 0.05 over 200 steps, with half of the run for these;
+    the authors' code has schedule="cosine". With `phi` they keep mu constant.
+
+    Source: arXiv 2508.11408, sections 3.2 (mu) and 3.3 (phi).
+
+    mu_start, mu_end: in [0, 1].
+    decay: the share of the run over which mu falls.
+    schedule: "linear" or "cosine".
+    phi: whether references' tokens are weighted by p (1 - p).
+    """
+
+    mu_start: float = 0.9
+    mu_end: float = 0.05
+    decay: float = 0.5
+    schedule: str = "linear"
+    phi: bool = False
+
+    terms: ClassVar[tuple[str, ...]] = _TERMS
+    needs_references: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number(self, "mu_start", least=0, most=1)
+        check_number(self, "mu_end", least=0, most=1)
+        check_number(self, "decay", above=0, most=1)
+        check_choice(self, "schedule", SCHEDULES)
+        check_flag(self, "phi")
+
+    @property
+    def shaping(self) -> str | None:
+        return "chord" if self.phi else None
+
+    def advantages(self, rewards_NK: Tensor) -> Tensor:
+        return GRPO().advantages(rewards_NK)
+
+    def coefficients(self, groups: Groups) -> Tensor:
+        mu = annealed(groups.progress, self.mu_start, self.mu_end, self.decay, self.schedule)
+        policy_NK = GRPO().coefficients(groups)[0]
+        return torch.stack([(1 - mu) * policy_NK, mu * imitation_coefficients(groups)])
+
+
+@dataclass(frozen=True)
+class UFT(Objective):
+    """The objective of unified fine-tuning: GRPO, and the log-likelihood of the hint.
+
+        loss = L_GRPO - hint_coef (1/N) sum_n p sum_t log pi(y_nt)
+
+    In the paper the first l tokens of y are a hint, l ~ Binomial(|y|, p): samples continue it, and
+    its own log-likelihood, a sum over its l tokens, is an objective beside their reward. p falls
+    from `hint_start` to `hint_end` along half a cosine, and then is 0.
+
+    The objective is what is here; the hint in the prompt is a matter of sampling, which the trainer
+    does not do: samples begin at the prompt. So no token of y is in a hint more than another, and
+    the sum over l tokens is replaced by its weight in expectation, p on each token of y. Without
+    hints the reward of samples is as rare as in GRPO: that half of the method is absent.
+
+    The defaults are the authors': 0.001, and from 0.95 to 0.05 over 300 of 500 steps. Their code
+    averages over the hint's tokens, where the paper has a sum.
+
+    Source: arXiv 2505.16984, sections 3.1 (hints) and 3.2 (objective); Eq. B.1 for the cosine.
+
+    hint_coef: weight of the log-likelihood.
+    hint_start, hint_end: p, in [0, 1], the expected share of y in the hint.
+    decay: the share of the run over which p falls; after it, p is 0.
+    """
+
+    hint_coef: float = 0.001
+    hint_start: float = 0.95
+    hint_end: float = 0.05
+    decay: float = 0.6
+
+    terms: ClassVar[tuple[str, ...]] = _TERMS
+    needs_references: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number(self, "hint_coef", least=0)
+        check_number(self, "hint_start", least=0, most=1)
+        check_number(self, "hint_end", least=0, most=1)
+        check_number(self, "decay", above=0, most=1)
+
+    def advantages(self, rewards_NK: Tensor) -> Tensor:
+        return GRPO().advantages(rewards_NK)
+
+    def coefficients(self, groups: Groups) -> Tensor:
+        share = 0.0
+        if groups.progress < self.decay:
+            bounds = (self.hint_start, self.hint_end)
+            share = annealed(groups.progress, *bounds, self.decay, "cosine")
+        has_tokens_NK = (reference_lengths(groups) > 0).double()
+        imitation_NK = self.hint_coef * share / len(has_tokens_NK) * has_tokens_NK
+        return torch.stack([GRPO().coefficients(groups)[0], imitation_NK])
+
+
+@dataclass(frozen=True)
+class HPT(Objective):
+    """Hybrid post-training: reinforcement where a prompt's samples succeed, else imitation.
+
+        loss = (1/N) sum_n { L_Dr.GRPO of prompt n             if P_n > gate
+                           { -sft_coef (1/|y|) sum_t log pi(y_t)   if not
+
+    P is the mean reward of the prompt's samples. The paper's reward is 0 or 1 and its gate 0: only
+    a prompt that no sample solves is imitated; 2/8 for weaker models. A prompt whose samples have
+    no reward is imitated; one without a reference has reinforcement only.
+
+    Source: arXiv 2509.04419, Eq. 10-13 and Algorithm 1. The paper's loss has sft_coef = 1; the
+    authors' code 0.3 for the smallest model, and it divides by the tokens of all references.
+
+    gate: the mean reward above which a prompt is reinforced.
+    sft_coef: weight of imitation.
+    """
+
+    gate: float = 0.0
+    sft_coef: float = 1.0
+
+    terms: ClassVar[tuple[str, ...]] = _TERMS
+    needs_references: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number(self, "gate")
+        check_number(self, "sft_coef", least=0)
+
+    def advantages(self, rewards_NK: Tensor) -> Tensor:
+        return DrGRPO().advantages(rewards_NK)
+
+    def coefficients(self, groups: Groups) -> Tensor:
+        lengths_NK = reference_lengths(groups)
+        mean_N1 = sample_rewards(groups.rewards_NK).nanmean(1, keepdim=True)
+        imitated_N1 = ~(mean_N1 > self.gate) & (lengths_NK[:, -1:] > 0)
+        policy_NK = torch.where(imitated_N1, 0.0, DrGRPO().coefficients(groups)[0])
+        imitation_NK = imitated_N1 * (lengths_NK > 0) / lengths_NK.clamp(min=1)
+        return torch.stack([policy_NK, self.sft_coef / len(policy_NK) * imitation_NK])
