@@ -15,7 +15,7 @@ else:
     from .linear_ce import LinearCrossEntropy, linear_weighted_cross_entropy
     from .linear_grao import GRAOLoss, linear_grao_loss
     from .linear_logprob import TokenLogprobs, linear_logprobs
-    from .linear_policy import OffPolicy, PolicyLoss, linear_policy_loss
+    from .linear_policy import OffPolicy, PolicyLoss, Shaping, linear_policy_loss
     from .vocab_parallel import VocabParallel
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "LinearCrossEntropy",
     "OffPolicy",
     "PolicyLoss",
+    "Shaping",
     "TokenLogprobs",
     "VocabParallel",
     "group_advantages",

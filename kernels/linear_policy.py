@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_choice,
     check_constant,
     check_floating,
     check_home,
@@ -23,7 +24,7 @@ from .checks import (
 from .devices import choose_backend, compute_dtype, to_device, workspace_bytes
 from .one_pass.autograd import differentiable_pass
 from .one_pass.options import PassInputs, PassOptions
-from .rows.off_policy import OffPolicyRows
+from .rows.forms import RATIOS, SHAPINGS, FormRows
 from .vocab_parallel import VocabParallel, local_operands
 
 
@@ -42,12 +43,17 @@ class PolicyLoss(NamedTuple):
 
 
 class OffPolicy(NamedTuple):
-    """Constants that turn log-probs into clipped ratios with importance weights, and add a KL.
+    """Constants that turn log-probs into ratios with importance weights, and add a KL.
 
-    A row's log-prob logp is replaced by value = rho * min(exp(old - sampler), sampler_cap), where
-    rho = exp(logp - old), clipped as in PPO against the sign of the row's weight: at or below
-    1 + high for a positive weight, at or above 1 - low for a negative one. kl is the sum of
-    kl_coef_T (exp(ref - logp) - (ref - logp) - 1).
+    A row's log-prob logp is replaced by a value, times min(exp(old - sampler), sampler_cap). With
+    rho = exp(logp - old) and sg(.) for what is held constant, the value is, by `ratio`,
+
+        "clipped"     rho, clipped as in PPO against the sign of the row's weight: at or below
+                      1 + high for a positive weight, at or above 1 - low for a negative one
+        "truncated"   sg(clamp(rho, 1 - low, 1 + high)) logp, as in CISPO: rows beyond the bounds
+                      keep a gradient
+
+    kl is the sum of kl_coef_T (exp(ref - logp) - (ref - logp) - 1).
 
     old_logprob_T: (T,) floats, log-probs under the policy that made the update's data; NaN for a
         row that is on policy, whose value is logp.
@@ -57,8 +63,12 @@ class OffPolicy(NamedTuple):
         kl is 0. Goes with `kl_coef_T`.
     kl_coef_T: (T,) floats on the device of the terms. A row with a coefficient is computed even if
         its terms are 0.
-    clip: (low, high), 0 <= low <= 1 and 0 <= high; needs `old_logprob_T`. None: no clip.
+    clip: (low, high), 0 <= low <= 1 and 0 <= high; needs `old_logprob_T`. None: no clip. A low of
+        1 is no bound from below.
     sampler_cap: needs `sampler_logprob_T`. None: no cap.
+    ratio: "clipped" or "truncated", of the rows with an old log-prob.
+
+    Sources: arXiv 1707.06347 (PPO), 2506.13585 (CISPO).
     """
 
     old_logprob_T: Tensor | None = None
@@ -67,6 +77,28 @@ class OffPolicy(NamedTuple):
     kl_coef_T: Tensor | None = None
     clip: tuple[float, float] | None = None
     sampler_cap: float | None = None
+    ratio: str = "clipped"
+
+
+class Shaping(NamedTuple):
+    """The form of rows that are demonstrations: their value follows from their own probability.
+
+    With p = exp(logp) and sg(.) for what is held constant, a shaped row of weight w has the value
+    and the coefficient, which multiplies the gradient of -logp,
+
+        form       value                 coefficient
+        "dft"      sg(p) logp            w p                       DFT, arXiv 2508.05629
+        "chord"    sg(p (1 - p)) logp    w p (1 - p)               CHORD, arXiv 2508.11408
+        "luffy"    p / (p + 0.1)         w 0.1 p / (p + 0.1)^2     LUFFY, arXiv 2504.14945
+
+    It has no ratio and no importance weight, whatever `OffPolicy` holds for it, but may have a KL.
+
+    rows_T: (T,) bool, the rows that are shaped. None: all rows, which goes with no
+        `old_logprob_T` or `sampler_logprob_T`, as these would have no effect.
+    """
+
+    form: str
+    rows_T: Tensor | None = None
 
 
 def linear_policy_loss(
@@ -76,6 +108,7 @@ def linear_policy_loss(
     terms_CT: Tensor,
     *,
     off_policy: OffPolicy | None = None,
+    shaping: Shaping | None = None,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -89,12 +122,14 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """loss = kl - sum_c terms_c, terms_c = sum_t terms_ct value_t, in one pass over the vocabulary.
 
-    value_t = log softmax(z_t)[target_t] and kl = 0, or with `off_policy` the clipped ratio and the
-    KL that `OffPolicy` defines. z = softcap((hidden head^T + bias) * logit_scale) / temperature,
-    softcap(x) = c tanh(x / c). The coefficients, of either sign, are known before the head, so the
-    gradients are made in this call, and `backward` only scales them and hands them over. Memory
-    beyond the inputs: the workspace, the gradient of hidden_TD, and that of head_VD, which is
-    summed in float32 whatever the dtype.
+    value_t = log softmax(z_t)[target_t] and kl = 0; `off_policy` replaces them by the ratio and the
+    KL that `OffPolicy` defines, and `shaping` the value of shaped rows by what `Shaping` defines.
+    z = softcap((hidden head^T + bias) * logit_scale) / temperature, softcap(x) = c tanh(x / c).
+
+    The coefficients, of either sign, are known before the head, so the gradients are made in this
+    call, and `backward` only scales them and hands them over. Memory beyond the inputs: the
+    workspace, the gradient of hidden_TD, and that of head_VD, which is summed in float32 whatever
+    the dtype.
 
     Args:
         hidden_TD: (T, D) float32, bfloat16 or float16.
@@ -105,7 +140,7 @@ def linear_policy_loss(
             whatever device hidden_TD is on) rows of weight 0 are dropped before the head and cost
             nothing; on a CUDA device they are computed and zeroed, as dropping them would make the
             host wait.
-        off_policy: None for a loss that is linear in the log-probs.
+        off_policy, shaping: None for a loss that is linear in the log-probs.
         bias_V: (V,) or None.
         temperature, logit_scale, softcap: of z; `softcap=None` is none.
         entropy, top1: whether to return entropies, and 1 where no token is likelier than the
@@ -147,11 +182,12 @@ def linear_policy_loss(
         top1=top1,
         shard=shard,
     )
-    rows = None
-    if off_policy is not None:
-        _check_off_policy(off_policy, terms_CT, hidden_TD)
-        rows = _off_policy_rows(off_policy, terms_CT, hidden_TD)
-    inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, terms_CT, off_policy=rows)
+    off_policy = OffPolicy() if off_policy is None else off_policy
+    _check_off_policy(off_policy, terms_CT, hidden_TD)
+    if shaping is not None:
+        _check_shaping(shaping, off_policy, hidden_TD)
+    forms = _form_rows(off_policy, shaping, terms_CT, hidden_TD)
+    inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, terms_CT, forms=forms)
     *outputs, entropy_T, top1_T = differentiable_pass(inputs, options, head_grad_VD)
     return PolicyLoss(*outputs, entropy_T if entropy else None, top1_T if top1 else None)
 
@@ -167,7 +203,8 @@ def _check_terms(terms_CT: Tensor, hidden_TD: Tensor) -> None:
 
 def _check_off_policy(off_policy: OffPolicy, terms_CT: Tensor, hidden_TD: Tensor) -> None:
     """ValueError names a field that does not fit."""
-    old_T, sampler_T, ref_T, kl_coef_T, clip, sampler_cap = off_policy
+    old_T, sampler_T, ref_T, kl_coef_T, clip, sampler_cap, ratio = off_policy
+    check_choice("ratio", ratio, tuple(RATIOS))
     for name, values_T in zip(OffPolicy._fields[:4], off_policy[:4], strict=True):
         if values_T is not None:
             check_token_constants(name, values_T, hidden_TD)
@@ -193,21 +230,49 @@ def _check_off_policy(off_policy: OffPolicy, terms_CT: Tensor, hidden_TD: Tensor
         raise ValueError(f"clip must be (low, high) with 0 <= low <= 1 and 0 <= high, got {clip}")
 
 
-def _off_policy_rows(
-    off_policy: OffPolicy, terms_CT: Tensor, hidden_TD: Tensor
-) -> OffPolicyRows | None:
-    """The constants of the rows, NaN for log-probs that are not given; None if none is given."""
+def _check_shaping(shaping: Shaping, off_policy: OffPolicy, hidden_TD: Tensor) -> None:
+    """ValueError names a field that does not fit."""
+    form, rows_T = shaping
+    check_choice("form", form, tuple(SHAPINGS))
+    if rows_T is None:
+        for name in ("old_logprob_T", "sampler_logprob_T"):
+            if getattr(off_policy, name) is not None:
+                raise ValueError(
+                    f"{name} has no effect where all rows are shaped: leave it out, or say by "
+                    "rows_T which rows are"
+                )
+        return
+    T = hidden_TD.shape[0]
+    if tuple(rows_T.shape) != (T,):
+        raise ValueError(f"rows_T must be ({T},), got {tuple(rows_T.shape)}")
+    if rows_T.dtype != torch.bool:
+        raise ValueError(f"rows_T must be bool, got {rows_T.dtype}: compare, or call bool()")
+    check_home("rows_T", rows_T, hidden_TD)
+
+
+def _form_rows(
+    off_policy: OffPolicy, shaping: Shaping | None, terms_CT: Tensor, hidden_TD: Tensor
+) -> FormRows | None:
+    """The forms and the constants of the rows, NaN for log-probs not given; None for no form."""
     given, clip, sampler_cap = off_policy[:3], off_policy.clip, off_policy.sampler_cap
-    if all(each is None for each in given):
+    if shaping is None and all(each is None for each in given):
         return None
     T, device = hidden_TD.shape[0], hidden_TD.device
     absent_T = hidden_TD.new_full((T,), math.nan, dtype=torch.float32)
-    logprobs = [absent_T if each is None else to_device(each, device).float() for each in given]
+    planes = [absent_T if each is None else to_device(each, device).float() for each in given]
+    if shaping is not None:
+        rows_T = torch.ones_like(absent_T) if shaping.rows_T is None else shaping.rows_T
+        planes.append(to_device(rows_T, device).float())
     kl_coef_T = off_policy.kl_coef_T
     if kl_coef_T is None:
         kl_coef_T = terms_CT.new_zeros(T)
     low, high = (-math.inf, math.inf) if clip is None else (1 - clip[0], 1 + clip[1])
-    importance_cap = math.inf if sampler_cap is None else sampler_cap
-    return OffPolicyRows(
-        "clipped_ratio", torch.stack(logprobs), kl_coef_T.float(), low, high, importance_cap
+    return FormRows(
+        ratio=off_policy.ratio,
+        shaping=None if shaping is None else shaping.form,
+        constants_PR=torch.stack(planes),
+        kl_coef_R=kl_coef_T.float(),
+        low=low,
+        high=high,
+        importance_cap=math.inf if sampler_cap is None else sampler_cap,
     )

@@ -131,24 +131,42 @@ def surrogate(
     *,
     clip: tuple[float, float] | None = None,
     sampler_cap: float | None = None,
+    ratio: str = "clipped",
 ) -> Tensor:
     """Each token's value off policy, in place of log pi(s_t), for a sequence of this weight.
 
-    With rho = exp(logp - old): min(w rho, w clamp(rho, 1 - low, 1 + high)) / w, as in PPO, times
-    the constant min(exp(old - sampler), sampler_cap). Where `old` is NaN the token is on policy:
-    its value is logp, and old is its own log-prob. Where `sampler` is NaN the factor is 1.
+    With rho = exp(logp - old): min(w rho, w clamp(rho, 1 - low, 1 + high)) / w, as in PPO, or with
+    `ratio="truncated"` clamp(rho, 1 - low, 1 + high) logp with a constant first factor, as in
+    CISPO; times the constant min(exp(old - sampler), sampler_cap). Where `old` is NaN the token is
+    on policy: its value is logp, and old is its own log-prob. Where `sampler` is NaN the factor is
+    1.
     """
     on_policy_T = old_logprob_T.isnan()
     old_logprob_T = torch.where(on_policy_T, logprob_T.detach(), old_logprob_T)
     rho_T = torch.exp(logprob_T - old_logprob_T)
-    if clip is not None:
-        clipped_T = rho_T.clamp(1 - clip[0], 1 + clip[1])
+    clipped_T = rho_T if clip is None else rho_T.clamp(1 - clip[0], 1 + clip[1])
+    if ratio == "truncated":
+        rho_T = clipped_T.detach() * logprob_T
+    elif clip is not None:
         rho_T = torch.minimum(weight * rho_T, weight * clipped_T) / weight
     factor_T = torch.exp(old_logprob_T - sampler_logprob_T)
     if sampler_cap is not None:
         factor_T = factor_T.clamp(max=sampler_cap)
     factor_T = torch.where(sampler_logprob_T.isnan(), 1, factor_T)
     return factor_T * torch.where(on_policy_T, logprob_T, rho_T)
+
+
+def shaped(logprob_T: Tensor, form: str) -> Tensor:
+    """Each token's value as a function of its own probability p, in place of log pi(s_t).
+
+    "dft" is p logp with a constant p (arXiv 2508.05629), "chord" is p (1 - p) logp with a constant
+    p (1 - p) (arXiv 2508.11408), and "luffy" is p / (p + 0.1) (arXiv 2504.14945).
+    """
+    p_T = torch.exp(logprob_T)
+    if form == "luffy":
+        return p_T / (p_T + 0.1)
+    factor_T = p_T if form == "dft" else p_T * -torch.expm1(logprob_T)
+    return factor_T.detach() * logprob_T
 
 
 def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:

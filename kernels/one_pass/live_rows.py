@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import check_range
 from ..devices import to_device
 from ..rows.contract import RowInputs
-from ..rows.off_policy import OffPolicyRows
+from ..rows.forms import FormRows
 from .options import PassInputs
 
 
@@ -50,12 +50,12 @@ def find_live_rows(inputs: PassInputs, V: int) -> LiveRows:
     dead ones.
     """
     device = inputs.hidden_TD.device
-    terms_CT, target_T, off_policy = inputs.terms_CT.float(), inputs.target_T, inputs.off_policy
+    terms_CT, target_T, forms = inputs.terms_CT.float(), inputs.target_T, inputs.forms
     entropy_weight_T = inputs.entropy_weight_T
     if entropy_weight_T is not None:
         entropy_weight_T = entropy_weight_T.float().contiguous()
     weight_T = terms_CT.sum(0)
-    live_T = _is_live(weight_T, entropy_weight_T, off_policy)
+    live_T = _is_live(weight_T, entropy_weight_T, forms)
     index_L = live_L = kept = None
     if weight_T.device.type == "cpu":
         live = live_T.nonzero().squeeze(1)
@@ -63,10 +63,10 @@ def find_live_rows(inputs: PassInputs, V: int) -> LiveRows:
             kept, index_L = live, to_device(live, device)
             weight_T, terms_CT = weight_T[live], terms_CT[:, live]
             entropy_weight_T = None if entropy_weight_T is None else entropy_weight_T[live]
-            if off_policy is not None:
-                off_policy = off_policy._replace(
-                    logprob_3R=off_policy.logprob_3R[:, index_L],
-                    kl_coef_R=off_policy.kl_coef_R[live],
+            if forms is not None:
+                forms = forms._replace(
+                    constants_PR=forms.constants_PR[:, index_L],
+                    kl_coef_R=forms.kl_coef_R[live],
                 )
             target_T = target_T[live if target_T.device.type == "cpu" else index_L]
         _check_targets(target_T, V, kept)
@@ -78,20 +78,18 @@ def find_live_rows(inputs: PassInputs, V: int) -> LiveRows:
         target_L = target_L.where(live_L, 0)
     if entropy_weight_T is not None:
         entropy_weight_T = to_device(entropy_weight_T, device)
-    if off_policy is not None:
-        off_policy = off_policy._replace(kl_coef_R=to_device(off_policy.kl_coef_R, device))
-    row = RowInputs(target_L, weight_L, entropy_weight_T, off_policy)
+    if forms is not None:
+        forms = forms._replace(kl_coef_R=to_device(forms.kl_coef_R, device))
+    row = RowInputs(target_L, weight_L, entropy_weight_T, forms)
     return LiveRows(index_L, row, to_device(terms_CT, device), live_L)
 
 
-def _is_live(
-    weight_T: Tensor, entropy_weight_T: Tensor | None, off_policy: OffPolicyRows | None
-) -> Tensor:
+def _is_live(weight_T: Tensor, entropy_weight_T: Tensor | None, forms: FormRows | None) -> Tensor:
     live_T = weight_T != 0
     if entropy_weight_T is not None:
         live_T |= entropy_weight_T != 0
-    if off_policy is not None:
-        live_T |= off_policy.kl_coef_R != 0
+    if forms is not None:
+        live_T |= forms.kl_coef_R != 0
     return live_T
 
 
@@ -112,15 +110,15 @@ def normalised(row: RowInputs, dtype: torch.dtype) -> tuple[RowInputs, Tensor]:
     one = row.weight_R.new_ones(())
     if dtype != torch.float16 or row.weight_R.numel() == 0:
         return row, one
-    off_policy = row.off_policy
-    kl_coef_R = None if off_policy is None else off_policy.kl_coef_R
+    forms = row.forms
+    kl_coef_R = None if forms is None else forms.kl_coef_R
     weights = [row.weight_R, row.entropy_weight_R, kl_coef_R]
     largest = torch.stack([each.abs().amax() for each in weights if each is not None]).amax()
     exponent = largest.frexp().exponent.clamp(-120, 120)  # 2^121 is finite
     weight_R, entropy_weight_R, kl_coef_R = (
         None if each is None else torch.ldexp(each, -exponent) for each in weights
     )
-    if off_policy is not None:
-        off_policy = off_policy._replace(kl_coef_R=kl_coef_R)
-    row = RowInputs(row.target_R, weight_R, entropy_weight_R, off_policy)
+    if forms is not None:
+        forms = forms._replace(kl_coef_R=kl_coef_R)
+    row = RowInputs(row.target_R, weight_R, entropy_weight_R, forms)
     return row, torch.ldexp(one, exponent)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..rows.contract import RowOutputs
-from ..rows.off_policy import row_value
+from ..rows.forms import row_value
 from ..rows.sharded import sharded_policy_rows
 from . import gemm
 from .chunks import Chunks, padded, plan_chunks
@@ -44,7 +44,7 @@ def one_pass(
 ) -> PassResult:
     """loss = kl - sum(terms), terms = terms_CT . value, and the gradients of the loss.
 
-    Without a form, value = logprob and kl = 0; with one, see `rows/off_policy.py`. Given
+    Without a form, value = logprob and kl = 0; with one, see `rows/forms.py`. Given
     `entropy_weight_T` and the option `entropy`, the gradients, though not the loss, are those of
     loss + entropy_weight . entropy. The head's gradient times `unscale` is added to `head_grad_VD`
     if that is given, and is then not among the result's.
@@ -100,11 +100,11 @@ def _sums(live: LiveRows, logprob_L: Tensor) -> tuple[Tensor, Tensor]:
         live_L = torch.ones_like(logprob_L, dtype=torch.bool)
     value_L = logprob_L.where(live_L & (row.weight_R != 0), 0).double()
     kl = value_L.new_zeros(())
-    if row.off_policy is not None:
+    if row.forms is not None:
         seen_L = logprob_L.where(live_L, 0).double()
-        value_L, kl_L = row_value(row.weight_R, seen_L, row.off_policy)
+        value_L, kl_L = row_value(row.weight_R, seen_L, row.forms)
         value_L = value_L.where(row.weight_R != 0, 0)
-        kl_coef_L = row.off_policy.kl_coef_R
+        kl_coef_L = row.forms.kl_coef_R
         kl = (kl_coef_L * kl_L.where(kl_coef_L != 0, 0)).sum()
     return (live.terms_CL.double() * value_L).sum(1), kl
 

@@ -94,12 +94,12 @@ def run_policy_loss(
     """
     device = inputs.hidden_TD.device
     check_backend(options.backend, device)
-    if inputs.off_policy is not None:
-        off_policy = inputs.off_policy._replace(
-            logprob_3R=to_device(inputs.off_policy.logprob_3R, device).contiguous(),
-            kl_coef_R=inputs.off_policy.kl_coef_R.contiguous(),
+    if inputs.forms is not None:
+        forms = inputs.forms._replace(
+            constants_PR=to_device(inputs.forms.constants_PR, device).contiguous(),
+            kl_coef_R=inputs.forms.kl_coef_R.contiguous(),
         )
-        inputs = inputs._replace(off_policy=off_policy)
+        inputs = inputs._replace(forms=forms)
     with without_autocast(device):
         *outputs, gradients = one_pass(inputs, options, head_grad_VD)
     outputs = (inputs.hidden_TD.new_empty(0) if each is None else each for each in outputs)

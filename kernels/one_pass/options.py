@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..rows.contract import LogitConstants
-from ..rows.off_policy import OffPolicyRows
+from ..rows.forms import FormRows
 from ..vocab_parallel import Shard
 
 OPERANDS_SCHEMA = "Tensor hidden_TD, Tensor head_VD, Tensor? bias_V, Tensor target_T"
 TERMS_SCHEMA = (
-    "Tensor terms_CT, str? form, Tensor? logprob_3T, Tensor? kl_coef_T, float low, float high, "
-    "float importance_cap"
+    "Tensor terms_CT, str? ratio, str? shaping, Tensor? constants_PT, Tensor? kl_coef_T, "
+    "float low, float high, float importance_cap"
 )
 OPTIONS_SCHEMA = (
     "float slope, float inner, float? cap, SymInt workspace_bytes, str backend, ScalarType dtype, "
@@ -68,8 +68,8 @@ class PassOptions(NamedTuple):
 class PassInputs(NamedTuple):
     """The pass's tensors.
 
-    A row's weight is the sum of its C terms. `off_policy.kl_coef_R` is on the terms' device,
-    `off_policy.logprob_3R` on hidden's. `entropy_weight_T` enters the gradients, not the loss,
+    A row's weight is the sum of its C terms. `forms.kl_coef_R` is on the terms' device,
+    `forms.constants_PR` on hidden's. `entropy_weight_T` enters the gradients, not the loss,
     and is no argument of an operator.
     """
 
@@ -79,7 +79,7 @@ class PassInputs(NamedTuple):
     target_T: Tensor
     terms_CT: Tensor
     entropy_weight_T: Tensor | None = None
-    off_policy: OffPolicyRows | None = None
+    forms: FormRows | None = None
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,17 +88,17 @@ class PassInputs(NamedTuple):
 
     def flat(self) -> tuple:
         """Arguments in the order of OPERANDS_SCHEMA and TERMS_SCHEMA."""
-        off_policy = self.off_policy
-        rows = (None, None, None, 0.0, 0.0, 0.0) if off_policy is None else off_policy
+        forms = self.forms
+        rows = (None, None, None, None, 0.0, 0.0, 0.0) if forms is None else forms
         return (*self.operands, self.target_T, self.terms_CT, *rows)
 
     @classmethod
     def from_flat(cls, arguments: tuple) -> PassInputs:
         """Read the inputs at the beginning of an operator's arguments."""
         operands = arguments[:_OPERANDS]
-        terms_CT, form, *rows = arguments[_OPERANDS:-_OPTIONS]
-        off_policy = None if form is None else OffPolicyRows(form, *rows)
-        return cls(*operands, terms_CT, off_policy=off_policy)
+        terms_CT, ratio, *rows = arguments[_OPERANDS:-_OPTIONS]
+        forms = None if ratio is None else FormRows(ratio, *rows)
+        return cls(*operands, terms_CT, forms=forms)
 
 
 def with_nones(gradients: list[Tensor | None], arguments: int) -> tuple[Tensor | None, ...]:

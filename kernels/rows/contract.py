@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .off_policy import OffPolicyRows
+from .forms import FormRows
 
 
 class LogitConstants(NamedTuple):
@@ -36,15 +36,15 @@ class RowInputs(NamedTuple):
     target_R: Tensor  # int64
     weight_R: Tensor  # float32
     entropy_weight_R: Tensor | None = None  # float32
-    off_policy: OffPolicyRows | None = None
+    forms: FormRows | None = None
 
     def rows(self, start: int, stop: int) -> RowInputs:
-        entropy_weight_R, off_policy = self.entropy_weight_R, self.off_policy
+        entropy_weight_R, forms = self.entropy_weight_R, self.forms
         return RowInputs(
             self.target_R[start:stop],
             self.weight_R[start:stop],
             None if entropy_weight_R is None else entropy_weight_R[start:stop],
-            None if off_policy is None else off_policy.rows(start, stop),
+            None if forms is None else forms.rows(start, stop),
         )
 
 

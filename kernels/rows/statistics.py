@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .contract import LogitConstants, RowInputs, RowOutputs
-from .off_policy import row_coefficient
+from .forms import row_coefficient
 
 
 class Statistics(NamedTuple):
@@ -90,8 +90,8 @@ def row_factors(
 ) -> tuple[Factors, TargetGradient]:
     """Return the factors of each row's gradient; with a form, of its coefficient."""
     weight_R, entropy_weight_R = inputs.weight_R, inputs.entropy_weight_R
-    if inputs.off_policy is not None:
-        weight_R = row_coefficient(weight_R, logprob_R, inputs.off_policy)
+    if inputs.forms is not None:
+        weight_R = row_coefficient(weight_R, logprob_R, inputs.forms)
     gap_R = statistics.target_z_R - statistics.peak_R
     target_exp_R = gap_R.exp()
     scale_R = weight_R / (target_exp_R + statistics.others_R)
@@ -116,8 +116,8 @@ def store(outcome: Outcome, inputs: RowInputs, outputs: RowOutputs) -> None:
     dead_R = inputs.weight_R == 0
     if inputs.entropy_weight_R is not None:
         dead_R &= inputs.entropy_weight_R == 0
-    if inputs.off_policy is not None:
-        dead_R &= inputs.off_policy.kl_coef_R == 0
+    if inputs.forms is not None:
+        dead_R &= inputs.forms.kl_coef_R == 0
     wanted = (outputs.logprob_R, outputs.entropy_R, outputs.top1_R)
     for out_R, values_R in zip(wanted, outcome, strict=True):
         if out_R is not None and values_R is not None:

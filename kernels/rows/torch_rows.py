@@ -36,7 +36,7 @@ def policy_rows(
 ) -> None:
     """logprob = log softmax(z)[target] and dlogits = weight (softmax(z) - onehot) dz/dx.
 
-    A form replaces the weight by the row's coefficient, see `off_policy.py`. On request, also
+    A form replaces the weight by the row's coefficient, see `forms.py`. On request, also
     entropy = -sum p log p with p = softmax(z), whose gradient in z is -p (log p + entropy), and
     top1 = 1 where no token is likelier than the target, else 0. The target's element of dlogits
     is kept apart, see `TargetGradient`.

@@ -43,12 +43,12 @@ _SCALARS = [
     "entropy_ptr",
     "entropy_weight_ptr",
     "top1_ptr",
-    "row_logprobs_ptr",
+    "row_constants_ptr",
     "kl_coef_ptr",
 ]
 
 
-@triton.jit(do_not_specialize_on_alignment=_SCALARS, do_not_specialize=["logprobs_stride"])
+@triton.jit(do_not_specialize_on_alignment=_SCALARS, do_not_specialize=["constants_stride"])
 def _policy_rows_kernel(
     logits_ptr,  # (R, row_stride) float32
     dlogits_ptr,  # (R, row_stride) of the operands' dtype; may be logits_ptr
@@ -60,9 +60,9 @@ def _policy_rows_kernel(
     entropy_ptr,  # (R,) float32
     entropy_weight_ptr,  # (R,) float32
     top1_ptr,  # (R,) float32
-    row_logprobs_ptr,  # (3, logprobs_stride) float32, see OffPolicyRows
+    row_constants_ptr,  # (P, constants_stride) float32, see FormRows
     kl_coef_ptr,  # (R,) float32
-    logprobs_stride,
+    constants_stride,
     row_stride,
     V,
     slope,
@@ -76,7 +76,8 @@ def _policy_rows_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_ENTROPY_WEIGHT: tl.constexpr,
     HAS_TOP1: tl.constexpr,
-    FORM: tl.constexpr,
+    RATIO: tl.constexpr,
+    SHAPING: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     ROW_FITS: tl.constexpr,  # V <= BLOCK
     BLOCK: tl.constexpr,
@@ -95,7 +96,7 @@ def _policy_rows_kernel(
     lanes = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + row)
     pull = _load_if(entropy_weight_ptr, row, HAS_ENTROPY_WEIGHT)
-    kl_coef = _load_if(kl_coef_ptr, row, FORM != 0)
+    kl_coef = _load_if(kl_coef_ptr, row, RATIO != 0)
 
     if (weight == 0.0) & (pull == 0.0) & (kl_coef == 0.0):
         tl.store(logprob_ptr + row, float("nan"))
@@ -133,8 +134,8 @@ def _policy_rows_kernel(
             tl.store(entropy_ptr + row, entropy)
         _store_if(top1_ptr, row, tl.where(target_z == peak, 1.0, 0.0), HAS_TOP1)
         weight = _form_coefficient(
-            weight, kl_coef, logprob, row_logprobs_ptr + row, logprobs_stride, low, high,
-            importance_cap, FORM,
+            weight, kl_coef, logprob, row_constants_ptr + row, constants_stride, low, high,
+            importance_cap, RATIO, SHAPING,
         )  # fmt: skip
 
         if WRITE_GRADIENT:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from .contract import LogitConstants, RowInputs, RowOutputs
-from .off_policy import FORMS
+from .forms import RATIOS, SHAPINGS
 from .statistics import Factors, Statistics
 from .triton_kernels import (
     _policy_rows_kernel,
@@ -63,7 +63,8 @@ def policy_rows(
     """
     R, V = logits_RV.shape
     shape = launch_shape(V, _warp_size(logits_RV.device))
-    off_policy = inputs.off_policy
+    forms = inputs.forms
+    shaping = None if forms is None else forms.shaping
     weight_R, logprob_R = inputs.weight_R, outputs.logprob_R  # placeholders for absent tensors
     with torch.cuda.device_of(logits_RV):
         _policy_rows_kernel[(R,)](
@@ -77,19 +78,20 @@ def policy_rows(
             logprob_R if outputs.entropy_R is None else outputs.entropy_R,
             weight_R if inputs.entropy_weight_R is None else inputs.entropy_weight_R,
             logprob_R if outputs.top1_R is None else outputs.top1_R,
-            weight_R if off_policy is None else off_policy.logprob_3R,
-            weight_R if off_policy is None else off_policy.kl_coef_R,
-            0 if off_policy is None else off_policy.logprob_3R.stride(0),
+            weight_R if forms is None else forms.constants_PR,
+            weight_R if forms is None else forms.kl_coef_R,
+            0 if forms is None else forms.constants_PR.stride(0),
             _row_stride(logits_RV, dlogits_RV),
             V,
             *_scalars(constants),
-            *((0.0, 0.0, 0.0) if off_policy is None else off_policy.bounds),
+            *((0.0, 0.0, 0.0) if forms is None else forms.bounds),
             HAS_BIAS=bias_V is not None,
             HAS_CAP=constants.cap is not None,
             HAS_ENTROPY=outputs.entropy_R is not None,
             HAS_ENTROPY_WEIGHT=inputs.entropy_weight_R is not None,
             HAS_TOP1=outputs.top1_R is not None,
-            FORM=0 if off_policy is None else FORMS[off_policy.form].number,
+            RATIO=0 if forms is None else RATIOS[forms.ratio].number,
+            SHAPING=0 if shaping is None else SHAPINGS[shaping].number,
             WRITE_GRADIENT=dlogits_RV is not None,
             ROW_FITS=shape.row_fits,
             BLOCK=shape.block,

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grao_fast.kernels import linear_grao_loss, linear_logprobs, linear_weighted_cross_entropy
+from grao_fast.kernels import (
+    OffPolicy,
+    Shaping,
+    linear_grao_loss,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_weighted_cross_entropy,
+)
 from grao_fast.kernels.vocab_parallel import Shard
 
 
@@ -36,6 +43,11 @@ def _losses(case: dict[str, Any], operands: dict[str, Tensor], options: dict[str
         loss = result.loss
     elif case["function"] == "weighted":
         result = linear_weighted_cross_entropy(*args, case["weight_T"], **options)
+        loss = result.loss
+    elif case["function"] == "policy":
+        shaping = Shaping(case["form"], case["weight_T"] > 0)
+        given = {"off_policy": OffPolicy(**case["off_policy"]), "shaping": shaping}
+        result = linear_policy_loss(*args, case["weight_T"][None], **given, **options)
         loss = result.loss
     else:
         result = linear_logprobs(*args, entropy=True, **options)

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from grao_fast.kernels.rows import triton_kernels as row_kernels
 from grao_fast.kernels.rows import triton_rows
-from grao_fast.kernels.rows.off_policy import FORMS
+from grao_fast.kernels.rows.forms import RATIOS, SHAPINGS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,8 +58,10 @@ def rows(
     transformed: bool,
     write_gradient: bool,
     entropy: bool = False,
-    off_policy: bool = False,
+    forms: bool = False,
     entropy_weight: bool = False,
+    ratio: str = "clipped",
+    shaping: str | None = None,
 ):
     shape = triton_rows.launch_shape(V, target.warp_size)
     types = {
@@ -68,8 +70,8 @@ def rows(
         "logprob_ptr": "*fp32",
         "entropy_ptr": "*fp32",
         "entropy_weight_ptr": "*fp32",
-        **dict.fromkeys(("top1_ptr", "row_logprobs_ptr", "kl_coef_ptr"), "*fp32"),
-        **dict.fromkeys(("logprobs_stride", "row_stride", "V"), "i32"),
+        **dict.fromkeys(("top1_ptr", "row_constants_ptr", "kl_coef_ptr"), "*fp32"),
+        **dict.fromkeys(("constants_stride", "row_stride", "V"), "i32"),
         **dict.fromkeys(
             ("slope", "inner", "cap", "low", "high", "importance_cap"),
             "fp32",
@@ -80,8 +82,9 @@ def rows(
         "HAS_CAP": transformed,
         "HAS_ENTROPY": entropy,
         "HAS_ENTROPY_WEIGHT": entropy_weight,
-        "HAS_TOP1": off_policy,
-        "FORM": FORMS["clipped_ratio"].number if off_policy else 0,
+        "HAS_TOP1": forms,
+        "RATIO": RATIOS[ratio].number if forms else 0,
+        "SHAPING": 0 if shaping is None else SHAPINGS[shaping].number,
         "WRITE_GRADIENT": write_gradient,
         "ROW_FITS": shape.row_fits,
         "BLOCK": shape.block,
@@ -193,6 +196,10 @@ def compile_for(name: str) -> dict[str, dict]:
         form = "transformed" if transformed else "plain"  # as `grao_fast.train` runs them
         compiled = rows(target, gradient, 49152, transformed, True, True)
         results[f"{name} trained-rows {gradient} {form}"] = facts(compiled)
+    for ratio, shaping in (("truncated", None), *product(["clipped"], SHAPINGS)):
+        options = {"forms": True, "ratio": ratio, "shaping": shaping}
+        compiled = rows(target, "bf16", 49152, True, True, True, **options)
+        results[f"{name} {shaping or ratio}-rows bf16"] = facts(compiled)
     for transformed, entropy in ((False, False), (True, True)):
         form = (18992, transformed, entropy)  # an eighth of 151936
         results[f"{name} shard-statistics {form}"] = facts(shard_statistics(target, *form))

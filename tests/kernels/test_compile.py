@@ -32,6 +32,10 @@ def test_every_device_is_there(compiled: dict[str, dict]) -> None:
             "entropies",
             "entropy-rows",
             "off-policy-rows",
+            "truncated-rows",
+            "dft-rows",
+            "chord-rows",
+            "luffy-rows",
             "trained-rows",
             "shard-statistics",
             "shard-gradient",
@@ -55,6 +59,25 @@ def test_registers_leave_room_for_programs(compiled: dict[str, dict]) -> None:
         if " 8192 " in name or " 4096 " in name:  # a whole row in registers
             allowed = (64, 104) if " 8192 " in name else (48, 64)
         assert facts["registers"] <= allowed["plain" not in name], name
+
+
+def test_forms_cost_no_register_and_one_load(compiled: dict[str, dict]) -> None:
+    """A form is chosen when the kernel is compiled: of another form, nothing is in its code.
+
+    A truncated ratio reads what a clipped one reads, and a shaping reads one more number a row:
+    which rows are shaped. Rows without a form read none of these numbers.
+    """
+    for device in {name.split()[0] for name in compiled}:
+        clipped = compiled[f"{device} off-policy-rows bf16 True"]
+        for kernel in ("truncated-rows", "dft-rows", "chord-rows", "luffy-rows"):
+            facts = compiled[f"{device} {kernel} bf16"]
+            assert facts["registers"] <= clipped["registers"], (device, kernel)
+            more = Counter(facts["accesses"])
+            more.subtract(clipped["accesses"])
+            expected = {} if kernel == "truncated-rows" else {"ld32": 1}
+            assert {width: n for width, n in more.items() if n} == expected, (device, kernel)
+        plain = Counter(compiled[f"{device} trained-rows bf16 transformed"]["accesses"])
+        assert sum(plain.values()) < sum(clipped["accesses"].values()) - 3, device
 
 
 def test_rows_that_fit_are_read_once(compiled: dict[str, dict]) -> None:

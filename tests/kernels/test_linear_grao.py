@@ -101,8 +101,8 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
         terms_CT, device = inputs.terms_CT, inputs.hidden_TD.device
         weight_T = terms_CT.sum(0)
         live_T = weight_T != 0
-        if inputs.off_policy is not None:
-            live_T |= inputs.off_policy.kl_coef_R != 0
+        if inputs.forms is not None:
+            live_T |= inputs.forms.kl_coef_R != 0
         target_T = inputs.target_T.where(live_T, 0)
         rows = drop_rows(inputs._replace(terms_CT=torch.ones_like(terms_CT), target_T=target_T), V)
         row = rows.row._replace(weight_R=weight_T.to(device))

@@ -1,4 +1,4 @@
-"""linear_policy_loss: any terms, on or off policy; and the forms of a row's own log-prob."""
+"""linear_policy_loss: any terms, on or off policy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
-from calls import row_functions
 from problem import make_problem
 from tolerance import assert_accurate
 from torch import Tensor
 
 from grao_fast.kernels import OffPolicy, linear_policy_loss, reference
-from grao_fast.kernels.checks import logit_constants
-from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
-from grao_fast.kernels.rows.off_policy import FORMS, OffPolicyRows, row_coefficient, row_value
 
 T = 24
 PROBLEM = make_problem(T=T)
@@ -109,40 +105,3 @@ def test_refused_by_name(terms_CT: Tensor, given: OffPolicy | None, message: str
     hidden_TD, head_VD = PROBLEM.hidden_TD.float(), PROBLEM.head_VD.float()
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(hidden_TD, head_VD, PROBLEM.target_T, terms_CT, off_policy=given)
-
-
-def form_rows(form: str, logprob_R: Tensor) -> OffPolicyRows:
-    logprob_3R = logprob_R + torch.tensor([[0.1], [-0.3], [0.6]]).to(logprob_R)
-    logprob_3R[0, ::3] = logprob_R[::3] - 0.9
-    kl_coef_R = torch.linspace(-0.1, 0.2, len(logprob_R)).to(logprob_R)
-    return OffPolicyRows(form, logprob_3R.detach(), kl_coef_R, 0.8, 1.2, 2.0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_coefficient_is_the_derivative_of_the_value(form: str) -> None:
-    logprob_R = torch.linspace(-5, -0.1, 30, dtype=torch.float64).requires_grad_()
-    weight_R = torch.linspace(-1, 2, 30, dtype=torch.float64)
-    rows = form_rows(form, logprob_R)
-    value_R, kl_R = row_value(weight_R, logprob_R, rows)
-    objective = (weight_R * value_R - rows.kl_coef_R * kl_R).sum()
-    (slope_R,) = torch.autograd.grad(objective, logprob_R)
-    torch.testing.assert_close(row_coefficient(weight_R, logprob_R.detach(), rows), slope_R)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_row_functions_apply_each_form(form: str, backend: str, device: str) -> None:
-    """dlogits is proportional to the coefficient, which the kernel computes by itself."""
-    R, V = 12, 64
-    logits_RV = torch.randn(R, V, generator=torch.Generator().manual_seed(0))
-    target_R, weight_R = torch.arange(R), torch.linspace(-1, 2, R)
-    logprob_R = logits_RV.log_softmax(1)[target_R, target_R]
-    rows = form_rows(form, logprob_R)
-    expected_RV = row_coefficient(weight_R, logprob_R, rows)[:, None] * logits_RV.softmax(1)
-    rows = rows._replace(logprob_3R=rows.logprob_3R.to(device), kl_coef_R=rows.kl_coef_R.to(device))
-    inputs = RowInputs(target_R.to(device), weight_R.to(device), off_policy=rows)
-    logprob_R, target_grad_R = torch.empty(2, R, device=device)
-    slab, outputs = logits_RV.to(device), RowOutputs(logprob_R, target_grad_R=target_grad_R)
-    constants = logit_constants(1.0, 1.0, None)
-    row_functions(backend).policy_rows(slab, slab, None, inputs, outputs, constants)
-    slab[target_R, target_R] = expected_RV[target_R, target_R].to(device)  # see TargetGradient
-    torch.testing.assert_close(slab.cpu(), expected_RV, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 from grao_fast.kernels.one_pass import ops
 from grao_fast.kernels.one_pass.options import PassInputs, PassOptions
 from grao_fast.kernels.rows.contract import LogitConstants
-from grao_fast.kernels.rows.off_policy import OffPolicyRows
+from grao_fast.kernels.rows.forms import FormRows
 
 
 def compiled(function, **options):
@@ -48,9 +48,11 @@ def pass_arguments(
     )
     inputs = PassInputs(hidden_TD, head_VD, bias_V, target_T, terms_CT)
     if off_policy:
-        logprob_3T = torch.linspace(-3, -2, 18, device=device).reshape(3, 6)
-        rows = OffPolicyRows("clipped_ratio", logprob_3T, torch.linspace(0, 1, 6), 0.8, 1.2, 2.0)
-        inputs = inputs._replace(off_policy=rows)
+        constants_PT = torch.linspace(-3, -2, 24, device=device).reshape(4, 6)
+        constants_PT[3, ::2] = 0  # the other rows are shaped
+        kl_coef_T = torch.linspace(0, 1, 6)
+        rows = FormRows("truncated", "chord", constants_PT, kl_coef_T, 0.8, 1.2, 2.0)
+        inputs = inputs._replace(forms=rows)
     return *inputs.flat(), *options.flat()
 
 

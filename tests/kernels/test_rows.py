@@ -11,7 +11,7 @@ from tolerance import assert_accurate
 
 from grao_fast.kernels.checks import logit_constants
 from grao_fast.kernels.rows.contract import RowInputs, RowOutputs
-from grao_fast.kernels.rows.off_policy import OffPolicyRows
+from grao_fast.kernels.rows.forms import FormRows
 from grao_fast.kernels.rows.sharded import sharded_policy_rows
 
 STRIDE = 320
@@ -134,13 +134,16 @@ def test_two_halves_do_what_the_whole_does(gradient, transform, backend, device)
     weight_R[2] = 0
     pull_R = torch.linspace(-1, 1, 6, device=device).where(weight_R != 0, 0)
     bias_S = torch.linspace(-2, 2, STRIDE, device=device)
-    off_policy = OffPolicyRows(
-        "clipped_ratio",
-        torch.linspace(-9, -2, 18, device=device).reshape(3, 6),
+    constants_PR = torch.linspace(-9, -2, 24, device=device).reshape(4, 6)
+    constants_PR[3, ::2] = 0  # the other rows are shaped
+    forms = FormRows(
+        "clipped",
+        "luffy",
+        constants_PR,
         torch.full((6,), 0.1, device=device).where(weight_R != 0, 0),
         *(0.8, 1.2, 2.0),
     )
-    inputs = RowInputs(target_R, weight_R, pull_R, off_policy)
+    inputs = RowInputs(target_R, weight_R, pull_R, forms)
     halves = sharded_policy_rows(OneProcess("", V), rows.row_statistics, rows.row_gradient)
     results = []
     for function in (rows.policy_rows, halves):

@@ -31,6 +31,11 @@ OFF_POLICY = {
     "entropy": True,
     "top1": True,
 }
+TRUNCATED = {
+    "old_logprob_T": OFF_POLICY["old_logprob_T"],
+    "clip": (0.2, 0.3),
+    "ratio": "truncated",
+}
 
 
 def case(function: str, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
@@ -68,6 +73,7 @@ CASES = {
     "grao_in_chunks": case("grao", options={"workspace_mib": 0.004}),
     "grao_compiled": case("grao", compiled=True),
     "grao_dtensor": case("grao", dtensor=True),
+    "shaped": case("policy", form="chord", off_policy=TRUNCATED),
     "weighted": case("weighted"),
     "weighted_logits_of_1e4": case("weighted", problem={"logits": 1e4}),
     "weighted_masked_half": first_half_masked(),
