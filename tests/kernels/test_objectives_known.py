@@ -16,6 +16,7 @@ from grao_fast.kernels import OffPolicy, linear_policy_loss, reference
 from grao_fast.objectives.base import token_terms
 
 D, V = 9, 61
+OBJECTIVES = [name for name in CASES if "_" not in name or name == "dr_grpo"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def assert_matches(case: Case, ours: list[Tensor], dtype: torch.dtype, **options
     return worst_error(ours, truth)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient(name: str, backend: str, device: str) -> None:
     case = CASES[name]
     error = assert_matches(case, run_ours(case, torch.float32, backend, device), torch.float32)
@@ -118,7 +119,13 @@ def test_value_and_gradient(name: str, backend: str, device: str) -> None:
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OBJECTIVES])
+def test_with_other_options(name: str) -> None:
+    case = CASES[name]
+    assert assert_matches(case, run_ours(case, torch.float32), torch.float32) < 1e-6
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_in_bfloat16(name: str) -> None:
     case = CASES[name]
     error = assert_matches(case, run_ours(case, torch.bfloat16), torch.bfloat16)
@@ -133,7 +140,7 @@ def stale_logprobs() -> Tensor:
     return logprob_T + steps[torch.arange(len(logprob_T)) % 5]
 
 
-@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name in RATIOS])
 def test_clipped_ratio_of_samples(name: str, backend: str, device: str) -> None:
     case, old_T = CASES[name], stale_logprobs()
     of_samples_T = old_T.where(BATCH.sequence_T % K != K - 1, math.nan)
