@@ -71,7 +71,7 @@ def chord(progress: float, **options: Any) -> Case:
         decay=objective.decay,
         schedule=objective.schedule,
     )
-    return Case(objective, mixtures.chord_loss, {"mu": mu}, progress)
+    return Case(objective, mixtures.chord_loss, {"mu": mu, "phi": objective.phi}, progress)
 
 
 def uft(progress: float, **options: Any) -> Case:
@@ -111,6 +111,7 @@ CASES = {
     "chord": chord(0.2),
     "chord_late": chord(0.9, schedule="cosine"),
     "chord_cosine": chord(0.1, schedule="cosine", decay=0.3),
+    "chord_phi": chord(0.2, phi=True),
     "uft": uft(0.25),
     "uft_strong": uft(0.0, hint_coef=0.1),
     "uft_late": uft(0.7),

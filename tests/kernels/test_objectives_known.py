@@ -12,11 +12,11 @@ from objective_cases import CASES, LENGTH_NK, RATIOS, REWARDS_NK, Case, K, N, co
 from tolerance import assert_accurate
 from torch import Tensor
 
-from grao_fast.kernels import OffPolicy, linear_policy_loss, reference
+from grao_fast.kernels import OffPolicy, Shaping, linear_policy_loss, reference
 from grao_fast.objectives.base import token_terms
 
 D, V = 9, 61
-OBJECTIVES = [name for name in CASES if "_" not in name or name == "dr_grpo"]
+OBJECTIVES = [name for name in CASES if "_" not in name or name in ("dr_grpo", "chord_phi")]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def run_ours(
     assert len(terms_CT) == len(case.objective.terms)
     hidden_TD = torch.where((terms_CT != 0).any(0)[:, None], BATCH.hidden_TD, math.nan)
     operands = leaves(hidden_TD.to(device), BATCH.head_VD.to(device), dtype=dtype)
+    form = case.objective.shaping
     result = linear_policy_loss(
         *operands,
         BATCH.target_T.to(device),
         terms_CT,
         off_policy=off_policy,
+        shaping=None if form is None else Shaping(form, sequence_T % K == K - 1),
         backend=backend,
         workspace_mib=0.005,
     )
