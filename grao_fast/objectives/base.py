@@ -45,12 +45,14 @@ class Rows(NamedTuple):
     """The rows of a micro-batch of whole groups, of an objective that takes two passes.
 
     sequence_T: int64, n * K + k, where n counts the groups of the micro-batch; -1: does not count.
+    K: sequences of a group, absent ones included.
     logprob_T, entropy_T: float32, under the policy, constants.
     old_logprob_T: under the policy that the step began with; None: that is this policy.
     ref_logprob_T: under the policy that training began with; None: not asked for.
     """
 
     sequence_T: Tensor
+    K: int
     logprob_T: Tensor
     entropy_T: Tensor
     old_logprob_T: Tensor | None
@@ -75,8 +77,11 @@ class Objective(ABC):
     terms: the names of its C terms, in metrics `objective/NAME`.
     needs_samples: whether completions are sampled and scored; False: references are enough.
     needs_references: whether a prompt without a reference has no use.
+    uses_references: whether a reference may have a coefficient.
     ratio: the form of a sample's token that has an old log-prob: "clipped" as in PPO, "truncated"
         for a constant weight as in CISPO; see `grao_fast.kernels.OffPolicy`.
+    clip: the ratio's bounds (low, high) where the user sets none; None: tokens have no ratio that
+        is clipped.
     shaping: the form of a reference's token, see `grao_fast.kernels.Shaping`; None: its log-prob.
     two_passes: whether coefficients depend on sums of log-probs: then the head is computed once
         for these, without gradients, and `second_pass` follows.
@@ -86,15 +91,12 @@ class Objective(ABC):
     terms: ClassVar[tuple[str, ...]] = ("policy",)
     needs_samples: ClassVar[bool] = True
     needs_references: ClassVar[bool] = False
+    uses_references: ClassVar[bool] = True
     ratio: ClassVar[str] = "clipped"
+    clip: ClassVar[tuple[float, float] | None] = (0.2, 0.2)
     shaping: ClassVar[str | None] = None
     two_passes: ClassVar[bool] = False
     needs_initial: ClassVar[bool] = False
-
-    @property
-    def clip(self) -> tuple[float, float] | None:
-        """(low, high) of the ratio where they are options of the objective; None: the trainer's."""
-        return None
 
     @abstractmethod
     def advantages(self, rewards_NK: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ any cost. They share nothing with `grao_fast.objectives` and the kernels, which 
 them in float64. GRAO's own specification is `grao_fast.kernels.reference`.
 """
 
-from . import mixtures, policy_gradient, ppo, supervised
+from . import mixtures, own_logprob, policy_gradient, ppo, sequence_level, supervised
 
-__all__ = ["mixtures", "policy_gradient", "ppo", "supervised"]
+__all__ = [
+    "mixtures",
+    "own_logprob",
+    "policy_gradient",
+    "ppo",
+    "sequence_level",
+    "supervised",
+]

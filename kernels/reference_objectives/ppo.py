@@ -1,7 +1,7 @@
 """PPO (arXiv 1707.06347) with generalised advantage estimation (arXiv 1506.02438).
 
-Shapes: T rows (tokens). `sequence_T` holds the sequence of each row, whose rows are in order, and -1
-for a row that does not count.
+Shapes: T rows (tokens). `sequence_T` holds the sequence of each row, and -1 for a row that does not
+count; the rows of a sequence are in its order.
 """
 
 from __future__ import annotations
