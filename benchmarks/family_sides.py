@@ -52,7 +52,7 @@ def compare_family(
     Raises:
         AssertionError: one of those that are held is above 1e-5.
     """
-    groups = to_groups(rollout, CONFIG.objective)
+    groups = to_groups(rollout, CONFIG.objective_options)
     policies = {
         name: load_policy(
             model,
@@ -109,7 +109,9 @@ def gradient(policy: Policy, groups: list[Group]) -> Gradient:
     """Return the loss and gradient of all groups in one micro-batch."""
     with policy.updating():
         batch = policy.lay_out(groups)
-        loss = micro_batch_loss(policy, batch, CONFIG.objective, num_prompts=len(groups)).loss
+        loss = micro_batch_loss(
+            policy, batch, CONFIG.objective_options, num_prompts=len(groups)
+        ).loss
         loss.backward()
     return float(loss.detach()), take_gradients(policy.model)
 

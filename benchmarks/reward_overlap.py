@@ -89,7 +89,7 @@ def measure(model: Path, server: str | None) -> list[dict[str, Any]]:
                     resolve_reward(function),
                     prompts,
                     sampling=config.sampling,
-                    objective=config.objective,
+                    objective=config.objective_options,
                     seed=0,
                 )
                 whole = {"rollout": time.perf_counter() - began}

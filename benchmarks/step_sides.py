@@ -76,7 +76,7 @@ class Ours:
             self.optimizer,
             self.scheduler,
             rollout,
-            objective=self.config.objective,
+            objective=self.config.objective_options,
             optimisation=self.config.optimisation,
             max_tokens=self.config.max_tokens_per_microbatch,
         )
@@ -89,13 +89,13 @@ class Ours:
         from grao_fast.training.rollout import to_groups
         from grao_fast.training.step import micro_batch_loss
 
-        groups = to_groups(rollout, self.config.objective)
+        groups = to_groups(rollout, self.config.objective_options)
         loss = 0.0
         with self.policy.updating():
             for part in split_by_tokens(groups, self.config.max_tokens_per_microbatch):
                 batch = self.policy.lay_out(part)
                 result = micro_batch_loss(
-                    self.policy, batch, self.config.objective, num_prompts=len(groups)
+                    self.policy, batch, self.config.objective_options, num_prompts=len(groups)
                 )
                 result.loss.backward()
                 loss += float(result.loss.detach())

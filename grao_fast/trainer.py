@@ -234,7 +234,7 @@ class _Run:
             self.loaded.policy,
             self.optimizer,
             GroupShape.largest(self.prompts, self.config.sampling),
-            self.config.objective,
+            self.config.objective_options,
             most=self.draws.stream.batch_size,
             memory_budget_mib=self.config.memory_budget_mib,
             workspace_mib=self.config.workspace_mib,
@@ -304,7 +304,7 @@ class _Run:
                 self.optimizer,
                 self.scheduler,
                 rollout,
-                objective=self.config.objective,
+                objective=self.config.objective_options,
                 optimisation=self.config.optimisation,
                 max_tokens=self.max_tokens,
                 beginning=self.loaded.beginning,
@@ -312,7 +312,7 @@ class _Run:
         self.draws.done(step)
         self.progress.done = step + 1
         metrics |= {"epoch": self.draws.epochs(step + 1)}
-        return rollout, rollout_metrics(rollout, self.config.objective) | metrics
+        return rollout, rollout_metrics(rollout, self.config.objective_options) | metrics
 
     def _sync(self, step: int, metrics: dict[str, float]) -> None:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""

@@ -81,14 +81,11 @@ GROUPS = [
     Group(
         [5, 6, 7, 8, 9, 10],
         [[11, 12, 13], [14], [15, 16, 17, 18, 19, 20, 1]],
-        torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64),
-        torch.tensor([True, True, True]),
     ),
     Group(
         [21, 22],
         [[23, 24, 25, 26, 27, 28], [29, 30, 1], [31]],
-        torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64),
-        torch.tensor([True, False, True]),
+        torch.tensor([[1.0, 0.0, -0.5]], dtype=torch.float64),
     ),
 ]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Group
-from grao_fast.kernels import GRAOLoss
+from grao_fast.kernels import PolicyLoss
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
@@ -119,8 +119,9 @@ def move(loaded: LoadedPolicy) -> None:
 
 
 def batch_of(policy: Policy):
-    live_K, rewards_K = torch.ones(2, dtype=torch.bool), torch.tensor([1.0, 0.0]).double()
-    return policy.lay_out([Group([9, 8, 7], [[4, 5, 6], [9, 4]], rewards_K, live_K)])
+    terms_CK = torch.tensor([[0.5, 0.0], [0.0, -0.25]]).double()
+    kl_coef_K = torch.tensor([0.1, 0.0]).double()
+    return policy.lay_out([Group([9, 8, 7], [[4, 5, 6], [9, 4]], terms_CK, kl_coef_K)])
 
 
 def start_logprobs(loaded: LoadedPolicy) -> torch.Tensor:
@@ -132,12 +133,16 @@ def start_logprobs(loaded: LoadedPolicy) -> torch.Tensor:
         )
 
 
-def loss_of(loaded: LoadedPolicy, ref_logprob_T: torch.Tensor | None = None) -> GRAOLoss:
+def loss_of(loaded: LoadedPolicy, ref_logprob_T: torch.Tensor | None = None) -> PolicyLoss:
     policy = loaded.policy
     with policy.updating():
         return micro_batch_loss(
-            policy, batch_of(policy), CONFIG.objective, num_prompts=1, ref_logprob_T=ref_logprob_T
-        ).grao
+            policy,
+            batch_of(policy),
+            CONFIG.objective_options,
+            num_prompts=1,
+            ref_logprob_T=ref_logprob_T,
+        ).policy
 
 
 def write(

@@ -33,7 +33,6 @@ from grao_fast.cli.commands import build_parser, main
 from grao_fast.data.encoder import TokenIds
 from grao_fast.data.encoding import Limits, encode_examples
 from grao_fast.data.examples import Example
-from grao_fast.objectives import grao
 from grao_fast.training.rollout import Rollout
 
 NAN = math.nan
@@ -294,7 +293,7 @@ def sampled(
         for group in texts
     ]
     prompts = [SimpleNamespace(reference_ids=[1])] * len(rewards)
-    advantages_NK = grao.advantages(rewards_NK, CONFIG.objective)
+    advantages_NK = CONFIG.objective_options.formula.advantages(rewards_NK)
     rollout: Any = (prompts, completions, texts, rewards_NK, advantages_NK, {}, {"reward": 0.1})
     scores_FNG = facts.pop("scores_FNG", rewards_NK[None, :, :-1])
     options = {"names": ["r"], "failed": None, "ends": []} | facts
@@ -322,11 +321,11 @@ def verdicts(findings: list[Finding]) -> dict[str, str]:
     ],
 )
 def test_rewards(rewards: list[list[float]], expected: dict[str, str]) -> None:
-    assert verdicts(on_rewards(sampled(rewards), CONFIG.objective)) == expected
+    assert verdicts(on_rewards(sampled(rewards), CONFIG.objective_options)) == expected
 
 
 def test_references_that_lose_are_a_warning_where_their_advantage_is_clipped() -> None:
-    objective = CONFIG.replace(reference_advantage="clip").objective
+    objective = CONFIG.replace(reference_advantage="clip").objective_options
     assert verdicts(on_rewards(sampled([[1, 3, 0]] * 6), objective)) == {
         "references lose": "warning"
     }
@@ -335,19 +334,19 @@ def test_references_that_lose_are_a_warning_where_their_advantage_is_clipped() -
 def test_one_of_several_functions_is_constant() -> None:
     scores_FNG = torch.tensor([[[0.0, 1.0]], [[2.0, 2.0]]])
     facts = sampled([[2, 3, 2.5]], scores_FNG=scores_FNG, names=["a", "b"])
-    (warning,) = [f for f in on_rewards(facts, CONFIG.objective) if f.verdict != "ok"]
+    (warning,) = [f for f in on_rewards(facts, CONFIG.objective_options) if f.verdict != "ok"]
     assert (warning.name, warning.value) == ("constant function", "b gives every sample 2")
 
 
 def test_metrics_of_rewards_are_shown() -> None:
     facts = sampled([[0, 1, 2]], measured={"rewards/judge/cost": 0.0125})
-    (own,) = [f for f in on_rewards(facts, CONFIG.objective) if f.name == "own metrics"]
+    (own,) = [f for f in on_rewards(facts, CONFIG.objective_options) if f.name == "own metrics"]
     assert own.value == "of 1 prompts: judge/cost 0.0125"
 
 
 def test_failed_rewards_are_not_counted_as_none() -> None:
     facts = sampled([[NAN, NAN, NAN]], failed=Failed(1, 1, "reward r raised"))
-    assert verdicts(on_rewards(facts, CONFIG.objective)) == {"calls": "failure"}
+    assert verdicts(on_rewards(facts, CONFIG.objective_options)) == {"calls": "failure"}
 
 
 @pytest.mark.parametrize(

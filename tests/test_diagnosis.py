@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from grao_fast.kernels import sequence_weights
 from grao_fast.sampling import Completion
 from grao_fast.training.diagnosis import DETECTORS, FIRST, LATEST, Diagnosis
 from grao_fast.training.metrics import diversity, group_metrics
@@ -184,11 +185,12 @@ def test_share_of_the_gradient_that_imitates() -> None:
     advantages_NK = torch.tensor(
         [[-1.0, -1.0, 2.0], [1.0, 1.0, -2.0], [0.0, 0.0, 0.0], [1.0, -1.0, math.nan]]
     )
-    metrics = group_metrics(torch.zeros(4, 3), advantages_NK, beta=0.5, lam=0.5)
+    weights_NK = sequence_weights(advantages_NK, beta=0.5, lam=0.5)
+    metrics = group_metrics(torch.zeros(4, 3), advantages_NK, weights_NK)
     pulls = 0.5 * 2 + 0.5 / 2 * 2  # of the first group; the second's reference is pushed down
     total = 2 * pulls + 6 * 1.5 * 1 / 2
     assert float(metrics["reference/imitation_share"]) == pytest.approx(pulls / total)
-    dead = group_metrics(torch.zeros(1, 3), torch.zeros(1, 3), beta=0.5, lam=0.5)
+    dead = group_metrics(*[torch.zeros(1, 3)] * 3)
     assert dead["reference/imitation_share"].isnan()
 
 

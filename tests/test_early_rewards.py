@@ -265,7 +265,7 @@ def test_groups_are_scored_while_the_next_are_sampled(tiny_model, monkeypatch) -
         resolve_reward(reward),
         loaded.encode(EXAMPLES, config.sampling),
         sampling=config.sampling,
-        objective=config.objective,
+        objective=config.objective_options,
         seed=5,
     )
     assert batches == [True] * 7

@@ -80,7 +80,11 @@ def backward(policy: Policy, config: GRAOConfig) -> None:
     with policy.updating():
         batch = policy.lay_out(GROUPS)
         micro_batch_loss(
-            policy, batch, config.objective, num_prompts=2, workspace_mib=config.workspace_mib
+            policy,
+            batch,
+            config.objective_options,
+            num_prompts=2,
+            workspace_mib=config.workspace_mib,
         ).loss.backward()
 
 
@@ -107,7 +111,7 @@ def test_a_micro_batch_waits_for_nothing(layout: str, recompute: bool, tiny_mode
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "kl_coef": 0.1}])
 def test_an_update(options: dict[str, Any], tiny_model: Path) -> None:
     """With clipping, AdamW and metrics; the norm of the gradient is 0, for what the host knows."""
-    rewards_NK = torch.stack([group.rewards_K for group in GROUPS])
+    rewards_NK = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 1.0]], dtype=torch.float64)
     completions = [
         [Completion(ids, [-1.0] * len(ids), finished=True) for ids in group.sequence_ids[:-1]]
         for group in GROUPS
@@ -124,7 +128,7 @@ def test_an_update(options: dict[str, Any], tiny_model: Path) -> None:
             optimizer,
             scheduler,
             rollout,
-            objective=config.objective,
+            objective=config.objective_options,
             optimisation=config.optimisation,
             max_tokens=config.max_tokens_per_microbatch,
             beginning=loaded.beginning,
@@ -196,7 +200,7 @@ def test_the_probe_of_the_memory(tiny_model: Path) -> None:
             loaded.policy,
             adamw(loaded.model, config.optimisation),
             GroupShape.largest(prompts(), config.sampling),
-            config.objective,
+            config.objective_options,
             most=2,
             workspace_mib=config.workspace_mib,
         )

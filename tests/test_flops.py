@@ -54,8 +54,7 @@ def counted_flops(counter: flop_counter.FlopCounterMode) -> int:
 
 def short(prompt: int, samples: int) -> Group:
     """A prompt and sequences of one token each: each query sees every key of its part."""
-    rewards = torch.arange(samples, dtype=torch.float64)
-    return Group([prompt], [[k + 5] for k in range(samples)], rewards, rewards >= 0)
+    return Group([prompt], [[k + 5] for k in range(samples)])
 
 
 # With an adapter and no recomputation the first layer's inputs need no gradient, which we count.
@@ -146,10 +145,8 @@ def test_a_mixture_counts_the_experts_that_a_token_meets():
 def test_what_is_saved_is_what_was_left_out():
     """Done and saved are all groups together, whichever way they are laid out."""
     cost = ModelCost.of(family_model("Mistral"), recompute=True)
-    dead = dataclasses.replace(GROUPS[0], live_K=torch.tensor([False] * 3))
-    alive = [
-        dataclasses.replace(group, live_K=torch.tensor([True] * 3)) for group in (*GROUPS, dead)
-    ]
+    dead = dataclasses.replace(GROUPS[0], terms_CK=torch.zeros(1, 3))
+    alive = [dataclasses.replace(group, terms_CK=torch.ones(1, 3)) for group in (*GROUPS, dead)]
     groups = [*GROUPS, dead]
     options = {"updates": 2, "scored": True}
     packed = update_flops(cost, groups, [pack(GROUPS)], share_prefix=True, **options)
@@ -158,7 +155,10 @@ def test_what_is_saved_is_what_was_left_out():
     done = packed["flops/done"] + packed["flops/saved_dead"]
     assert done == all_of_them["flops/done"]
     alone = [
-        pad([dataclasses.replace(group, live_K=torch.arange(3) == k)], pad_token_id=0)
+        pad(
+            [dataclasses.replace(group, terms_CK=(torch.arange(3) == k)[None].double())],
+            pad_token_id=0,
+        )
         for group in GROUPS
         for k in group.live_sequences
     ]

@@ -69,8 +69,7 @@ def group(prompt: int, first: int) -> Group:
     """A prompt of so many tokens and sequences of 2 and 3."""
     ids = [3 + (first + 7 * i) % 70 for i in range(prompt + 5)]
     sequences = [ids[prompt : prompt + 2], ids[prompt + 2 :]]
-    ones = torch.ones(2, dtype=torch.bool)
-    return Group(ids[:prompt], sequences, torch.arange(2, dtype=torch.float64), ones)
+    return Group(ids[:prompt], sequences)
 
 
 SHORT, LONG = group(4, 1), group(20, 9)  # within what was trained first, and beyond

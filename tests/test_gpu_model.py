@@ -49,7 +49,7 @@ def test_flex_attention_gives_the_gradient_of_sdpa(recompute: bool) -> None:
 
 def gradient(policy: Policy, rollout: Rollout) -> Tensor:
     """The gradients of all parameters in one vector."""
-    objective = GRAOConfig().objective
+    objective = GRAOConfig().objective_options
     groups = to_groups(rollout, objective)
     policy.model.zero_grad()
     with policy.updating():

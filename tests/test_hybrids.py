@@ -131,10 +131,7 @@ def test_the_models_generation_config_has_no_say(loaded: LoadedPolicy):
 
 def test_padding_on_the_right_changes_no_gradient(loaded: LoadedPolicy):
     """Rows of two lengths in one batch, against one row a batch."""
-    live = torch.ones(1, dtype=torch.bool)
-    rewards = torch.zeros(1, dtype=torch.float64)
-    rows = [Group([5, 6, 7], [[8, 9, 10, 11, 12, 13]], rewards, live)]
-    rows += [Group([14], [[15, 16]], rewards, live)]
+    rows = [Group([5, 6, 7], [[8, 9, 10, 11, 12, 13]]), Group([14], [[15, 16]])]
     hidden, together = gradients(loaded.policy, pad(rows, pad_token_id=0))
     weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
     loaded.model.zero_grad()

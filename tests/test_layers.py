@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"grao_fast": ROOT / "grao_fast", "grao_fast.kernels": ROOT / "kernels"}
 # Bottom to top.
 LAYERS = (
-    "kernels", "system", "distributed", "reporting", "config", "data", "models", "sampling",
-    "rewards", "evaluation", "objectives", "training", "callbacks", "checkup", "trainer",
+    "kernels", "system", "objectives", "distributed", "reporting", "config", "data", "models",
+    "sampling", "rewards", "evaluation", "training", "callbacks", "checkup", "trainer",
     "integrations", "demo", "cli", "__main__",
 )  # fmt: skip
 

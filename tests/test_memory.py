@@ -56,7 +56,7 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
     policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
     shape = memory.GroupShape(400, (480, 480, 480, 240))
     with memory._untouched(policy):
-        probe = memory.Probe(policy, config.objective, config.workspace_mib)
+        probe = memory.Probe(policy, config.objective_options, config.workspace_mib)
         estimate = memory._estimated_peak(probe, shape)
         for count in (1, 2):
             with HeldBytes(policy) as held:
@@ -77,7 +77,7 @@ def budget(policy: Policy, shape: memory.GroupShape, config: GRAOConfig) -> int:
         policy,
         adamw(policy.model, config.optimisation),
         shape,
-        config.objective,
+        config.objective_options,
         most=config.prompts_per_step,
         memory_budget_mib=config.memory_budget_mib,
         workspace_mib=config.workspace_mib,
@@ -95,7 +95,9 @@ def test_a_budget_is_filled_and_not_exceeded(tiny_model):
     with memory._untouched(policy):
         for n in (count, count + 1):
             with HeldBytes(policy) as held:
-                memory.Probe(policy, config.objective, config.workspace_mib).run(shape.group(), n)
+                memory.Probe(policy, config.objective_options, config.workspace_mib).run(
+                    shape.group(), n
+                )
             sizes.append(held.peak + held.gradients_peak + MIB)
     assert sizes[0] <= 3 * MIB < sizes[1]
 
@@ -157,7 +159,7 @@ def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch, e
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + 100 * ran[-1])
     peak = memory._measured_peak(
-        memory.Probe(policy, FOUND.objective), memory.GroupShape(3, (2, 2))
+        memory.Probe(policy, FOUND.objective_options), memory.GroupShape(3, (2, 2))
     )
     assert [peak(n) for n in (1, 2, 4, 1)] == [100, 200, float("inf"), 100]
     assert ran == [1, 2, 4]
@@ -175,6 +177,6 @@ def test_on_cuda_other_errors_of_a_pass_are_not_taken_for_memory(tiny_model, mon
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        memory._measured_peak(memory.Probe(policy, FOUND.objective), memory.GroupShape(3, (2, 2)))(
-            1
-        )
+        memory._measured_peak(
+            memory.Probe(policy, FOUND.objective_options), memory.GroupShape(3, (2, 2))
+        )(1)

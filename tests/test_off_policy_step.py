@@ -90,14 +90,16 @@ def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_pr
             for group in rollout.completions
         ],
     )
-    groups = to_groups(rollout, config.objective)
+    groups = to_groups(rollout, config.objective_options)
     corrected = config.replace(use_vllm=True)
-    assert corrected.objective.sampler_cap == 3.0 < math.exp(2)
+    assert corrected.objective_options.sampler_cap == 3.0 < math.exp(2)
     total = 0.0
     with policy.updating():
         for part in split_by_tokens(groups, 60, share_prefix=share_prefix):
             batch = policy.lay_out(part)
-            loss = micro_batch_loss(policy, batch, corrected.objective, num_prompts=len(groups))
+            loss = micro_batch_loss(
+                policy, batch, corrected.objective_options, num_prompts=len(groups)
+            )
             loss.loss.backward()
             total += float(loss.loss.detach())
     double = double_of(tiny_model)
@@ -159,7 +161,7 @@ def one_update(loaded, rollout, config, *, lr: float) -> dict[str, float]:
         optimizer,
         LambdaLR(optimizer, lambda step: 1.0),
         rollout,
-        objective=config.objective,
+        objective=config.objective_options,
         optimisation=config.optimisation,
         max_tokens=config.max_tokens_per_microbatch,
         beginning=loaded.beginning,
@@ -191,7 +193,7 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
         else:
             is_sample_T = sequence_T % K != K - 1
             old_logprob_T = torch.where(is_sample_T, loss.logprob_T, torch.nan)
-            off_policy = {"old_logprob_T": old_logprob_T, "clip": config.objective.clip}
+            off_policy = {"old_logprob_T": old_logprob_T, "clip": config.objective_options.clip}
             first = float(loss.loss.detach())
     start = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     metrics = one_update(loaded, rollout, config, lr=lr)
@@ -237,7 +239,7 @@ def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(tiny_mode
     moved(policy)
     rollout.rewards_NK[0] = 0.5
     rollout.advantages_NK[0] = 0.0
-    groups = to_groups(rollout, config.objective)
+    groups = to_groups(rollout, config.objective_options)
     assert groups[0].live_K.tolist() == [True] * 4 + [False]
     total = kl = 0.0
     with policy.updating():
@@ -248,12 +250,12 @@ def test_the_kl_term_pulls_towards_the_policy_that_training_began_with(tiny_mode
             loss = micro_batch_loss(
                 policy,
                 batch,
-                config.objective,
+                config.objective_options,
                 num_prompts=len(groups),
                 ref_logprob_T=ref_logprob_T,
             )
             loss.loss.backward()
-            total, kl = total + float(loss.loss.detach()), kl + float(loss.grao.kl)
+            total, kl = total + float(loss.loss.detach()), kl + float(loss.policy.kl)
     original, double = double_of(tiny_model), double_of(tiny_model)
     double.load_state_dict(policy.model.state_dict())
     hidden_TD, target_T, _ = rows_of(original, rollout)
@@ -278,7 +280,7 @@ def test_an_adapters_kl_is_from_the_model_without_it(tiny_model):
     for layer in policy.causal_lm.model.layers:
         layer.self_attn.attention_dropout = 0.5  # which only training applies
     plain, rollout, _ = step_groups(tiny_model, config)
-    groups = to_groups(rollout, config.objective)
+    groups = to_groups(rollout, config.objective_options)
     with policy.updating():
         batch = policy.lay_out(groups)
         actual = start_logprobs(loaded, batch, config)

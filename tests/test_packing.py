@@ -10,13 +10,8 @@ from grao_fast.data.packing import Group, MicroBatch, Size, pack, pad, split_by_
 
 
 def group(prompt: list[int], *sequences: list[int], live: list[bool] | None = None) -> Group:
-    K = len(sequences)
-    return Group(
-        prompt_ids=prompt,
-        sequence_ids=list(sequences),
-        rewards_K=torch.arange(K, dtype=torch.float64),
-        live_K=torch.tensor([True] * K if live is None else live),
-    )
+    terms_CK = None if live is None else torch.tensor([live]).double()
+    return Group(prompt, list(sequences), terms_CK)
 
 
 GROUPS = [group([1, 2], [3, 4, 5], [6]), group([7], [8, 9], [10, 11, 12])]

@@ -110,12 +110,14 @@ def test_a_step_is_the_naive_formula():
         resolve_reward(shorter),
         [prompts[i] for i in first],
         sampling=CONFIG.sampling,
-        objective=CONFIG.objective,
+        objective=CONFIG.objective_options,
         seed=1,
     )
-    groups = to_groups(rollout, CONFIG.objective)
+    groups = to_groups(rollout, CONFIG.objective_options)
     with policy.updating():
-        loss = micro_batch_loss(policy, policy.lay_out(groups), CONFIG.objective, num_prompts=1)
+        loss = micro_batch_loss(
+            policy, policy.lay_out(groups), CONFIG.objective_options, num_prompts=1
+        )
         loss.loss.backward()
 
     naive = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -145,10 +147,7 @@ def test_shared_prompts_give_the_gradients_of_repeated_ones():
     def ids(length: int) -> list[int]:
         return torch.randint(10, 49000, (length,), generator=generator).tolist()
 
-    rewards_K = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    groups = [
-        Group(ids(P), [ids(R) for R in (9, 4, 12)], rewards_K, rewards_K >= 0) for P in (30, 7)
-    ]
+    groups = [Group(ids(P), [ids(R) for R in (9, 4, 12)]) for P in (30, 7)]
     policy = load_policy(MODEL, config=CONFIG).policy
     stock = load_policy(policy.model, config=CONFIG.replace(share_prefix=False)).policy
     _, shared = gradients(policy, policy.lay_out(groups))

@@ -32,7 +32,7 @@ def load(family: str, tiny_model, config: GRAOConfig | None = None, **options) -
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_group_of_one_sequence_has_the_models_own(family: str, tiny_model):
     model = family_model(family)
-    alone = dataclasses.replace(GROUPS[0], live_K=torch.tensor([False, False, True]))
+    alone = dataclasses.replace(GROUPS[0], terms_CK=torch.tensor([[0.0, 0.0, 1.0]]))
     tokens = torch.tensor([alone.prompt_ids + alone.sequence_ids[2]])
     own = model(tokens, output_router_logits=True).aux_loss.detach()
     for share_prefix in (True, False):
@@ -55,7 +55,7 @@ def test_it_does_not_depend_on_how_the_step_was_split(family: str, share_prefix:
         with policy.updating():
             for part in parts:
                 loss = micro_batch_loss(
-                    policy, policy.lay_out(part), config.objective, num_prompts=3
+                    policy, policy.lay_out(part), config.objective_options, num_prompts=3
                 )
                 loss.loss.backward()
                 total += float(loss.router)

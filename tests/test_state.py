@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grao_fast.config import GRAOConfig
+from grao_fast.objectives.grao import GRAO
 from grao_fast.training.optim import count_steps
 from grao_fast.training.state import DataStream, step_seed
 
@@ -38,12 +39,12 @@ def test_length_of_a_run(options: dict, steps: int):
 
 
 def test_the_importance_weights_are_on_for_vllm_alone():
-    assert GRAOConfig().objective.sampler_cap is None
-    assert GRAOConfig(use_vllm=True).objective.sampler_cap == 3.0
+    assert GRAOConfig().objective_options.sampler_cap is None
+    assert GRAOConfig(use_vllm=True).objective_options.sampler_cap == 3.0
     off = GRAOConfig(use_vllm=True, vllm_importance_sampling_clip_max=None)
-    assert off.objective.sampler_cap is None
-    assert GRAOConfig(num_iterations=2, epsilon=0.1).objective.clip == (0.1, 0.1)
-    assert GRAOConfig(num_iterations=2, epsilon_high=0.28).objective.clip == (0.2, 0.28)
+    assert off.objective_options.sampler_cap is None
+    assert GRAOConfig(num_iterations=2, epsilon=0.1).objective_options.clip == (0.1, 0.1)
+    assert GRAOConfig(num_iterations=2, epsilon_high=0.28).objective_options.clip == (0.2, 0.28)
 
 
 def test_config_refuses_values_of_another_type():
@@ -114,5 +115,5 @@ def test_config_rejects_what_cannot_be_right():
         GRAOConfig.from_dict({"lerning_rate": 1})
     config = GRAOConfig(beta=0.1, reward_weights=[1.0, 2.0])
     assert GRAOConfig.from_dict(config.to_dict()) == config
-    assert config.objective.beta == 0.1
+    assert config.objective_options.formula == GRAO(beta=0.1)
     assert set(vars(config)) == {field.name for field in dataclasses.fields(config)}  # no views

@@ -87,7 +87,7 @@ def test_it_learns(tiny_model, tmp_path: Path):
 def step_groups(tiny_model, config: GRAOConfig):
     loaded = load_policy(tiny_model, config=config)
     rollout = sampled(loaded, letters, config)
-    return loaded, rollout, to_groups(rollout, config.objective)
+    return loaded, rollout, to_groups(rollout, config.objective_options)
 
 
 def sampled(loaded: LoadedPolicy, reward, config: GRAOConfig) -> Rollout:
@@ -97,7 +97,7 @@ def sampled(loaded: LoadedPolicy, reward, config: GRAOConfig) -> Rollout:
         resolve_reward(reward),
         loaded.encode(load_examples(ROWS), config.sampling),
         sampling=config.sampling,
-        objective=config.objective,
+        objective=config.objective_options,
         seed=5,
     )
 
@@ -133,7 +133,7 @@ def test_a_step_is_the_formula(tiny_model, share_prefix: bool, budget: int):
     with policy.updating():
         for part in split_by_tokens(groups, budget, share_prefix=share_prefix):
             loss = micro_batch_loss(
-                policy, policy.lay_out(part), config.objective, num_prompts=len(groups)
+                policy, policy.lay_out(part), config.objective_options, num_prompts=len(groups)
             )
             loss.loss.backward()
             total += float(loss.loss.detach())

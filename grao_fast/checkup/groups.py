@@ -16,7 +16,6 @@ from torch import Tensor
 
 from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
-from grao_fast.objectives import grao
 from grao_fast.rewards import Reward, RewardError
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
@@ -118,7 +117,7 @@ def sample_and_try(
             completions=completions,
             texts=[each.texts for each in scored],
             rewards_NK=rewards_NK,
-            advantages_NK=grao.advantages(rewards_NK, objective),
+            advantages_NK=objective.formula.advantages(rewards_NK),
             per_function={},
             seconds=seconds,
         ),

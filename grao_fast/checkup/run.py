@@ -209,12 +209,12 @@ class _Check:
             self.inputs.reward,
             prompts,
             sampling=sampling,
-            objective=config.objective,
+            objective=config.objective_options,
             seed=config.seed,
         )
         findings = [
             *on_groups(groups, sampling, facts.ends.keys()),
-            *on_rewards(groups, config.objective),
+            *on_rewards(groups, config.objective_options),
         ]
         metric = self.inputs.metric
         if metric is not None and held_out is not None and held_out.that("fits"):

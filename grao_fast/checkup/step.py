@@ -15,7 +15,6 @@ from grao_fast.checkup.groups import GroupFacts
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.models.sharding import device_memory, local
-from grao_fast.objectives import grao
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.training.flops import ModelCost, group_work
@@ -120,7 +119,7 @@ def measure(
             policy,
             optimizer,
             shape,
-            config.objective,
+            config.objective_options,
             most=most,
             memory_budget_mib=config.memory_budget_mib,
             workspace_mib=config.workspace_mib,
@@ -155,7 +154,7 @@ def _time(
     max_tokens: int,
 ) -> Times:
     """Time an update of the first groups, and extrapolate it by the FLOPs of all groups."""
-    policy, objective, rollout = loaded.policy, config.objective, groups.rollout
+    policy, objective, rollout = loaded.policy, config.objective_options, groups.rollout
     timed = _live(rollout, _TIMED * policy.world.size, config)
     started = time.perf_counter()
     metrics = update(
@@ -209,5 +208,5 @@ def _live(rollout: Rollout, most: int, config: GRAOConfig) -> Rollout:
         completions=rollout.completions[:most],
         texts=rollout.texts[:most],
         rewards_NK=rewards_NK,
-        advantages_NK=grao.advantages(rewards_NK, config.objective),
+        advantages_NK=config.objective_options.formula.advantages(rewards_NK),
     )

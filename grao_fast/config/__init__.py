@@ -18,15 +18,15 @@ from grao_fast.config.views import (
     CacheImplementation,
     ObjectiveOptions,
     OptimisationOptions,
-    ReferenceAdvantage,
     RewardType,
     SamplingOptions,
     Scheduler,
     ShardingOption,
-    Statistics,
     VLLMMode,
     same_named,
 )
+from grao_fast.objectives import Objective, make_objective
+from grao_fast.objectives.grao import GRAO, ReferenceAdvantage, Statistics
 from grao_fast.system.errors import UserError
 from grao_fast.system.field_types import check_types
 
@@ -38,11 +38,13 @@ class GRAOConfig:
     """Configuration of a GRAO run.
 
     Objective:
+        objective: the name of an objective, "grao" or another of `grao_fast.objectives.OBJECTIVES`,
+            with options of its own in parentheses: "dpo(beta=0.1)".
         num_generations: G, the number of completions sampled for every prompt.
-        beta: weight of the imitation term, beta in Eq. 3.
-        lam: weight of the alignment regulariser, lambda in Eq. 3.
-        statistics: the rewards whose mean and standard deviation normalise the advantages: all G+1
-            ("group"), or those of the G samples ("samples", the literal Eq. 4).
+        beta: weight of GRAO's imitation term, beta in Eq. 3.
+        lam: weight of GRAO's alignment regulariser, lambda in Eq. 3.
+        statistics: the rewards whose mean and standard deviation normalise GRAO's advantages: all
+            G+1 ("group"), or those of the G samples ("samples", the literal Eq. 4).
         reference_advantage: "signed", as in the paper, or "clip" to keep A_y at or above 0, so that
             the imitation term never lowers the probability of a reference that the samples beat;
             the regulariser, weighted by lam, still does.
@@ -98,8 +100,8 @@ class GRAOConfig:
         num_iterations: the number of updates on the samples of a step, all at its learning rate.
             From the second on, the log-prob of a sampled token is replaced by its clipped ratio to
             the policy at the start of the step.
-        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
-            None: equal to epsilon.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon
+            None: the objective's own bounds, 0.2 for GRAO; epsilon_high None: equal to epsilon.
         max_tokens_per_microbatch: token budget of a forward and backward pass over whole groups;
             None: as many as fit in memory, measured before the first step.
         memory_budget_mib: memory in MiB for such a pass, besides parameters, gradients and AdamW's
@@ -147,6 +149,7 @@ class GRAOConfig:
         disable_tqdm: do not show a progress bar.
     """
 
+    objective: str = "grao"
     num_generations: int = 8
     beta: float = 0.5
     lam: float = 0.6
@@ -180,7 +183,7 @@ class GRAOConfig:
     dynamic_sampling: int = 0
     curriculum: bool = False
     num_iterations: int = 1
-    epsilon: float = 0.2
+    epsilon: float | None = None
     epsilon_high: float | None = None
     max_tokens_per_microbatch: int | None = None
     memory_budget_mib: int | None = None
@@ -245,7 +248,7 @@ class GRAOConfig:
             if not getattr(self, name) < 1:
                 raise UserError(f"{name} must be below 1, got {getattr(self, name)}")
         for name in ("epsilon", "vllm_gpu_memory_utilization"):
-            if getattr(self, name) > 1:
+            if (getattr(self, name) or 0) > 1:
                 raise UserError(f"{name} must be at most 1, got {getattr(self, name)}")
         for name in (
             "reward_timeout",
@@ -286,14 +289,28 @@ class GRAOConfig:
         return values | {"report_to": tuple(trackers)}
 
     @property
-    def objective(self) -> ObjectiveOptions:
+    def objective_options(self) -> ObjectiveOptions:
         """The view of what the loss is made of."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        formula = self._formula
+        weighs = self.use_vllm and not formula.two_passes
         return ObjectiveOptions(
             **same_named(self, ObjectiveOptions),
-            clip=(self.epsilon, high),
-            sampler_cap=self.vllm_importance_sampling_clip_max if self.use_vllm else None,
+            formula=formula,
+            clip=self._clip(formula),
+            sampler_cap=self.vllm_importance_sampling_clip_max if weighs else None,
         )
+
+    @property
+    def _formula(self) -> Objective:
+        """The objective; GRAO's options are fields of this configuration."""
+        formula = make_objective(self.objective)
+        return GRAO(**same_named(self, GRAO)) if isinstance(formula, GRAO) else formula
+
+    def _clip(self, formula: Objective) -> tuple[float, float] | None:
+        if formula.clip is None:
+            return None
+        low, high = formula.clip if self.epsilon is None else (self.epsilon, self.epsilon)
+        return low, high if self.epsilon_high is None else self.epsilon_high
 
     @property
     def sampling(self) -> SamplingOptions:

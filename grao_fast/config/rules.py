@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, get_args
 
 from grao_fast.config.views import (
     AttentionBackend,
     CacheImplementation,
-    ReferenceAdvantage,
     RewardType,
     Scheduler,
     ShardingOption,
-    Statistics,
     VLLMMode,
 )
+from grao_fast.objectives import Objective, split_objective
+from grao_fast.objectives.grao import GRAO, ReferenceAdvantage, Statistics
 from grao_fast.system.errors import UserError
 
 CHOICES = {
@@ -117,11 +118,56 @@ def check_effect(config: Any) -> None:
                 f"before, which async_rollouts={config.async_rollouts} does not wait for: set one "
                 "of the two"
             )
-    default_clip = default.epsilon, default.epsilon
-    if config.num_iterations == 1 and config.objective.clip != default_clip:
+    _check_objective(config)
+
+
+def _check_objective(config: Any) -> None:
+    """Raise UserError for options that the objective does not have, or that it makes useless."""
+    default, options = type(config), config.objective_options
+    formula: Objective = options.formula
+    name, own = split_objective(config.objective)
+    if isinstance(formula, GRAO):
+        for option, value in own.items():
+            raise UserError(
+                f"objective={config.objective!r}: GRAO's options are those of the configuration: "
+                f'set objective="grao" and {option}={value!r}'
+            )
+    else:
+        for field in dataclasses.fields(GRAO):
+            value = getattr(config, field.name)
+            if value != getattr(default, field.name):
+                raise UserError(
+                    f"{field.name}={value!r} has no effect without objective='grao'"
+                    + _own_option(name, formula, field.name, value)
+                )
+    set_clip = (config.epsilon, config.epsilon_high) != (None, None)
+    if set_clip and (formula.clip is None or formula.two_passes):
+        raise UserError(
+            f"epsilon and epsilon_high have no effect with objective={config.objective!r}, which "
+            "clips no ratio of tokens: leave them out"
+        )
+    if config.num_iterations == 1 and options.clip != formula.clip:
         raise UserError(
             "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
         )
+    cap = config.vllm_importance_sampling_clip_max
+    if formula.two_passes and config.async_rollouts:
+        raise UserError(
+            f"objective={name!r} has no importance weights, which async_rollouts="
+            f"{config.async_rollouts} needs for samples of earlier weights: set async_rollouts=0"
+        )
+    if formula.two_passes and cap != default.vllm_importance_sampling_clip_max:
+        raise UserError(
+            f"vllm_importance_sampling_clip_max={cap} has no effect with objective={name!r}, whose "
+            "tokens have no importance weight: leave it out"
+        )
+
+
+def _own_option(name: str, formula: Objective, option: str, value: Any) -> str:
+    """Where the objective has an option of the same name, how to set it."""
+    if not any(field.name == option for field in dataclasses.fields(formula)):
+        return ": leave it out"
+    return f'; the option of {name} is set by objective="{name}({option}={value!r})"'
 
 
 def check_at_least(name: str, value: Any, minimum: float) -> None:

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Statistics = Literal["group", "samples"]
-ReferenceAdvantage = Literal["signed", "clip"]
+from grao_fast.objectives import Objective
+
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
@@ -18,21 +18,25 @@ ShardingOption = Literal["auto", "none", "full", "hybrid"]
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """`GRAOConfig.objective`: options of the loss; see `GRAOConfig`, where they are explained.
+    """`GRAOConfig.objective_options`: options of the loss; see `GRAOConfig`, which explains them.
 
-    clip: (low, high), ratios are clipped to [1 - low, 1 + high].
+    formula: the objective that `GRAOConfig.objective` names.
+    clip: (low, high), ratios are clipped to [1 - low, 1 + high]; None: the formula has no ratio.
     sampler_cap: cap of the importance weights; None where samples count as the policy's own.
     """
 
-    beta: float
-    lam: float
-    statistics: Statistics
-    reference_advantage: ReferenceAdvantage
+    formula: Objective
     reward_type: RewardType
     temperature: float
+    max_new_tokens: int
     kl_coef: float
-    clip: tuple[float, float]
+    clip: tuple[float, float] | None
     sampler_cap: float | None
+
+    @property
+    def needs_beginning(self) -> bool:
+        """Whether the policy that training began with is kept, and scores every step."""
+        return self.kl_coef > 0 or self.formula.needs_initial
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ position of the prompt predicts the first token of every continuation, so the ro
 language-model head contain that position once for each.
 
 Suffixes of names: B rows of L tokens, T rows of the head (one for each predicted token), N groups,
-K sequences of a group, P tokens of a prompt.
+K sequences of a group, P tokens of a prompt, C terms of the objective.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +32,31 @@ class Group:
     Args:
         prompt_ids: P tokens, at least one.
         sequence_ids: K lists, the reference last; an empty list is an absent sequence.
-        rewards_K: float64 on the CPU; NaN for an absent sequence.
-        live_K: bool on the CPU, True for sequences with a nonzero weight in the objective.
+        terms_CK: float64 on the CPU, the coefficient of a token of each sequence in each term of
+            the objective; None: one term, in which all are 1.
+        kl_coef_K: float64 on the CPU, the coefficient of its KL; None: 0.
         sampler_logprobs: log-probs under the sampler of every token of the first sequences, in the
             order of sequence_ids; the others, such as the reference, have none.
     """
 
     prompt_ids: list[int]
     sequence_ids: list[list[int]]
-    rewards_K: Tensor
-    live_K: Tensor
+    terms_CK: Tensor | None = None
+    kl_coef_K: Tensor | None = None
     sampler_logprobs: Sequence[Sequence[float]] = ()
+
+    @property
+    def coefficients_CK(self) -> Tensor:
+        """terms_CK, whether given or not."""
+        if self.terms_CK is None:
+            return torch.ones(1, len(self.sequence_ids), dtype=torch.float64)
+        return self.terms_CK
+
+    @cached_property
+    def live_K(self) -> Tensor:
+        """(K,) bool: which sequences have a gradient, of the objective or of the KL."""
+        live_K = self.coefficients_CK.sum(0) != 0
+        return live_K if self.kl_coef_K is None else live_K | (self.kl_coef_K != 0)
 
     @cached_property
     def live_sequences(self) -> list[int]:
@@ -102,9 +117,12 @@ class MicroBatch:
     place_NT: for each group, int64 indices of its tokens in the flattened rows, its prompt once.
     row_T: int64, indices in the flattened (B * L) rows of the hidden states that predict target_T.
     target_T: int64 token ids.
-    sequence_T: int64, n * K + k of every target, for `linear_grao_loss`.
+    sequence_T: int64, n * K + k of every target, where n counts the groups of this micro-batch.
+    K: sequences of a group, absent ones included.
+    terms_CT: float32, the coefficients of every target in the terms of the objective. Where they
+        cancel there is no gradient, and all are 0.
+    kl_coef_T: float32, that of its KL; None: no group has one.
     sampler_logprob_T: float32, log-prob of every target under the sampler; NaN if unknown.
-    rewards_NK: float64; n counts the groups of this micro-batch.
     """
 
     input_ids_BL: Tensor
@@ -115,8 +133,10 @@ class MicroBatch:
     row_T: Tensor
     target_T: Tensor
     sequence_T: Tensor
+    K: int
+    terms_CT: Tensor
+    kl_coef_T: Tensor | None
     sampler_logprob_T: Tensor
-    rewards_NK: Tensor
 
     @property
     def is_idle(self) -> bool:
@@ -126,8 +146,12 @@ class MicroBatch:
     @property
     def is_sample_T(self) -> Tensor:
         """(T,) bool: whether a target is a sample's; neither a reference's, nor one of -1."""
-        K = self.rewards_NK.shape[1]
-        return self.sequence_T % K != K - 1
+        return (self.sequence_T >= 0) & (self.sequence_T % self.K != self.K - 1)
+
+    @property
+    def is_reference_T(self) -> Tensor:
+        """(T,) bool: whether a target is a reference's."""
+        return (self.sequence_T >= 0) & (self.sequence_T % self.K == self.K - 1)
 
 
 def split_by_tokens(
@@ -192,11 +216,16 @@ def idle(group: Group, lay_out: Callable[[list[Group]], MicroBatch]) -> MicroBat
     small = Group(
         prompt_ids=group.prompt_ids[:1],
         sequence_ids=[[group.prompt_ids[0]]] * K,
-        rewards_K=group.rewards_K,
-        live_K=torch.ones(K, dtype=torch.bool),
+        terms_CK=torch.ones_like(group.coefficients_CK),
+        kl_coef_K=group.kl_coef_K,
     )
     batch = lay_out([small])
-    return replace(batch, sequence_T=torch.full_like(batch.sequence_T, -1))
+    return replace(
+        batch,
+        sequence_T=torch.full_like(batch.sequence_T, -1),
+        terms_CT=torch.zeros_like(batch.terms_CT),
+        kl_coef_T=None if batch.kl_coef_T is None else torch.zeros_like(batch.kl_coef_T),
+    )
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:
@@ -259,7 +288,7 @@ def pad(groups: Sequence[Group], *, pad_token_id: int) -> MicroBatch:
     )
 
 
-def _targets(groups: Sequence[Group]) -> dict[str, Tensor]:
+def _targets(groups: Sequence[Group]) -> dict[str, Any]:
     """The fields of MicroBatch with one value for each target, in the order of `pack` and `pad`."""
     K = len(groups[0].sequence_ids)
     targets: list[int] = []
@@ -272,9 +301,16 @@ def _targets(groups: Sequence[Group]) -> dict[str, Tensor]:
             sequences += [n * K + k] * length
             sampled = k < len(group.sampler_logprobs)
             logprobs += group.sampler_logprobs[k] if sampled else [math.nan] * length
+    sequence_T = torch.tensor(sequences)
+    terms_CT = torch.cat([group.coefficients_CK for group in groups], 1)[:, sequence_T].float()
+    kl_coef_T = None
+    if groups[0].kl_coef_K is not None:
+        kl_coef_T = torch.cat([group.kl_coef_K for group in groups])[sequence_T].float()
     return {
         "target_T": torch.tensor(targets),
-        "sequence_T": torch.tensor(sequences),
+        "sequence_T": sequence_T,
+        "K": K,
+        "terms_CT": terms_CT.where(terms_CT.sum(0) != 0, 0.0),
+        "kl_coef_T": kl_coef_T,
         "sampler_logprob_T": torch.tensor(logprobs, dtype=torch.float32),
-        "rewards_NK": torch.stack([group.rewards_K for group in groups]),
     }

@@ -106,8 +106,7 @@ def _lengths(policy: Policy) -> tuple[int, ...]:
 
 def _logits(policy: Policy, prompt: list[int], suffixes: list[list[int]]) -> Tensor:
     """Logits (T, V) of the suffixes' tokens, made of hidden states and head as in the loss."""
-    live_K = torch.ones(len(suffixes), dtype=torch.bool)
-    group = Group(prompt, suffixes, torch.arange(len(suffixes)), live_K)
+    group = Group(prompt, suffixes)
 
     def logits(head: HeadInputs) -> Tensor:
         bias_V = None if head.bias_V is None else head.bias_V.float()

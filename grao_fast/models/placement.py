@@ -74,7 +74,7 @@ class Placement:
             sharding=config.sharding,
             replicas=config.replicas,
             cpu_offload=config.cpu_offload,
-            keeps_copy=config.kl_coef > 0,
+            keeps_copy=config.objective_options.needs_beginning,
             trains=trains,
         )
 

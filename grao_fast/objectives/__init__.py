@@ -1,1 +1,89 @@
-"""Objectives: from rewards, references and lengths to the loss of a micro-batch."""
+"""Objectives: from rewards, references and lengths to the coefficient of every token.
+
+    from grao_fast.objectives import make_objective
+
+`base` says what an objective is. Each has a file, with its formula and its source, or shares one
+with its near relatives. They are tensors in and tensors out, for any trainer.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+
+from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass
+from grao_fast.objectives.grao import GRAO
+from grao_fast.system.errors import UserError, nearest
+
+__all__ = [
+    "OBJECTIVES",
+    "Groups",
+    "Objective",
+    "Rows",
+    "SecondPass",
+    "make_objective",
+    "split_objective",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "grao": GRAO,
+}
+
+
+def make_objective(text: str) -> Objective:
+    """The objective that a text names: "grpo", or with options "dpo(beta=0.1)".
+
+    Raises:
+        UserError: no such objective or option, or a value that the option does not take.
+    """
+    name, options = split_objective(text)
+    kind = OBJECTIVES[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UserError(
+                f"objective={text!r}: {name} has no option {option!r}{nearest(option, known)}; "
+                f"{takes}"
+            )
+    try:
+        return kind(**options)
+    except UserError as error:
+        raise UserError(f"objective={text!r}: {error}") from error
+
+
+def split_objective(text: str) -> tuple[str, dict[str, object]]:
+    """The name of the objective that a text names, which is known, and the options beside it.
+
+    Raises:
+        UserError: no such objective, or options that are no literals by name.
+    """
+    malformed = UserError(
+        f"objective={text!r} is neither a name nor one with options, such as "
+        f'"dpo(beta=0.1)"; the names are {", ".join(OBJECTIVES)}'
+    )
+    try:
+        found = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise malformed from None
+    call = found if isinstance(found, ast.Call) else None
+    name = found if call is None else call.func
+    if not isinstance(name, ast.Name) or (call is not None and call.args):
+        raise malformed
+    if name.id not in OBJECTIVES:
+        raise UserError(
+            f"there is no objective {name.id!r}{nearest(name.id, list(OBJECTIVES))}; the names are "
+            f"{', '.join(OBJECTIVES)}"
+        )
+    options: dict[str, object] = {}
+    for keyword in [] if call is None else call.keywords:
+        if keyword.arg is None:
+            raise malformed
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError):
+            raise UserError(
+                f"objective={text!r}: {keyword.arg} must be a number, a word in quotes, True, "
+                f"False or None; got {ast.unparse(keyword.value)}"
+            ) from None
+    return name.id, options

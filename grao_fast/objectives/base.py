@@ -12,12 +12,16 @@ objective, T rows that predict a token.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+from grao_fast.system.errors import UserError
+from grao_fast.system.field_types import check_types
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Objective(ABC):
     """An objective. Its fields are its options; a subclass states its formula and its source.
 
     terms: the names of its C terms, in metrics `objective/NAME`.
-    needs_samples: whether completions are sampled and scored; False: references are enough.
+    needs_samples: whether completions are sampled and scored; False: references are enough, and
+        K is 1.
     needs_references: whether a prompt without a reference has no use.
     uses_references: whether a reference may have a coefficient.
     ratio: the form of a sample's token that has an old log-prob: "clipped" as in PPO, "truncated"
@@ -98,9 +103,27 @@ class Objective(ABC):
     two_passes: ClassVar[bool] = False
     needs_initial: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Raise UserError for an option of another type, an infinite one, or an unknown word.
+
+        A subclass with bounds calls this first.
+        """
+        check_types(self)
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} must be finite, got {value}")
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                words = ", ".join(map(str, get_args(hint)))
+                raise UserError(f"{field.name} must be one of {words}; got {value!r}")
+
     @abstractmethod
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        """(N, K) what weighs each sequence, for metrics too; NaN where it is absent."""
+        """(N, K) what weighs each sequence, for metrics too; NaN where it is absent.
+
+        A group whose advantages are all 0 or NaN is dead: its coefficients are 0.
+        """
 
     @abstractmethod
     def coefficients(self, groups: Groups) -> Tensor:
@@ -109,6 +132,14 @@ class Objective(ABC):
         Means over tokens, samples and prompts are included, dead groups counted, so that the loss
         and the gradient of a step are sums over its micro-batches. 0 where a sequence is absent.
         """
+
+    def sequence_weights(self, groups: Groups) -> Tensor:
+        """(N, K) what multiplies the mean log-prob of each sequence in the prompt's objective."""
+        return self.coefficients(groups).sum(0) * groups.length_NK * len(groups.length_NK)
+
+    def shaped_rows(self, terms_CT: Tensor, is_reference_T: Tensor) -> Tensor:
+        """(T,) bool: the rows that have the form `shaping`."""
+        return is_reference_T
 
     def second_pass(self, terms_CT: Tensor, rows: Rows) -> SecondPass:
         """Coefficients from those of `coefficients`, by token, and the log-probs of the first pass.

@@ -115,6 +115,7 @@ def load_policy(
         defers_reduction=defers_reduction,
     )
     eos_ids = _eos_token_ids(causal_lm, tokenizer)
+    needs_beginning = config.objective_options.needs_beginning
     if sampler is not None:
         sampler.sync(policy)
     loaded = LoadedPolicy(
@@ -126,7 +127,7 @@ def load_policy(
                 _sampler(policy, tokenizer, eos_ids, kept, config) if sampler is None else sampler
             )
         ),
-        beginning=Beginning(model) if config.kl_coef or base_digest else None,
+        beginning=Beginning(model) if needs_beginning or base_digest else None,
         base_digest=base_digest,
     )
     if trained:

@@ -78,9 +78,7 @@ def measure_sampler(sampler: Sampler, policy: Policy, *, temperature: float = 1.
         Group(
             prompt,
             [completion.token_ids for completion in completions],
-            torch.arange(len(completions), dtype=torch.float64),
-            torch.ones(len(completions), dtype=torch.bool),
-            [completion.logprobs for completion in completions],
+            sampler_logprobs=[completion.logprobs for completion in completions],
         )
         for prompt, completions in zip(prompts, sampled, strict=True)
     ]

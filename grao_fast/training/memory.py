@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim import Optimizer
@@ -151,13 +151,7 @@ class GroupShape:
 
     def group(self) -> Group:
         """A group of this shape, all live; the memory of a loss does not depend on token ids."""
-        K = len(self.sequences)
-        return Group(
-            prompt_ids=[0] * self.prompt,
-            sequence_ids=[[0] * length for length in self.sequences],
-            rewards_K=torch.arange(K, dtype=torch.float64),
-            live_K=torch.ones(K, dtype=torch.bool),
-        )
+        return Group([0] * self.prompt, [[0] * length for length in self.sequences])
 
 
 def most_that_fit(peak: Callable[[int], float], budget: float, most: int) -> int:
@@ -195,7 +189,9 @@ class Probe:
     workspace_mib: int | None = None
 
     def run(self, group: Group, count: int) -> None:
-        """A pass over `count` copies of a group."""
+        """A pass over `count` copies of a group, all its sequences live."""
+        shape = len(self.objective.formula.terms), len(group.sequence_ids)
+        group = replace(group, terms_CK=torch.ones(shape, dtype=torch.float64))
         micro_batch_loss(
             self.policy,
             self.policy.lay_out([group] * count),

@@ -14,23 +14,22 @@ from torch import Tensor
 
 from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import MicroBatch
-from grao_fast.kernels import GRAOLoss, sequence_weights
+from grao_fast.kernels import PolicyLoss
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
-from grao_fast.training.rollout import Rollout
+from grao_fast.training.rollout import Rollout, groups_of
 
 
 def group_metrics(
-    rewards_NK: Tensor, advantages_NK: Tensor, *, beta: float, lam: float
+    rewards_NK: Tensor, advantages_NK: Tensor, weights_NK: Tensor
 ) -> dict[str, Tensor]:
     """The share of dead groups and the references' health; NaN without references.
 
     `reference/imitation_share` is sum max(w_y, 0) / sum |w_s| over the sequences of all groups,
-    where w are the coefficients of L in J; NaN if all are 0.
+    where w are the coefficients of L in the objective; NaN if all are 0.
     """
     reference_N = advantages_NK[:, -1]
     present_N = reference_N[~reference_N.isnan()]
-    weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
     return {
         "frac_dead": (advantages_NK.nan_to_num(0.0) == 0).all(1).double().mean(),
         "reference/reward": rewards_NK[:, -1].nanmean(),
@@ -45,13 +44,12 @@ def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, 
     samples_NG = rollout.rewards_NK[:, :-1]
     completions = [completion for group in rollout.completions for completion in group]
     lengths = [len(p.reference_ids) for p in rollout.prompts if p.reference_ids]
+    weights_NK = objective.formula.sequence_weights(groups_of(rollout, objective))
     metrics = {
         "reward": samples_NG.nanmean(),
         "reward_std": _nanstd(samples_NG),
         "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
-        **group_metrics(
-            rollout.rewards_NK, rollout.advantages_NK, beta=objective.beta, lam=objective.lam
-        ),
+        **group_metrics(rollout.rewards_NK, rollout.advantages_NK, weights_NK),
         "reference/mean_length": sum(lengths) / len(lengths) if lengths else math.nan,
         "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
@@ -122,12 +120,13 @@ _MEANS = ("samples", "references", "entropy", "logp_diff", "importance", "clippe
 class LossMetrics:
     """Accumulates the losses of an update's micro-batches.
 
+    names: of the objective's terms.
     sampler_cap: cap of the importance weights; None: there are none.
     """
 
-    def __init__(self, *, sampler_cap: float | None) -> None:
-        self.sampler_cap = sampler_cap
-        self.terms, self.kl = torch.zeros(3, dtype=torch.float32), 0.0
+    def __init__(self, names: Sequence[str], *, sampler_cap: float | None) -> None:
+        self.names, self.sampler_cap = names, sampler_cap
+        self.terms, self.kl = torch.zeros(len(names), dtype=torch.float32), 0.0
         self.router: float | None = None
         self.samples, self.references, self.entropy = _Mean(), _Mean(), _Mean()
         self.logp_diff, self.importance, self.clipped = _Mean(), _Mean(), _Mean()
@@ -135,7 +134,7 @@ class LossMetrics:
     @classmethod
     def joined(cls, parts: Sequence[LossMetrics]) -> LossMetrics:
         """The metrics of an update whose micro-batches several processes have computed."""
-        total = cls(sampler_cap=parts[0].sampler_cap)
+        total = cls(parts[0].names, sampler_cap=parts[0].sampler_cap)
         for part in parts:
             total.terms += part.terms
             total.kl += part.kl
@@ -148,7 +147,7 @@ class LossMetrics:
     def add(
         self,
         batch: MicroBatch,
-        loss: GRAOLoss,
+        loss: PolicyLoss,
         clipped_T: Tensor | None = None,
         router: Tensor | None = None,
     ) -> None:
@@ -157,7 +156,7 @@ class LossMetrics:
         clipped_T: 1 where the ratio is clipped, 0 where not, NaN where there is none.
         router: the router's part of the loss.
         """
-        self.terms += torch.stack([loss.exploration, loss.imitation, loss.alignment]).float().cpu()
+        self.terms += loss.terms_C.float().cpu()
         self.kl += float(loss.kl)
         if router is not None:
             self.router = (self.router or 0.0) + float(router)
@@ -169,12 +168,12 @@ class LossMetrics:
         if clipped_T is not None:
             self.clipped.add(clipped_T)
         self._add_sequences(batch, logprob_T)
-        assert loss.entropy_T is not None, "grao_loss asks for it"
+        assert loss.entropy_T is not None, "policy_loss asks for it"
         self.entropy.add(loss.entropy_T.cpu()[batch.is_sample_T])
 
     def _add_sequences(self, batch: MicroBatch, logprob_T: Tensor) -> None:
         """Add L(s), the mean log-prob of each sequence of the batch, to its kind's mean."""
-        K = batch.rewards_NK.shape[1]
+        K = batch.K
         sequences, place_T = batch.sequence_T.unique(return_inverse=True)
         sums = torch.zeros(len(sequences), dtype=torch.float32).index_add_(0, place_T, logprob_T)
         means = sums / torch.bincount(place_T)
@@ -183,12 +182,10 @@ class LossMetrics:
         self.references.add(means[is_reference])
 
     def to_dict(self, *, kl_coef: float) -> dict[str, float]:
-        exploration, imitation, alignment = self.terms.tolist()
+        terms = self.terms.tolist()
         metrics = {
-            "loss": self.kl + (self.router or 0.0) - (exploration + imitation + alignment),
-            "objective/exploration": exploration,
-            "objective/imitation": imitation,
-            "objective/alignment": alignment,
+            "loss": self.kl + (self.router or 0.0) - sum(terms),
+            **{f"objective/{name}": value for name, value in zip(self.names, terms, strict=True)},
             "entropy": self.entropy.value,
             "reference/logprob": self.references.value,
             "reference/logprob_gap": self.references.value - self.samples.value,

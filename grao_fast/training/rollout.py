@@ -16,7 +16,8 @@ from torch import Tensor
 from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.packing import Group
-from grao_fast.objectives import grao
+from grao_fast.kernels.advantage import sample_shares
+from grao_fast.objectives import Groups
 from grao_fast.rewards import Reward
 from grao_fast.rewards.functions import GroupScores
 from grao_fast.rewards.measured import Metrics
@@ -42,6 +43,7 @@ class Rollout:
         are called for each group, and "wait" where the samples were sampled ahead.
     measured: the reward functions' own metrics, of each process.
     staleness: steps of the policy since the sampling began; None: sampled when they were needed.
+    progress: the share of the run's steps that are done, in [0, 1).
     """
 
     prompts: Sequence[Encoded]
@@ -55,10 +57,11 @@ class Rollout:
     scores_FNG: Tensor | None = None
     counts: Mapping[str, float] = field(default_factory=dict)
     measured: Sequence[Metrics] = ()
+    progress: float = 0.0
 
     @property
     def dead_N(self) -> Tensor:
-        """Whether all rewards of a group are equal or absent, so that it has no weight."""
+        """Whether a group has no weight, as where all its rewards are equal or absent."""
         return (self.advantages_NK.nan_to_num(0.0) == 0).all(1)
 
     @property
@@ -221,7 +224,7 @@ def sample_and_score(
         completions=completions,
         texts=texts,
         rewards_NK=scored.rewards_NK,
-        advantages_NK=grao.advantages(scored.rewards_NK, objective),
+        advantages_NK=objective.formula.advantages(scored.rewards_NK),
         per_function=scored.per_function,
         seconds=seconds,
         staleness=None if ahead is None else ahead.staleness,
@@ -230,18 +233,41 @@ def sample_and_score(
     )
 
 
+def groups_of(rollout: Rollout, objective: ObjectiveOptions) -> Groups:
+    """The rewards and lengths of a rollout, from which the objective makes coefficients."""
+    return Groups(
+        rewards_NK=rollout.rewards_NK,
+        length_NK=torch.tensor(
+            [
+                [*(len(c.token_ids) for c in completions), len(prompt.reference_ids)]
+                for prompt, completions in zip(rollout.prompts, rollout.completions, strict=True)
+            ]
+        ),
+        max_new_tokens=objective.max_new_tokens,
+        progress=rollout.progress,
+    )
+
+
 def to_groups(rollout: Rollout, objective: ObjectiveOptions) -> list[Group]:
-    """The groups of a rollout; sequences that neither objective nor KL term needs are not live."""
-    live_NK = grao.live_sequences(rollout.rewards_NK, rollout.advantages_NK, objective)
+    """The groups of a rollout, with the coefficients of the objective and of the KL."""
+    groups = groups_of(rollout, objective)
+    terms_CNK = objective.formula.coefficients(groups)
+    kl_coef_NK = _kl_coefficients(groups, objective.kl_coef) if objective.kl_coef else None
     return [
         Group(
             prompt_ids=prompt.prompt_ids,
             sequence_ids=[*(c.token_ids for c in completions), prompt.reference_ids],
-            rewards_K=rollout.rewards_NK[n],
-            live_K=live_NK[n],
+            terms_CK=terms_CNK[:, n],
+            kl_coef_K=None if kl_coef_NK is None else kl_coef_NK[n],
             sampler_logprobs=[c.logprobs for c in completions],
         )
         for n, (prompt, completions) in enumerate(
             zip(rollout.prompts, rollout.completions, strict=True)
         )
     ]
+
+
+def _kl_coefficients(groups: Groups, kl_coef: float) -> Tensor:
+    """(N, K) kl_coef times the mean over prompts, samples and tokens; 0 for references."""
+    shares_NK = kl_coef * sample_shares(groups.rewards_NK)
+    return shares_NK / (groups.length_NK.clamp(min=1) * len(groups.length_NK))

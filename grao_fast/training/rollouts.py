@@ -83,7 +83,7 @@ class Rollouts:
             self._reward,
             self._of(indices),
             sampling=self._config.sampling,
-            objective=self._config.objective,
+            objective=self._config.objective_options,
             seed=self._seed(step),
             first=first,
             ahead=ahead,

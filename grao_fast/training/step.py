@@ -1,4 +1,4 @@
-"""One GRAO step: the updates of a policy on a rollout.
+"""One step: the updates of a policy on a rollout.
 
 Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, T rows that predict a token.
 """
@@ -17,22 +17,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from grao_fast.config import ObjectiveOptions, OptimisationOptions
 from grao_fast.data.packing import Group, MicroBatch, idle, share_out
-from grao_fast.kernels import GRAOLoss, linear_logprobs
+from grao_fast.kernels import PolicyLoss, linear_logprobs
 from grao_fast.models.beginning import Beginning
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import reshard, synchronise_gradients, whole
-from grao_fast.objectives.grao import clipped_ratios, grao_loss, token_weights
 from grao_fast.training.flops import ModelCost, update_flops
+from grao_fast.training.loss import clipped_ratios, policy_loss
 from grao_fast.training.metrics import LossMetrics
 from grao_fast.training.rollout import Rollout, to_groups
 
 
 class StepLoss(NamedTuple):
-    """`loss`, the root of the backward pass, is GRAO's loss plus the router's, if any."""
+    """`loss`, the root of the backward pass, is the objective's plus the router's, if any."""
 
     loss: Tensor
-    grao: GRAOLoss
+    policy: PolicyLoss
     router: Tensor | None = None
 
 
@@ -51,28 +51,27 @@ def micro_batch_loss(
     The sum over a step's micro-batches is the step's loss. The head's gradient is in its weight's
     `grad` when this returns; `backward` does the others.
 
-    num_prompts: prompts of the whole step, dead groups included, so that the gradient does not
-        depend on how the step was split.
+    num_prompts: prompts of the whole step, dead groups included: the router's loss is a mean over
+        them, as the coefficients of the batch are.
     old_logprob_T: under the policy that the step began with; None: it is this one.
     ref_logprob_T: under the policy that training began with; None: no KL term.
     """
 
     def loss(head: HeadInputs) -> StepLoss:
         router_loss = policy.router_loss(head, batch)
-        grao = grao_loss(
+        found = policy_loss(
             policy,
             head,
             batch,
             objective,
-            num_prompts=num_prompts,
             old_logprob_T=old_logprob_T,
             ref_logprob_T=ref_logprob_T,
             workspace_mib=workspace_mib,
         )
         if router_loss is None or batch.is_idle:
-            return StepLoss(grao.loss, grao)
+            return StepLoss(found.loss, found)
         router_loss = router_loss / num_prompts
-        return StepLoss(grao.loss + router_loss, grao, router_loss.detach())
+        return StepLoss(found.loss + router_loss, found, router_loss.detach())
 
     return policy.at_head(batch, loss)
 
@@ -165,7 +164,7 @@ def update(
         **_work(policy, groups, parts, updates=len(passes), scored=objective.kl_coef > 0),
         "time/update": updated - started,
     }
-    if len(passes) > 1:
+    if len(passes) > 1 and objective.clip is not None:
         clipped = [each.clipped.value for each in passes[1:]]
         metrics["clip_ratio/region_mean"] = sum(clipped) / len(clipped)
     return metrics
@@ -233,7 +232,7 @@ def _backward(
 
     first: whether weights are still those that the step began with, so that a signal may end it.
     """
-    metrics = LossMetrics(sampler_cap=objective.sampler_cap)
+    metrics = LossMetrics(objective.formula.terms, sampler_cap=objective.sampler_cap)
     for part in parts:
         if first:
             policy.world.check()
@@ -251,12 +250,12 @@ def _backward(
         loss.loss.backward()
         if part.batch.is_idle:
             continue
-        part.logprob_T = loss.grao.logprob_T.cpu()
+        part.logprob_T = loss.policy.logprob_T.cpu()
         clipped_T = None
-        if part.old_logprob_T is not None:
-            weight_T = token_weights(loss.grao.advantages_NK, part.batch.sequence_T, objective)
+        if part.old_logprob_T is not None and objective.clip is not None:
+            weight_T = part.batch.terms_CT.sum(0)
             clipped_T = clipped_ratios(weight_T, part.logprob_T, part.old_logprob_T, objective.clip)
-        metrics.add(part.batch, loss.grao, clipped_T, loss.router)
+        metrics.add(part.batch, loss.policy, clipped_T, loss.router)
     return metrics
 
 

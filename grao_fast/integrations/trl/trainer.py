@@ -37,7 +37,7 @@ from grao_fast.integrations.trl.references import (
     to_score,
 )
 from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
-from grao_fast.kernels import OffPolicy, PolicyLoss
+from grao_fast.kernels import OffPolicy, PolicyLoss, sequence_weights
 from grao_fast.kernels.advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
@@ -47,8 +47,8 @@ from grao_fast.kernels.advantage import (
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.models.objective import answer_objectives, run_at_head
 from grao_fast.models.policy import causal_lm_of
-from grao_fast.objectives.grao import clipped_ratios
 from grao_fast.system.errors import UserError
+from grao_fast.training.loss import clipped_ratios
 from grao_fast.training.metrics import group_metrics
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
@@ -225,7 +225,8 @@ class GRAOTrainer(GRPOTrainer):
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
         beta, lam = self._objective["beta"], self._objective["lam"]
-        self._record(group_metrics(rewards_NK, advantages_NK, beta=beta, lam=lam))
+        weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
+        self._record(group_metrics(rewards_NK, advantages_NK, weights_NK))
         # Replaces GRPO's advantages in the table of completions.
         table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
         for _ in range(min(len(table), len(advantages))):

@@ -110,7 +110,7 @@ class Workload:
             completion=config.max_new_tokens,
             reference=config.max_reference_length or config.max_new_tokens,
             updates=config.num_iterations,
-            kl=config.kl_coef > 0,
+            kl=config.objective_options.needs_beginning,
             share_prefix=config.share_prefix,
             recompute=config.gradient_checkpointing,
             offload=config.cpu_offload,
