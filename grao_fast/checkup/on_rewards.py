@@ -11,6 +11,7 @@ from torch import Tensor
 from grao_fast.checkup.findings import Finding, judged, percent, share
 from grao_fast.checkup.groups import GroupFacts
 from grao_fast.config import ObjectiveOptions
+from grao_fast.objectives.grao import GRAO
 
 _ENOUGH = 5  # prompts: by chance alone, fewer references may all lose
 
@@ -123,7 +124,10 @@ def on_spread(facts: GroupFacts) -> list[Finding]:
 
 
 def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Finding]:
-    """Judge the share of references that lose to their samples: A_y < 0."""
+    """Judge the share of references that lose to their samples: A_y < 0, in GRAO."""
+    formula = objective.formula
+    if not formula.uses_references:
+        return []
     mean_N = facts.samples_NG.nanmean(1)
     both_N = ~(mean_N.isnan() | facts.reference_N.isnan())
     if not bool(both_N.any()):
@@ -131,14 +135,14 @@ def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Findin
     total = int(both_N.sum())
     lost = share(int((facts.reference_N < mean_N)[both_N].sum()), total)
     value = f"{percent(lost)} of {total} references score below the mean of their samples"
-    clipped = objective.reference_advantage == "clip"
-    spared = clipped or total < _ENOUGH
+    kind = formula.reference_advantage if isinstance(formula, GRAO) else None
+    spared = kind != "signed" or total < _ENOUGH
     limit = "lost by the reference, clipped" if spared else "lost by the reference"
-    remedy = "see whether the reward is the wrong way round; take better references" + (
-        "; the regulariser (lam) still lowers their probability"
-        if clipped
-        else ', or set reference_advantage="clip": such references are made ever less likely'
-    )
+    remedy = "see whether the reward is the wrong way round; take better references"
+    if kind == "signed":
+        remedy += ', or set reference_advantage="clip": such references are made ever less likely'
+    elif kind == "clip":
+        remedy += "; the regulariser (lam) still lowers their probability"
     return [judged("rewards", "references lose", limit, lost, value, remedy)]
 
 
