@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from grao_fast.config import GRAOConfig
+from grao_fast.config.rules import CHOICES
 from grao_fast.objectives import OBJECTIVES, Groups, Objective, make_objective
 from grao_fast.objectives.base import mean_over_tokens
 from grao_fast.objectives.grao import GRAO
@@ -97,6 +98,13 @@ def test_the_configuration_gives_grao_its_options_and_others_their_own() -> None
 def test_options_of_another_objective_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GRAOConfig(**options)
+
+
+def test_words_of_the_configuration_are_those_of_grao() -> None:
+    """The configuration has them again, since its errors need no torch."""
+    hints = get_type_hints(GRAO)
+    for name in ("statistics", "reference_advantage"):
+        assert CHOICES[name] == get_args(hints[name])
 
 
 def test_grao_gives_a_token_its_sequences_coefficients() -> None:

@@ -10,25 +10,35 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grao_fast.config.rules import AT_LEAST, CHOICES, check_at_least, check_effect, every
+from grao_fast.config.rules import (
+    AT_LEAST,
+    CHOICES,
+    check_at_least,
+    check_effect,
+    check_objective,
+    every,
+)
 from grao_fast.config.views import (
     AttentionBackend,
     CacheImplementation,
     ObjectiveOptions,
     OptimisationOptions,
+    ReferenceAdvantage,
     RewardType,
     SamplingOptions,
     Scheduler,
     ShardingOption,
+    Statistics,
     VLLMMode,
     same_named,
 )
-from grao_fast.objectives import Objective, make_objective
-from grao_fast.objectives.grao import GRAO, ReferenceAdvantage, Statistics
 from grao_fast.system.errors import UserError
 from grao_fast.system.field_types import check_types
+
+if TYPE_CHECKING:
+    from grao_fast.objectives import Objective
 
 _LARGEST_SEED = 2**32 - 1  # NumPy's
 
@@ -277,6 +287,7 @@ class GRAOConfig:
             raise UserError(
                 f"max_steps must be positive, or -1 for num_train_epochs; got {self.max_steps}"
             )
+        check_objective(self)  # imports torch
 
     def replace(self, **changes: Any) -> GRAOConfig:
         """Return a copy with some fields changed. Raises TypeError for unknown fields."""
@@ -303,6 +314,9 @@ class GRAOConfig:
     @property
     def _formula(self) -> Objective:
         """The objective; GRAO's options are fields of this configuration."""
+        from grao_fast.objectives import make_objective
+        from grao_fast.objectives.grao import GRAO
+
         formula = make_objective(self.objective)
         return GRAO(**same_named(self, GRAO)) if isinstance(formula, GRAO) else formula
 

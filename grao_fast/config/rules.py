@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from grao_fast.config.views import (
     AttentionBackend,
     CacheImplementation,
+    ReferenceAdvantage,
     RewardType,
     Scheduler,
     ShardingOption,
+    Statistics,
     VLLMMode,
 )
-from grao_fast.objectives import Objective, split_objective
-from grao_fast.objectives.grao import GRAO, ReferenceAdvantage, Statistics
 from grao_fast.system.errors import UserError
+
+if TYPE_CHECKING:
+    from grao_fast.objectives import Objective
 
 CHOICES = {
     "statistics": get_args(Statistics),
@@ -118,13 +121,15 @@ def check_effect(config: Any) -> None:
                 f"before, which async_rollouts={config.async_rollouts} does not wait for: set one "
                 "of the two"
             )
-    _check_objective(config)
 
 
-def _check_objective(config: Any) -> None:
+def check_objective(config: Any) -> None:
     """Raise UserError for options that the objective does not have, or that it makes useless."""
+    from grao_fast.objectives import split_objective
+    from grao_fast.objectives.grao import GRAO
+
     default, options = type(config), config.objective_options
-    formula: Objective = options.formula
+    formula = options.formula
     name, own = split_objective(config.objective)
     if isinstance(formula, GRAO):
         for option, value in own.items():
