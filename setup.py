@@ -78,12 +78,16 @@ setup(
             "wandb>=0.31",
         ],
         "trl": ["trl>=1.16"],
+        "verl": ["verl>=0.9"],
         "vllm": ["vllm>=0.22"],
         "vllm-server": ["openai>=1.56"],
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"],
     },
-    entry_points={"console_scripts": ["grao-fast = grao_fast.cli.commands:main"]},
+    entry_points={
+        "console_scripts": ["grao-fast = grao_fast.cli.commands:main"],
+        "verl.plugins": ["grao = grao_fast.integrations.verl"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
