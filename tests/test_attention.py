@@ -7,17 +7,18 @@ import dataclasses
 import pytest
 import torch
 from families import FAMILIES, GROUPS, assert_same, family_model, gradients
+from packed_attention import SEGMENTS, seen_pairs
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import AutoTokenizer
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import Segment, pack
-from grao_fast.models.attention import choose_attention, flex, sdpa
+from grao_fast.models.attention import choose_attention, flex, sdpa, varlen
 from grao_fast.models.parity import check_parity
 from grao_fast.sampling.loading import load_policy
 
 CPU = torch.device("cpu")
-SEGMENTS = (Segment(0, 150, (140, 7)), Segment(297, 3, (1, 130, 64)), Segment(495, 1, (2,)))
 WINDOWS = [None, 33]
 
 
@@ -25,22 +26,6 @@ WINDOWS = [None, 33]
 def flex_with_gradients(monkeypatch: pytest.MonkeyPatch):
     """PyTorch refuses FlexAttention's gradients on a CPU; its uncompiled code has them."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-
-
-def seen_pairs(window: int | None) -> torch.Tensor:
-    """(L, L) bool mask, built segment by segment from the definition."""
-    L = SEGMENTS[-1].stop
-    seen = torch.zeros(L, L, dtype=torch.bool)
-    for segment in SEGMENTS:
-        P, start = segment.prefix_length, segment.start
-        first = start + P
-        for length in (0, *segment.suffix_lengths):
-            places = [*range(start, start + P), *range(first, first + length)]
-            for position, q in enumerate(places):
-                low = 0 if window is None else max(0, position - window + 1)
-                seen[q, places[low : position + 1]] = True
-            first += length
-    return seen
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -76,25 +61,26 @@ def test_backends_agree(window: int | None, softcap: float | None, flex_with_gra
     grad = torch.randn(q.shape, generator=generator)
     options = {"window": window, "scaling": 0.7, "dropout": 0.0, "softcap": softcap}
     results = []
-    for backend in (flex, sdpa):
+    for backend in (sdpa, flex, varlen):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = backend.attend(*leaves, SEGMENTS, **options)
-        results.append([out, *torch.autograd.grad(out, leaves, grad)])
-    for ours, theirs in zip(*results, strict=True):
-        assert float((ours - theirs).detach().abs().max()) <= 1e-5 * float(
-            theirs.detach().abs().max()
-        )
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for parts, *others in zip(*results, strict=True):
+        for other in others:
+            assert float((other - parts).abs().max()) <= 1e-5 * float(parts.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flex_gives_every_family_the_gradients_of_parts(family, tiny_model, flex_with_gradients):
-    """Layers are recomputed, except in families whose score cap rules that out."""
+def test_every_family_has_the_gradients_of_parts(family, tiny_model, flex_with_gradients):
+    """Layers are recomputed, except where a score cap rules that out for FlexAttention."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = GRAOConfig(gradient_checkpointing=family != "Gemma2")
     policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
     assert policy.attention == "grao_parts"
-    on_flex = dataclasses.replace(policy, attention="grao_flex")
-    assert_same(gradients(on_flex, pack(GROUPS)), gradients(policy, pack(GROUPS)))
+    in_parts = gradients(policy, pack(GROUPS))
+    for attention in ("grao_flex", "grao_varlen"):
+        other = dataclasses.replace(policy, attention=attention)
+        assert_same(gradients(other, pack(GROUPS)), in_parts)
 
 
 def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients, monkeypatch):
@@ -114,6 +100,38 @@ def test_flex_is_checked_beyond_its_first_block(tiny_model, flex_with_gradients,
     with pytest.raises(ValueError, match=r"logits .* differ"):
         check_parity(on_flex)
     flex.block_mask.cache_clear()
+
+
+def test_a_new_length_compiles_nothing(flex_with_gradients, monkeypatch):
+    """PyTorch's guards, which are alike on all devices; no code is generated.
+
+    The first row has three blocks of 128 tokens, like that of the check at the start.
+    """
+    counter, compile_for = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compile_for(*args, backend=counter, **options)
+    )
+    compiled = flex._compiled.__wrapped__()
+
+    def compilations(*lengths: tuple[int, ...], window: int | None = None) -> int:
+        start, segments = 0, []
+        for P, *suffixes in lengths:
+            segments.append(Segment(start, P, tuple(suffixes)))
+            start = segments[-1].stop
+        heads = (6, 2, 2)
+        q, k, v = (torch.randn(1, start, H, 16).transpose(1, 2).requires_grad_() for H in heads)
+        mask = flex.block_mask(tuple(segments), window, CPU)
+        compiled(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True)
+        return counter.frame_count
+
+    torch._dynamo.reset()
+    assert compilations((140, 50, 90)) == 1
+    for row in ((140, 50, 91), (500, 1), (128, 128), (64, 64, 64, 64, 256), (1000, 24)):
+        assert compilations(row) == compilations(row, window=33) == 1, row
+    assert compilations((150, 140, 7), (3, 1, 130, 64), (1, 2)) == 1
+    assert compilations((20, 30)) == 2  # of one block, which PyTorch compiles apart
+    for row in ((1, 1), (100, 28), (60, 2, 5)):
+        assert compilations(row) == 2, row
 
 
 @pytest.mark.slow
@@ -149,12 +167,14 @@ def test_the_backend_is_chosen_by_device_and_model():
             backend=backend,
             share_prefix=share_prefix,
             recompute=recompute,
+            dtype=torch.bfloat16,
         )
 
     model = family_model("Llama", head_dim=8)
     assert choice("auto") == "grao_parts"  # too narrow
     model = family_model("Llama", head_dim=16)
     assert choice("auto") == choice("flex") == "grao_flex"
+    assert choice("varlen") == "grao_varlen"
     assert choice("sdpa") == choice("auto", "cpu") == "grao_parts"
     assert choice("auto", share_prefix=False) is None
     assert choice("sdpa", share_prefix=False) == "sdpa"
@@ -172,13 +192,23 @@ def test_the_backend_is_chosen_by_device_and_model():
         ({"backend": "flex", "dropout": 0.1}, r"attention_dropout=0.1.*no dropout"),
         ({"backend": "flex", "family": "Gemma2"}, r"cap on scores .*gradient_checkpointing"),
         ({"backend": "flex"}, r"heads are 8 wide.*take 16 or more"),
-        ({"backend": "flash_attention_2"}, r"log-sum-exp.*share_prefix=False"),
-        ({"backend": "flex", "share_prefix": False}, r"share_prefix is False"),
+        ({"backend": "varlen", "device": "cpu"}, r'needs CUDA.*device .cpu.; use "sdpa"'),
+        ({"backend": "varlen", "dropout": 0.1}, r"attention_dropout=0.1.*not given any"),
+        ({"backend": "varlen", "dtype": torch.float32}, r"in 16 bits, and this run in float32"),
+        ({"backend": "flash_attention_2"}, r'"varlen" runs flash-attn.*share_prefix=False'),
+        ({"backend": "flex", "share_prefix": False}, r'"flex" serves.*share_prefix is False'),
+        ({"backend": "varlen", "share_prefix": False}, r'"varlen" serves.*share_prefix is False'),
         ({"backend": "flash_attention_2", "share_prefix": False}, r"grao-fast\[flash\]"),
     ],
 )
 def test_a_backend_that_cannot_serve_is_refused(options, message: str):
-    options = {"family": "Llama", "device": "cuda", "dropout": 0.0, "share_prefix": True} | options
+    options = {
+        "family": "Llama",
+        "device": "cuda",
+        "dropout": 0.0,
+        "share_prefix": True,
+        "dtype": torch.bfloat16,
+    } | options
     model = family_model(options["family"])
     model.config.attention_dropout = options["dropout"]
     with pytest.raises(ValueError, match=message):
@@ -188,6 +218,7 @@ def test_a_backend_that_cannot_serve_is_refused(options, message: str):
             backend=options["backend"],
             share_prefix=options["share_prefix"],
             recompute=True,
+            dtype=options["dtype"],
         )
 
 
@@ -199,6 +230,7 @@ def test_flash_attn_is_off_on_a_cpu_and_said_to_be(caplog):
             backend="flash_attention_2",
             share_prefix=False,
             recompute=True,
+            dtype=torch.float32,
         )
     assert chosen is None
     assert caplog.text.count("flash_attention_2 is off") == 1

@@ -25,7 +25,7 @@ from grao_fast.distributed.tensors import save_tensors
 from grao_fast.distributed.world import World
 from grao_fast.kernels import group_advantages
 from grao_fast.models import policy as policy_module
-from grao_fast.models.attention import flex
+from grao_fast.models.attention import flex, varlen
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy
 from grao_fast.sampling import Completion, loading
@@ -46,6 +46,7 @@ CONFIG = GRAOConfig(
 LAYOUTS: dict[str, dict[str, Any]] = {
     "grao_flex": {},
     "grao_parts": {"attention_backend": "sdpa"},
+    "grao_varlen": {"attention_backend": "varlen"},
     "stock": {"share_prefix": False},
 }
 
@@ -65,6 +66,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for check in ("check_weights", "check_parity", "check_sampler"):  # of values
         monkeypatch.setattr(loading, check, lambda *args, **options: None)
     flex.block_mask.cache_clear()
+    varlen.plan_of.cache_clear()
 
 
 def load(tiny_model: Path, **options: Any) -> tuple[LoadedPolicy, GRAOConfig]:

@@ -119,8 +119,10 @@ class GRAOConfig:
         share_prefix: compute each prompt once for its G+1 continuations; False repeats it in padded
             rows, as models with recurrent layers require.
         attention_backend: attention of updates. With a shared prefix: "flex" (FlexAttention, CUDA
-            only) or "sdpa" (group by group), and "auto" for flex on CUDA, else sdpa.
-            Without one: "sdpa" or "flash_attention_2" (CUDA only), and "auto" to keep the model's.
+            only), "varlen" (flash-attn's variable-length attention where it is installed, else
+            PyTorch's; CUDA and 16 bits only) or "sdpa" (group by group), and "auto" for flex on
+            CUDA, else sdpa. Without one: "sdpa" or "flash_attention_2" (CUDA only), and "auto" to
+            keep the model's.
         use_liger_kernel: replace the model's norms, rotary embeddings and MLPs by Liger's on CUDA;
             ignored on a CPU, with a log line.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: options of AdamW.

@@ -14,7 +14,7 @@ ReferenceAdvantage = Literal["signed", "clip"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
-AttentionBackend = Literal["auto", "sdpa", "flex", "flash_attention_2"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash_attention_2"]
 VLLMMode = Literal["server", "colocate"]
 ShardingOption = Literal["auto", "none", "full", "hybrid"]
 

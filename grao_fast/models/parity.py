@@ -23,8 +23,9 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 _SHORT = (4, 4, 8)  # tokens of a prompt and of two suffixes
-# For FlexAttention, more than one block of 128: full, partial and empty blocks occur, and training
-# uses the kernel compiled for this row. A shorter row would compile another.
+# For FlexAttention and the kernels of variable-length attention, more than one block of 128: full,
+# partial and empty blocks occur. Training uses the FlexAttention that is compiled for this row; a
+# shorter row would compile another.
 _LONG = (140, 50, 90)
 # Tolerance on logits and on gradients, relative to the largest.
 _TOLERANCE = 1e-3
@@ -37,8 +38,8 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     """Compare logits made of the policy's hidden states with the model's own, and their gradients.
 
     The gradient is that of a sum of log-probs with respect to the embedded tokens, to which every
-    layer contributes. It costs two backward passes over 16 tokens, or with FlexAttention 280, and
-    changes no parameter.
+    layer contributes. It costs two backward passes over 16 tokens, or over 280 where kernels
+    take blocks of tokens, and changes no parameter.
 
     Args:
         gradient: False for a policy that only answers.
@@ -98,7 +99,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
 
 
 def _lengths(policy: Policy) -> tuple[int, ...]:
-    if policy.attention != "grao_flex":
+    if policy.attention not in ("grao_flex", "grao_varlen"):
         return _SHORT
     fits = policy.context_length is None or _LONG[0] + max(_LONG[1:]) <= policy.context_length
     return _LONG if fits else _SHORT

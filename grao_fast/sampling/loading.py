@@ -107,6 +107,7 @@ def load_policy(
             backend=config.attention_backend,
             share_prefix=config.share_prefix,
             recompute=config.gradient_checkpointing,
+            dtype=dtype or causal_lm.dtype,
         ),
         pad_token_id=_pad_token_id(causal_lm, tokenizer),
         router=router,

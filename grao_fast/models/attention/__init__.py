@@ -4,9 +4,10 @@
 
 over the k of the prefix and of its own suffix whose position is at most that of q.
 
-Registered with Transformers as "grao_parts" and "grao_flex", so that stock models run it: the
-keyword argument `segments` of the model's forward reaches `packed_attention` in every layer. The
-two backends, `sdpa.attend` and `flex.attend`, have one signature and compute the same.
+Registered with Transformers as "grao_parts", "grao_flex" and "grao_varlen", so that stock models
+run it: the keyword argument `segments` of the model's forward reaches `packed_attention` in every
+layer. The three backends, `attend` of `sdpa`, `flex` and `varlen`, have one signature and compute
+the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from grao_fast.data.packing import Segment
-from grao_fast.models.attention import flex, sdpa
+from grao_fast.models.attention import flex, sdpa, varlen, varlen_kernels
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
@@ -85,7 +86,7 @@ def _refuse_window_of_mask(module: nn.Module) -> None:
 
 
 # Transformers treats names that contain "sdpa", "flash" or "flex_attention" specially.
-for _name, _backend in (("grao_parts", sdpa), ("grao_flex", flex)):
+for _name, _backend in (("grao_parts", sdpa), ("grao_flex", flex), ("grao_varlen", varlen)):
     AttentionInterface.register(_name, partial(packed_attention, attend=_backend.attend))
     AttentionMaskInterface.register(_name, lambda **unused: None)
 
@@ -105,13 +106,15 @@ def choose_attention(
     backend: str,
     share_prefix: bool,
     recompute: bool,
+    dtype: torch.dtype,
 ) -> str | None:
     """The name of the attention that updates run; None: the one that the model was loaded with.
 
     Args:
-        backend: "sdpa", "flex", "flash_attention_2", or "auto": with a shared prefix FlexAttention
-            on CUDA and SDPA elsewhere, and without one the model's own.
+        backend: "sdpa", "flex", "varlen", "flash_attention_2", or "auto": with a shared prefix
+            FlexAttention on CUDA and SDPA elsewhere, and without one the model's own.
         recompute: whether the backward pass recomputes layers.
+        dtype: in which attention computes.
 
     Raises:
         ValueError: the backend cannot serve this model, device or layout.
@@ -120,10 +123,14 @@ def choose_attention(
         return _unshared(causal_lm, device, backend)
     if backend == "flash_attention_2":
         raise UserError(
-            'attention_backend="flash_attention_2" cannot serve a shared prefix: merging its two '
-            "parts needs a gradient of the log-sum-exp that flash-attn does not give; "
-            'use "flex", or set share_prefix=False'
+            'attention_backend="flash_attention_2" is of rows that repeat their prompts; with a '
+            'shared prefix "varlen" runs flash-attn; use that, or set share_prefix=False'
         )
+    if backend == "varlen":
+        if why_not := _why_not_varlen(causal_lm, device, dtype):
+            raise UserError(f'attention_backend="varlen": {why_not}; use "sdpa" or "auto"')
+        logger.info("variable-length attention: the kernel is %s", varlen_kernels.kernel_name())
+        return "grao_varlen"
     why_not = _why_not_flex(causal_lm, device, recompute=recompute)
     if backend == "flex" and why_not:
         raise UserError(f'attention_backend="flex": {why_not}; use "sdpa" or "auto"')
@@ -143,9 +150,8 @@ def _why_not_flex(
     if device.type != "cuda":
         return f"FlexAttention has no gradients on device {str(device)!r}"
     config = causal_lm.config.get_text_config()
-    for name in _DROPOUTS:
-        if getattr(config, name, 0.0):
-            return f"{name}={getattr(config, name)}, and FlexAttention has no dropout"
+    if dropout := _dropout(config):
+        return f"{dropout}, and FlexAttention has no dropout"
     if recompute and getattr(config, "attn_logit_softcapping", None) is not None:
         # PyTorch traces the cap's derivative in each forward pass, and the tensors which that saves
         # shift the order of the recomputed ones: gradients are NaN, without an error (torch 2.13).
@@ -158,10 +164,28 @@ def _why_not_flex(
     return None
 
 
+def _why_not_varlen(
+    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    if device.type != "cuda":
+        return f"variable-length attention needs CUDA, and this run is on device {str(device)!r}"
+    config = causal_lm.config.get_text_config()
+    if dropout := _dropout(config):
+        return f"{dropout}, and variable-length attention is not given any"
+    cap = getattr(config, "attn_logit_softcapping", None)
+    return varlen_kernels.why_not(head_width(config), dtype, cap)
+
+
+def _dropout(config: Any) -> str | None:
+    """The dropout of attention in a config, by name; None where there is none."""
+    found = ((name, getattr(config, name, 0.0)) for name in _DROPOUTS)
+    return next((f"{name}={value}" for name, value in found if value), None)
+
+
 def _unshared(causal_lm: PreTrainedModel, device: torch.device, backend: str) -> str | None:
-    if backend == "flex":
+    if backend in ("flex", "varlen"):
         raise UserError(
-            'attention_backend="flex" serves a shared prefix, and share_prefix is False; '
+            f'attention_backend="{backend}" serves a shared prefix, and share_prefix is False; '
             'use "auto", "sdpa" or "flash_attention_2"'
         )
     if backend == "auto":

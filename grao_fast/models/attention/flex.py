@@ -3,10 +3,6 @@
 The mask is a function of two positions in the packed row. PyTorch compiles it into its kernel,
 which skips blocks of 128 x 128 pairs that are masked entirely. Grouped heads are not repeated.
 
-flash-attn could attend in two parts, suffixes over the prefix and suffixes over themselves, merged
-by their log-sum-exp. It is not used: its public function gives the log-sum-exp no gradient, and the
-merged gradients of queries and keys would be wrong.
-
 Shapes: H query heads, J key/value heads, L packed tokens, d head width, B blocks of a row.
 """
 
@@ -64,10 +60,12 @@ def attend(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """FlexAttention, compiled on the first call, for rows of any length.
+    """FlexAttention, compiled on the first calls, for rows of any length.
 
-    It is compiled as a full graph: past PyTorch's recompilation limit, it would otherwise fall back
-    to eager code that materialises all scores.
+    Rows of one block of 128 tokens and longer rows are compiled apart, with and without gradients,
+    a score cap or other heads; a new length compiles nothing. It is compiled as a full graph: past
+    PyTorch's recompilation limit, it would otherwise fall back to eager code that materialises all
+    scores.
     """
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
@@ -102,7 +100,11 @@ def mask_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
             prefixes += [prefix] * (stop - first)
             positions += range(first, stop)
             number += 1
-    owner_L, prefix_L, position_L = to_device(torch.tensor([owners, prefixes, positions]), device)
+    # Not views of one tensor of three rows: PyTorch takes dimensions of one size for one dimension,
+    # so what it first compiled for a table of three blocks would be for three blocks alone.
+    owner_L, prefix_L, position_L = (
+        to_device(torch.tensor(numbers), device) for numbers in (owners, prefixes, positions)
+    )
     reach_L = torch.zeros_like(position_L) if window is None else position_L - (window - 1)
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

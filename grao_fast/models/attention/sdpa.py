@@ -34,7 +34,7 @@ def attend(
         q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
         P = segment.prefix_length
         prefix = (x[:, :, :P] for x in (q, k, v))
-        outputs.append(_attend(*prefix, **options)[0])
+        outputs.append(causal_attention(*prefix, **options)[0])
         outputs += _suffixes(q, k, v, segment, options)
     return torch.cat(outputs, dim=1)[None]
 
@@ -56,7 +56,7 @@ def _suffixes(
             return suffixes
         return torch.cat([x[:, :, :P].expand(len(lengths), -1, -1, -1), suffixes], dim=2)
 
-    out = _attend(
+    out = causal_attention(
         padded(q, with_prefix=False),
         padded(k, with_prefix=True),
         padded(v, with_prefix=True),
@@ -72,7 +72,7 @@ def _causal_mask(Q: int, K: int, window: int | None, device: torch.device) -> Te
     return mask if window is None else mask & (distance < window)
 
 
-def _attend(
+def causal_attention(
     q: Tensor,  # (S, H, Q, d), the last Q of K positions
     k: Tensor,  # (S, J, K, d)
     v: Tensor,  # (S, J, K, d)
@@ -95,6 +95,7 @@ def _attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
-    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    scores = q @ k.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
