@@ -13,6 +13,7 @@ Source: arXiv 1910.00177, Algorithm 1; the cap of 20 is the authors'.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from grao_fast.objectives.options import check_number
 from grao_fast.objectives.statistics import (
     centred,
     mean_over_all_tokens,
+    of_samples,
     sample_rewards,
-    with_reference,
 )
 
 
@@ -38,6 +39,8 @@ class AWR(Objective):
     temperature: float = 1.0
     cap: float = 20.0
 
+    uses_references: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_number(self, "temperature", above=0)
         check_number(self, "cap", above=0)
@@ -45,7 +48,7 @@ class AWR(Objective):
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         advantages_NG = centred(sample_rewards(rewards_NK))
         weights_NG = (advantages_NG / self.temperature).exp().clamp(max=self.cap)
-        return with_reference(weights_NG, rewards_NK, of_reference=0.0)
+        return of_samples(weights_NG, rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         weights_NK = self.advantages(groups.rewards_NK).nan_to_num(0.0)

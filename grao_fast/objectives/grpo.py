@@ -23,6 +23,7 @@ Listing 1, which has M (Dr. GRPO).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ from grao_fast.objectives.base import Groups, Objective, mean_over_tokens
 from grao_fast.objectives.options import check_choice
 from grao_fast.objectives.statistics import (
     centred,
+    of_samples,
     sample_counts,
     sample_rewards,
-    with_reference,
 )
 
 
@@ -47,6 +48,8 @@ class GRPO(Objective):
 
     sigma: str = "population"
 
+    uses_references: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_choice(self, "sigma", ("population", "sample"))
 
@@ -55,7 +58,7 @@ class GRPO(Objective):
         if self.sigma == "sample":
             counts_N1 = sample_counts(rewards_NK)
             advantages_NG = advantages_NG * ((counts_N1 - 1) / counts_N1).sqrt()
-        return with_reference(advantages_NG, rewards_NK, of_reference=0.0)
+        return of_samples(advantages_NG, rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         weights_NK = self.advantages(groups.rewards_NK) / sample_counts(groups.rewards_NK)
@@ -66,8 +69,10 @@ class GRPO(Objective):
 class DrGRPO(Objective):
     """GRPO without division by the standard deviation and by the sample's own length."""
 
+    uses_references: ClassVar[bool] = False
+
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        return with_reference(centred(sample_rewards(rewards_NK)), rewards_NK, of_reference=0.0)
+        return of_samples(centred(sample_rewards(rewards_NK)), rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         weights_NK = self.advantages(groups.rewards_NK) / sample_counts(groups.rewards_NK)

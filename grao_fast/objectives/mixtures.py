@@ -21,6 +21,7 @@ from grao_fast.objectives.statistics import (
     imitation_coefficients,
     reference_lengths,
     sample_rewards,
+    with_imitation,
 )
 
 _TERMS = ("policy", "imitation")
@@ -68,7 +69,7 @@ class CHORD(Objective):
         return "chord" if self.phi else None
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        return GRPO().advantages(rewards_NK)
+        return with_imitation(GRPO().advantages(rewards_NK))
 
     def coefficients(self, groups: Groups) -> Tensor:
         mu = annealed(groups.progress, self.mu_start, self.mu_end, self.decay, self.schedule)
@@ -116,7 +117,7 @@ class UFT(Objective):
         check_number(self, "decay", above=0, most=1)
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        return GRPO().advantages(rewards_NK)
+        return with_imitation(GRPO().advantages(rewards_NK))
 
     def coefficients(self, groups: Groups) -> Tensor:
         share = 0.0
@@ -137,7 +138,7 @@ class HPT(Objective):
 
     P is the mean reward of the prompt's samples. The paper's reward is 0 or 1 and its gate 0: only
     a prompt that no sample solves is imitated; 2/8 for weaker models. A prompt whose samples have
-    no reward is imitated; one without a reference has reinforcement only.
+    no reward is imitated too.
 
     Source: arXiv 2509.04419, Eq. 10-13 and Algorithm 1. The paper's loss has sft_coef = 1; the
     authors' code 0.3 for the smallest model, and it divides by the tokens of all references.
@@ -157,12 +158,17 @@ class HPT(Objective):
         check_number(self, "sft_coef", least=0)
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        return DrGRPO().advantages(rewards_NK)
+        reinforced_N1 = self._reinforced(rewards_NK)
+        advantages_NK = DrGRPO().advantages(rewards_NK) * reinforced_N1
+        return with_imitation(advantages_NK, self.sft_coef * (~reinforced_N1[:, 0]).double())
 
     def coefficients(self, groups: Groups) -> Tensor:
+        reinforced_N1 = self._reinforced(groups.rewards_NK)
+        policy_NK = DrGRPO().coefficients(groups)[0] * reinforced_N1
         lengths_NK = reference_lengths(groups)
-        mean_N1 = sample_rewards(groups.rewards_NK).nanmean(1, keepdim=True)
-        imitated_N1 = ~(mean_N1 > self.gate) & (lengths_NK[:, -1:] > 0)
-        policy_NK = torch.where(imitated_N1, 0.0, DrGRPO().coefficients(groups)[0])
-        imitation_NK = imitated_N1 * (lengths_NK > 0) / lengths_NK.clamp(min=1)
+        imitation_NK = ~reinforced_N1 * (lengths_NK > 0) / lengths_NK.clamp(min=1)
         return torch.stack([policy_NK, self.sft_coef / len(policy_NK) * imitation_NK])
+
+    def _reinforced(self, rewards_NK: Tensor) -> Tensor:
+        """(N, 1) bool: whether the samples' mean reward is above the gate."""
+        return sample_rewards(rewards_NK).nanmean(1, keepdim=True) > self.gate

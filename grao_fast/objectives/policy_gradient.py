@@ -21,6 +21,7 @@ get a baseline for free!", 2019.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ from torch import Tensor
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.objectives.statistics import (
     centred,
+    of_samples,
     sample_counts,
     sample_rewards,
-    with_reference,
 )
 
 
@@ -38,9 +39,11 @@ from grao_fast.objectives.statistics import (
 class REINFORCE(Objective):
     """The policy gradient with the step's mean reward as its baseline."""
 
+    uses_references: ClassVar[bool] = False
+
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         advantages_NG = centred(sample_rewards(rewards_NK), of_step=True)
-        return with_reference(advantages_NG, rewards_NK, of_reference=0.0)
+        return of_samples(advantages_NG, rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         samples = (~groups.rewards_NK[:, :-1].isnan()).sum().clamp(min=1)
@@ -51,12 +54,14 @@ class REINFORCE(Objective):
 class RLOO(Objective):
     """The policy gradient with the mean reward of a prompt's other samples as its baseline."""
 
+    uses_references: ClassVar[bool] = False
+
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         counts_N1 = sample_counts(rewards_NK)
         # r_i minus the mean of the others is G / (G - 1) times r_i minus the mean of all.
         scale_N1 = counts_N1 / (counts_N1 - 1).clamp(min=1)
         advantages_NG = scale_N1 * centred(sample_rewards(rewards_NK))
-        return with_reference(advantages_NG, rewards_NK, of_reference=0.0)
+        return of_samples(advantages_NG, rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         weights_NK = self.advantages(groups.rewards_NK) / sample_counts(groups.rewards_NK)

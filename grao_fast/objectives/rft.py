@@ -15,13 +15,14 @@ they stay here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.objectives.options import check_count, check_number
-from grao_fast.objectives.statistics import mean_over_all_tokens, sample_rewards, with_reference
+from grao_fast.objectives.statistics import mean_over_all_tokens, of_samples, sample_rewards
 from grao_fast.system.errors import UserError
 
 
@@ -36,6 +37,8 @@ class RFT(Objective):
     best: int | None = 1
     threshold: float | None = None
 
+    uses_references: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.best is None and self.threshold is None:
             raise UserError(
@@ -48,7 +51,7 @@ class RFT(Objective):
             check_number(self, "threshold")
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
-        return with_reference(self._kept(sample_rewards(rewards_NK)), rewards_NK, of_reference=0.0)
+        return of_samples(self._kept(sample_rewards(rewards_NK)), rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
         # A sample without tokens cannot be imitated, so it takes no place.

@@ -42,11 +42,17 @@ def centred(rewards_NG: Tensor, *, of_step: bool = False) -> Tensor:
     return differences.reshape(rewards_NG.shape)
 
 
-def with_reference(advantages_NG: Tensor, rewards_NK: Tensor, of_reference: float) -> Tensor:
-    """(N, K) the samples' advantages and one of every reference; NaN where a reward is."""
-    advantages_NK = torch.full_like(rewards_NK, of_reference, dtype=torch.float64)
-    advantages_NK[:, :-1] = advantages_NG
+def of_samples(advantages_NG: Tensor, rewards_NK: Tensor) -> Tensor:
+    """(N, K) the samples' advantages, and 0 for references; NaN where a reward is."""
+    advantages_NK = torch.cat([advantages_NG, torch.zeros_like(rewards_NK[:, -1:])], 1).double()
     return advantages_NK.where(~rewards_NK.isnan(), torch.nan)
+
+
+def with_imitation(advantages_NK: Tensor, weight_N: Tensor | float = 1.0) -> Tensor:
+    """(N, K) these advantages of samples, and the weight of references, whatever their reward."""
+    advantages_NK = advantages_NK.clone()
+    advantages_NK[:, -1] = weight_N
+    return advantages_NK
 
 
 def reference_lengths(groups: Groups) -> Tensor:

@@ -88,7 +88,7 @@ def hpt_loss(
 
     (alpha, beta) = (1, 0) if the mean reward of the prompt's samples is above the gate, else
     (0, sft_coef). L_RL is Dr. GRPO's loss, L_SFT = -(1/|y|) sum_t log pi(y_t). Without a reward of
-    a sample it is below any gate; without a reference there is no L_SFT, and L_RL is taken.
+    a sample the mean is below any gate.
     """
     N, K = rewards_NK.shape
     reinforced = dr_grpo_losses(
@@ -104,6 +104,6 @@ def hpt_loss(
         rewards = [r.item() for r in rewards_NK[n, :-1] if not r.isnan()]
         mean = math.fsum(rewards) / len(rewards) if rewards else -math.inf
         y = of_group[-1]
-        succeeds = mean > gate or y.numel() == 0
-        loss = loss + (reinforced[n] if succeeds else -sft_coef * y.mean())
+        imitated = -sft_coef * y.sum() / max(y.numel(), 1)
+        loss = loss + (reinforced[n] if mean > gate else imitated)
     return loss / N
