@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,6 +300,7 @@ class _Run:
         set_seed(step_seed(self.config.seed, step))
         with self.world.at_once():
             rollout = self.rollouts.make(step, self.ahead.take(step))
+            rollout = replace(rollout, progress=step / self.total_steps)
             metrics = update(
                 self.loaded.policy,
                 self.optimizer,

@@ -48,7 +48,7 @@ def test_a_text_names_an_objective_and_its_options() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("groa", "there is no objective 'groa' .did you mean grao"),
+        ("gra0", "there is no objective 'gra0' .did you mean grao"),
         ("halves(", "neither a name nor one with options"),
         ("halves(0.1)", "neither a name nor one with options"),
         ("halves(**{})", "neither a name nor one with options"),

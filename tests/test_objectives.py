@@ -177,18 +177,18 @@ def test_rows_whose_terms_cancel_are_not_computed() -> None:
     "make, message",
     [
         (lambda: RFT(best=None), "keeps every sample: set best, threshold or both"),
-        (lambda: RFT(best=0), "RFT's best must be a whole number from 1, got 0"),
-        (lambda: RFT(best=1.5), "RFT's best must be a whole number from 1, got 1.5"),  # type: ignore
-        (lambda: RFT(threshold=math.nan), "RFT's threshold must be a finite number, got nan"),
-        (lambda: AWR(temperature=0), "AWR's temperature must be a finite number above 0, got 0"),
-        (lambda: AWR(cap="20"), "AWR's cap must be a finite number above 0, got '20'"),  # type: ignore
-        (lambda: GRPO(sigma="sampled"), "'population' or 'sample', got 'sampled' (did you mean"),
-        (lambda: CHORD(mu_start=1.1), "mu_start must be a finite number at least 0 and at most 1"),
-        (lambda: CHORD(decay=0.0), "decay must be a finite number above 0 and at most 1, got 0.0"),
-        (lambda: CHORD(schedule="step"), "CHORD's schedule must be 'linear' or 'cosine'"),
-        (lambda: CHORD(phi=1), "CHORD's phi must be True or False, got 1"),  # type: ignore
-        (lambda: UFT(hint_coef=-1), "UFT's hint_coef must be a finite number at least 0, got -1"),
-        (lambda: HPT(gate=None), "HPT's gate must be a finite number, got None"),  # type: ignore
+        (lambda: RFT(best=0), "RFT's best must be at least 1, got 0"),
+        (lambda: RFT(best=1.5), "best must be an integer, got 1.5"),  # type: ignore
+        (lambda: RFT(threshold=math.nan), "threshold must be finite, got nan"),
+        (lambda: AWR(temperature=0), "AWR's temperature must be above 0, got 0"),
+        (lambda: AWR(cap="20"), "cap must be a number, got '20'"),  # type: ignore
+        (lambda: GRPO(sigma="sampled"), "one of population, sample; got 'sampled'"),  # type: ignore
+        (lambda: CHORD(mu_start=1.1), "mu_start must be at least 0 and at most 1, got 1.1"),
+        (lambda: CHORD(decay=0.0), "decay must be above 0 and at most 1, got 0.0"),
+        (lambda: CHORD(schedule="step"), "one of linear, cosine; got 'step'"),  # type: ignore
+        (lambda: CHORD(phi=1), "phi must be true or false, got 1"),  # type: ignore
+        (lambda: UFT(hint_coef=-1), "UFT's hint_coef must be at least 0, got -1"),
+        (lambda: HPT(gate=None), "gate must be a number, got None"),  # type: ignore
     ],
 )
 def test_options_are_refused_by_name(make: Callable[[], Objective], message: str) -> None:

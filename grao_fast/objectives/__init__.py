@@ -11,22 +11,50 @@ from __future__ import annotations
 import ast
 from dataclasses import fields
 
-from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass
+from grao_fast.objectives.awr import AWR
+from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass, token_terms
 from grao_fast.objectives.grao import GRAO
+from grao_fast.objectives.grpo import GRPO, DrGRPO
+from grao_fast.objectives.mixtures import CHORD, HPT, UFT
+from grao_fast.objectives.policy_gradient import REINFORCE, RLOO
+from grao_fast.objectives.rft import RFT
+from grao_fast.objectives.sft import SFT
 from grao_fast.system.errors import UserError, nearest
 
 __all__ = [
+    "AWR",
+    "CHORD",
+    "GRAO",
+    "GRPO",
+    "HPT",
     "OBJECTIVES",
+    "REINFORCE",
+    "RFT",
+    "RLOO",
+    "SFT",
+    "UFT",
+    "DrGRPO",
     "Groups",
     "Objective",
     "Rows",
     "SecondPass",
     "make_objective",
     "split_objective",
+    "token_terms",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grao": GRAO,
+    "sft": SFT,
+    "rft": RFT,
+    "awr": AWR,
+    "reinforce": REINFORCE,
+    "rloo": RLOO,
+    "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "chord": CHORD,
+    "uft": UFT,
+    "hpt": HPT,
 }
 
 

@@ -42,6 +42,7 @@ class AWR(Objective):
     uses_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "temperature", above=0)
         check_number(self, "cap", above=0)
 

@@ -23,14 +23,13 @@ Listing 1, which has M (Dr. GRPO).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from grao_fast.kernels import group_advantages
 from grao_fast.objectives.base import Groups, Objective, mean_over_tokens
-from grao_fast.objectives.options import check_choice
 from grao_fast.objectives.statistics import (
     centred,
     of_samples,
@@ -46,12 +45,9 @@ class GRPO(Objective):
     sigma: "population" or "sample", the standard deviation of a group's rewards.
     """
 
-    sigma: str = "population"
+    sigma: Literal["population", "sample"] = "population"
 
     uses_references: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_choice(self, "sigma", ("population", "sample"))
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         advantages_NG = group_advantages(rewards_NK.double(), statistics="samples")[:, :-1]

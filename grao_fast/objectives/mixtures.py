@@ -14,9 +14,9 @@ from torch import Tensor
 
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.objectives.grpo import GRPO, DrGRPO
-from grao_fast.objectives.options import check_choice, check_flag, check_number
+from grao_fast.objectives.options import check_number
 from grao_fast.objectives.statistics import (
-    SCHEDULES,
+    Schedule,
     annealed,
     imitation_coefficients,
     reference_lengths,
@@ -51,18 +51,17 @@ class CHORD(Objective):
     mu_start: float = 0.9
     mu_end: float = 0.05
     decay: float = 0.5
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     phi: bool = False
 
     terms: ClassVar[tuple[str, ...]] = _TERMS
     needs_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "mu_start", least=0, most=1)
         check_number(self, "mu_end", least=0, most=1)
         check_number(self, "decay", above=0, most=1)
-        check_choice(self, "schedule", SCHEDULES)
-        check_flag(self, "phi")
 
     @property
     def shaping(self) -> str | None:
@@ -111,6 +110,7 @@ class UFT(Objective):
     needs_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "hint_coef", least=0)
         check_number(self, "hint_start", least=0, most=1)
         check_number(self, "hint_end", least=0, most=1)
@@ -154,7 +154,7 @@ class HPT(Objective):
     needs_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number(self, "gate")
+        super().__post_init__()
         check_number(self, "sft_coef", least=0)
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grao_fast.objectives.base import Groups, Objective
-from grao_fast.objectives.options import check_count, check_number
+from grao_fast.objectives.options import check_number
 from grao_fast.objectives.statistics import mean_over_all_tokens, of_samples, sample_rewards
 from grao_fast.system.errors import UserError
 
@@ -40,15 +40,14 @@ class RFT(Objective):
     uses_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.best is None and self.threshold is None:
             raise UserError(
                 "RFT with best=None and threshold=None keeps every sample: set best, threshold or "
                 "both"
             )
         if self.best is not None:
-            check_count(self, "best")
-        if self.threshold is not None:
-            check_number(self, "threshold")
+            check_number(self, "best", least=1)
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         return of_samples(self._kept(sample_rewards(rewards_NK)), rewards_NK)

@@ -9,13 +9,14 @@ Suffixes: N prompts, G samples, K = G + 1 sequences of a prompt, the reference l
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grao_fast.objectives.base import Groups
 
-SCHEDULES = ("linear", "cosine")
+Schedule = Literal["linear", "cosine"]
 
 
 def sample_rewards(rewards_NK: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def imitation_coefficients(groups: Groups) -> Tensor:
     return mean_over_all_tokens(is_reference_NK, is_reference_NK, groups)
 
 
-def annealed(progress: float, start: float, end: float, share: float, schedule: str) -> float:
+def annealed(progress: float, start: float, end: float, share: float, schedule: Schedule) -> float:
     """The value at some progress: from `start` to `end` over a share of the run, then `end`.
 
     schedule: "linear", or "cosine" for half a period.

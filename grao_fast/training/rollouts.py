@@ -73,6 +73,9 @@ class Rollouts:
             rollout = rollout.replaced(dead[: len(live)], other, live)
             refilled += len(live)
         self._draws.tell(sampled)
+        if refilled:  # an advantage may depend on all rewards of the step
+            formula = self._config.objective_options.formula
+            rollout = replace(rollout, advantages_NK=formula.advantages(rollout.rewards_NK))
         return replace(rollout, counts=self._counts(made, refilled))
 
     def _sample(
