@@ -46,6 +46,7 @@ class DPO(Objective):
     needs_initial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "beta", above=0)
         check_number(self, "label_smoothing", least=0, most=0.5)
 

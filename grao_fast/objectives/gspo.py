@@ -43,6 +43,7 @@ class GSPO(Objective):
     two_passes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "low", least=0, most=1)
         check_number(self, "high", least=0)
 

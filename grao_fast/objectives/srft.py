@@ -50,6 +50,7 @@ class SRFT(Objective):
     two_passes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "threshold")
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAN = math.nan
 REWARDS_NK = torch.tensor(
     [
-        [0.7, -1.2, 0.3, 2.0, 1.1],
+        [0.7, -1.2, 3.0, 2.0, 1.1],
         [0.1, 0.1, 0.1, 0.1, 0.1],  # dead
         [-0.4, NAN, 1.5, 0.9, NAN],  # a sample and the reference are absent
         [1.0, -1.0, 1.0, -1.0, 0.0],  # ties of the best and of the worst
@@ -49,9 +49,9 @@ REWARDS_NK = torch.tensor(
 )
 LENGTH_NK = torch.tensor(
     [
-        [3, 2, 0, 1, 3],  # a sample with a reward and no token
+        [3, 2, 0, 1, 3],  # the best sample has no token
         [2, 1, 1, 1, 2],
-        [2, 0, 1, 3, 0],
+        [2, 2, 1, 3, 0],  # a sample with tokens and no reward
         [1, 2, 3, 2, 1],
         [1, 2, 3, 1, 2],
         [0, 0, 0, 0, 2],  # a reference without a reward
@@ -325,6 +325,20 @@ def test_gradient_on_policy(name: str) -> None:
         assert_accurate(output, ours[output], naive[output], truth[output], torch.float32)
 
 
+def test_gspo_of_rows_without_old_logprobs() -> None:
+    """They count in the mean over a sequence's tokens, with a ratio of 1."""
+    objective, formula, steps = CASES["gspo"]
+    problem = make_problem(steps, torch.float32)
+    old_T = problem.old_logprob_T.clone()
+    old_T[::3] = NAN
+    problem = replace(problem, old_logprob_T=old_T)
+    truth = by_formula(formula, problem, torch.float64)
+    naive = by_formula(formula, problem, torch.float32)
+    ours = by_objective(objective, problem, "torch", "cpu")
+    for output in truth:
+        assert_accurate(output, ours[output], naive[output], truth[output], torch.float32)
+
+
 def test_ratios_are_clipped_on_both_sides() -> None:
     """The problems above would not show a clip that is missing on one side otherwise."""
     for name, low, high in (("dapo", 0.8, 1.28), ("cispo", 0.0, 5.0), ("luffy", 0.8, 1.2)):
@@ -356,7 +370,7 @@ def test_best_and_worst() -> None:
     advantages_NK = DPO().advantages(REWARDS_NK)
     expected_NK = torch.tensor(
         [
-            [0, -1, 0, 1, 0],
+            [0, -1, 1, 0, 0],
             [0, 0, 0, 0, 0],
             [-1, NAN, 1, 0, NAN],
             [1, -1, 0, 0, 0],
