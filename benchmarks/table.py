@@ -15,10 +15,23 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from objective_tables import objectives_table, registers_table
+from table_parts import (
+    Result,
+    Row,
+    absent_text,
+    by_value,
+    facts_text,
+    mib,
+    number,
+    ratio,
+    shape_text,
+    source_text,
+    unit_of,
+)
 from token_plots import PANELS, draw
 
 ROOT = Path(__file__).parents[1]
@@ -27,10 +40,6 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r"\]\(((?:docs|benchmarks)/[^)]+)\)")
-
-Row = dict[str, Any]
-Result = dict[str, Any]
-
 
 # From pytest-benchmark's JSON to benchmarks/results
 
@@ -65,57 +74,57 @@ def keep(run: Path, machine: str) -> list[Path]:
 def time_table(name: str, result: Result) -> str:
     """Return a table for each shape, the fastest contender first."""
     tables = []
-    for shape_TDV, rows in _by(result["rows"], "shape_TDV"):
-        unit, times = _unit(rows)
+    for shape_TDV, rows in by_value(result["rows"], "shape_TDV"):
+        unit, times = unit_of(rows)
         lines = [
-            f"| {_shape(shape_TDV, rows)} | {unit} (quartiles) | over the three GEMMs "
+            f"| {shape_text(shape_TDV, rows)} | {unit} (quartiles) | over the three GEMMs "
             "| extra memory, MiB |",
             "| --- | --- | --- | --- |",
         ]
         for row in sorted(rows, key=lambda row: row["median"]):
-            quartiles = f"{_number(row['q1'] * times)} to {_number(row['q3'] * times)}"
+            quartiles = f"{number(row['q1'] * times)} to {number(row['q3'] * times)}"
             lines.append(
-                f"| {row['label']} | {_number(row['median'] * times)} ({quartiles}) "
-                f"| {row['gemm_ratio']:.2f} | {_mib(row)} |"
+                f"| {row['label']} | {number(row['median'] * times)} ({quartiles}) "
+                f"| {row['gemm_ratio']:.2f} | {mib(row)} |"
             )
         tables.append("\n".join(lines))
     rounds = result["rows"][0]["rounds"]
     note = f"Median of {rounds} rounds, in each of which all took turns after the bare GEMMs."
-    return "\n\n".join([*tables, f"{_facts(result)} {note}{_absent(result)}"])
+    return "\n\n".join([*tables, f"{facts_text(result)} {note}{absent_text(result)}"])
 
 
 def occupancy_table(name: str, result: Result) -> str:
     """Return a table with a row a contender and a column a share of live rows."""
     rows = result["rows"]
     shares = sorted({row["live"] for row in rows}, reverse=True)
-    unit, times = _unit(rows)
+    unit, times = unit_of(rows)
     heads = [f"{share:.0%} live, {unit}" for share in shares]
     heads += [f"{share:.0%} over {shares[0]:.0%}" for share in shares[1:]]
     lines = [
-        f"| {_shape(rows[0]['shape_TDV'], rows)} | {' | '.join(heads)} |",
+        f"| {shape_text(rows[0]['shape_TDV'], rows)} | {' | '.join(heads)} |",
         "| --- " * (1 + len(heads)) + "|",
     ]
-    for _, own in _by(rows, "variant"):
+    for _, own in by_value(rows, "variant"):
         median = {row["live"]: row["median"] for row in own}
-        cells = [_number(median[share] * times) if share in median else "-" for share in shares]
-        cells += [_ratio(median, share, shares[0]) for share in shares[1:]]
+        cells = [number(median[share] * times) if share in median else "-" for share in shares]
+        cells += [ratio(median, share, shares[0]) for share in shares[1:]]
         lines.append(f"| {own[0]['label']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(name, result)])
+    return "\n".join([*lines, "", source_text(name, result)])
 
 
 def accuracy_table(name: str, result: Result) -> str:
     """Return a row a contender, a column an output and kind of logits; the least error in bold."""
-    kinds = [kind for kind, _ in _by(result["rows"], "logits")]
+    kinds = [kind for kind, _ in by_value(result["rows"], "logits")]
     columns = [(kind, output) for kind in kinds for output in result["rows"][0]["errors"]]
     errors = {
         own[0]["label"]: {
             (row["logits"], output): error for row in own for output, error in row["errors"].items()
         }
-        for _, own in _by(result["rows"], "variant")
+        for _, own in by_value(result["rows"], "variant")
     }
     written = {label: [f"{own[column]:.1e}" for column in columns] for label, own in errors.items()}
     least = [min(column, key=float) for column in zip(*written.values(), strict=True)]
-    shape = _shape(result["rows"][0]["shape_TDV"], result["rows"])
+    shape = shape_text(result["rows"][0]["shape_TDV"], result["rows"])
     lines = [
         f"| {shape} | {' | '.join(f'{kind}: {output}' for kind, output in columns)} |",
         "| --- " * (1 + len(columns)) + "|",
@@ -123,36 +132,36 @@ def accuracy_table(name: str, result: Result) -> str:
     for label, cells in written.items():
         marked = [f"**{c}**" if c == best else c for c, best in zip(cells, least, strict=True)]
         lines.append(f"| {label} | {' | '.join(marked)} |")
-    return "\n".join([*lines, "", _source(name, result)])
+    return "\n".join([*lines, "", source_text(name, result)])
 
 
 def token_plots(name: str, result: Result) -> str:
     """Return links to the plots of `draw`, and what they were measured on."""
     images = [f"![{title}](docs/results/{name}-{kind}.png)" for kind, title in PANELS]
-    return "\n".join([*images, "", _source(name, result)])
+    return "\n".join([*images, "", source_text(name, result)])
 
 
 def step_tables(name: str, result: Result) -> str:
     """Return a table for each phase and model: in each case, ours beside the better of TRL's."""
     tables = []
-    for title, rows in _by(result["rows"], "title"):
+    for title, rows in by_value(result["rows"], "title"):
         lines = [
             f"| {title} | grao-fast, tokens a second | TRL, tokens a second "
             "| grao-fast over TRL | extra memory, MiB | TRL's, MiB |",
             "| --- " * 6 + "|",
         ]
-        for case, own in _by(rows, "case"):
+        for case, own in by_value(rows, "case"):
             ours = next(row for row in own if row["variant"] == "ours")
             peers = [row for row in own if row is not ours]
-            cells = [case, f"{ours['tokens_per_s']:.0f}", "-", "-", _mib(ours), "-"]
+            cells = [case, f"{ours['tokens_per_s']:.0f}", "-", "-", mib(ours), "-"]
             if peers:
                 best = max(peers, key=lambda row: row["tokens_per_s"])
                 cells[2] = f"{best['tokens_per_s']:.0f}"
                 cells[3] = f"{ours['tokens_per_s'] / best['tokens_per_s']:.2f}"
-                cells[5] = _mib(best)
+                cells[5] = mib(best)
             lines.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(lines))
-    return "\n\n".join([*tables, f"{_facts(result)}{_absent(result)}"])
+    return "\n\n".join([*tables, f"{facts_text(result)}{absent_text(result)}"])
 
 
 def processes_table(name: str, result: Result) -> str:
@@ -172,7 +181,7 @@ def processes_table(name: str, result: Result) -> str:
             str(row["processes"]),
             "-" if alone else row["sharding"],
             str(row["micro_batches"]),
-            f"{_number(row['median'])} ({_number(row['q1'])} to {_number(row['q3'])})",
+            f"{number(row['median'])} ({number(row['q1'])} to {number(row['q3'])})",
             peak,
             f"{row['held_mib']:.1f}",
             *("-" if alone else f"{row[kind]:.2f}" for kind in ("sent_mib", "planned_mib")),
@@ -184,12 +193,14 @@ def processes_table(name: str, result: Result) -> str:
         "the process with the most: its resident memory above that with which it began, and the "
         "part of the parameters and of AdamW's moments that it holds."
     )
-    return "\n".join([*lines, "", f"{note} {_facts(result)}{_absent(result)}"])
+    return "\n".join([*lines, "", f"{note} {facts_text(result)}{absent_text(result)}"])
 
 
 def families_table(name: str, result: Result) -> str:
     """Return a row a family: the errors of each pair, and the tokens computed."""
-    rows = [own[0] for _, own in _by(result["rows"], "family")]  # both of its rows hold the same
+    rows = [
+        own[0] for _, own in by_value(result["rows"], "family")
+    ]  # both of its rows hold the same
     columns = [(pair, what) for pair, errors in rows[0]["errors"].items() for what in errors]
     lines = [
         f"| {rows[0]['dtype']} | {' | '.join(f'{pair}: {what}' for pair, what in columns)} "
@@ -201,7 +212,7 @@ def families_table(name: str, result: Result) -> str:
         packed, repeated = row["tokens"]["packed"], row["tokens"]["repeated"]
         tokens = f"{packed}, {repeated} ({repeated - row['padding']})"
         lines.append(f"| {row['family']} | {' | '.join(errors)} | {tokens} |")
-    return "\n".join([*lines, "", _facts(result)])
+    return "\n".join([*lines, "", facts_text(result)])
 
 
 MAKERS: dict[str, Callable[[str, Result], str]] = {
@@ -212,6 +223,8 @@ MAKERS: dict[str, Callable[[str, Result], str]] = {
     "step": step_tables,
     "processes": processes_table,
     "families": families_table,
+    "objectives": objectives_table,
+    "registers": registers_table,
 }
 
 
@@ -228,68 +241,6 @@ def write_tables(text: str, folder: Path = ROOT) -> str:
         return f"{match[1]}{_LINK.sub(relative, table)}\n{match[3]}"
 
     return _BLOCK.sub(fill, text)
-
-
-def _by(rows: Iterable[Row], key: str) -> list[tuple[Any, list[Row]]]:
-    """Group rows by a value, in the order in which values first appear."""
-    groups: dict[str, tuple[Any, list[Row]]] = {}
-    for row in rows:
-        groups.setdefault(str(row[key]), (row[key], []))[1].append(row)
-    return list(groups.values())
-
-
-def _shape(shape_TDV: list[int], rows: list[Row]) -> str:
-    return "T={} D={} V={}, {}".format(*shape_TDV, rows[0]["dtype"])
-
-
-def _unit(rows: list[Row]) -> tuple[str, int]:
-    return ("ms", 1000) if max(row["median"] for row in rows) < 1 else ("seconds", 1)
-
-
-def _number(value: float) -> str:
-    """Format with three digits, or more before the point."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _mib(row: Row) -> str:
-    return "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
-
-
-def _ratio(median: dict[float, float], share: float, whole: float) -> str:
-    if share not in median or whole not in median:
-        return "-"
-    return f"{median[share] / median[whole]:.2f}"
-
-
-def _facts(result: Result) -> str:
-    """The machine, how busy it was, versions, date and command."""
-    machine = {name: value for name, value in result["machine"].items() if value != "not installed"}
-    known = ("device", "threads", "load")
-    versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in known)
-    return f"{_hardware(result)}; {versions}; {result['date']}; `{result['command']}`."
-
-
-def _source(name: str, result: Result) -> str:
-    """The same, with the file of its versions in their place."""
-    return (
-        f"{_hardware(result)}; {result['date']}; `{result['command']}`; versions in "
-        f"`benchmarks/results/{name}.json`."
-    )
-
-
-def _hardware(result: Result) -> str:
-    machine = result["machine"]
-    load = "" if machine["load"] is None else f", load average {machine['load']:.1f} at the start"
-    return f"{machine['device']}, {machine['threads']} CPU threads{load}"
-
-
-def _absent(result: Result) -> str:
-    """Return who did not run, grouped by reason."""
-    labels: dict[str, list[str]] = {}
-    for label, reason in result["absent"].items():
-        labels.setdefault(reason, []).append(label)
-    reasons = [f"{', '.join(who)} ({reason})" for reason, who in labels.items()]
-    return f" Not run: {'; '.join(reasons)}." if reasons else ""
 
 
 def main() -> None:

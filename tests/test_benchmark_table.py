@@ -69,6 +69,7 @@ STARTS = {
         "tokens-cpu": "![",
         "step-cpu": "| optimiser step",
     },
+    "docs/kernels.md": {"registers-compiled": "| ratio"},
     "docs/results/families.md": {"families-cpu": "| float32 |"},
     "docs/scaling.md": {"processes-cpu": "| 8 prompts"},
 }
@@ -249,3 +250,51 @@ def test_processes_stand_below_each_other(tmp_path: Path, monkeypatch) -> None:
     assert "| grao-fast | 1 | - | 8 | 1.50 (1.00 to 2.00) | 100 | 8.0 | - | - |" in text
     assert "| grao-fast | 2 | full | 4 | 1.50 (1.00 to 2.00) | 50 | 4.0 | 0.50 | 0.50 |" in text
     assert "A model. Median of 3 rounds" in text and "of 2 cores" in text
+
+
+def test_objectives_have_one_row_each_with_the_others_beside_ours(
+    tmp_path: Path, monkeypatch
+) -> None:
+    facts = {
+        "objective": "grpo",
+        "passes": 1,
+        "live": 0.44,
+        "errors": {"loss": 1e-8, "dhead": 4e-7},
+    }
+    other = {"objective": "dpo(beta=0.2)", "passes": 2, "live": 0.1, "errors": {"loss": 2e-6}}
+    rows = [
+        row(variant="ours", median=0.5, q1=0.25, q3=0.75, **facts),
+        row(variant="trl", median=1.0, **facts | {"errors": {"loss": 3e-5}}),
+        row(variant="liger", median=0.75, **facts),
+        row(variant="naive", median=0.25, peak_extra_mib=None, **facts),
+        row(variant="ours", median=0.125, q1=0.1, q3=0.2, **other),
+        row(variant="naive", median=0.5, **other),
+    ]
+    kept({"objectives": rows}, tmp_path, monkeypatch)
+    text = filled("objectives-here")
+    cells = "500 (250 to 750) | 2.00 | 1.50 | 0.50 | 10, 10, 10, - | 4e-07, 3e-05, 4e-07, 4e-07 |"
+    assert f"| `grpo` | 1 | 44% | {cells}" in text
+    cells = "125 (100 to 200) | - | - | 4.00 | 10, -, -, 10 | 2e-06, -, -, 2e-06 |"
+    assert f"| `dpo(beta=0.2)` | 2 | 10% | {cells}" in text
+    assert "T=256 D=2 V=8, float32" in text and "take 1200 ms" in text
+
+
+def test_registers_have_a_row_a_form_and_say_what_has_changed(tmp_path: Path, monkeypatch) -> None:
+    form = {"form": "clipped None", "ratio": "clipped", "shaping": None}
+    code = {"registers": 40, "spilled": 8, "loads": 4, "stores": 2}
+    result = {
+        "command": "c",
+        "date": "2026-01-02",
+        "machine": {"triton": "3.9"},
+        "kernel": "V=8",
+        "rows": [
+            form | code | {"device": "sm_80"},
+            form | code | {"device": "sm_90", "spilled": 0},
+        ],
+        "before": {"commit": "abc", "kernels": 3, "gone": ["d"], "differing": {"e": {}}},
+    }
+    (tmp_path / "registers-here.json").write_text(json.dumps(result))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    text = filled("registers-here")
+    assert '| `"clipped"` | none | 40; 8; 4 + 2 | 40; 0; 4 + 2 |' in text
+    assert "(abc), 2 of 3 have the same" in text and "; not d, e." in text
