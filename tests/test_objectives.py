@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from objective_cases import CASES, LENGTH_NK, REWARDS_NK, K, N, coefficients
 from torch import Tensor
 
+from grao_fast import objectives
 from grao_fast.objectives.awr import AWR
 from grao_fast.objectives.base import Groups, Objective, token_terms
 from grao_fast.objectives.grpo import GRPO, DrGRPO
@@ -171,6 +173,22 @@ def test_rows_whose_terms_cancel_are_not_computed() -> None:
     terms_CT = token_terms(terms_CNK, torch.tensor([1, 0, -1, 2, 1]))
     expected = [[0.5, 0, 0, 2.0, 0.5], [0.25, 0, 0, 0, 0.25]]
     assert torch.equal(terms_CT, torch.tensor(expected))
+
+
+def test_example_for_another_trainer() -> None:
+    block = "\n".join(re.findall(r"^    (.*)$", objectives.__doc__ or "", re.MULTILINE))
+    generator = torch.Generator().manual_seed(0)
+    names: dict[str, object] = {
+        "rewards_NK": REWARDS_NK,
+        "length_NK": LENGTH_NK,
+        "sequence_T": torch.arange(N * K).repeat_interleave(LENGTH_NK.flatten()),
+        "hidden_TD": torch.randn(int(LENGTH_NK.sum()), 4, generator=generator).requires_grad_(),
+        "head_VD": torch.randn(6, 4, generator=generator),
+        "target_T": torch.randint(0, 6, (int(LENGTH_NK.sum()),), generator=generator),
+    }
+    exec(block, names)
+    names["loss"].backward()  # type: ignore[attr-defined]
+    assert names["hidden_TD"].grad.any()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,22 @@
 """Objectives: from rewards, references and lengths to the coefficient of every token.
 
-    from grao_fast.objectives import make_objective
-
 `base` says what an objective is. Each has a file, with its formula and its source, or shares one
-with its near relatives. They are tensors in and tensors out, for any trainer.
+with its near relatives. They are tensors in and tensors out, for any trainer: N prompts with G
+samples each, the reference last, are K = G + 1 sequences a prompt, and a step takes
+
+    from grao_fast.kernels import linear_policy_loss
+    from grao_fast.objectives import GRPO, Groups, token_terms
+
+    groups = Groups(rewards_NK, length_NK, max_new_tokens=512)  # of the whole step
+    terms_CNK = GRPO().coefficients(groups)
+    terms_CT = token_terms(terms_CNK, sequence_T)  # sequence n * K + k of each row, or -1
+    loss = linear_policy_loss(hidden_TD, head_VD, target_T, terms_CT).loss
+
+and `loss.backward()`. A micro-batch takes the rows of terms_CNK that are its groups'; the losses
+and gradients of a step's micro-batches sum to the step's. `Objective.ratio` and `Objective.shaping`
+name the `OffPolicy` and `Shaping` of `linear_policy_loss` that an objective goes with; one that has
+`two_passes` needs log-probs first. In the configuration, `objective="grpo"` names an objective, and
+`objective="awr(temperature=0.5)"` one with options: see `make_objective`.
 """
 
 from __future__ import annotations
