@@ -65,6 +65,7 @@ setup(
         ],
         "browser": ["playwright>=1.65"],  # the tests marked `browser`, with a Chromium of their own
         "flash": ["flash-attn>=2.6"],
+        "hub": ["kernels>=0.17"],
         "judge": ["openai>=1.56"],
         "liger": ["liger-kernel>=0.8"],
         "rules": RULES,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_constant
-from .ops import LIBRARY
+from .ops import LIBRARY, NAMESPACE, OPERATORS
 
 
 def check_head_grad(head_grad_VD: Tensor, head_VD: Tensor) -> Tensor:
@@ -59,5 +59,5 @@ def _add_head_grad(head_grad_VD: Tensor, dhead_VD: Tensor, unscale: Tensor) -> N
 # The addition of a compiled forward pass, which a checkpoint around it runs again as well.
 LIBRARY.define("add_head_grad(Tensor(a!) head_grad_VD, Tensor dhead_VD, Tensor unscale) -> ()")
 LIBRARY.impl("add_head_grad", _add_head_grad, "CompositeExplicitAutograd")
-torch.library.register_fake("grao_fast::add_head_grad", lambda *_: None, lib=LIBRARY)
-add_head_grad = torch.ops.grao_fast.add_head_grad.default
+torch.library.register_fake(f"{NAMESPACE}::add_head_grad", lambda *_: None, lib=LIBRARY)
+add_head_grad = OPERATORS.add_head_grad.default

@@ -15,7 +15,7 @@ from ..devices import check_backend, without_autocast
 from .derivatives import once_differentiable
 from .gradients import rounded_gradients
 from .loop import one_pass
-from .ops import LIBRARY, operator
+from .ops import LIBRARY, NAMESPACE, operator
 from .options import OPERANDS_SCHEMA, OPTIONS_SCHEMA, PassInputs, PassOptions, with_nones
 from .scale import scaled_gradient
 
@@ -110,5 +110,8 @@ def _logprob_gradients(ctx, grad_logprob_T, grad_entropy_T):
 
 
 torch.library.register_autograd(
-    "grao_fast::token_logprobs", _logprob_gradients, setup_context=_save_operands, lib=LIBRARY
+    f"{NAMESPACE}::token_logprobs",
+    _logprob_gradients,
+    setup_context=_save_operands,
+    lib=LIBRARY,
 )

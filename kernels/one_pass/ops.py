@@ -39,7 +39,10 @@ from .options import (
     with_nones,
 )
 
-LIBRARY = torch.library.Library("grao_fast", "FRAGMENT")
+# Of the outermost package: another copy of these kernels, as from a hub, may be loaded beside them.
+NAMESPACE = __name__.partition(".")[0]
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+OPERATORS = getattr(torch.ops, NAMESPACE)
 OUTPUTS = 6  # of the pass: loss, terms_C, kl, logprob_T, entropy_T, top1_T; gradients follow
 
 
@@ -53,8 +56,8 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"grao_fast::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.grao_fast, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        return getattr(OPERATORS, name).default
 
     return register
 
@@ -137,7 +140,7 @@ def _scale_gradients(ctx, grad_loss, *_grad_constants):
 
 
 torch.library.register_autograd(
-    "grao_fast::policy_loss", _scale_gradients, setup_context=_save_gradients, lib=LIBRARY
+    f"{NAMESPACE}::policy_loss", _scale_gradients, setup_context=_save_gradients, lib=LIBRARY
 )
 
 
