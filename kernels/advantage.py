@@ -20,7 +20,7 @@ from torch import Tensor
 from .checks import check_choice, check_constant, check_floating, check_number
 
 STATISTICS = ("group", "samples")
-REFERENCE_ADVANTAGES = ("signed", "clip")
+REFERENCE_ADVANTAGES = ("signed", "clip", "floor", "tapered")
 
 
 def group_advantages(
@@ -32,7 +32,8 @@ def group_advantages(
         rewards_NK: (N, K) floats, the reference's reward last; NaN where the sequence is absent.
         statistics: the rewards behind mu and the population's sigma: all present ones ("group"),
             or only the samples' ("samples", the literal Eq. 4).
-        reference_advantage: "signed", or "clip" to hold A_y at or above 0.
+        reference_advantage: "clip" to hold A_y at or above 0; else A_y keeps its sign, as "floor"
+            is a matter of `sequence_weights`, and "tapered" of `linear_grao_loss`.
 
     Returns:
         (N, K), float64 for float64 rewards and float32 for others. NaN where absent; 0 throughout
@@ -50,13 +51,20 @@ def group_advantages(
     return _group_advantages(rewards_NK, statistics, reference_advantage)
 
 
-def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
+def sequence_weights(
+    advantages_NK: Tensor,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.6,
+    reference_advantage: str = "signed",
+) -> Tensor:
     """w_i and w_y of J = sum_i w_i L(o_i) + w_y L(y).
 
     Args:
         advantages_NK: (N, K) floats from `group_advantages`, NaN where absent.
         beta: weight of the imitation term.
         lam: weight of the alignment regulariser.
+        reference_advantage: "floor" to hold w_y at or above 0; the others leave it as it is.
 
     Returns:
         (N, K), float64 for float64 advantages and float32 for others; 0 where absent. G is the
@@ -71,7 +79,8 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
     check_finite_rewards("advantages_NK", advantages_NK)
     check_number("beta", beta)
     check_number("lam", lam)
-    return _sequence_terms(advantages_NK, beta, lam).sum(0)
+    check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
+    return _sequence_terms(advantages_NK, beta, lam, reference_advantage).sum(0)
 
 
 def advantages_and_terms(
@@ -82,9 +91,18 @@ def advantages_and_terms(
     beta: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages (N, K) and every sequence's three coefficients (3, N, K)."""
+    """Advantages (N, K) and every sequence's three coefficients (3, N, K).
+
+    With `reference_advantage="floor"`, the three coefficients of a reference whose sum w_y is
+    negative are all 0, so that the terms still sum to the loss.
+    """
     advantages_NK = _group_advantages(rewards_NK, statistics, reference_advantage)
-    return advantages_NK, _sequence_terms(advantages_NK, beta, lam)
+    return advantages_NK, _sequence_terms(advantages_NK, beta, lam, reference_advantage)
+
+
+def tapered_rows(terms_3T: Tensor, is_reference_T: Tensor) -> Tensor:
+    """(T,) bool: the rows that "tapered" shapes: those of references with w_y < 0."""
+    return is_reference_T & (terms_3T.sum(0) < 0)
 
 
 def sample_shares(rewards_NK: Tensor) -> Tensor:
@@ -152,7 +170,9 @@ def _group_advantages(rewards_NK: Tensor, statistics: str, reference_advantage: 
     return advantages_NK.where(present_NK, torch.nan)
 
 
-def _sequence_terms(advantages_NK: Tensor, beta: float, lam: float) -> Tensor:
+def _sequence_terms(
+    advantages_NK: Tensor, beta: float, lam: float, reference_advantage: str
+) -> Tensor:
     advantages_NK = _to_statistics_dtype(advantages_NK)
     present_NK = ~advantages_NK.isnan()
     advantages_NK = advantages_NK.nan_to_num(0)
@@ -164,6 +184,9 @@ def _sequence_terms(advantages_NK: Tensor, beta: float, lam: float) -> Tensor:
     terms_3NK[1, :, -1] = beta * reference_N
     terms_3NK[2, :, :-1] = lam * terms_3NK[0, :, :-1]
     terms_3NK[2, :, -1] = -lam * samples_NG.sum(1) / count_N
+    if reference_advantage == "floor":
+        reference_3N = terms_3NK[:, :, -1]
+        terms_3NK[:, :, -1] = reference_3N.where(reference_3N.sum(0) > 0, 0)
     return terms_3NK.where(present_NK, 0)
 
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .advantage import REFERENCE_ADVANTAGES, STATISTICS, check_rewards
+from .advantage import REFERENCE_ADVANTAGES, STATISTICS, check_rewards, tapered_rows
 from .checks import check_choice, check_hidden, check_home, check_index, check_number
-from .linear_policy import OffPolicy, linear_policy_loss
+from .linear_policy import OffPolicy, Shaping, linear_policy_loss
 from .one_pass import ops
 from .vocab_parallel import VocabParallel
 
@@ -79,7 +79,12 @@ def linear_grao_loss(
             reference being k = K - 1; -1 for a row that does not count.
         rewards_NK: (N, K) floats, K = G + 1, the reference last; NaN for an absent sequence.
         beta, lam: weights of imitation and of the alignment regulariser.
-        statistics, reference_advantage: as in `group_advantages`.
+        statistics: as in `group_advantages`.
+        reference_advantage: what becomes of a reference that loses to its samples. "signed", the
+            paper's: nothing. "clip": A_y is held at or above 0. "floor": w_y = beta A_y -
+            (lam / G) sum_i A_i is; where it is negative, y has no part in any term. "tapered":
+            where w_y < 0, y has sg(p) log p in place of log p in all terms, p being each token's
+            probability (the shaping "dft"), so that its gradient w_y p fades as y gets unlikely.
         old_logprob_T, clip, sampler_logprob_T, sampler_cap, ref_logprob_T: as in `OffPolicy`. A
             reference y that is on policy has old_logprob_T NaN.
         kl_coef: weight of kl; goes with ref_logprob_T.
@@ -137,6 +142,10 @@ def linear_grao_loss(
         num_prompts,
         0.0 if kl_coef is None else kl_coef,
     )
+    shaping = None
+    if reference_advantage == "tapered":
+        K = rewards_NK.shape[1]
+        shaping = Shaping("dft", tapered_rows(terms_3T, sequence_T % K == K - 1))
     result = linear_policy_loss(
         hidden_TD,
         head_VD,
@@ -150,6 +159,7 @@ def linear_grao_loss(
             clip,
             sampler_cap,
         ),
+        shaping=shaping,
         bias_V=bias_V,
         temperature=temperature,
         logit_scale=logit_scale,

@@ -40,7 +40,7 @@ def group_advantages(
     `statistics` selects the rewards behind mu and sigma: all present ones of the "group", or only
     the "samples" (the literal Eq. 4). If these are all equal, or there are none, the group is dead
     and A = 0. The test is for equality, not sigma = 0, because rounding gives eight rewards of 0.1
-    a sigma of 1e-9. `reference_advantage="clip"` clips A_y at 0 from below.
+    a sigma of 1e-9. `reference_advantage="clip"` clips A_y at 0 from below; others leave it.
     """
     advantages_NK = torch.empty_like(rewards_NK)
     for n, rewards_K in enumerate(rewards_NK):
@@ -58,10 +58,18 @@ def group_advantages(
     return advantages_NK
 
 
-def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0.6) -> Tensor:
+def sequence_weights(
+    advantages_NK: Tensor,
+    *,
+    beta: float = 0.5,
+    lam: float = 0.6,
+    reference_advantage: str = "signed",
+) -> Tensor:
     """The coefficients of L in J = sum_i w_i L(o_i) + w_y L(y); 0 for an absent sequence.
 
     w_i = (1 + lam) A_i / G,    w_y = beta A_y - (lam / G) sum_i A_i, G present samples.
+
+    `reference_advantage="floor"` clips w_y at 0 from below; others leave it.
     """
     weights_NK = torch.zeros_like(advantages_NK)
     for n, advantages_K in enumerate(advantages_NK):
@@ -71,6 +79,8 @@ def sequence_weights(advantages_NK: Tensor, *, beta: float = 0.5, lam: float = 0
         weights_NK[n, :-1][present_G] = (1 + lam) * samples / G
         if not advantages_K[-1].isnan():
             weights_NK[n, -1] = beta * advantages_K[-1] - lam / G * samples.sum()
+    if reference_advantage == "floor":
+        weights_NK[:, -1].clamp_(min=0)
     return weights_NK
 
 
@@ -203,7 +213,8 @@ def grao_loss(
     `sequence_T` holds n * K + k for a row of sequence k of prompt n, and -1 for a row that does
     not count. L of a sequence that is absent or has no rows is 0. A sequence of weight 0 (in a dead
     group, or a sample at the group's mean) adds nothing and is not computed: its rows may hold
-    anything, and `logprob_T` is NaN there.
+    anything, and `logprob_T` is NaN there. A reference whose weight is held at 0 has L(y) = 0.
+    "tapered" replaces log pi of a reference of negative weight by `shaped` of the form "dft".
 
     Off policy, `surrogate` replaces log pi. With `ref_logprob_T`, the loss has one more term:
     kl = kl_coef (1/G) sum_i mean of `k3` over o_i, samples of weight 0 included.
@@ -218,7 +229,9 @@ def grao_loss(
     advantages_NK = group_advantages(
         rewards_NK, statistics=statistics, reference_advantage=reference_advantage
     ).to(hidden_TD.dtype)
-    weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
+    weights_NK = sequence_weights(
+        advantages_NK, beta=beta, lam=lam, reference_advantage=reference_advantage
+    )
     logprob_T = torch.full_like(hidden_TD[:, 0], torch.nan)
     zero = (hidden_TD[:0].sum() + head_VD[:0].sum()) * 0.0
     exploration, imitation, alignment, kl = zero, zero, zero, zero
@@ -243,7 +256,9 @@ def grao_loss(
                     softcap=softcap,
                 )
                 logprob_T[rows] = logprob.detach()
-                if weight != 0:
+                if reference_advantage == "tapered" and k == K - 1 and weight < 0:
+                    mean_logprob[k] = shaped(logprob, "dft").mean()
+                elif weight != 0:
                     mean_logprob[k] = surrogate(
                         logprob,
                         old_logprob_T[rows],

@@ -176,15 +176,21 @@ def test_vllms_importance_ratio_is_a_factor_of_the_samples_tokens(tiny_model: Pa
     assert_same(trainer.gradients[0], double)
 
 
-def test_options_of_the_objective_arrive(tiny_model: Path, tmp_path: Path):
-    options = {"statistics": "samples", "reference_advantage": "clip"}
+@pytest.mark.parametrize("reference_advantage", ["clip", "floor", "tapered"])
+def test_options_of_the_objective_arrive(
+    tiny_model: Path, tmp_path: Path, reference_advantage: str
+):
+    options = {"statistics": "samples", "reference_advantage": reference_advantage}
     trainer = run(
         tiny_model, config(tmp_path), prompts(KINDS), grao_beta=0.9, grao_lam=0.2, **options
     )
     double = double_of(tiny_model)
     (batch,) = kept(trainer)
-    truth(double, *batch, beta=0.9, lam=0.2, **options).loss.backward()
+    result = truth(double, *batch, beta=0.9, lam=0.2, **options)
+    result.loss.backward()
     assert_same(trainer.gradients[0], double)
+    if reference_advantage != "clip":
+        assert (reference.sequence_weights(result.advantages_NK)[:, -1] < 0).any()
 
 
 def test_a_blank_reference_is_absent(tiny_model: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ GROUPS = [
     [1e30, -1e30, 0.0, 1e29],
 ]
 STATISTICS = ("group", "samples")
-REFERENCE_ADVANTAGES = ("signed", "clip")
+REFERENCE_ADVANTAGES = ("signed", "clip", "floor", "tapered")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -34,19 +34,20 @@ def test_matches_specification(statistics, reference_advantage, dtype, device) -
     truth_NK = reference.group_advantages(
         rewards_NK.double(), statistics=statistics, reference_advantage=reference_advantage
     )
-    truth_weights_NK = reference.sequence_weights(truth_NK, beta=0.4, lam=0.7)
+    options = {"beta": 0.4, "lam": 0.7, "reference_advantage": reference_advantage}
+    truth_weights_NK = reference.sequence_weights(truth_NK, **options)
     advantages_NK, terms_3NK = advantage.advantages_and_terms(
         rewards_NK.to(device),
         statistics=statistics,
-        reference_advantage=reference_advantage,
-        beta=0.4,
-        lam=0.7,
+        **options,
     )
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert advantages_NK.dtype == terms_3NK.dtype == kept
     close = {"rtol": 1e-6, "atol": 1e-6, "check_dtype": False, "equal_nan": True}
     torch.testing.assert_close(advantages_NK.cpu(), truth_NK, **close)
     torch.testing.assert_close(terms_3NK.sum(0).cpu(), truth_weights_NK, **close)
+    weights_NK = advantage.sequence_weights(advantages_NK, **options)
+    assert torch.equal(weights_NK, terms_3NK.sum(0))
     assert not terms_3NK[0, :, -1].any() and not terms_3NK[1, :, :-1].any()
 
 

@@ -68,7 +68,10 @@ BAD = {
         dict(statistics="batch"),
         "statistics must be one of group, samples; got 'batch'",
     ),
-    "reference_advantage": (dict(reference_advantage="abs"), "signed, clip; got 'abs'"),
+    "reference_advantage": (
+        dict(reference_advantage="abs"),
+        "signed, clip, floor, tapered; got 'abs'",
+    ),
     "num_prompts": (dict(num_prompts=0), "num_prompts must be finite and above 0, got 0"),
     "workspace": (dict(workspace_mib=-1), "workspace_mib must be finite and above 0, got -1"),
     "backend": (dict(backend="cuda"), "backend must be one of triton, torch; got 'cuda'"),

@@ -50,6 +50,8 @@ PROBLEMS = {
     "all_of_z": make_problem(bias=True, temperature=0.7, logit_scale=2.0, softcap=5.0, logits=3.0),
     "samples_statistics": make_problem(statistics="samples"),
     "clipped_reference": make_problem(reference_advantage="clip", seed=2),
+    "floored_reference": make_problem(reference_advantage="floor", seed=2),
+    "tapered_reference": make_problem(reference_advantage="tapered", seed=2),
     "policy_gradient": make_problem(beta=0.0, lam=0.0),
     "more_prompts_elsewhere": make_problem(num_prompts=64),
     "absent": absent(make_problem()),
@@ -64,6 +66,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_matches_specification(problem, dtype, backend, device) -> None:
     assert_matches_specification(problem, dtype, backend, device)
+
+
+def test_references_of_negative_weight_are_held_or_shaped(backend: str, device: str) -> None:
+    """By option: "floor" drops their rows, "tapered" multiplies their gradients by p."""
+    problems = {name: PROBLEMS[f"{name}_reference"] for name in ("floored", "tapered")}
+    signed = problems["floored"].with_options(reference_advantage="signed")
+    expected = run(linear_grao_loss, signed, torch.float32, device, backend=backend)
+    weights_NK = reference.sequence_weights(expected["advantages_NK"])
+    weight_T = weights_NK.flatten()[signed.sequence_T].where(signed.sequence_T >= 0, 0)
+    lost_T = (weight_T < 0) & (signed.sequence_T % 4 == 3)
+    assert lost_T.any() and (weights_NK[:, -1] > 0).any()
+    p_T = expected["logprob_T"].exp().cpu()
+    for name, factor_T in (("floored", torch.zeros_like(p_T)), ("tapered", p_T)):
+        ours = run(linear_grao_loss, problems[name], torch.float32, device, backend=backend)
+        factor_T = factor_T.where(lost_T, 1)
+        scaled_TD = expected["dhidden_TD"].cpu() * factor_T[:, None]
+        torch.testing.assert_close(ours["dhidden_TD"].cpu(), scaled_TD)
+        assert ours["logprob_T"][lost_T].isnan().all() == (name == "floored")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

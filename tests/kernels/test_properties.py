@@ -39,7 +39,8 @@ def test_any_rewards(groups: list, statistics: str, reference_advantage: str) ->
     advantages_NK = group_advantages(rewards_NK, **options)
     torch.testing.assert_close(advantages_NK, truth_NK, equal_nan=True)
     torch.testing.assert_close(
-        sequence_weights(advantages_NK), reference.sequence_weights(truth_NK)
+        sequence_weights(advantages_NK, reference_advantage=reference_advantage),
+        reference.sequence_weights(truth_NK, reference_advantage=reference_advantage),
     )
 
 

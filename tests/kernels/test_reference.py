@@ -11,6 +11,7 @@ from problem import make_problem, run
 from grao_fast.kernels import reference
 
 NAN = math.nan
+FLOOR = {"reference_advantage": "floor"}
 
 
 def table(*rows: list[float]) -> torch.Tensor:
@@ -49,16 +50,41 @@ def test_loss_by_hand() -> None:
     torch.testing.assert_close(torch.stack(result[:4]), table(by_hand)[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "reference_advantage, mean_logprob",
+    [("signed", -0.2876821), ("floor", 0.0), ("tapered", 0.75 * -0.2876821)],
+)
+def test_a_losing_reference_by_hand(reference_advantage: str, mean_logprob: float) -> None:
+    """As above with rewards 1 | 0: A = (1, -1), w_y = -0.5 - 0.6 = -1.1, and L(y) as given.
+
+    exploration = L(o) = -0.693147; imitation = -0.5 L(y); alignment = 0.6 (L(o) - L(y)).
+    """
+    result = reference.grao_loss(
+        table([0, 0], [0, 0], [0, math.log(3)]),
+        table([1, 0], [0, 1]),
+        torch.tensor([0, 1, 1]),
+        torch.tensor([0, 0, 1]),
+        table([1, 0]),
+        reference_advantage=reference_advantage,
+    )
+    sample = -0.6931472
+    terms = [sample, -0.5 * mean_logprob, 0.6 * (sample - mean_logprob)]
+    by_hand = table([-sum(terms), *terms])[0]
+    torch.testing.assert_close(torch.stack(result[:4]), by_hand, rtol=1e-6, atol=1e-6)
+    assert result.logprob_T[2].isnan() == (reference_advantage == "floor")
+
+
 def test_three_terms_equal_sequence_weights() -> None:
     """loss = -sum_s w_s L(s) / N."""
-    for options in ({}, {"statistics": "samples"}, {"reference_advantage": "clip"}):
+    for options in ({}, {"statistics": "samples"}, {"reference_advantage": "clip"}, FLOOR):
         problem = make_problem(N=4, K=5, T=60, **options)
         result = run(reference.grao_loss, problem, torch.float64)
-        weights_S = reference.sequence_weights(result["advantages_NK"]).flatten()
+        floor = FLOOR if options == FLOOR else {}
+        weights_S = reference.sequence_weights(result["advantages_NK"], **floor).flatten()
         total = torch.zeros((), dtype=torch.float64)
         for s, weight in enumerate(weights_S):
             rows = problem.sequence_T == s
-            if rows.any():
+            if weight != 0 and rows.any():
                 total += weight * result["logprob_T"][rows].mean()
         torch.testing.assert_close(result["loss"], -total / 4)
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grao_fast.integrations.trl.rows import Rows, model_inputs
-from grao_fast.kernels import OffPolicy, PolicyLoss, linear_logprobs, linear_policy_loss
+from grao_fast.kernels import (
+    OffPolicy,
+    PolicyLoss,
+    Shaping,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.objective import HeadInputs, run_at_head
 from grao_fast.models.parity import check_parity
@@ -61,7 +67,11 @@ def logit_transform_of(
 
 
 def loss_of(
-    rows: Rows, terms_3T: Tensor, logits: dict[str, Any], off_policy: OffPolicy | None
+    rows: Rows,
+    terms_3T: Tensor,
+    logits: dict[str, Any],
+    off_policy: OffPolicy | None,
+    shaping: Shaping | None,
 ) -> Callable[[HeadInputs], PolicyLoss]:
     """The loss of a micro-batch, its terms, log-probs and entropies, in one pass.
 
@@ -77,6 +87,7 @@ def loss_of(
             rows.target_T,
             terms_3T,
             off_policy=off_policy,
+            shaping=shaping,
             bias_V=head.bias_V,
             entropy=True,
             **logits,

@@ -37,12 +37,13 @@ from grao_fast.integrations.trl.references import (
     to_score,
 )
 from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
-from grao_fast.kernels import OffPolicy, PolicyLoss, sequence_weights
+from grao_fast.kernels import OffPolicy, PolicyLoss, Shaping, sequence_weights
 from grao_fast.kernels.advantage import (
     REFERENCE_ADVANTAGES,
     STATISTICS,
     advantages_and_terms,
     check_finite_rewards,
+    tapered_rows,
 )
 from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.models.objective import answer_objectives, run_at_head
@@ -71,7 +72,7 @@ class GRAOTrainer(GRPOTrainer):
             loss_type="grpo". Its `beta` is a KL penalty on samples, its `epsilon` clips the ratios
             of off-policy samples; references have neither.
         grao_beta, grao_lam: weights of imitation and of the alignment regulariser.
-        statistics, reference_advantage: as in `grao_fast.kernels.group_advantages`.
+        statistics, reference_advantage: as in `grao_fast.kernels.linear_grao_loss`.
 
     Metrics, besides TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
     `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
@@ -224,8 +225,8 @@ class GRAOTrainer(GRPOTrainer):
         return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
-        beta, lam = self._objective["beta"], self._objective["lam"]
-        weights_NK = sequence_weights(advantages_NK, beta=beta, lam=lam)
+        of_weights = {k: v for k, v in self._objective.items() if k != "statistics"}
+        weights_NK = sequence_weights(advantages_NK, **of_weights)
         self._record(group_metrics(rewards_NK, advantages_NK, weights_NK))
         # Replaces GRPO's advantages in the table of completions.
         table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
@@ -256,12 +257,15 @@ class GRAOTrainer(GRPOTrainer):
                 kl_coef_T=kl_coef_T.where(rows.is_sample_T, 0.0),
                 clip=(min(self.epsilon_low, 1.0), self.epsilon_high),  # a ratio is never negative
             )
+        shaping = None
+        if self._objective["reference_advantage"] == "tapered":
+            shaping = Shaping("dft", tapered_rows(terms_3T, ~rows.is_sample_T))
         with self.accelerator.autocast():
             result = run_at_head(
                 model,
                 model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
                 rows.row_T.to(rows.input_ids_SL.device),
-                loss_of(rows, terms_3T, self._logits, off_policy),
+                loss_of(rows, terms_3T, self._logits, off_policy, shaping),
             )
         self._log_loss(rows, terms_3T.sum(0), old_T, result)
         return result.loss / (self.current_gradient_accumulation_steps if training else 1)
