@@ -59,7 +59,7 @@ PLANTED: dict[str, tuple[dict[str, Curve | float], str]] = {
     "no_signal": ({"frac_dead": 1.0}, "the loss is 0, since in every group"),
     "falling_references": (
         {"reference__logprob": lambda t: -1.5 - 3 * t},
-        'what loses is pushed down. reference_advantage="clip" and a smaller lam push less',
+        'what loses is pushed down. reference_advantage="floor" ends that; "clip" and a smaller',
     ),
     "losing_references": ({"reference__frac_negative": 1.0}, "the references lose in 100% of"),
     "lost_entropy": (

@@ -73,6 +73,32 @@ def assert_same_gradients(model: torch.nn.Module, double: torch.nn.Module) -> No
         assert error <= 1e-5 * max(1e-2, float(theirs.grad.abs().max())), name
 
 
+@pytest.mark.parametrize("reference_advantage", ["clip", "floor", "tapered"])
+def test_references_that_lose_are_treated_as_specified(tiny_model, reference_advantage: str):
+    config = OFF_POLICY.replace(reference_advantage=reference_advantage)
+    loaded, rollout, _ = step_groups(tiny_model, config)
+    policy, objective = loaded.policy, config.objective_options
+    rewards_NK = rollout.rewards_NK.clone()
+    rewards_NK[:, -1] = rewards_NK[:, :-1].amin(1) - 0.1  # below all samples
+    advantages_NK = objective.formula.advantages(rewards_NK)
+    rollout = dataclasses.replace(rollout, rewards_NK=rewards_NK, advantages_NK=advantages_NK)
+    groups = to_groups(rollout, objective)
+    total = 0.0
+    with policy.updating():
+        for part in split_by_tokens(groups, 60, share_prefix=config.share_prefix):
+            batch = policy.lay_out(part)
+            loss = micro_batch_loss(policy, batch, objective, num_prompts=len(groups))
+            loss.loss.backward()
+            total += float(loss.loss.detach())
+    double = double_of(tiny_model)
+    expected = truth(double, rollout, config, reference_advantage=reference_advantage)
+    expected.loss.backward()
+    assert abs(total - float(expected.loss.detach())) < 1e-5
+    assert_same_gradients(policy.model, double)
+    weight_N = reference.sequence_weights(expected.advantages_NK)[:, -1]
+    assert (weight_N < 0).all()
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_importance_weights_are_those_of_the_known_mismatch(tiny_model, share_prefix: bool):
     """A sampler off by 0.5, and by 2 nats on every third token: weights e^0.5, and 3, the cap."""

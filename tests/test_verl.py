@@ -144,7 +144,11 @@ def verl_loss(
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"beta": 0.2, "lam": 1.5, "statistics": "samples", "reference_advantage": "clip"}],
+    [
+        {},
+        {"beta": 0.2, "lam": 1.5, "statistics": "samples", "reference_advantage": "clip"},
+        {"reference_advantage": "floor"},
+    ],
 )
 def test_verl_s_loss_is_the_specification_s(off_policy: bool, options: dict[str, Any]) -> None:
     problem = Problem(off_policy=off_policy)
@@ -203,6 +207,8 @@ def test_a_dead_group_and_a_group_without_reference() -> None:
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match="no option 'gamma'; it takes beta, lam"):
         advantages_of(list(range(K)), gamma=1)
+    with pytest.raises(ValueError, match='"tapered" needs a loss that knows it'):
+        advantages_of([0, 3], reference_advantage="tapered")
     with pytest.raises(ValueError, match="prompt p0 has 2 references"):
         advantages_of([0, K - 1, K - 1])
     with pytest.raises(ValueError, match=r"set actor_rollout_ref\.actor\.loss_agg_mode=seq-mean"):

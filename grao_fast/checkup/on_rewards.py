@@ -140,7 +140,10 @@ def on_references(facts: GroupFacts, objective: ObjectiveOptions) -> list[Findin
     limit = "lost by the reference, clipped" if spared else "lost by the reference"
     remedy = "see whether the reward is the wrong way round; take better references"
     if kind == "signed":
-        remedy += ', or set reference_advantage="clip": such references are made ever less likely'
+        remedy += (
+            ', or set reference_advantage="floor" or "clip": such references are made ever less '
+            "likely"
+        )
     elif kind == "clip":
         remedy += "; the regulariser (lam) still lowers their probability"
     return [judged("rewards", "references lose", limit, lost, value, remedy)]

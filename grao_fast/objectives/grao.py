@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from grao_fast.kernels import group_advantages, sequence_weights
-from grao_fast.kernels.advantage import advantages_and_terms
+from grao_fast.kernels.advantage import advantages_and_terms, tapered_rows
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.system.errors import UserError
 
 Statistics = Literal["group", "samples"]
-ReferenceAdvantage = Literal["signed", "clip"]
+ReferenceAdvantage = Literal["signed", "clip", "floor", "tapered"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class GRAO(Objective):
         for name in ("beta", "lam"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def shaping(self) -> str | None:
+        return "dft" if self.reference_advantage == "tapered" else None
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         return group_advantages(
@@ -62,4 +66,12 @@ class GRAO(Objective):
         return torch.where(length_NK > 0, terms_3NK / tokens_NK, 0.0)
 
     def sequence_weights(self, groups: Groups) -> Tensor:
-        return sequence_weights(self.advantages(groups.rewards_NK), beta=self.beta, lam=self.lam)
+        return sequence_weights(
+            self.advantages(groups.rewards_NK),
+            beta=self.beta,
+            lam=self.lam,
+            reference_advantage=self.reference_advantage,
+        )
+
+    def shaped_rows(self, terms_CT: Tensor, is_reference_T: Tensor) -> Tensor:
+        return tapered_rows(terms_CT, is_reference_T)

@@ -112,8 +112,8 @@ def falling_references(history: History) -> str | None:
         return None
     return (
         f"the references' mean log-prob fell from {before:.2f} at best to {now:.2f} nats a token: "
-        'samples beat them, and what loses is pushed down. reference_advantage="clip" and a '
-        "smaller lam push less"
+        'samples beat them, and what loses is pushed down. reference_advantage="floor" ends that; '
+        '"clip" and a smaller lam push less'
     )
 
 
@@ -124,7 +124,8 @@ def losing_references(history: History) -> str | None:
         return None
     return (
         f"the references lose in {share:.0%} of groups: they are not imitated any more, but made "
-        'less likely. Set reference_advantage="clip", give better references, or end the run here'
+        'less likely, unless reference_advantage is "floor". Set that or "clip", give better '
+        "references, or end the run here"
     )
 
 

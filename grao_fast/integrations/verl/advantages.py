@@ -86,7 +86,8 @@ def _weights(
         statistics=options["statistics"],
         reference_advantage=options["reference_advantage"],
     )
-    weights_1K = sequence_weights(advantages_1K, beta=options["beta"], lam=options["lam"])
+    of_weights = {name: options[name] for name in ("beta", "lam", "reference_advantage")}
+    weights_1K = sequence_weights(advantages_1K, **of_weights)
     K = len(samples) + len(references)
     return K * weights_1K[0, :K]
 
@@ -98,4 +99,10 @@ def _options(config: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValueError(
             f"algorithm.grao has no option {unknown[0]!r}; it takes {', '.join(_DEFAULTS)}"
         )
-    return _DEFAULTS | given
+    options = _DEFAULTS | given
+    if options["reference_advantage"] == "tapered":
+        raise ValueError(
+            'algorithm.grao.reference_advantage="tapered" needs a loss that knows it, and an '
+            'advantage says nothing of it: set "signed", "clip" or "floor"'
+        )
+    return options
