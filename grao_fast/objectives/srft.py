@@ -14,6 +14,9 @@ in a group with the samples, (r_y - mean) / sigma. p_t = pi(y_t) is the ratio to
 sure of the reference, without a clip, as in LUFFY. A first pass over the head gives entropies and
 probabilities, and a second one the gradient.
 
+exp(H) is at most V, the size of the vocabulary: w_RL is meant for policies that are sure of most
+tokens, and is large for one that knows little.
+
 The paper leaves open over what H is taken. Here every sequence has its own, so that the gradient of
 a step does not depend on its micro-batches. The paper's rewards are 1 and -1. In the authors' code
 w_SFT grows with the entropy, unlike in the paper.
@@ -33,7 +36,7 @@ from grao_fast.kernels import group_advantages
 from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass
 from grao_fast.objectives.options import check_number
 from grao_fast.objectives.sequences import live_rows
-from grao_fast.objectives.statistics import sample_counts
+from grao_fast.objectives.statistics import sample_counts, with_imitation
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,7 @@ class SRFT(Objective):
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         """R_i of samples and 0.5 + A_y of references, their weight at H = 0 and p = 1."""
-        advantages_NK = self._signs(rewards_NK)
-        advantages_NK[:, -1] = 0.5 + group_advantages(rewards_NK.double())[:, -1]
-        return advantages_NK
+        return with_imitation(self._signs(rewards_NK), 0.5 + self._demonstration(rewards_NK))
 
     def coefficients(self, groups: Groups) -> Tensor:
         """What is known before the first pass: `second_pass` multiplies by what depends on H.
@@ -66,10 +67,9 @@ class SRFT(Objective):
         computed, and these only seem to.
         """
         rewards_NK, length_NK = groups.rewards_NK, groups.length_NK
-        demonstration_N = group_advantages(rewards_NK.double())[:, -1].nan_to_num(0.0)
         weights_3NK = torch.zeros(3, *rewards_NK.shape, dtype=torch.float64)
         weights_3NK[0, :, -1] = rewards_NK.shape[1]
-        weights_3NK[1, :, -1] = demonstration_N
+        weights_3NK[1, :, -1] = self._demonstration(rewards_NK)
         exploration_NK = self._signs(rewards_NK).nan_to_num(0.0) / sample_counts(rewards_NK)
         weights_3NK[2, :, :-1] = exploration_NK[:, :-1]
         weights_3NK = weights_3NK / (length_NK.clamp(min=1) * len(length_NK))
@@ -77,7 +77,6 @@ class SRFT(Objective):
 
     def sequence_weights(self, groups: Groups) -> Tensor:
         weights_NK = self.advantages(groups.rewards_NK)
-        weights_NK[:, -1] = weights_NK[:, -1].nan_to_num(0.5)  # imitated without a reward as well
         weights_NK[:, :-1] /= sample_counts(groups.rewards_NK)
         return weights_NK.where(groups.length_NK > 0, 0.0).nan_to_num(0.0)
 
@@ -98,6 +97,10 @@ class SRFT(Objective):
         )
         terms_3R = torch.stack([imitation_R, demonstration_R, exploration_R])
         return SecondPass(live.spread(terms_3R, terms_CT.shape[1]), values_3)
+
+    def _demonstration(self, rewards_NK: Tensor) -> Tensor:
+        """(N,) A_y; 0 without a reward."""
+        return group_advantages(rewards_NK.double())[:, -1].nan_to_num(0.0)
 
     def _signs(self, rewards_NK: Tensor) -> Tensor:
         signs_NK = torch.where(rewards_NK.double() > self.threshold, 1.0, -1.0).double()

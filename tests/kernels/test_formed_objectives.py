@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
+from formed_cases import CASES, Case
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -23,11 +23,7 @@ from grao_fast.kernels import (
     linear_policy_loss,
     reference,
 )
-from grao_fast.kernels.reference_objectives import own_logprob, sequence_level
 from grao_fast.objectives.base import Groups, Objective, Rows, token_terms
-from grao_fast.objectives.cispo import CISPO
-from grao_fast.objectives.dapo import DAPO
-from grao_fast.objectives.dft import DFT
 from grao_fast.objectives.dpo import DPO
 from grao_fast.objectives.gspo import GSPO
 from grao_fast.objectives.luffy import LUFFY
@@ -113,9 +109,7 @@ def make_problem(steps: list[float], dtype: torch.dtype, D: int = 9, V: int = 61
     return Problem(hidden_TD, head_VD, target_T, sequence_T, old_T, ref_T)
 
 
-def by_formula(
-    formula: Callable[..., Tensor], problem: Problem, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def by_formula(case: Case, problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     hidden_TD, head_VD = (
         x.to(dtype, copy=True).requires_grad_() for x in (problem.hidden_TD, problem.head_VD)
     )
@@ -132,7 +126,7 @@ def by_formula(
         "sequence_T": sequence_T,
         "rewards_NK": REWARDS_NK.to(dtype),
     }
-    loss = formula(given)
+    loss = case.loss(given)
     loss.backward()
     return {"loss": loss.detach(), "hidden": hidden_TD.grad, "head": head_VD.grad}
 
@@ -217,71 +211,12 @@ def _two_passes(
     return loss, -values_C.sum().float()
 
 
-STEPS = [0.1, -0.5, 0.0, 0.5, -0.1]  # beyond 0.8 and 1.28 either way
-GROUP_STEPS = [0.02, -0.4, 0.4, -0.3, 0.35]
-
-
-def _names(*names: str, **options: Any):
-    def call(formula: Callable[..., Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda given: formula(
-            *(given[name] for name in (*names, "sequence_T", "rewards_NK")), **options
-        )
-
-    return call
-
-
-CASES: dict[str, tuple[Objective, Callable[..., Tensor], list[float]]] = {
-    "dapo": (
-        DAPO(),
-        _names("logprob_T", "old_logprob_T", low=0.2, high=0.28)(own_logprob.dapo),
-        STEPS,
-    ),
-    "cispo": (
-        CISPO(),
-        _names("logprob_T", "old_logprob_T", low=1.0, high=4.0)(own_logprob.cispo),
-        [0.1, -3.0, 0.0, 2.0, -0.1, 1.2],
-    ),
-    "luffy": (
-        LUFFY(),
-        _names("logprob_T", "old_logprob_T", low=0.2, high=0.2)(own_logprob.luffy),
-        STEPS,
-    ),
-    "dft": (DFT(), _names("logprob_T")(own_logprob.dft), STEPS),
-    "gspo": (
-        GSPO(low=0.2, high=0.28),
-        _names("logprob_T", "old_logprob_T", low=0.2, high=0.28)(sequence_level.gspo),
-        GROUP_STEPS,
-    ),
-    "gspo_default": (
-        GSPO(),
-        _names("logprob_T", "old_logprob_T", low=3e-4, high=4e-4)(sequence_level.gspo),
-        GROUP_STEPS,
-    ),
-    "dpo": (
-        DPO(),
-        _names("logprob_T", "ref_logprob_T", beta=0.1)(sequence_level.dpo),
-        STEPS,
-    ),
-    "dpo_smoothed": (
-        DPO(beta=2.0, label_smoothing=0.2),
-        _names("logprob_T", "ref_logprob_T", beta=2.0, label_smoothing=0.2)(sequence_level.dpo),
-        STEPS,
-    ),
-    "srft": (SRFT(), _names("logprob_T", "entropy_T")(sequence_level.srft), STEPS),
-    "srft_threshold": (
-        SRFT(threshold=0.8),
-        _names("logprob_T", "entropy_T", threshold=0.8)(sequence_level.srft),
-        STEPS,
-    ),
-}
-
-
 def assert_matches(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    objective, formula, steps = CASES[name]
-    problem = make_problem(steps, dtype)
-    truth = by_formula(formula, problem, torch.float64)
-    naive = by_formula(formula, problem, dtype)
-    ours = by_objective(objective, problem, backend, device)
+    case = CASES[name]
+    problem = make_problem(case.steps, dtype)
+    truth = by_formula(case, problem, torch.float64)
+    naive = by_formula(case, problem, dtype)
+    ours = by_objective(case.objective, problem, backend, device)
     worst = 0.0
     for output, expected in truth.items():
         assert expected.isfinite().all() and expected.any()
@@ -304,11 +239,11 @@ def test_every_option_matches_its_formula(name: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("name", CASES)
 def test_micro_batches_add_up_to_the_step(name: str) -> None:
-    objective, formula, steps = CASES[name]
-    problem = make_problem(steps, torch.float32)
-    truth = by_formula(formula, problem, torch.float64)
-    naive = by_formula(formula, problem, torch.float32)
-    parts = by_objective(objective, problem, "torch", "cpu", [[4, 1], [3], [5, 0, 2]])
+    case = CASES[name]
+    problem = make_problem(case.steps, torch.float32)
+    truth = by_formula(case, problem, torch.float64)
+    naive = by_formula(case, problem, torch.float32)
+    parts = by_objective(case.objective, problem, "torch", "cpu", [[4, 1], [3], [5, 0, 2]])
     for output in truth:
         assert_accurate(output, parts[output], naive[output], truth[output], torch.float32)
 
@@ -316,25 +251,25 @@ def test_micro_batches_add_up_to_the_step(name: str) -> None:
 @pytest.mark.parametrize("name", ["dapo", "cispo", "luffy", "gspo"])
 def test_gradient_on_policy(name: str) -> None:
     """Without old log-probs, where every ratio is 1, the gradient is the formula's there."""
-    objective, formula, steps = CASES[name]
-    problem = replace(make_problem(steps, torch.float32), old_logprob_T=None)
-    truth = by_formula(formula, problem, torch.float64)
-    naive = by_formula(formula, problem, torch.float32)
-    ours = by_objective(objective, problem, "torch", "cpu")
+    case = CASES[name]
+    problem = replace(make_problem(case.steps, torch.float32), old_logprob_T=None)
+    truth = by_formula(case, problem, torch.float64)
+    naive = by_formula(case, problem, torch.float32)
+    ours = by_objective(case.objective, problem, "torch", "cpu")
     for output in ("hidden", "head"):
         assert_accurate(output, ours[output], naive[output], truth[output], torch.float32)
 
 
 def test_gspo_of_rows_without_old_logprobs() -> None:
     """They count in the mean over a sequence's tokens, with a ratio of 1."""
-    objective, formula, steps = CASES["gspo"]
-    problem = make_problem(steps, torch.float32)
+    case = CASES["gspo"]
+    problem = make_problem(case.steps, torch.float32)
     old_T = problem.old_logprob_T.clone()
     old_T[::3] = NAN
     problem = replace(problem, old_logprob_T=old_T)
-    truth = by_formula(formula, problem, torch.float64)
-    naive = by_formula(formula, problem, torch.float32)
-    ours = by_objective(objective, problem, "torch", "cpu")
+    truth = by_formula(case, problem, torch.float64)
+    naive = by_formula(case, problem, torch.float32)
+    ours = by_objective(case.objective, problem, "torch", "cpu")
     for output in truth:
         assert_accurate(output, ours[output], naive[output], truth[output], torch.float32)
 
@@ -342,7 +277,7 @@ def test_gspo_of_rows_without_old_logprobs() -> None:
 def test_ratios_are_clipped_on_both_sides() -> None:
     """The problems above would not show a clip that is missing on one side otherwise."""
     for name, low, high in (("dapo", 0.8, 1.28), ("cispo", 0.0, 5.0), ("luffy", 0.8, 1.2)):
-        problem = make_problem(CASES[name][2], torch.float32)
+        problem = make_problem(CASES[name].steps, torch.float32)
         own_T = reference.token_logprobs(
             problem.hidden_TD.double(), problem.head_VD.double(), problem.target_T
         )
@@ -357,10 +292,10 @@ def test_ratios_are_clipped_on_both_sides() -> None:
 
 def test_sequence_ratios_are_clipped_on_both_sides() -> None:
     """Some sequences of GSPO's case have no gradient, of either sign, and some have one."""
-    problem = make_problem(CASES["gspo"][2], torch.float32)
-    ours = by_objective(CASES["gspo"][0], problem, "torch", "cpu")
+    problem = make_problem(CASES["gspo"].steps, torch.float32)
+    ours = by_objective(CASES["gspo"].objective, problem, "torch", "cpu")
     moved_T = ours["hidden"].any(1)
-    advantages_NK = CASES["gspo"][0].advantages(REWARDS_NK).flatten()
+    advantages_NK = CASES["gspo"].objective.advantages(REWARDS_NK).flatten()
     for sign in (1, -1):
         rows_T = (advantages_NK[problem.sequence_T] * sign > 0) & (problem.sequence_T >= 0)
         assert moved_T[rows_T].any() and not moved_T[rows_T].all()
