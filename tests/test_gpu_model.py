@@ -1,4 +1,4 @@
-"""FlexAttention as CUDA compiles it, beside SDPA in parts: the gradients of a whole model."""
+"""Attention over a shared prefix by CUDA's kernels, beside SDPA in parts: a model's gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from step_problem import Case, make_model, make_rollout
 from torch import Tensor
 
 from grao_fast.config import GRAOConfig
+from grao_fast.config.views import AttentionBackend
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.loading import load_policy
 from grao_fast.training.rollout import Rollout, to_groups
@@ -32,18 +33,22 @@ CASES = [
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_flex_attention_gives_the_gradient_of_sdpa(recompute: bool) -> None:
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_kernels_give_the_gradient_of_sdpa(backend: AttentionBackend, recompute: bool) -> None:
     model, tokenizer = make_model("attention", "cuda")
     config = GRAOConfig(
-        device="cuda", attention_backend="flex", gradient_checkpointing=recompute, workspace_mib=64
+        device="cuda",
+        attention_backend=backend,
+        gradient_checkpointing=recompute,
+        workspace_mib=64,
     )
     policy = load_policy(model, config=config, tokenizer=tokenizer).policy
     for case in CASES:
         rollout = make_rollout(case, model.config.vocab_size)
-        flex = gradient(policy, rollout)
+        ours = gradient(policy, rollout)
         parts = gradient(replace(policy, attention="grao_parts"), rollout)
         assert parts.any()
-        off = float((flex - parts).norm() / parts.norm())
+        off = float((ours - parts).norm() / parts.norm())
         assert off <= torch.finfo(torch.bfloat16).eps ** 0.5, case  # half of the digits
 
 

@@ -15,7 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SUITE = BENCHMARKS / "gpu_suite.py"
 PACKAGES = Path(torch.__file__).parents[1]  # its .pth files, of installs, do not count on a path
-NAMES = ["facts", "tests", "shapes", "occupancy", "tokens", "train_step", "rows"]
+NAMES = ["facts", "tests", "shapes", "occupancy", "tokens", "train_step", "rows", "attention"]
 
 
 def python(*arguments: object, executable: object = sys.executable, path: object, cwd: Path):
@@ -63,6 +63,12 @@ def test_runs_to_its_end_where_another_checkout_is_installed(tmp_path: Path) -> 
     whole = sections["train_step"]["report"]
     assert whole["step"]["ours"]["useful_tokens"] == 64
     assert whole["sampling"]["ours"]["rounds"] == 2
+    backends = sections["attention"]["report"]
+    errors = backends["errors, 2 x (prompt 190, responses (65, 1, 300)), window 100"]
+    assert max(errors["varlen (SDPA)"].values()) < 1e-5 > max(errors["sdpa"].values())
+    timed = backends["1 x (prompt 20, responses 3 of 9)"]
+    assert timed["varlen (SDPA)"]["rounds"] == 2 and timed["varlen (SDPA)"]["median"] > 0
+    assert set(backends["left_out"]) == {"flex"}
     assert_tables_can_be_made(tmp_path)
 
 

@@ -21,6 +21,7 @@ SECTIONS = [
     Section("tokens", _later("suite.heads:tokens"), 30),
     Section("train_step", _later("suite.train_step:train_step"), 90),
     Section("rows", _later("suite.rows:rows"), 15),
+    Section("attention", _later("suite.attention:attention"), 70),
 ]
 assert sum(section.limit_s for section in SECTIONS) < 600
 

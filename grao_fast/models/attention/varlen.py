@@ -69,14 +69,14 @@ class Plan:
     """The keys that each sequence of queries is given, and where they come from.
 
     place_K: int64, the packed token that each gathered one copies.
-    rounds: for the gradient, int64 indices of gathered tokens: one copy of every packed token, then
-        another of those that have two or more, and so on, tokens with the most copies first.
-    turn_L: int64, the place of each packed token in that order.
+    copies: for the gradient, int64 indices of gathered tokens: for each number of copies that
+        packed tokens have, a row of that many for every such token.
+    turn_L: int64, the place of each packed token in the order of those rows.
     """
 
     sequences: Sequences
     place_K: Tensor
-    rounds: tuple[Tensor, ...]
+    copies: tuple[Tensor, ...]
     turn_L: Tensor
 
 
@@ -100,26 +100,25 @@ def plan_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
             places += range(first, first + length)
             first += length
     place_K = torch.tensor(places)
-    rounds, turn_L = _rounds(place_K)
+    copies, turn_L = _copies(place_K)
     return Plan(
         sequences=Sequences.of(lengths_q, lengths_k, device),
         place_K=to_device(place_K, device),
-        rounds=tuple(to_device(copies, device) for copies in rounds),
+        copies=tuple(to_device(rows, device) for rows in copies),
         turn_L=to_device(turn_L, device),
     )
 
 
-def _rounds(place_K: Tensor) -> tuple[list[Tensor], Tensor]:
-    """`Plan.rounds` and `Plan.turn_L`; every packed token has a copy."""
-    copies_L = place_K.bincount()
+def _copies(place_K: Tensor) -> tuple[list[Tensor], Tensor]:
+    """`Plan.copies` and `Plan.turn_L`; every packed token has a copy."""
+    count_L = place_K.bincount()
     by_token_K = place_K.argsort(stable=True)
-    first_L = copies_L.cumsum(0) - copies_L  # of a token's copies in that order
-    token_L = copies_L.argsort(descending=True, stable=True)
-    rounds = []
-    for number in range(int(copies_L.max())):
-        tokens = token_L[: int((copies_L > number).sum())]
-        rounds.append(by_token_K[first_L[tokens] + number])
-    return rounds, token_L.argsort()
+    first_L = count_L.cumsum(0) - count_L  # of a token's copies in that order
+    copies, tokens = [], []
+    for count in count_L.unique().tolist():
+        tokens.append((count_L == count).nonzero()[:, 0])
+        copies.append(by_token_K[first_L[tokens[-1], None] + torch.arange(count)])
+    return copies, torch.cat(tokens).argsort()
 
 
 def gather(x_LJd: Tensor, plan: Plan) -> Tensor:
@@ -128,10 +127,11 @@ def gather(x_LJd: Tensor, plan: Plan) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """index_select, whose gradient sums the copies of a token in a fixed order, in float32.
+    """index_select, whose gradient sums the copies of each token in a fixed order.
 
     PyTorch's own gradient is index_add, which on CUDA adds in any order and rounds every sum to the
-    dtype of the gradient. Here each round adds one copy of every token that has one more.
+    gradient's dtype. Here a token's copies are selected side by side and reduced by `sum`, which
+    accumulates in float32 and rounds once.
     """
 
     @staticmethod
@@ -142,9 +142,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KJd: Tensor) -> tuple[Tensor, None]:
-        dtype = grad_KJd.dtype
-        first, *further = ctx.plan.rounds
-        total_LJd = grad_KJd.index_select(0, first).to(torch.promote_types(dtype, torch.float32))
-        for copies in further:
-            total_LJd[: len(copies)] += grad_KJd.index_select(0, copies)
-        return total_LJd.to(dtype).index_select(0, ctx.plan.turn_L), None
+        plan, row = ctx.plan, grad_KJd.shape[1:]
+        total_LJd = grad_KJd.new_empty(len(plan.turn_L), *row)
+        parts = total_LJd.split([len(places) for places in plan.copies])
+        for part, places in zip(parts, plan.copies, strict=True):
+            if places.shape[1] == 1:
+                torch.index_select(grad_KJd, 0, places[:, 0], out=part)
+            else:
+                copies = grad_KJd.index_select(0, places.flatten()).view(*places.shape, *row)
+                torch.sum(copies, dim=1, out=part)
+        return total_LJd.index_select(0, plan.turn_L), None
