@@ -45,7 +45,7 @@ def two_prompts() -> Groups:
         (DrGRPO(), [[[1 / 80, -1 / 80, 0], [0, 0, 0]]]),
         (
             CHORD(mu_start=0.75),
-            [[[1 / 32, -1 / 64, 0], [0, 0, 0]], [[0, 0, 3 / 32], [0, 0, 3 / 32]]],
+            [[[1 / 36, -1 / 36, 0], [0, 0, 0]], [[0, 0, 3 / 32], [0, 0, 3 / 32]]],
         ),
         (
             UFT(hint_coef=0.5, hint_start=0.5),
@@ -160,7 +160,7 @@ def test_mu_of_chord(schedule: str, expected: dict[float, float]) -> None:
     for progress, mu in expected.items():
         at = Groups(groups.rewards_NK, groups.length_NK, groups.max_new_tokens, progress)
         terms_CNK = CHORD(schedule=schedule).coefficients(at)
-        assert terms_CNK[0, 0, 0].item() == pytest.approx((1 - mu) / 8)
+        assert terms_CNK[0, 0, 0].item() == pytest.approx((1 - mu) / 9)
         assert terms_CNK[1, 0, -1].item() == pytest.approx(mu / 8)
 
 

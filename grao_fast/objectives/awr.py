@@ -15,14 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.objectives.options import check_number
 from grao_fast.objectives.statistics import (
     centred,
-    mean_over_all_tokens,
+    mean_over_sample_tokens,
     of_samples,
     sample_rewards,
 )
@@ -52,9 +51,4 @@ class AWR(Objective):
         return of_samples(weights_NG, rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
-        weights_NK = self.advantages(groups.rewards_NK).nan_to_num(0.0)
-        counted_NK = groups.present_NK.clone()
-        counted_NK[:, -1] = False
-        return mean_over_all_tokens(torch.where(counted_NK, weights_NK, 0), counted_NK, groups)[
-            None
-        ]
+        return mean_over_sample_tokens(self.advantages(groups.rewards_NK), groups)[None]

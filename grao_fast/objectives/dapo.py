@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.objectives.grpo import GRPO
-from grao_fast.objectives.statistics import mean_over_all_tokens
+from grao_fast.objectives.statistics import mean_over_sample_tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,4 @@ class DAPO(Objective):
         return GRPO().advantages(rewards_NK)
 
     def coefficients(self, groups: Groups) -> Tensor:
-        samples_NK = groups.present_NK
-        samples_NK[:, -1] = False
-        advantages_NK = self.advantages(groups.rewards_NK).where(samples_NK, 0.0)
-        return mean_over_all_tokens(advantages_NK, samples_NK, groups)[None]
+        return mean_over_sample_tokens(self.advantages(groups.rewards_NK), groups)[None]

@@ -19,6 +19,7 @@ from grao_fast.objectives.statistics import (
     Schedule,
     annealed,
     imitation_coefficients,
+    mean_over_sample_tokens,
     reference_lengths,
     sample_rewards,
     with_imitation,
@@ -29,18 +30,22 @@ _TERMS = ("policy", "imitation")
 
 @dataclass(frozen=True)
 class CHORD(Objective):
-    """GRPO and SFT, from mostly the one that imitates to mostly the one that explores.
+    """GRPO and SFT, from mostly imitation to mostly exploration.
 
-        loss = (1 - mu) L_GRPO + mu L_SFT
+        loss   = (1 - mu) L_GRPO + mu L_SFT
+        L_GRPO = -(sum_i A_i sum_t v_it) / (sum_i |o_i|)
+        L_SFT  = -(sum_n sum_t log pi(y_nt)) / (sum_n |y_n|)
 
-    L_SFT is the mean over the tokens of the step's references, as in `SFT`, or with `phi` that of
-    p (1 - p) log pi, p = pi(y_t) and p (1 - p) a constant: tokens that are neither certain nor
-    hopeless count most. mu falls from `mu_start` to `mu_end` over a share of the run, then stays.
+    Both are means over all tokens of the step, of samples and of references; A and v are those of
+    `GRPO`. With `phi`, a token of L_SFT has the factor p (1 - p), a constant, with p = pi(y_t):
+    tokens that are neither certain nor hopeless count most. mu falls from `mu_start` to `mu_end`
+    over a share of the run, then stays.
 
-    The defaults of mu are the paper's, 0.9 to 0.05 over 200 steps, with half of the run for these;
-    the authors' code has schedule="cosine". With `phi` they keep mu constant.
+    The paper's mu falls from 0.9 to 0.05 over 200 steps, for which half of the run stands here, in
+    the authors' code along a cosine; with phi it is constant, 0.1:
+    CHORD(mu_start=0.1, mu_end=0.1, phi=True).
 
-    Source: arXiv 2508.11408, sections 3.2 (mu) and 3.3 (phi).
+    Source: arXiv 2508.11408, Eq. 1-3 (losses), 5 and 6 (phi).
 
     mu_start, mu_end: in [0, 1].
     decay: the share of the run over which mu falls.
@@ -72,7 +77,7 @@ class CHORD(Objective):
 
     def coefficients(self, groups: Groups) -> Tensor:
         mu = annealed(groups.progress, self.mu_start, self.mu_end, self.decay, self.schedule)
-        policy_NK = GRPO().coefficients(groups)[0]
+        policy_NK = mean_over_sample_tokens(GRPO().advantages(groups.rewards_NK), groups)
         return torch.stack([(1 - mu) * policy_NK, mu * imitation_coefficients(groups)])
 
 
@@ -94,7 +99,7 @@ class UFT(Objective):
     The defaults are the authors': 0.001, and from 0.95 to 0.05 over 300 of 500 steps. Their code
     averages over the hint's tokens, where the paper has a sum.
 
-    Source: arXiv 2505.16984, sections 3.1 (hints) and 3.2 (objective); Eq. B.1 for the cosine.
+    Source: arXiv 2505.16984, section 3; Eq. B.1 for the cosine.
 
     hint_coef: weight of the log-likelihood.
     hint_start, hint_end: p, in [0, 1], the expected share of y in the hint.

@@ -14,8 +14,8 @@ sample's own reward, which shrinks the gradient by 1/n for n samples.
 Off policy, each token has its own clipped ratio. TRL 1.16 clips the ratio of the whole sequence in
 RLOO, and takes the KL penalty from the reward; here it is a term of the loss.
 
-Sources: arXiv 2402.14740, section 2.2 (both); RLOO is from Kool et al., "Buy 4 REINFORCE samples,
-get a baseline for free!", 2019.
+Source: arXiv 2402.14740, Eq. 6-8 (REINFORCE), and RLOO's estimator below them, which is from Kool
+et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019.
 """
 
 from __future__ import annotations

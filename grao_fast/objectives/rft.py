@@ -8,7 +8,7 @@ with best=1, two samples of the highest reward have k = 1/2 each.
 
 `RFT()` is RAFT (arXiv 2304.06767, Algorithm 1), the best of the group, even of one whose rewards
 are all equal. `RFT(best=None, threshold=1.0)` with a reward of 0 or 1 is rejection-sampling
-fine-tuning on all correct samples (arXiv 2308.01825, section 3.3), which also removes duplicates;
+fine-tuning on all correct samples (arXiv 2308.01825), which also removes duplicates;
 they stay here.
 """
 

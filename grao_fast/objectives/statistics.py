@@ -73,6 +73,13 @@ def mean_over_all_tokens(weights_NK: Tensor, counted_NK: Tensor, groups: Groups)
     return torch.where(has_tokens_NK, weights_NK.double() / tokens.clamp(min=1), 0.0)
 
 
+def mean_over_sample_tokens(weights_NK: Tensor, groups: Groups) -> Tensor:
+    """(N, K) weights over the number of tokens of the step's scored samples; 0 for references."""
+    counted_NK = groups.present_NK.clone()
+    counted_NK[:, -1] = False
+    return mean_over_all_tokens(weights_NK.where(counted_NK, 0.0), counted_NK, groups)
+
+
 def imitation_coefficients(groups: Groups) -> Tensor:
     """(N, K) coefficients of the mean log-prob of the tokens of all references of the step."""
     is_reference_NK = (reference_lengths(groups) > 0).double()

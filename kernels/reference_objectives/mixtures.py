@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .policy_gradient import Clip, dr_grpo_losses, grpo_loss
+from .policy_gradient import Clip, dr_grpo_losses, grpo_loss, grpo_token_loss
 from .rows import by_sequence
 from .supervised import sft_loss
 
@@ -34,11 +34,13 @@ def chord_loss(
     old_logprob_T: Tensor | None = None,
     clip: Clip = None,
 ) -> Tensor:
-    """(1 - mu) L_GRPO + mu L_SFT (2508.11408, section 3.2).
+    """(1 - mu) L_GRPO + mu L_SFT, both means over all tokens (2508.11408, Eq. 1-3).
 
-    With `phi`, a token's log pi in L_SFT has the constant factor p (1 - p) (section 3.3).
+    With `phi`, a token's log pi in L_SFT has the constant factor p (1 - p) (Eq. 5 and 6).
     """
-    grpo = grpo_loss(logprob_T, sequence_T, rewards_NK, old_logprob_T=old_logprob_T, clip=clip)
+    grpo = grpo_token_loss(
+        logprob_T, sequence_T, rewards_NK, old_logprob_T=old_logprob_T, clip=clip
+    )
     if phi:
         p_T = torch.exp(logprob_T.detach())
         logprob_T = p_T * (1 - p_T) * logprob_T
@@ -62,7 +64,7 @@ def uft_loss(
     old_logprob_T: Tensor | None = None,
     clip: Clip = None,
 ) -> Tensor:
-    """L_GRPO - hint_coef E[sum over the hint's tokens of log pi(y_t)] (2505.16984, section 3.2).
+    """L_GRPO - hint_coef E[sum over the hint's tokens of log pi(y_t)] (2505.16984, section 3).
 
     The expectation is over hints of any hint_share |y| of the tokens of y; averaged over prompts.
     """

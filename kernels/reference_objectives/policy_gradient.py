@@ -55,7 +55,7 @@ def reinforce_loss(
     old_logprob_T: Tensor | None = None,
     clip: Clip = None,
 ) -> Tensor:
-    """-(1/n) sum_i (r_i - b) log pi(o_i) over the n samples of the step (2402.14740, 2.2).
+    """-(1/n) sum_i (r_i - b) log pi(o_i) over the n samples of the step (2402.14740, Eq. 7).
 
     b is the mean of their rewards.
     """
@@ -118,19 +118,51 @@ def grpo_loss(
     A_i = (r_i - mean) / std (section 4.1.2); 0 if all rewards are equal. `sigma` says whether the
     variance divides by G ("population") or by G - 1 ("sample").
     """
-
-    def advantages(rewards: list[float]) -> list[float]:
-        if len(set(rewards)) <= 1:
-            return [0.0] * len(rewards)
-        mean = math.fsum(rewards) / len(rewards)
-        squares = math.fsum((r - mean) ** 2 for r in rewards)
-        std = math.sqrt(squares / (len(rewards) - (sigma == "sample")))
-        return [(r - mean) / std for r in rewards]
-
     values = _of_samples(
-        logprob_T, sequence_T, rewards_NK, old_logprob_T, clip, advantages, lambda tokens: tokens
+        logprob_T,
+        sequence_T,
+        rewards_NK,
+        old_logprob_T,
+        clip,
+        advantages=lambda rewards: _standardised(rewards, sigma),
+        length=lambda tokens: tokens,
     )
     return _mean_of_prompts(logprob_T, values)
+
+
+def grpo_token_loss(
+    logprob_T: Tensor,
+    sequence_T: Tensor,
+    rewards_NK: Tensor,
+    *,
+    old_logprob_T: Tensor | None = None,
+    clip: Clip = None,
+) -> Tensor:
+    """-(1 / sum_i |o_i|) sum_i sum_t of the surrogate, i over all samples (2508.11408, Eq. 2)."""
+    N, K = rewards_NK.shape
+    values = _of_samples(
+        logprob_T,
+        sequence_T,
+        rewards_NK,
+        old_logprob_T,
+        clip,
+        advantages=lambda rewards: _standardised(rewards, "population"),
+        length=lambda tokens: 1.0,
+    )
+    total, tokens = logprob_T[:0].sum(), 0
+    for n, of_group in enumerate(by_sequence(logprob_T, sequence_T, N, K)):
+        total = sum(values[n], start=total)
+        tokens += sum(of_group[k].numel() for k in range(K - 1) if not rewards_NK[n, k].isnan())
+    return -total / max(tokens, 1)
+
+
+def _standardised(rewards: list[float], sigma: str) -> list[float]:
+    if len(set(rewards)) <= 1:
+        return [0.0] * len(rewards)
+    mean = math.fsum(rewards) / len(rewards)
+    squares = math.fsum((r - mean) ** 2 for r in rewards)
+    std = math.sqrt(squares / (len(rewards) - (sigma == "sample")))
+    return [(r - mean) / std for r in rewards]
 
 
 def dr_grpo_losses(

@@ -33,7 +33,7 @@ def rft_loss(
     best: int | None,
     threshold: float | None,
 ) -> Tensor:
-    """SFT's loss on the samples that are kept (2304.06767, Algorithm 1; 2308.01825, 3.3).
+    """SFT's loss on the samples that are kept (2304.06767, Algorithm 1; 2308.01825).
 
     Kept of each prompt are the `best` of its samples of at least `threshold`. If m samples tie for
     the last p places, each counts p / m times, in the loss and in the number of tokens.
