@@ -26,6 +26,7 @@ from dataclasses import fields
 
 from grao_fast.objectives.awr import AWR
 from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass, token_terms
+from grao_fast.objectives.export import WeightedTokens, export
 from grao_fast.objectives.grao import GRAO
 from grao_fast.objectives.grpo import GRPO, DrGRPO
 from grao_fast.objectives.mixtures import CHORD, HPT, UFT
@@ -51,6 +52,8 @@ __all__ = [
     "Objective",
     "Rows",
     "SecondPass",
+    "WeightedTokens",
+    "export",
     "make_objective",
     "split_objective",
     "token_terms",
