@@ -339,6 +339,16 @@ def test_options_are_checked(make: Callable[[], Objective], message: str) -> Non
         make()
 
 
+@pytest.mark.parametrize("name", ["gspo", "dpo", "srft"])
+def test_second_pass_of_no_rows(name: str) -> None:
+    """A micro-batch that only keeps processes in step has terms, and no row that counts."""
+    objective = CASES[name].objective
+    rubbish_T = torch.full((3,), NAN)
+    rows = Rows(torch.full((3,), -1), K, rubbish_T, rubbish_T, rubbish_T, rubbish_T)
+    terms_CT, values_C = objective.second_pass(torch.ones(len(objective.terms), 3), rows)
+    assert terms_CT.eq(0).all() and values_C.eq(0).all()
+
+
 def test_dpo_asks_for_the_initial_policy() -> None:
     nothing = torch.zeros(3)
     rows = Rows(torch.tensor([0, 0, 1]), 2, nothing, nothing, None, None)
