@@ -17,6 +17,7 @@ from grao_fast.data.packing import split_by_tokens
 from grao_fast.objectives import OBJECTIVES
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
+from grao_fast.system.errors import UserError
 from grao_fast.training.rollout import Rollout, to_groups
 from grao_fast.training.step import micro_batch_loss
 
@@ -114,3 +115,8 @@ def test_schedules_follow_the_run(tiny_model: Path, tmp_path: Path, unchecked: N
 def test_every_objective_is_a_choice_of_the_configuration() -> None:
     for name in NAMES:
         assert type(GRAOConfig(objective=name).objective_options.formula) is OBJECTIVES[name]
+
+
+def test_clipping_has_no_effect_on_references() -> None:
+    with pytest.raises(UserError, match="objective='sft', which clips no ratio of tokens"):
+        GRAOConfig(objective="sft", epsilon=0.1, num_iterations=2)

@@ -24,6 +24,7 @@ class SFT(Objective):
     terms: ClassVar[tuple[str, ...]] = ("imitation",)
     needs_samples: ClassVar[bool] = False
     needs_references: ClassVar[bool] = True
+    clip: ClassVar[tuple[float, float] | None] = None
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         return with_imitation(rewards_NK.double() * 0)
