@@ -92,12 +92,10 @@ class Critic(nn.Module):
 class Part:
     """A mini-batch of a rollout: what stays the same over its epochs.
 
-    scores_S: the reward of each completion.
     values_T, advantages_T, returns_T: by the critic before the step.
     """
 
     batch: MicroBatch
-    scores_S: Tensor
     values_T: Tensor
     advantages_T: Tensor
     returns_T: Tensor
@@ -136,26 +134,28 @@ class Learner:
 
     def parts(self, samples: Samples) -> list[Part]:
         """The mini-batches of a rollout; their advantages are whitened together."""
-        groups = _groups(samples)
-        count = self.options.mini_batches
-        parts = [self._part(groups[place::count]) for place in range(count)]
+        scored = _scored(samples)
+        if not scored:
+            return []
+        count = min(self.options.mini_batches, len(scored))
+        parts = [self._part(scored[place::count]) for place in range(count)]
         advantages_T = torch.cat([part.advantages_T for part in parts])
         sequence_T = torch.cat([part.batch.sequence_T for part in parts])
         sizes = [part.advantages_T.numel() for part in parts]
         split = whitened(advantages_T, sequence_T).split(sizes)
         return [replace(p, advantages_T=own) for p, own in zip(parts, split, strict=True)]
 
-    def _part(self, groups: Sequence[Group]) -> Part:
-        batch = self.actor.lay_out(list(groups))
+    def _part(self, scored: Sequence[tuple[Group, Tensor]]) -> Part:
+        batch = self.actor.lay_out([group for group, _ in scored])
+        scores_S = torch.cat([rewards_G for _, rewards_G in scored])
         values_T, penalty_T = self.critic(batch).detach(), None
         if self.initial is not None:
             log_ratio_T = batch.sampler_logprob_T - self._logprobs(self.initial, batch)
             penalty_T = self.options.kl_coef * log_ratio_T
-        scores_S = batch.rewards_NK.flatten().float()
         rewards_T = token_rewards(scores_S, batch.sequence_T, penalty_T)
         gamma, lam = self.options.gamma, self.options.lam
         advantages = gae(rewards_T, values_T, batch.sequence_T, gamma=gamma, lam=lam)
-        return Part(batch, scores_S, values_T, *advantages)
+        return Part(batch, values_T, *advantages)
 
     def _logprobs(self, policy: Policy, batch: MicroBatch) -> Tensor:
         def logprobs(head: HeadInputs) -> Tensor:
@@ -199,21 +199,20 @@ class Learner:
         )
 
 
-def _groups(samples: Samples) -> list[Group]:
-    """Prompts with their samples; a completion without a reward is left out."""
-    groups = []
+def _scored(samples: Samples) -> list[tuple[Group, Tensor]]:
+    """Prompts with their samples and (G,) rewards; a completion without a reward is not live."""
+    scored = []
     for n, completions in enumerate(samples.completions):
-        rewards_G = samples.rewards_NK[n, :-1]
+        rewards_G = samples.rewards_NK[n, :-1].float()
         group = Group(
             prompt_ids=samples.prompt_ids[n],
             sequence_ids=[completion.token_ids for completion in completions],
-            rewards_K=rewards_G,
-            live_K=~rewards_G.isnan(),
+            terms_CK=(~rewards_G.isnan()).double()[None],
             sampler_logprobs=[completion.logprobs for completion in completions],
         )
         if group.live_sequences:
-            groups.append(group)
-    return groups
+            scored.append((group, rewards_G))
+    return scored
 
 
 def _update(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
