@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
 
 import pytest
 import torch
@@ -68,6 +69,33 @@ def test_backends_agree(window: int | None, softcap: float | None, flex_with_gra
     for parts, *others in zip(*results, strict=True):
         for other in others:
             assert float((other - parts).abs().max()) <= 1e-5 * float(parts.abs().max())
+
+
+@pytest.mark.parametrize("pairs", [1, 2**16])
+def test_groups_of_one_shape_are_attended_together(pairs: int, monkeypatch):
+    """Bits are those of each group alone, whatever its suffixes' lengths and its neighbours."""
+    monkeypatch.setattr(sdpa, "_PAIRS", pairs)
+    sdpa._plan.cache_clear()
+    shapes = [(4, (3, 5, 2)), (2, (3, 5)), (4, (5, 1, 1)), (4, (5, 5, 5)), (4, (3, 4, 2))]
+    starts = [0, *accumulate(P + sum(lengths) for P, lengths in shapes)]
+    segments = tuple(
+        Segment(start, *shape) for start, shape in zip(starts[:-1], shapes, strict=True)
+    )
+    assert len(sdpa._plan(segments, CPU).parts) == (5 if pairs == 1 else 3)
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 2, starts[-1], 8, generator=generator) for _ in range(3)]
+    toward = torch.randn(1, 2, starts[-1], 8, generator=generator)
+    options = {"window": None, "scaling": 0.3, "dropout": 0.0, "softcap": None}
+
+    def run(first: int, stop: int, segments: tuple[Segment, ...]) -> list[torch.Tensor]:
+        leaves = [x[:, :, first:stop].clone().requires_grad_() for x in qkv]
+        out = sdpa.attend(*leaves, segments, **options)
+        return [out, *torch.autograd.grad(out, leaves, toward[:, :, first:stop])]
+
+    alone = [run(s.start, s.stop, (dataclasses.replace(s, start=0),)) for s in segments]
+    for together, parts in zip(run(0, starts[-1], segments), zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(parts, 2))
+    sdpa._plan.cache_clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,19 +1,26 @@
 """Attention over packed groups in parts: prefixes, and suffixes in padded batches, by SDPA.
 
-For CPUs, and for CUDA if FlexAttention does not support the model. Shapes: H query heads, J
-key/value heads (H a multiple of J), L packed tokens, d head width, S suffixes of a group, R tokens
-of the longest of them, P tokens of the prefix.
+For CPUs, and for CUDA if FlexAttention does not support the model. Small groups of one shape are
+attended together, since a call costs more than their arithmetic. Shapes: H query heads, J key/value
+heads (H a multiple of J), L packed tokens, d head width, B segments, each with P tokens of a prefix
+and S suffixes behind it, R tokens of the longest suffix.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grao_fast.data.packing import Segment
+from grao_fast.kernels.devices import to_device
+
+# The most pairs of tokens that segments attended together have; a larger one is attended alone.
+_PAIRS = 2**16
 
 
 def attend(
@@ -29,40 +36,93 @@ def attend(
 ) -> Tensor:
     """Attention output (1, H, L, d); every suffix attends to its group's prefix and itself."""
     options = {"window": window, "scaling": scaling, "dropout": dropout, "softcap": softcap}
+    plan = _plan(segments, query.device)
     outputs = []
-    for segment in segments:
-        q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
-        P = segment.prefix_length
-        prefix = (x[:, :, :P] for x in (q, k, v))
-        outputs.append(causal_attention(*prefix, **options)[0])
-        outputs += _suffixes(q, k, v, segment, options)
-    return torch.cat(outputs, dim=1)[None]
+    for part in plan.parts:
+        prefix = [_gather(x, part.prefix_BP) for x in (query, key, value)]
+        outputs.append(_flat(causal_attention(*prefix, **options)))
+        suffixes = _suffixes([_gather(x, part.suffix_NR) for x in (query, key, value)], prefix)
+        out = _flat(causal_attention(*suffixes, **options))
+        outputs.append(out if part.live is None else out.index_select(1, part.live))
+    return torch.cat(outputs, dim=1).index_select(1, plan.order_L)[None]
 
 
-def _suffixes(
-    q: Tensor, k: Tensor, v: Tensor, segment: Segment, options: dict[str, Any]
-) -> list[Tensor]:
-    """Attend for all suffixes of a segment in one right-padded batch: S tensors (H, length, d).
+def _suffixes(suffix: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
+    """Queries, keys and values of suffixes: each has the keys and values of its prefix before it.
 
     The causal mask suffices, since padding comes after the tokens of a suffix.
     """
-    P, lengths = segment.prefix_length, segment.suffix_lengths
-    R = max(lengths)
+    S = suffix[0].shape[0] // prefix[0].shape[0]
+    behind = [
+        torch.cat([before[:, None].expand(-1, S, -1, -1, -1).flatten(0, 1), own], dim=2)
+        for before, own in zip(prefix[1:], suffix[1:], strict=True)
+    ]
+    return [suffix[0], *behind]
 
-    def padded(x: Tensor, *, with_prefix: bool) -> Tensor:
-        parts = x[0, :, P:].split(lengths, dim=1)
-        suffixes = torch.stack([F.pad(part, (0, 0, 0, R - part.shape[1])) for part in parts])
-        if not with_prefix:
-            return suffixes
-        return torch.cat([x[:, :, :P].expand(len(lengths), -1, -1, -1), suffixes], dim=2)
 
-    out = causal_attention(
-        padded(q, with_prefix=False),
-        padded(k, with_prefix=True),
-        padded(v, with_prefix=True),
-        **options,
-    )
-    return [out[s, :, :length] for s, length in enumerate(lengths)]
+def _gather(x: Tensor, place_NR: Tensor) -> Tensor:
+    """(N, heads, R, d) of x (1, heads, L, d)."""
+    return x[0].index_select(1, place_NR.flatten()).unflatten(1, place_NR.shape).transpose(0, 1)
+
+
+def _flat(out: Tensor) -> Tensor:
+    """(H, N * R, d) of out (N, H, R, d)."""
+    return out.transpose(0, 1).flatten(1, 2)
+
+
+class _Part(NamedTuple):
+    """Places in the packed row of segments that are attended together, with N = B * S suffixes.
+
+    prefix_BP, suffix_NR: a suffix is padded by its last token.
+    live: places of the suffixes' own tokens in suffix_NR; None: there is no padding.
+    """
+
+    prefix_BP: Tensor
+    suffix_NR: Tensor
+    live: Tensor | None
+
+
+class _Plan(NamedTuple):
+    """order_L: where the output of each packed token is; a part's prefixes come before suffixes."""
+
+    parts: list[_Part]
+    order_L: Tensor
+
+
+@lru_cache(maxsize=16)  # the few micro-batches in flight, for the layers and passes of a model
+def _plan(segments: tuple[Segment, ...], device: torch.device) -> _Plan:
+    parts, places = [], []
+    for own in _alike(segments):
+        start_B = torch.tensor([segment.start for segment in own])
+        length_BS = torch.tensor([segment.suffix_lengths for segment in own])
+        P, R = own[0].prefix_length, int(length_BS.max())
+        prefix_BP = start_B[:, None] + torch.arange(P)
+        start_BS = start_B[:, None] + P + length_BS.cumsum(1) - length_BS
+        length_N1, place_R = length_BS.flatten()[:, None], torch.arange(R)
+        suffix_NR = start_BS.flatten()[:, None] + place_R.minimum(length_N1 - 1)
+        live_NR = place_R < length_N1
+        live = None if bool(live_NR.all()) else live_NR.flatten().nonzero().flatten()
+        places += [prefix_BP.flatten(), suffix_NR[live_NR]]
+        parts.append(
+            _Part(
+                to_device(prefix_BP, device),
+                to_device(suffix_NR, device),
+                None if live is None else to_device(live, device),
+            )
+        )
+    return _Plan(parts, to_device(torch.cat(places).argsort(), device))
+
+
+def _alike(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
+    """Segments of one P, S and R, so many that their pairs of tokens are at most _PAIRS."""
+    kinds: dict[tuple[int, int, int], list[Segment]] = {}
+    for segment in segments:
+        lengths = segment.suffix_lengths
+        kinds.setdefault((segment.prefix_length, len(lengths), max(lengths)), []).append(segment)
+    for (P, S, R), own in kinds.items():
+        count = max(1, _PAIRS // (S * R * (P + R)))
+        for first in range(0, len(own), count):
+            yield own[first : first + count]
 
 
 def _causal_mask(Q: int, K: int, window: int | None, device: torch.device) -> Tensor:
