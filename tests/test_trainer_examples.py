@@ -1,0 +1,155 @@
+"""The examples for other trainers, executed on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny_model, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from grao_fast.kernels import reference
+
+FOLDER = Path(__file__).parents[1] / "examples" / "trainers"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs a checkout")
+
+SAMPLES = [
+    {
+        "prompt": f"{a}+{b}=",
+        "completions": [str(a + b), "no", str(a + b + 1)],
+        "rewards": [1.0, -1.0, 0.0],
+        "reference": f"{a + b}!",
+        "reference_reward": 0.5 if a % 2 else 1.0,
+    }
+    for a, b in [(1, 2), (2, 3), (3, 9), (4, 4)]
+]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    """Imports an example by name, and forgets it afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    imported: list[str] = []
+
+    def load(name: str) -> ModuleType:
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in [*imported, "plain"]:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def stored(tmp_path: Path, example, capsys: pytest.CaptureFixture) -> tuple[Path, Path]:
+    """A tiny model, and the weighted tokens of stored samples."""
+    model = save_tiny_model(tmp_path / "model")
+    samples = write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
+    example("store").main(str(model), str(samples), str(tmp_path / "step.safetensors"))
+    assert "16 sequences with a weight" in capsys.readouterr().out
+    return model, tmp_path / "step.safetensors"
+
+
+def losses(text: str) -> list[float]:
+    return [float(each) for each in re.findall(r"loss (-?[\d.]+)", text)]
+
+
+def test_stored_samples_in_plain_pytorch_and_fabric(
+    stored: tuple[Path, Path], tmp_path: Path, example, capsys: pytest.CaptureFixture
+) -> None:
+    model, step = stored
+    example("plain").main(str(model), str(step), str(tmp_path / "plain"))
+    of_plain = losses(capsys.readouterr().out)
+    assert len(of_plain) == 4 and of_plain == sorted(of_plain, reverse=True)
+    assert of_plain[0] == pytest.approx(specified(model), abs=2e-6)
+    trained = load_file(tmp_path / "plain" / "model.safetensors")
+    assert any(
+        not torch.equal(each, load_file(model / "model.safetensors")[name])
+        for name, each in trained.items()
+    )
+    pytest.importorskip("lightning_fabric")
+    example("fabric").main(str(model), str(step), str(tmp_path / "fabric"))
+    assert losses(capsys.readouterr().out) == of_plain
+    again = load_file(tmp_path / "fabric" / "model.safetensors")
+    assert all(torch.equal(each, again[name]) for name, each in trained.items())
+
+
+def specified(path: Path) -> float:
+    """GRAO's loss of the stored samples, by the specification in float64."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    hidden, target, sequence = [], [], []
+    for n, row in enumerate(SAMPLES):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        for k, text in enumerate([*row["completions"], row["reference"]]):
+            ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            states = model.base_model(torch.tensor([prompt + ids])).last_hidden_state[0]
+            hidden.append(states[len(prompt) - 1 : -1])
+            target += ids
+            sequence += [n * 4 + k] * len(ids)
+    rewards = [[*row["rewards"], row["reference_reward"]] for row in SAMPLES]
+    return reference.grao_loss(
+        torch.cat(hidden),
+        model.lm_head.weight,
+        torch.tensor(target),
+        torch.tensor(sequence),
+        torch.tensor(rewards, dtype=torch.float64),
+        reference_advantage="clip",
+    ).loss.item()
+
+
+def test_sft_by_transformers_trainer(tmp_path: Path, example) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    rows = [{"prompt": f"{a}+1=", "reference": str(a + 1)} for a in range(16)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    module = example("huggingface")
+    module.main(str(model), str(path), str(tmp_path / "run"))
+    state = json.loads(next((tmp_path / "run").glob("*/trainer_state.json")).read_text())
+    assert state["global_step"] == 20
+    # the loss of a batch, beside the model's own
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    trainer = module.OnePassTrainer(
+        policy, module.TrainingArguments(str(tmp_path / "other"), report_to="none")
+    )
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 5, 1, 0]]),
+        "labels": torch.tensor([[-100, 6, 7, 8], [-100, -100, 1, -100]]),
+    }
+    expected = policy(**batch).loss
+    torch.testing.assert_close(trainer.compute_loss(policy, dict(batch)), expected)
+
+
+@pytest.mark.slow
+def test_stored_samples_in_a_sharded_loop(
+    stored: tuple[Path, Path], tmp_path: Path, example, capsys: pytest.CaptureFixture
+) -> None:
+    model, step = stored
+    example("plain").main(str(model), str(step), str(tmp_path / "plain"))
+    of_plain = losses(capsys.readouterr().out)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launch, str(FOLDER / "sharded.py"), str(model), str(step), str(tmp_path / "sharded")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert losses(run.stdout) == pytest.approx(of_plain, abs=2e-6)
+    trained = load_file(tmp_path / "plain" / "model.safetensors")
+    sharded = load_file(tmp_path / "sharded" / "model.safetensors")
+    for name, each in trained.items():
+        torch.testing.assert_close(sharded[name], each, rtol=0, atol=1e-5)
+
+
+def test_examples_are_short() -> None:
+    for path in FOLDER.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 50, path.name
