@@ -30,6 +30,7 @@ OFF_POLICY = {
     "sampler_cap": 2.0,
     "ref_logprob_T": torch.zeros(24),
     "kl_coef": 0.1,
+    "reference_advantage": "tapered",
     "entropy": True,
     "top1": True,
 }
