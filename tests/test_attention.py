@@ -223,7 +223,10 @@ def test_the_backend_is_chosen_by_device_and_model():
         ({"backend": "varlen", "device": "cpu"}, r'needs CUDA.*device .cpu.; use "sdpa"'),
         ({"backend": "varlen", "dropout": 0.1}, r"attention_dropout=0.1.*not given any"),
         ({"backend": "varlen", "dtype": torch.float32}, r"in 16 bits, and this run in float32"),
-        ({"backend": "flash_attention_2"}, r'"varlen" runs flash-attn.*share_prefix=False'),
+        (
+            {"backend": "flash_attention_2"},
+            r'share_prefix is True; use "varlen".*share_prefix=False',
+        ),
         ({"backend": "flex", "share_prefix": False}, r'"flex" serves.*share_prefix is False'),
         ({"backend": "varlen", "share_prefix": False}, r'"varlen" serves.*share_prefix is False'),
         ({"backend": "flash_attention_2", "share_prefix": False}, r"grao-fast\[flash\]"),

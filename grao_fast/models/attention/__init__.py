@@ -123,8 +123,9 @@ def choose_attention(
         return _unshared(causal_lm, device, backend)
     if backend == "flash_attention_2":
         raise UserError(
-            'attention_backend="flash_attention_2" is of rows that repeat their prompts; with a '
-            'shared prefix "varlen" runs flash-attn; use that, or set share_prefix=False'
+            'attention_backend="flash_attention_2" serves rows that repeat their prompts, and '
+            'share_prefix is True; use "varlen", which gives shared prompts to flash-attn, or set '
+            "share_prefix=False"
         )
     if backend == "varlen":
         if why_not := _why_not_varlen(causal_lm, device, dtype):

@@ -85,21 +85,20 @@ def plan_of(segments: tuple[Segment, ...], window: int | None, device: torch.dev
     """The plan of a micro-batch, shared by its layers of one window and by all passes."""
     lengths_q: list[int] = []
     lengths_k: list[int] = []
-    places: list[int] = []
+    places: list[Tensor] = []
     for segment in segments:
         P, first = segment.prefix_length, segment.start + segment.prefix_length
-        prefix = range(segment.start, first)
+        prefix = torch.arange(segment.start, first)
         seen = P if window is None else min(P, window - 1)
         lengths_q.append(P)
         lengths_k.append(P)
-        places += prefix
+        places.append(prefix)
         for length in filter(None, segment.suffix_lengths):
             lengths_q.append(length)
             lengths_k.append(seen + length)
-            places += prefix[P - seen :]
-            places += range(first, first + length)
+            places += [prefix[P - seen :], torch.arange(first, first + length)]
             first += length
-    place_K = torch.tensor(places)
+    place_K = torch.cat(places)
     copies, turn_L = _copies(place_K)
     return Plan(
         sequences=Sequences.of(lengths_q, lengths_k, device),
