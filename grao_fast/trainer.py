@@ -62,7 +62,7 @@ logger = get_logger(__name__)
 def train(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | IterableDataset | Sequence[Mapping[str, Any]],
-    reward: RewardSpec,
+    reward: RewardSpec | None = None,
     *,
     config: GRAOConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -74,14 +74,15 @@ def train(
     output_dir: str | Path = "grao-output",
     resume_from_checkpoint: str | Path | bool | None = None,
 ) -> TrainResult:
-    """Align a causal language model by GRAO (arXiv 2508.07750).
+    """Align a causal language model by GRAO (arXiv 2508.07750), or another objective.
 
     Args:
         model: a folder or hub id of a model, or of an adapter, which is continued on the base that
             it names; or a Transformers causal language model, or a PeftModel.
         dataset: prompts with reference answers, streaming or not; see `grao_fast.data.examples`.
         reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
-            "file.py:function", or a list of these. See `GRAOConfig.reward_type`.
+            "file.py:function", or a list of these. See `GRAOConfig.reward_type`. None if the
+            objective needs no samples, and nothing is evaluated.
         config: options; the paper's by default.
         tokenizer: of the model; None loads the one beside it.
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
@@ -231,11 +232,12 @@ class _Run:
         started = time.perf_counter()
         first_step = self.progress.begin(checkpoint, total_steps=self.total_steps)
         self.loaded.sampler.sync(self.loaded.policy)
+        objective = self.config.objective_options
         self.max_tokens = self.config.max_tokens_per_microbatch or token_budget(
             self.loaded.policy,
             self.optimizer,
-            GroupShape.largest(self.prompts, self.config.sampling),
-            self.config.objective_options,
+            GroupShape.largest(self.prompts, self.config.sampling, objective.formula),
+            objective,
             most=self.draws.stream.batch_size,
             memory_budget_mib=self.config.memory_budget_mib,
             workspace_mib=self.config.workspace_mib,

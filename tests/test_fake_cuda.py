@@ -28,6 +28,7 @@ from grao_fast.models import policy as policy_module
 from grao_fast.models.attention import flex, varlen
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy
+from grao_fast.objectives.grao import GRAO
 from grao_fast.sampling import Completion, loading
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
@@ -201,7 +202,7 @@ def test_the_probe_of_the_memory(tiny_model: Path) -> None:
         found = token_budget(
             loaded.policy,
             adamw(loaded.model, config.optimisation),
-            GroupShape.largest(prompts(), config.sampling),
+            GroupShape.largest(prompts(), config.sampling, GRAO()),
             config.objective_options,
             most=2,
             workspace_mib=config.workspace_mib,

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from grao_fast.config import GRAOConfig
 from grao_fast.data.examples import load_examples
 from grao_fast.models.policy import Policy
+from grao_fast.objectives.grao import GRAO
 from grao_fast.sampling.loading import load_policy
 from grao_fast.training import memory
 from grao_fast.training.held_bytes import HeldBytes
@@ -69,7 +70,7 @@ def load(tiny_model, config: GRAOConfig) -> tuple[Policy, memory.GroupShape]:
     """A policy, and the largest group of its prompts."""
     loaded = load_policy(tiny_model, config=config)
     prompts = loaded.encode(load_examples(ROWS), config.sampling)
-    return loaded.policy, memory.GroupShape.largest(prompts, config.sampling)
+    return loaded.policy, memory.GroupShape.largest(prompts, config.sampling, GRAO())
 
 
 def budget(policy: Policy, shape: memory.GroupShape, config: GRAOConfig) -> int:

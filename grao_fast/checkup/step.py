@@ -110,7 +110,8 @@ def measure(
     """
     policy = loaded.policy
     optimizer = _Unapplied([p for p in policy.model.parameters() if p.requires_grad])
-    shape = GroupShape.largest(rows, config.sampling)
+    objective = config.objective_options
+    shape = GroupShape.largest(rows, config.sampling, objective.formula)
     of_group = shape.group().size.tokens(share_prefix=policy.share_prefix)
     given = config.max_tokens_per_microbatch
     most = batch_size if given is None else max(1, min(batch_size, given // of_group))
@@ -119,7 +120,7 @@ def measure(
             policy,
             optimizer,
             shape,
-            config.objective_options,
+            objective,
             most=most,
             memory_budget_mib=config.memory_budget_mib,
             workspace_mib=config.workspace_mib,

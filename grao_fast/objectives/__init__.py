@@ -26,26 +26,40 @@ from dataclasses import fields
 
 from grao_fast.objectives.awr import AWR
 from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass, token_terms
+from grao_fast.objectives.cispo import CISPO
+from grao_fast.objectives.dapo import DAPO
+from grao_fast.objectives.dft import DFT
+from grao_fast.objectives.dpo import DPO
 from grao_fast.objectives.export import WeightedTokens, export
 from grao_fast.objectives.grao import GRAO
 from grao_fast.objectives.grpo import GRPO, DrGRPO
+from grao_fast.objectives.gspo import GSPO
+from grao_fast.objectives.luffy import LUFFY
 from grao_fast.objectives.mixtures import CHORD, HPT, UFT
 from grao_fast.objectives.policy_gradient import REINFORCE, RLOO
 from grao_fast.objectives.rft import RFT
 from grao_fast.objectives.sft import SFT
+from grao_fast.objectives.srft import SRFT
 from grao_fast.system.errors import UserError, nearest
 
 __all__ = [
     "AWR",
     "CHORD",
+    "CISPO",
+    "DAPO",
+    "DFT",
+    "DPO",
     "GRAO",
     "GRPO",
+    "GSPO",
     "HPT",
+    "LUFFY",
     "OBJECTIVES",
     "REINFORCE",
     "RFT",
     "RLOO",
     "SFT",
+    "SRFT",
     "UFT",
     "DrGRPO",
     "Groups",
@@ -68,9 +82,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "rloo": RLOO,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
+    "dapo": DAPO,
+    "cispo": CISPO,
+    "gspo": GSPO,
+    "luffy": LUFFY,
     "chord": CHORD,
     "uft": UFT,
     "hpt": HPT,
+    "srft": SRFT,
+    "dft": DFT,
+    "dpo": DPO,
 }
 
 

@@ -7,7 +7,8 @@ A multiply-add is two operations, and only matrix products are counted:
                              scores are recomputed
     recomputed layers        forward once more (gradient_checkpointing); PyTorch stops short of
                              each layer's last product, which is counted all the same
-    the head                 2 D V a row that predicts a token: logits, the row's gradient, its own
+    the head                 2 D V a row that predicts a token: logits, the row's gradient, its own;
+                             2 D V more where an objective takes two passes
 
 A pair is a query and a key that it attends to: causal, in the layer's window, in its own sequence.
 Frozen weights and heads have no gradient of their own. In a mixture of experts, only the experts
@@ -167,6 +168,7 @@ def update_flops(
     share_prefix: bool,
     updates: int,
     scored: bool,
+    two_passes: bool = False,
 ) -> dict[str, float]:
     """`flops/done`, `flops/saved_dead` and `flops/saved_prefix` of the updates of one step.
 
@@ -175,6 +177,7 @@ def update_flops(
         batches: its micro-batches.
         updates: forward and backward passes over all of them.
         scored: whether the policy that training began with has scored them once.
+        two_passes: whether an update computes the logits once more, before its loss.
 
     saved_dead is the cost that dead groups and sequences would have had in this layout, and
     saved_prefix the additional cost of the live ones with a prompt before each. Neither counts
@@ -182,7 +185,9 @@ def update_flops(
     """
 
     def of(work: Work) -> float:
-        return updates * cost.updates(work) + (cost.scores(work) if scored else 0.0)
+        first_pass = cost.row_forward * work.rows if two_passes else 0.0
+        update = cost.updates(work) + first_pass
+        return updates * update + (cost.scores(work) if scored else 0.0)
 
     def total(*, live: bool, shared: bool) -> float:
         flops = 0.0

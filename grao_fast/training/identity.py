@@ -18,6 +18,7 @@ from grao_fast.data.streaming import StreamedExamples
 from grao_fast.models.adapters import adapter_configs, is_peft_model, saved_names
 from grao_fast.models.beginning import trainable
 from grao_fast.models.sharding import own_class
+from grao_fast.objectives import split_objective
 from grao_fast.rewards import Reward
 from grao_fast.rewards.named import identity
 from grao_fast.sampling.loaded import LoadedPolicy
@@ -61,8 +62,11 @@ class RunIdentity:
     reward: list[str]
 
     @classmethod
-    def of(cls, examples: Sequence[Example] | StreamedExamples, reward: Reward) -> RunIdentity:
-        return cls(fingerprint(examples), [identity(f) for f in reward.functions])
+    def of(
+        cls, examples: Sequence[Example] | StreamedExamples, reward: Reward | None
+    ) -> RunIdentity:
+        functions = [] if reward is None else reward.functions
+        return cls(fingerprint(examples), [identity(f) for f in functions])
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_same_run(
     path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig
 ) -> None:
-    """Refuse a checkpoint of other data or another reward, and log which options have changed.
+    """Refuse a checkpoint of other data, another reward or objective; log which options changed.
 
     Raises:
         CheckpointError: it is of another format; or it names what differs, and both sides.
@@ -167,12 +171,21 @@ def check_same_run(
         )
     if state["run"]["reward"] != run.reward:
         raise _other(path, "the reward", ", ".join(state["run"]["reward"]), ", ".join(run.reward))
+    objectives = [split_objective(each)[0] for each in (_objective(state), config.objective)]
+    if objectives[0] != objectives[1]:
+        raise _other(path, "the objective", *objectives)
     if config.max_steps > 0:
         check_steps(path, state["step"], config.max_steps)
     now = json.loads(json.dumps(config.to_dict()))
-    changed = [key for key, value in now.items() if state["config"].get(key) != value]
+    before = {"objective": _objective(state)} | state["config"]
+    changed = [key for key, value in now.items() if before.get(key) != value]
     if changed:
         logger.warning("resuming with other options than the checkpoint's: %s", ", ".join(changed))
+
+
+def _objective(state: Mapping[str, Any]) -> str:
+    """The objective that a checkpoint was trained by; the option was not always there."""
+    return state["config"].get("objective", "grao")
 
 
 def check_steps(path: Path, done: int, total: int) -> None:

@@ -23,6 +23,7 @@ from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy
+from grao_fast.objectives import Objective
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.limits import longest
 from grao_fast.system.errors import UserError
@@ -37,12 +38,13 @@ class Inputs:
 
     examples: read as they are drawn.
     eval_examples: held out; None without an eval_dataset.
+    reward: None where nothing is sampled.
     metric: scores held-out completions; None: the reward alone does.
     """
 
     examples: Examples | StreamedExamples
     eval_examples: list[Example] | None
-    reward: Reward
+    reward: Reward | None
     metric: Reward | None
 
     @property
@@ -68,7 +70,7 @@ class Inputs:
 
 def read_inputs(
     dataset: str | Path | Dataset | IterableDataset | Sequence[Mapping[str, Any]],
-    reward: RewardSpec,
+    reward: RewardSpec | None,
     *,
     config: GRAOConfig,
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None,
@@ -80,15 +82,19 @@ def read_inputs(
         UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
     """
     timeout, reward_type = config.reward_timeout, config.reward_type
+    formula = config.objective_options.formula
+    _check_reward(reward, formula, evaluates=eval_dataset is not None)
     inputs = Inputs(
-        examples=open_dataset(dataset, split="train", require_references=True),
+        examples=open_dataset(dataset, split="train", require_references=formula.uses_references),
         eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
-        reward=resolve_reward(reward, weights=config.reward_weights, timeout=timeout),
+        reward=None
+        if reward is None
+        else resolve_reward(reward, weights=config.reward_weights, timeout=timeout),
         metric=None if metric is None else resolve_reward(metric, timeout=longest(timeout)),
     )
     if isinstance(inputs.examples, StreamedExamples):
         _check_stream(config.max_steps, curriculum=config.curriculum)
-    for rows in inputs.sets:
+    for rows in inputs.sets if inputs.reward is not None else []:
         inputs.reward.check(rows, reward_type=reward_type)
     if inputs.metric and inputs.eval_examples:
         inputs.metric.check(inputs.eval_examples, reward_type="pointwise")
@@ -106,6 +112,17 @@ def read_inputs(
     for each in filter(None, (inputs.reward, inputs.metric)):
         each.check_ready()
     return inputs
+
+
+def _check_reward(reward: RewardSpec | None, formula: Objective, *, evaluates: bool) -> None:
+    """Raise UserError if there is no reward, and something is to be scored."""
+    if reward is None and formula.needs_samples:
+        raise UserError(
+            "the samples of this objective are scored: pass a reward, or choose an objective that "
+            'learns from references alone, such as objective="sft"'
+        )
+    if reward is None and evaluates:
+        raise UserError("answers to eval_dataset are scored: pass a reward, or no eval_dataset")
 
 
 def _check_stream(max_steps: int, *, curriculum: bool) -> None:

@@ -12,9 +12,16 @@ from torch import Tensor
 
 from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import MicroBatch
-from grao_fast.kernels import OffPolicy, PolicyLoss, linear_policy_loss
+from grao_fast.kernels import (
+    OffPolicy,
+    PolicyLoss,
+    Shaping,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
+from grao_fast.objectives import Rows, SecondPass
 
 
 def policy_loss(
@@ -29,29 +36,76 @@ def policy_loss(
 ) -> PolicyLoss:
     """The loss of a micro-batch, its terms and entropies; adds the head's gradient to its `grad`.
 
+    The gradient is that of the objective. Where this takes two passes, `loss` is only the root of
+    the backward pass; the objective's own value is the sum of `terms_C`, as everywhere.
+
     Args:
         old_logprob_T: under the policy that the step began with; None: `policy` itself.
-        ref_logprob_T: under the policy that training began with; None: no KL term.
+        ref_logprob_T: under the policy that training began with; None: not asked for.
         workspace_mib: memory for logits; None: the device's default.
     """
-    has_cap, has_kl = objective.sampler_cap is not None, ref_logprob_T is not None
-    return linear_policy_loss(
+    formula, terms_CT, values_C = objective.formula, batch.terms_CT, None
+    options = logit_options(policy, head, objective, workspace_mib)
+    if formula.two_passes:
+        known = old_logprob_T, ref_logprob_T
+        terms_CT, values_C = _second_pass(head, batch, objective, known, options)
+        old_logprob_T = None  # ratios are in the coefficients
+    has_cap = objective.sampler_cap is not None
+    has_kl = ref_logprob_T is not None and batch.kl_coef_T is not None
+    found = linear_policy_loss(
         head.hidden_TD,
         head.head_VD,
         batch.target_T,
-        batch.terms_CT,
+        terms_CT,
         off_policy=OffPolicy(
             old_logprob_T=old_logprob_T,
             sampler_logprob_T=batch.sampler_logprob_T if has_cap else None,
-            ref_logprob_T=ref_logprob_T,
+            ref_logprob_T=ref_logprob_T if has_kl else None,
             kl_coef_T=batch.kl_coef_T if has_kl else None,
             clip=None if old_logprob_T is None else objective.clip,
             sampler_cap=objective.sampler_cap,
+            ratio=formula.ratio,
         ),
+        shaping=_shaping(batch, objective),
         entropy=True,
         head_grad_VD=policy.head_grad(),
-        **logit_options(policy, head, objective, workspace_mib),
+        **options,
     )
+    return found if values_C is None else found._replace(terms_C=values_C)
+
+
+def _shaping(batch: MicroBatch, objective: ObjectiveOptions) -> Shaping | None:
+    """The form of the micro-batch's references; None: they have none."""
+    form = objective.formula.shaping
+    if form is None:
+        return None
+    return Shaping(form, objective.formula.shaped_rows(batch.terms_CT, batch.is_reference_T))
+
+
+@torch.no_grad()
+def _second_pass(
+    head: HeadInputs,
+    batch: MicroBatch,
+    objective: ObjectiveOptions,
+    known: tuple[Tensor | None, Tensor | None],
+    options: dict[str, Any],
+) -> SecondPass:
+    """The coefficients of the second pass over the head, after the first.
+
+    known: log-probs under the policy that the step began with, and that training began with.
+    """
+    found = linear_logprobs(head.hidden_TD, head.head_VD, batch.target_T, entropy=True, **options)
+    assert found.entropy_T is not None, "asked for"
+    old_logprob_T, ref_logprob_T = (None if each is None else each.cpu() for each in known)
+    rows = Rows(
+        sequence_T=batch.sequence_T,
+        K=batch.K,
+        logprob_T=found.logprob_T.cpu(),
+        entropy_T=found.entropy_T.cpu(),
+        old_logprob_T=old_logprob_T,
+        ref_logprob_T=ref_logprob_T if objective.formula.needs_initial else None,
+    )
+    return objective.formula.second_pass(batch.terms_CT, rows)
 
 
 def logit_options(

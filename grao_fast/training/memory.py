@@ -31,6 +31,7 @@ from grao_fast.distributed.world import World
 from grao_fast.kernels.devices import workspace_bytes
 from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import local
+from grao_fast.objectives import Objective
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 from grao_fast.training.held_bytes import HeldBytes
@@ -135,9 +136,12 @@ class GroupShape:
     sequences: tuple[int, ...]
 
     @classmethod
-    def largest(cls, prompts: Sequence[Encoded], sampling: SamplingOptions) -> GroupShape:
+    def largest(
+        cls, prompts: Sequence[Encoded], sampling: SamplingOptions, formula: Objective
+    ) -> GroupShape:
         """The longest prompt, samples and reference of a run, in one group."""
-        samples = (sampling.max_new_tokens,) * sampling.num_generations
+        G = sampling.num_generations if formula.needs_samples else 0
+        samples = (sampling.max_new_tokens,) * G
         lengths = lengths_of(prompts)
         return cls(lengths.prompt, (*samples, lengths.reference))
 

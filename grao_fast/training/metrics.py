@@ -15,6 +15,7 @@ from torch import Tensor
 from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import MicroBatch
 from grao_fast.kernels import PolicyLoss
+from grao_fast.objectives import Objective
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
 from grao_fast.training.rollout import Rollout, groups_of
@@ -50,9 +51,9 @@ def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, 
         "reward_std": _nanstd(samples_NG),
         "frac_reward_zero_std": (_range(samples_NG) == 0).double().mean(),
         **group_metrics(rollout.rewards_NK, rollout.advantages_NK, weights_NK),
-        "reference/mean_length": sum(lengths) / len(lengths) if lengths else math.nan,
-        "completions/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
-        "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
+        "reference/mean_length": _mean_of(lengths),
+        "completions/mean_length": _mean_of([len(c.token_ids) for c in completions]),
+        "completions/clipped_ratio": _mean_of([not c.finished for c in completions]),
         "completions/diversity": diversity(rollout.completions),
         **{f"time/{phase}": seconds for phase, seconds in rollout.seconds.items()},
     }
@@ -61,7 +62,31 @@ def rollout_metrics(rollout: Rollout, objective: ObjectiveOptions) -> dict[str, 
     metrics |= rollout.counts
     metrics |= {f"rewards/{name}/mean": mean for name, mean in rollout.per_function.items()}
     metrics |= join_metrics(rollout.measured)
-    return {name: float(value) for name, value in metrics.items()}
+    return defined({name: float(value) for name, value in metrics.items()}, objective.formula)
+
+
+# Metrics, by their beginnings, that an objective without samples, or without references, lacks.
+_OF_SAMPLES = (
+    "reward", "frac_reward_zero_std", "completions/", "entropy", "sampling/", "reference/reward",
+    "reference/advantage", "reference/frac_negative", "reference/imitation_share",
+    "reference/logprob_gap", "clip_ratio/",
+)  # fmt: skip
+_OF_REFERENCES = (
+    "reference/advantage", "reference/frac_negative", "reference/imitation_share",
+    "reference/logprob",
+)  # fmt: skip
+
+
+def defined(metrics: dict[str, float], formula: Objective) -> dict[str, float]:
+    """The metrics that an objective has."""
+    absent: tuple[str, ...] = () if formula.needs_samples else _OF_SAMPLES
+    if not formula.uses_references:
+        absent += _OF_REFERENCES
+    return {name: value for name, value in metrics.items() if not name.startswith(absent)}
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def diversity(groups: Sequence[Sequence[Completion]]) -> float:
@@ -77,6 +102,8 @@ def diversity(groups: Sequence[Sequence[Completion]]) -> float:
 
 def _range(samples_NG: Tensor) -> Tensor:
     """The range of rewards in each group, ignoring NaN; 0 if all are NaN."""
+    if not samples_NG.shape[1]:
+        return samples_NG.new_zeros(len(samples_NG))
     present_NG = ~samples_NG.isnan()
     high_N = samples_NG.where(present_NG, -torch.inf).amax(1)
     low_N = samples_NG.where(present_NG, torch.inf).amin(1)
@@ -182,6 +209,7 @@ class LossMetrics:
         self.references.add(means[is_reference])
 
     def to_dict(self, *, kl_coef: float) -> dict[str, float]:
+        """The metrics by name; `defined` says which an objective has."""
         terms = self.terms.tolist()
         metrics = {
             "loss": self.kl + (self.router or 0.0) - sum(terms),

@@ -83,7 +83,8 @@ class Report:
                 tracker.message(message)
         else:
             tracker.advance(step)
-        if config.log_completions_steps and step % config.log_completions_steps == 0:
+        is_due = config.log_completions_steps and step % config.log_completions_steps == 0
+        if is_due and config.objective_options.formula.needs_samples:
             tracker.log_completions(step, samples(rollout))
 
     def evaluation(self, step: int, result: EvaluationResult) -> None:

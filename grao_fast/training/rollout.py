@@ -145,6 +145,25 @@ def sample(
     return Share(completions, early)
 
 
+def references_only(prompts: Sequence[Encoded], objective: ObjectiveOptions) -> Rollout:
+    """The rollout of an objective that needs no samples: K is 1, and nothing is scored.
+
+    A reference has the reward 0, so that it counts as present.
+    """
+    rewards_N1 = torch.tensor(
+        [[0.0 if prompt.reference_ids else torch.nan] for prompt in prompts], dtype=torch.float64
+    )
+    return Rollout(
+        prompts=prompts,
+        completions=[[] for _ in prompts],
+        texts=[[] for _ in prompts],
+        rewards_NK=rewards_N1,
+        advantages_NK=objective.formula.advantages(rewards_N1),
+        per_function={},
+        seconds={},
+    )
+
+
 def texts_of(loaded: LoadedPolicy, prompt: Encoded, group: Sequence[Completion]) -> list[str]:
     """The texts of a prompt's completions."""
     return loaded.decode([prompt.prompt_ids] * len(group), group)

@@ -20,7 +20,12 @@ from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.ahead import Sampled, Share
 from grao_fast.training.draws import PromptDraws
-from grao_fast.training.rollout import Rollout, sample, sample_and_score
+from grao_fast.training.rollout import (
+    Rollout,
+    references_only,
+    sample,
+    sample_and_score,
+)
 from grao_fast.training.state import step_seed
 
 
@@ -28,6 +33,7 @@ class Rollouts:
     """Makes the rollouts of a run; every process makes all of them, and samples its share.
 
     Args:
+        reward: None where the objective needs no samples.
         prompts: of the run.
         draws: which of them a step takes.
     """
@@ -35,7 +41,7 @@ class Rollouts:
     def __init__(
         self,
         loaded: LoadedPolicy,
-        reward: Reward,
+        reward: Reward | None,
         prompts: Sequence[Encoded],
         draws: PromptDraws,
         config: GRAOConfig,
@@ -46,6 +52,7 @@ class Rollouts:
     def share(self, step: int) -> Share:
         """This process's share of a step's prompts, to be sampled ahead in a thread."""
         prompts = self._of(self._draws.planned(step))
+        assert self._reward is not None, "samples are scored"
         return sample(
             self._loaded,
             self._reward,
@@ -81,12 +88,16 @@ class Rollouts:
     def _sample(
         self, step: int, indices: Sequence[int], *, first: int = 0, ahead: Sampled | None = None
     ) -> Rollout:
+        prompts, objective = self._of(indices), self._config.objective_options
+        if not objective.formula.needs_samples:
+            return references_only(prompts, objective)
+        assert self._reward is not None, "`read_inputs` asks for it"
         return sample_and_score(
             self._loaded,
             self._reward,
-            self._of(indices),
+            prompts,
             sampling=self._config.sampling,
-            objective=self._config.objective_options,
+            objective=objective,
             seed=self._seed(step),
             first=first,
             ahead=ahead,

@@ -24,7 +24,7 @@ from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import reshard, synchronise_gradients, whole
 from grao_fast.training.flops import ModelCost, update_flops
 from grao_fast.training.loss import clipped_ratios, policy_loss
-from grao_fast.training.metrics import LossMetrics
+from grao_fast.training.metrics import LossMetrics, defined
 from grao_fast.training.rollout import Rollout, to_groups
 
 
@@ -54,7 +54,7 @@ def micro_batch_loss(
     num_prompts: prompts of the whole step, dead groups included: the router's loss is a mean over
         them, as the coefficients of the batch are.
     old_logprob_T: under the policy that the step began with; None: it is this one.
-    ref_logprob_T: under the policy that training began with; None: no KL term.
+    ref_logprob_T: under the policy that training began with; None: not asked for.
     """
 
     def loss(head: HeadInputs) -> StepLoss:
@@ -128,7 +128,7 @@ def update(
 
     Args:
         max_tokens: token budget of a micro-batch; whole groups only.
-        beginning: the policy that the KL term measures from; needed where kl_coef is not 0.
+        beginning: the policy that the KL term, and some objectives, measure from.
 
     Raises:
         FloatingPointError: a gradient is not finite; it has not been applied.
@@ -141,8 +141,8 @@ def update(
     optimizer.zero_grad(set_to_none=True)  # left by an interrupted run, or a caller
     with policy.updating():
         parts = _parts(policy, groups, max_tokens)
-        if objective.kl_coef:
-            assert beginning is not None, "kept where kl_coef is not 0"
+        if objective.needs_beginning:
+            assert beginning is not None, "kept where it is needed"
             options = {"temperature": objective.temperature, "workspace_mib": workspace_mib}
             for part in parts:
                 part.ref_logprob_T = reference_logprobs(policy, beginning, part.batch, **options)
@@ -161,13 +161,13 @@ def update(
     metrics = passes[0].to_dict(kl_coef=objective.kl_coef) | {
         "grad_norm": norms[0],
         "learning_rate": learning_rate,
-        **_work(policy, groups, parts, updates=len(passes), scored=objective.kl_coef > 0),
+        **_work(policy, groups, parts, objective, updates=len(passes)),
         "time/update": updated - started,
     }
     if len(passes) > 1 and objective.clip is not None:
         clipped = [each.clipped.value for each in passes[1:]]
         metrics["clip_ratio/region_mean"] = sum(clipped) / len(clipped)
-    return metrics
+    return defined(metrics, objective.formula)
 
 
 @dataclass
@@ -201,7 +201,12 @@ def _parts(policy: Policy, groups: list[Group], max_tokens: int) -> list[_Part]:
 
 
 def _work(
-    policy: Policy, groups: list[Group], parts: list[_Part], *, updates: int, scored: bool
+    policy: Policy,
+    groups: list[Group],
+    parts: list[_Part],
+    objective: ObjectiveOptions,
+    *,
+    updates: int,
 ) -> dict[str, float]:
     """The tokens and FLOPs of a step's updates, of all processes together."""
     own = {
@@ -212,7 +217,8 @@ def _work(
             [part.batch for part in parts],
             share_prefix=policy.share_prefix,
             updates=updates,
-            scored=scored,
+            scored=objective.needs_beginning,
+            two_passes=objective.formula.two_passes,
         ),
     }
     of_each = policy.world.gather(own)
