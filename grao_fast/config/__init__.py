@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from grao_fast.config.rules import (
@@ -302,7 +303,7 @@ class GRAOConfig:
         trackers = (t if isinstance(t, str) else t.name for t in self.report_to)
         return values | {"report_to": tuple(trackers)}
 
-    @property
+    @cached_property  # its types are checked as it is made, and a step asks several times
     def objective_options(self) -> ObjectiveOptions:
         """The view of what the loss is made of."""
         formula = self._formula
