@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from grao_fast.objectives import Objective  # imports torch, which errors of options need not
 
 Statistics = Literal["group", "samples"]
-ReferenceAdvantage = Literal["signed", "clip", "floor"]
+ReferenceAdvantage = Literal["signed", "clip", "floor", "tapered"]
 RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]

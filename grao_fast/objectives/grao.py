@@ -22,7 +22,7 @@ from grao_fast.objectives.base import Groups, Objective
 from grao_fast.system.errors import UserError
 
 Statistics = Literal["group", "samples"]
-ReferenceAdvantage = Literal["signed", "clip", "floor"]
+ReferenceAdvantage = Literal["signed", "clip", "floor", "tapered"]
 
 
 @dataclass(frozen=True)
