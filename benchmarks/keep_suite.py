@@ -21,7 +21,12 @@ from peers import PEERS
 RESULTS = Path(__file__).parent / "results"
 _MACHINE = ("device", "threads", "load", "python", "torch", "cuda", *PACKAGES)
 # Sections of the suite -> benchmarks that measure the same.
-SECTIONS = {"shapes": "linear_grao", "occupancy": "occupancy", "tokens": "tokens"}
+SECTIONS = {
+    "shapes": "linear_grao",
+    "occupancy": "occupancy",
+    "tokens": "tokens",
+    "objectives": "objectives",
+}
 
 
 def keep(suite: Path, machine: str, folder: Path = RESULTS) -> list[Path]:
@@ -60,7 +65,7 @@ def _rows(contests: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str
             continue
         place = where.removesuffix(", compiled")
         for variant, figures in found.items():
-            label = PEERS[variant].label
+            label = figures.get("label") or PEERS[variant].label
             if "median" not in figures:
                 absent[label] = figures.get("reason", "not timed")
                 continue

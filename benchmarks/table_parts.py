@@ -31,7 +31,7 @@ def number(value: float) -> str:
 
 
 def mib(row: Row) -> str:
-    return "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
+    return "-" if row["peak_extra_mib"] is None else str(round(row["peak_extra_mib"]))
 
 
 def ratio(median: dict[float, float], share: float, whole: float) -> str:

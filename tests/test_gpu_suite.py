@@ -15,7 +15,17 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SUITE = BENCHMARKS / "gpu_suite.py"
 PACKAGES = Path(torch.__file__).parents[1]  # its .pth files, of installs, do not count on a path
-NAMES = ["facts", "tests", "shapes", "occupancy", "tokens", "train_step", "rows", "attention"]
+NAMES = [
+    "facts",
+    "tests",
+    "shapes",
+    "occupancy",
+    "tokens",
+    "train_step",
+    "objectives",
+    "rows",
+    "attention",
+]
 
 
 def python(*arguments: object, executable: object = sys.executable, path: object, cwd: Path):
@@ -60,6 +70,9 @@ def test_runs_to_its_end_where_another_checkout_is_installed(tmp_path: Path) -> 
     assert sections["tests"]["report"]["test_rows.py"]["passed"] >= 10
     ours = sections["shapes"]["report"]["T=512 D=64 V=1031"]["grao"]
     assert ours["rounds"] == 2 and ours["median"] > 0 and max(ours["errors"].values()) < 1e-4
+    for objective in ("grpo", "luffy", "dpo"):
+        ours = sections["objectives"]["report"][objective]["ours"]
+        assert ours["median"] > 0 and max(ours["errors"].values()) < 1e-5
     whole = sections["train_step"]["report"]
     assert whole["step"]["ours"]["useful_tokens"] == 64
     assert whole["sampling"]["ours"]["rounds"] == 2
@@ -83,6 +96,7 @@ def assert_tables_can_be_made(tmp_path: Path) -> None:
     done = python("-c", script, tmp_path, path=BENCHMARKS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| T=512 D=64 V=1031" in done.stdout and "| `linear_grao_loss` |" in done.stdout
+    assert "| `grpo` | 1 | 44% |" in done.stdout
     assert "25% over 100%" in done.stdout and "seconds over tokens" in done.stdout
     assert (tmp_path / "suite-here.json").exists()
 

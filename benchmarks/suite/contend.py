@@ -61,11 +61,11 @@ def contend(
     truths.clear()
     free_memory()
     functions = {
-        name: _guarded(PEERS[name], batch, figures)
+        name: guarded(PEERS[name], batch, figures)
         for name, figures in found.items()
         if "reason" not in figures
     }
-    _, reason = attempt(lambda: _take_turns(run, where, functions, batch, rounds))
+    _, reason = attempt(lambda: take_turns(run, where, functions, batch, rounds))
     if reason:
         run.leave_out(f"times, {where}", reason)
     for name in OURS:
@@ -93,7 +93,7 @@ def _first_look(peer: Peer, batch: Batch, truths: Truths) -> dict[str, Any]:
     return {"errors": found}
 
 
-def _guarded(peer: Peer, batch: Batch, figures: dict[str, Any]) -> Callable[[], object]:
+def guarded(peer: Peer, batch: Any, figures: dict[str, Any]) -> Callable[[], object]:
     """Return a function that runs a pass until one fails, which leaves the reason in `figures`."""
 
     def function() -> None:
@@ -105,8 +105,8 @@ def _guarded(peer: Peer, batch: Batch, figures: dict[str, Any]) -> Callable[[], 
     return function
 
 
-def _take_turns(
-    run: Run, where: str, functions: dict[str, Callable[[], object]], batch: Batch, rounds: int
+def take_turns(
+    run: Run, where: str, functions: dict[str, Callable[[], object]], batch: Any, rounds: int
 ) -> None:
     def goes_on(turn: int) -> bool:  # quartiles take two rounds
         return turn < 2 or run.in_time(f"rounds {turn + 1} to {rounds}, {where}")

@@ -15,11 +15,12 @@ def _later(where: str) -> Callable[[Run], str]:
 
 SECTIONS = [
     Section("facts", _later("suite.facts:facts"), 30),
-    Section("tests", _later("suite.gpu_tests:gpu_tests"), 270),
-    Section("shapes", _later("suite.heads:shapes"), 65),
+    Section("tests", _later("suite.gpu_tests:gpu_tests"), 235),
+    Section("shapes", _later("suite.heads:shapes"), 55),
     Section("occupancy", _later("suite.heads:occupancy"), 25),
     Section("tokens", _later("suite.heads:tokens"), 30),
     Section("train_step", _later("suite.train_step:train_step"), 90),
+    Section("objectives", _later("suite.objectives:objectives"), 45),
     Section("rows", _later("suite.rows:rows"), 15),
     Section("attention", _later("suite.attention:attention"), 70),
 ]
