@@ -56,7 +56,10 @@ FLAT = 0.3  # a reward that does not rise
 
 # By detector: the curves of a run that has the fault, and words of the message.
 PLANTED: dict[str, tuple[dict[str, Curve | float], str]] = {
-    "no_signal": ({"frac_dead": 1.0}, "the loss is 0, since in every group"),
+    "no_signal": (
+        {"frac_dead": 1.0, "frac_reward_zero_std": 1.0},
+        "the loss is 0, since in every group",
+    ),
     "falling_references": (
         {"reference__logprob": lambda t: -1.5 - 3 * t},
         'what loses is pushed down. reference_advantage="floor" ends that; "clip" and a smaller',
@@ -143,6 +146,8 @@ def test_a_loss_of_zero_is_explained() -> None:
     (message,) = said([dead] * 12)
     assert message.startswith("step 1: ") and "None for every sample" in message
     assert said([dead | {"kl": 0.01}]) == []  # the KL term gives a loss
+    (message,) = said([dead | {"reward": 0.2, "frac_reward_zero_std": 0.5}])
+    assert "gives no sequence a weight, though rewards differ (mean 0.2)" in message
 
 
 def test_the_first_step_tells_what_rounding_causes() -> None:

@@ -98,6 +98,11 @@ def no_signal(history: History) -> str | None:
     reward = history.now("reward")
     if math.isnan(reward):
         return "the loss is 0, since the reward was None for every sample: look at the reward"
+    if history.now("frac_reward_zero_std") < 1:
+        return (
+            "the loss is 0, since the objective gives no sequence a weight, though rewards differ "
+            f"(mean {reward:.4g}): look at its options, such as a threshold of the reward"
+        )
     return (
         "the loss is 0, since in every group all rewards are equal "
         f"(mean {reward:.4g}): there is nothing to learn from. "
