@@ -142,9 +142,8 @@ def test_the_api_has_all_public_names(module: str) -> None:
         "reference_objectives",
     }
     prefix = module.replace("grao_fast.kernels", "kernels")
-    assert public == {
-        name.rpartition(".")[2] for name in shown if name.rpartition(".")[0] == prefix
-    }
+    listed = {name.rpartition(".")[2] for name in shown if name.rpartition(".")[0] == prefix}
+    assert public == listed - {"objectives"}  # a module's text, above its members
 
 
 def test_no_link_leads_out_of_the_site() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from formed_cases import CASES as FORMED
 from objective_cases import CASES, Case
 from test_trainer import CONFIG, lines, rarely_equal, run, same_bits, sampled
 from transformers import AutoModelForCausalLM
 
 from grao_fast.config import GRAOConfig
 from grao_fast.data.packing import split_by_tokens
+from grao_fast.models.policy import Policy
 from grao_fast.objectives import OBJECTIVES
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
@@ -38,20 +40,28 @@ def rollout(tiny_model: Path) -> Rollout:
 
 def naive_loss(model: Any, rollout: Rollout, case: Case) -> torch.Tensor:
     """The specification of full logits, every sequence by itself."""
+    logprob_T, _, sequence_T = of_tokens(model, rollout)
+    options = {**case.options}
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = CONFIG.max_new_tokens
+    return case.formula(logprob_T, sequence_T, rollout.rewards_NK, **options)
+
+
+def of_tokens(model: Any, rollout: Rollout) -> tuple[torch.Tensor, ...]:
+    """The log-prob and the entropy of every token, by full logits, and its sequence."""
     K = rollout.rewards_NK.shape[1]
-    logprobs, sequences = [], []
+    logprobs, entropies, sequences = [], [], []
     for n, (prompt, completions) in enumerate(
         zip(rollout.prompts, rollout.completions, strict=True)
     ):
         for k, ids in enumerate([*(c.token_ids for c in completions), prompt.reference_ids]):
             tokens = torch.tensor([prompt.prompt_ids + ids])
             logits = model(tokens).logits[0, len(prompt.prompt_ids) - 1 : -1] / CONFIG.temperature
-            logprobs.append(logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)])
+            logprobs_LV = logits.log_softmax(-1)
+            logprobs.append(logprobs_LV[torch.arange(len(ids)), torch.tensor(ids)])
+            entropies.append(-(logprobs_LV.exp() * logprobs_LV).sum(-1))
             sequences += [n * K + k] * len(ids)
-    options = {**case.options}
-    if "max_new_tokens" in options:
-        options["max_new_tokens"] = CONFIG.max_new_tokens
-    return case.formula(torch.cat(logprobs), torch.tensor(sequences), rollout.rewards_NK, **options)
+    return torch.cat(logprobs), torch.cat(entropies), torch.tensor(sequences)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +93,10 @@ def test_a_step_is_the_formula(
             total += float(loss.detach())
     expected = naive_loss(double, rollout, case)
     expected.backward()
+    assert_same_step(policy, double, total, expected)
+
+
+def assert_same_step(policy: Policy, double: Any, total: float, expected: torch.Tensor) -> None:
     assert abs(total - float(expected.detach())) < 1e-5 * max(1.0, abs(float(expected.detach())))
     pairs = zip(policy.model.named_parameters(), double.parameters(), strict=True)
     for (parameter, ours), theirs in pairs:
@@ -90,9 +104,62 @@ def test_a_step_is_the_formula(
         assert error <= 1e-5 * max(1e-2, float(theirs.grad.abs().max())), parameter
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMED)
+def test_a_step_with_old_and_initial_logprobs_is_the_formula(
+    name: str, rollout: Rollout, loaded: LoadedPolicy, double: Any
+) -> None:
+    """Loss and every gradient of an update that is not a step's first, as above."""
+    case, policy = FORMED[name], loaded.policy
+    K = rollout.rewards_NK.shape[1]
+    double.zero_grad()
+    logprob_T, entropy_T, sequence_T = of_tokens(double, rollout)
+    steps = torch.tensor(case.steps, dtype=torch.float64)
+    step_T = steps[torch.arange(len(logprob_T)) % len(steps)]
+    is_reference_T = sequence_T % K == K - 1
+    old_T = torch.where(is_reference_T, torch.nan, logprob_T.detach() - step_T)
+    ref_T = logprob_T.detach() + step_T.flip(0)
+    expected = case.loss(
+        {
+            "logprob_T": logprob_T,
+            "entropy_T": entropy_T,
+            "old_logprob_T": old_T,
+            "ref_logprob_T": ref_T,
+            "sequence_T": sequence_T,
+            "rewards_NK": rollout.rewards_NK,
+        }
+    )
+    expected.backward()
+
+    formula = case.objective
+    options = replace(CONFIG.objective_options, formula=formula, clip=formula.clip)
+    groups = to_groups(rollout, options)
+    number = {id(group): n for n, group in enumerate(groups)}
+    policy.model.zero_grad()
+    total = 0.0
+    with policy.updating():
+        for part in split_by_tokens(groups, 60):
+            batch = policy.lay_out(part)
+            numbers = torch.tensor([number[id(group)] for group in part])
+            of_step_T = numbers[batch.sequence_T // K] * K + batch.sequence_T % K
+            place_T = torch.cat([(sequence_T == s).nonzero()[:, 0] for s in of_step_T.unique()])
+            place_T = place_T[of_step_T.argsort(stable=True).argsort()]
+            loss = micro_batch_loss(
+                policy,
+                batch,
+                options,
+                num_prompts=len(groups),
+                old_logprob_T=old_T[place_T].float() if "old_logprob_T" in case.inputs else None,
+                ref_logprob_T=ref_T[place_T].float(),
+            )
+            loss.loss.backward()
+            total -= float(loss.policy.terms_C.sum())
+    assert_same_step(policy, double, total, expected)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(name for name in FORMED if name in OBJECTIVES)])
 def test_trains(name: str, tiny_model: Path, tmp_path: Path, unchecked: None) -> None:
     config = CONFIG.replace(objective=name, max_steps=2, save_steps=0, num_generations=2)
+    config = config.replace(num_iterations=2)
     run(tiny_model, tmp_path, config=config, reward=rarely_equal)
     rows = [row for row in lines(tmp_path) if "loss" in row]
     assert len(rows) == 2 and not same_bits(tmp_path / "final", tiny_model)
