@@ -18,8 +18,7 @@ exp(H) is at most V, the size of the vocabulary: w_RL is meant for policies that
 tokens, and is large for one that knows little.
 
 The paper leaves open over what H is taken. Here every sequence has its own, so that the gradient of
-a step does not depend on its micro-batches. The paper's rewards are 1 and -1. In the authors' code
-w_SFT grows with the entropy, unlike in the paper.
+a step does not depend on its micro-batches. The paper's rewards are 1 and -1.
 
 Source: arXiv 2506.19767, section 4: the weights w_SFT and w_RL, and the sum of three losses.
 """
