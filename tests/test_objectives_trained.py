@@ -24,6 +24,7 @@ from grao_fast.training.rollout import Rollout, to_groups
 from grao_fast.training.step import micro_batch_loss
 
 NAMES = [name for name in CASES if name in OBJECTIVES]
+FORMED_NAMES = [name for name in FORMED if name in OBJECTIVES]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def assert_same_step(policy: Policy, double: Any, total: float, expected: torch.
         assert error <= 1e-5 * max(1e-2, float(theirs.grad.abs().max())), parameter
 
 
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", FORMED_NAMES)
 def test_a_step_with_old_and_initial_logprobs_is_the_formula(
     name: str, rollout: Rollout, loaded: LoadedPolicy, double: Any
 ) -> None:
@@ -156,7 +157,7 @@ def test_a_step_with_old_and_initial_logprobs_is_the_formula(
     assert_same_step(policy, double, total, expected)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(name for name in FORMED if name in OBJECTIVES)])
+@pytest.mark.parametrize("name", [*NAMES, *FORMED_NAMES])
 def test_trains(name: str, tiny_model: Path, tmp_path: Path, unchecked: None) -> None:
     config = CONFIG.replace(objective=name, max_steps=2, save_steps=0, num_generations=2)
     config = config.replace(num_iterations=2)
