@@ -16,22 +16,22 @@ of all groups, and TRL's tokenisation, from the first step on.
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from grao_fast.config import GRAOConfig
 from study.arms import Meter, Problem
 from study.samples import Samples, Sampling, config_of
+
+if TYPE_CHECKING:
+    from trl.trainer.dpo_trainer import DPOTrainer
 
 
 class Pair(NamedTuple):
@@ -80,6 +80,7 @@ class DPO:
     def __call__(self, problem: Problem, *, learning_rate: float, meter: Meter) -> None:
         config = config_of(problem, learning_rate=learning_rate)
         sampling = Sampling(problem, config)
+        importlib.import_module("trl.trainer.dpo_trainer")  # takes seconds that are no training
         meter.restart()
         pairs, tokens = [], []
         for step in range(config.max_steps):
@@ -101,9 +102,17 @@ def make_trainer(
     folder: str,
     callback: TrainerCallback | None = None,
 ) -> DPOTrainer:
-    """A trainer of a copy of the problem's model, to which TRL adds a method of its own."""
+    """A trainer of a copy of the problem's model, to which TRL adds a method of its own.
+
+    TRL is imported here, so that tables of results do not need it.
+    """
     if not pairs:
         raise ValueError("no group has two different rewards: DPO has no pair to learn from")
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
     arguments = DPOConfig(
         output_dir=folder,
         beta=beta,
