@@ -1,9 +1,8 @@
 """Liger's losses of the objectives that it has, each as its documentation says.
 
-Liger takes whole sequences of one length and a mask. Its losses of groups get the samples only, its
-DPO the pairs only, each in one chunk, which is fastest: their logits are chunked in any case, or
-few. A loss that is linear in the log-probs, whose weight is one of a sequence, is Liger's CISPO
-without old log-probs.
+Liger takes whole sequences of one length and a mask, its DPO pairs. Each loss has one chunk, which is
+fastest: the logits of its GRPO are chunked in any case, those of its DPO are few. A loss that is linear
+in the log-probs, whose weight is one of a sequence, is Liger's CISPO without old log-probs.
 
 Shapes: T rows (tokens), D width, N prompts, G samples, K = G + 1 sequences a prompt, S sequences, R
 rows of each.
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from batches import SEQUENCE_ROWS, K
+from batches import SEQUENCE_ROWS
 from objective_problem import Problem, terms_of
 from objective_truth import Case
 from peers import IGNORE
@@ -43,10 +42,10 @@ def clipped(loss_type: str, level: str = "token") -> Callable[[Problem, Case], T
 
     def loss(problem: Problem, case: Case) -> Tensor:
         groups, (low, high) = problem.groups, _bounds(case.objective)
-        samples_S = torch.arange(groups.rewards_NK.numel()) % K != K - 1
-        samples_S = samples_S.nonzero().squeeze(1).to(problem.hidden_TD.device)
+        assert not case.objective.uses_references, "all sequences are samples"
+        S = len(problem.sequence_T) // SEQUENCE_ROWS
         loss_function = _grpo_loss(
-            len(samples_S),
+            S,
             loss_type=loss_type,
             epsilon_low=low,
             epsilon_high=1 + high if loss_type == "cispo" else high,
@@ -55,12 +54,12 @@ def clipped(loss_type: str, level: str = "token") -> Callable[[Problem, Case], T
         )
         advantages_NK = case.objective.advantages(groups.rewards_NK).to(problem.hidden_TD.device)
         loss, _ = loss_function(
-            _sequences(problem.hidden_TD, samples_S),
+            problem.hidden_TD.view(S, SEQUENCE_ROWS, -1),
             problem.head_VD,
-            _sequences(problem.target_T, samples_S),
-            _sequences(_counts(problem), samples_S).float(),
+            problem.target_T.view(S, SEQUENCE_ROWS),
+            _counts(problem).view(S, SEQUENCE_ROWS).float(),
             advantages_NK[:, :-1].flatten().float(),
-            old_per_token_logps=_sequences(problem.old_logprob_T.nan_to_num(), samples_S),
+            old_per_token_logps=problem.old_logprob_T.nan_to_num().view(S, SEQUENCE_ROWS),
         )
         return loss
 
@@ -74,7 +73,7 @@ def dpo(problem: Problem, case: Case) -> Tensor:
     rewards_NK = problem.groups.rewards_NK
     best_N, worst_N = rewards_NK.argmax(1), rewards_NK.argmin(1)
     paired_N = (rewards_NK.amax(1) != rewards_NK.amin(1)).nonzero().squeeze(1)
-    pairs_S = torch.cat([each[paired_N] + paired_N * K for each in (best_N, worst_N)])
+    pairs_S = torch.cat([each[paired_N] + paired_N * problem.K for each in (best_N, worst_N)])
     pairs_S = pairs_S.to(problem.hidden_TD.device)
     target_T = problem.target_T.masked_fill(~_counts(problem), IGNORE)
     loss_function = LigerFusedLinearDPOLoss(

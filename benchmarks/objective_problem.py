@@ -10,7 +10,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from batches import GROUP_ROWS, SEQUENCE_ROWS, K, make_batch
+import torch.nn.functional as F
+from batches import SEQUENCE_ROWS, K, make_batch
 from torch import Tensor
 
 from grao_fast.kernels import linear_logprobs
@@ -32,7 +33,8 @@ class Problem(NamedTuple):
 
     hidden_TD, head_VD: leaves.
     sequence_T: n K + k, or -1 for a prompt's row.
-    old_logprob_T: float32, of the rollout's policy; NaN in rows that were not sampled.
+    old_logprob_T: float32, of the rollout's policy; NaN in rows that were not sampled, as
+        `as_batch_of` has it.
     initial_hidden_TD, initial_logprob_T: of the policy that training began with, float32 the
         log-probs. Its head is head_VD.
     """
@@ -45,6 +47,15 @@ class Problem(NamedTuple):
     old_logprob_T: Tensor
     initial_hidden_TD: Tensor
     initial_logprob_T: Tensor
+
+    @property
+    def K(self) -> int:
+        return self.groups.rewards_NK.shape[1]
+
+    @property
+    def is_reference_T(self) -> Tensor:
+        """On the CPU; True in rows of no sequence where all sequences are references."""
+        return self.sequence_T % self.K == self.K - 1
 
 
 def make_problem(
@@ -71,18 +82,36 @@ def make_problem(
         head_VD = head_VD.to(dtype)
         logprob_T = linear_logprobs(hidden_TD, head_VD, target_T).logprob_T
         initial_logprob_T = linear_logprobs(initial_hidden_TD, head_VD, target_T).logprob_T
-    gap_T = _gaps(T, generator)
-    sampled_T = (groups.sequence_T >= 0) & (groups.sequence_T % K != K - 1)
     return Problem(
         hidden_TD.requires_grad_(),
         head_VD.requires_grad_(),
         target_T,
         groups.sequence_T,
         _step(groups.sequence_T, groups.rewards_NK),
-        (logprob_T - gap_T).masked_fill(~sampled_T.to(device), math.nan),
+        logprob_T - _gaps(T, generator),
         initial_hidden_TD,
         initial_logprob_T,
     )
+
+
+def as_batch_of(problem: Problem, objective: Objective) -> Problem:
+    """The same rows as a batch of an objective, of sequences that it learns from.
+
+    They are samples and references; or samples alone, a group's last one in place of its reference;
+    or where nothing is sampled references alone.
+    """
+    counts_T = problem.sequence_T >= 0
+    rewards_NK = problem.groups.rewards_NK
+    place_T = torch.arange(len(counts_T)) // SEQUENCE_ROWS
+    if not objective.needs_samples:
+        rewards_NK = rewards_NK.view(-1, 1)
+    elif not objective.uses_references:
+        rewards_NK = F.pad(rewards_NK, (0, 1), value=math.nan)
+        place_T = place_T // K * (K + 1) + place_T % K
+    sequence_T = torch.where(counts_T, place_T, -1)
+    found = problem._replace(sequence_T=sequence_T, groups=_step(sequence_T, rewards_NK))
+    sampled_T = (counts_T & ~found.is_reference_T).to(problem.old_logprob_T.device)
+    return found._replace(old_logprob_T=problem.old_logprob_T.where(sampled_T, math.nan))
 
 
 def terms_of(problem: Problem, objective: Objective) -> Tensor:
@@ -110,12 +139,10 @@ def _gaps(T: int, generator: torch.Generator) -> Tensor:
 
 
 def _step(sequence_T: Tensor, rewards_NK: Tensor) -> Groups:
-    N = rewards_NK.shape[0]
-    length_S = sequence_T[sequence_T >= 0].bincount(minlength=N * K)
-    # Groups whose rewards are equal have their prompts' share of rows too.
+    length_S = sequence_T[sequence_T >= 0].bincount(minlength=rewards_NK.numel())
     return Groups(
         rewards_NK=rewards_NK.double(),
-        length_NK=length_S.view(N, K),
-        max_new_tokens=GROUP_ROWS // K,
+        length_NK=length_S.view(rewards_NK.shape),
+        max_new_tokens=SEQUENCE_ROWS,
         progress=PROGRESS,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from batches import batch_facts
 from measure import Measured, interleave, outputs
-from objective_problem import Problem, make_problem, terms_of
+from objective_problem import Problem, as_batch_of, make_problem, terms_of
 from objective_sides import sides
 from objective_truth import Case, Truth
 
@@ -39,9 +39,13 @@ def race_objectives(
     for key, side in runs.items():
         if key not in absences:
             text = key[0]
-            found[key] = truth.errors(text, cases[text], outputs(side, checked))
+            batch = as_batch_of(checked, cases[text].objective)
+            found[key] = truth.errors(text, cases[text], outputs(side, batch))
     del truth
-    functions = {key: (lambda side=runs[key]: outputs(side, problem)) for key in found}
+    batches = {text: as_batch_of(problem, case.objective) for text, case in cases.items()}
+    functions = {
+        key: (lambda side=runs[key], batch=batches[key[0]]: outputs(side, batch)) for key in found
+    }
     if checked is not problem:  # the first call compiles
         for function in functions.values():
             function()
@@ -59,7 +63,8 @@ def checked_problem(problem: Problem) -> Problem:
 
 def facts_of(text: str, case: Case, problem: Problem) -> dict[str, Any]:
     """What results say of a case: `live` is the share of rows that have a coefficient."""
-    live_T = (terms_of(problem, case.objective) != 0).any(0)
+    batch = as_batch_of(problem, case.objective)
+    live_T = (terms_of(batch, case.objective) != 0).any(0)
     return batch_facts(problem) | {
         "objective": text,
         "passes": 2 if case.objective.two_passes else 1,

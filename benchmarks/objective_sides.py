@@ -1,7 +1,7 @@
 """The head pass of an objective by ours, TRL's log-probs, Liger's losses and the naive formula.
 
-Each side takes a `Problem` and returns the same loss, differentiable in hidden_TD and head_VD. The
-truth is the specification in float64, which shares nothing with any side.
+Each side takes a `Problem`, as a batch of the objective, and returns the same loss, differentiable in
+hidden_TD and head_VD. The truth is the specification in float64, which shares nothing with any side.
 
 Shapes: T rows (tokens), V vocabulary, N prompts, G samples, K = G + 1 sequences a prompt, C terms,
 S sequences, R rows of each.
@@ -13,7 +13,6 @@ import math
 
 import objective_liger
 import torch
-from batches import K
 from objective_problem import Problem, terms_of
 from objective_truth import Case, LogProbs
 from peers import _LIGER, Peer, _never, _without
@@ -44,7 +43,7 @@ def ours(problem: Problem, case: Case) -> Tensor:
             old_logprob_T=problem.old_logprob_T, clip=objective.clip, ratio=objective.ratio
         )
     if objective.shaping is not None:
-        rows_T = objective.shaped_rows(terms_CT, _is_reference(problem))
+        rows_T = objective.shaped_rows(terms_CT, problem.is_reference_T)
         shaping = Shaping(objective.shaping, rows_T)
     return linear_policy_loss(*operands, terms_CT, off_policy=off_policy, shaping=shaping).loss
 
@@ -66,7 +65,7 @@ def _rows(logprobs: LogProbs, problem: Problem, case: Case) -> Rows:
     """What a second pass needs of a first one."""
     return Rows(
         sequence_T=problem.sequence_T,
-        K=K,
+        K=problem.K,
         logprob_T=logprobs.logprob_T.detach(),
         entropy_T=logprobs.entropy_T.detach(),
         old_logprob_T=problem.old_logprob_T if case.off_policy else None,
@@ -82,10 +81,6 @@ def _spread(values_R: Tensor, live_R: Tensor, problem: Problem) -> Tensor:
     """(T,) NaN in rows that are not live."""
     values_T = values_R.new_full(problem.target_T.shape, math.nan)
     return values_T.index_copy(0, live_R, values_R)
-
-
-def _is_reference(problem: Problem) -> Tensor:
-    return problem.sequence_T % K == K - 1
 
 
 # Log-probs by others, and the loss from them
@@ -141,7 +136,7 @@ def loss_of(logprobs: LogProbs, problem: Problem, case: Case) -> Tensor:
     if case.off_policy:
         value_T = _ratios(logprob_T, weight_T, problem.old_logprob_T, objective)
     if objective.shaping is not None:
-        rows_T = objective.shaped_rows(terms_CT, _is_reference(problem)).to(logprob_T.device)
+        rows_T = objective.shaped_rows(terms_CT, problem.is_reference_T).to(logprob_T.device)
         value_T = torch.where(rows_T, _shaped(logprob_T, objective.shaping), value_T)
     return -_product(weight_T, value_T).sum()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from batches import exact_weights
 from measure import Outputs, errors
-from objective_problem import Problem
+from objective_problem import Problem, as_batch_of
 from torch import Tensor
 
 from grao_fast.kernels.reference_objectives import (
@@ -72,7 +72,8 @@ class Truth:
     def outputs(self, text: str, case: Case) -> Outputs:
         """The true loss comes with what its error is measured by: its size, or if that is larger
         the sum of its coefficients' sizes, since terms of both signs cancel."""
-        loss = specification(text, self._logprobs, self._problem, case)
+        problem = as_batch_of(self._problem, case.objective)
+        loss = specification(text, self._logprobs, problem, case)
         (coefficient_T,) = torch.autograd.grad(loss, self._logprobs.logprob_T, retain_graph=True)
         gradients = torch.autograd.grad(loss, (self._hidden_TD, self._head_VD), retain_graph=True)
         size = torch.maximum(loss.detach().abs(), coefficient_T.abs().sum())

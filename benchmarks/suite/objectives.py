@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from measure import outputs
-from objective_problem import OBJECTIVE_SHAPES, Problem, make_problem
+from objective_problem import OBJECTIVE_SHAPES, Problem, as_batch_of, make_problem
 from objective_race import checked_problem, facts_of
 from objective_sides import sides
 from objective_truth import Case, Truth, cases
@@ -46,8 +46,8 @@ def _contend(
     run: Run, text: str, case: Case, problems: tuple[Problem, Problem], truth: Truth
 ) -> dict[str, dict[str, Any]]:
     """Measure every side; one that fails has the reason in place of its figures."""
-    problem, checked = problems
-    facts = facts_of(text, case, problem)
+    facts = facts_of(text, case, problems[0])
+    problem, checked = (as_batch_of(each, case.objective) for each in problems)
     found: dict[str, dict[str, Any]] = {}
     run.report[text] = found
     functions = {}
