@@ -1,8 +1,8 @@
 """Liger's losses of the objectives that it has, each as its documentation says.
 
-Liger takes whole sequences of one length and a mask, its DPO pairs. Each loss has one chunk, which is
-fastest: the logits of its GRPO are chunked in any case, those of its DPO are few. A loss that is linear
-in the log-probs, whose weight is one of a sequence, is Liger's CISPO without old log-probs.
+Liger takes whole sequences of one length and a mask, its DPO pairs. Each loss has one chunk, which
+is fastest: the logits of its GRPO are chunked in any case, those of its DPO are few. A loss that is
+linear in the log-probs, whose weight is one of a sequence, is Liger's CISPO without old log-probs.
 
 Shapes: T rows (tokens), D width, N prompts, G samples, K = G + 1 sequences a prompt, S sequences, R
 rows of each.

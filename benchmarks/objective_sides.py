@@ -1,7 +1,8 @@
 """The head pass of an objective by ours, TRL's log-probs, Liger's losses and the naive formula.
 
-Each side takes a `Problem`, as a batch of the objective, and returns the same loss, differentiable in
-hidden_TD and head_VD. The truth is the specification in float64, which shares nothing with any side.
+Each side takes a `Problem`, as a batch of the objective, and returns the same loss, differentiable
+in hidden_TD and head_VD. The truth is the specification in float64, which shares nothing with any
+side.
 
 Shapes: T rows (tokens), V vocabulary, N prompts, G samples, K = G + 1 sequences a prompt, C terms,
 S sequences, R rows of each.
