@@ -71,6 +71,8 @@ VARIANTS = {
         {"kl_coef": 0.1, "num_iterations": 2, "num_generations_eval": 3, "eval_steps": 2}
     ),
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
+    "DPO, two updates": Variant({"objective": "dpo", "num_iterations": 2}),
+    "SFT": Variant({"objective": "sft"}),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
     "refilled": Variant({"dynamic_sampling": 2, "curriculum": True}, dead=0.5),
@@ -152,13 +154,15 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     assert len(ours) == len(theirs) and len(texts[0]) == len(texts[1])
 
     def off(name: str) -> float:
-        return max(abs((a[name] or 0) - (b[name] or 0)) for a, b in zip(ours, theirs, strict=True))
+        return max(
+            abs((a.get(name) or 0) - (b.get(name) or 0)) for a, b in zip(ours, theirs, strict=True)
+        )
 
     weights, others = _weights(one), _weights(other)
     assert weights.keys() == others.keys()
     pairs = list(zip(*texts, strict=True))
     return {
-        "samples": sum(a != b for a, b in pairs) / len(pairs),
+        "samples": sum(a != b for a, b in pairs) / max(1, len(pairs)),  # SFT has none
         "reward": off("reward"),
         "loss": off("loss"),
         "grad_norm": off("grad_norm"),

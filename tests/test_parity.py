@@ -10,7 +10,7 @@ from parity import FAMILY, VARIANTS, differences, run_all
 # Of float32 losses and weights of order 1, over a few steps of 1e-3.
 ROUNDING = 5e-5
 
-FEW = ["KL, two updates", "nine tenths dead", "refilled", "mixture, odd"]
+FEW = ["KL, two updates", "nine tenths dead", "refilled", "mixture, odd", "DPO, two updates", "SFT"]
 
 
 @pytest.fixture(scope="module")

@@ -116,4 +116,4 @@ def test_config_rejects_what_cannot_be_right():
     config = GRAOConfig(beta=0.1, reward_weights=[1.0, 2.0])
     assert GRAOConfig.from_dict(config.to_dict()) == config
     assert config.objective_options.formula == GRAO(beta=0.1)
-    assert set(vars(config)) == {field.name for field in dataclasses.fields(config)}  # no views
+    assert set(config.to_dict()) == {field.name for field in dataclasses.fields(config)}  # no views

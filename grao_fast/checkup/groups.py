@@ -22,7 +22,7 @@ from grao_fast.sampling import Completion
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import one_line
-from grao_fast.training.rollout import Rollout, texts_of
+from grao_fast.training.rollout import Rollout, references_only, texts_of
 
 _PATIENCE = 20.0  # seconds after which no further prompt is tried with a reward that has failed
 _LONGEST = 400  # characters of an error that is shown
@@ -127,6 +127,13 @@ def sample_and_try(
         ends=loaded.tokenizer.convert_ids_to_tokens(last),
         measured=join_metrics(measured),
     )
+
+
+def unsampled(prompts: Sequence[Encoded], objective: ObjectiveOptions) -> GroupFacts:
+    """The groups of an objective that needs no samples."""
+    rollout = references_only(prompts, objective)
+    nothing_FNG = torch.empty(0, len(prompts), 0, dtype=torch.float64)
+    return GroupFacts(rollout, names=[], scores_FNG=nothing_FNG, failed=None, ends=[])
 
 
 class _Scored(NamedTuple):

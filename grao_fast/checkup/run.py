@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from grao_fast.callbacks import Callback, check_callbacks
 from grao_fast.checkup.findings import Finding
 from grao_fast.checkup.folder import look_at
-from grao_fast.checkup.groups import sample_and_try
+from grao_fast.checkup.groups import GroupFacts, sample_and_try, unsampled
 from grao_fast.checkup.held_out import try_metric
 from grao_fast.checkup.on_groups import on_groups
 from grao_fast.checkup.on_rewards import on_rewards
@@ -56,7 +56,7 @@ logger = get_logger(__name__)
 def check(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset | Sequence[Mapping[str, Any]],
-    reward: RewardSpec,
+    reward: RewardSpec | None = None,
     *,
     config: GRAOConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -198,24 +198,8 @@ class _Check:
     ) -> list[Finding]:
         """The findings on samples, rewards and an update."""
         loaded, config, sampling = self.loaded, self.config, self.config.sampling
-        prompts = drawn(facts, self.prompts, config.seed)
-        logger.info(
-            "sampling %d completions of each of %d prompts, of up to %d tokens",
-            sampling.num_generations, len(prompts), sampling.max_new_tokens,
-        )  # fmt: skip
         loaded.sampler.sync(loaded.policy)
-        groups = sample_and_try(
-            loaded,
-            self.inputs.reward,
-            prompts,
-            sampling=sampling,
-            objective=config.objective_options,
-            seed=config.seed,
-        )
-        findings = [
-            *on_groups(groups, sampling, facts.ends.keys()),
-            *on_rewards(groups, config.objective_options),
-        ]
+        groups, findings = self._groups(facts)
         metric = self.inputs.metric
         if metric is not None and held_out is not None and held_out.that("fits"):
             answered = drawn(held_out, self.prompts, config.seed)
@@ -233,6 +217,29 @@ class _Check:
         step = measure(loaded, rows, groups, config=config, batch_size=batch)
         return [*findings, *on_step(step, steps=steps)]
 
+    def _groups(self, facts: RowFacts) -> tuple[GroupFacts, list[Finding]]:
+        """A few groups as a step of training has them, and the findings on what was sampled."""
+        config, sampling = self.config, self.config.sampling
+        objective = config.objective_options
+        prompts = drawn(facts, self.prompts, config.seed)
+        if not objective.formula.needs_samples:
+            return unsampled(prompts, objective), []
+        logger.info(
+            "sampling %d completions of each of %d prompts, of up to %d tokens",
+            sampling.num_generations, len(prompts), sampling.max_new_tokens,
+        )  # fmt: skip
+        assert self.inputs.reward is not None, "`read_inputs` asks for it"
+        groups = sample_and_try(
+            self.loaded,
+            self.inputs.reward,
+            prompts,
+            sampling=sampling,
+            objective=objective,
+            seed=config.seed,
+        )
+        on_samples = on_groups(groups, sampling, facts.ends.keys())
+        return groups, [*on_samples, *on_rewards(groups, objective)]
+
 
 def _steps(facts: RowFacts, config: GRAOConfig) -> tuple[int, int]:
     """The prompts of a step and the steps of the run, by the share of rows that is not dropped."""
@@ -242,8 +249,9 @@ def _steps(facts: RowFacts, config: GRAOConfig) -> tuple[int, int]:
 
 
 def _on_steps(batch: int, steps: int, config: GRAOConfig) -> Finding:
-    samples = batch * config.num_generations
-    value = f"{steps:,} of {batch} prompts, {samples} samples"
+    value = f"{steps:,} of {batch} prompts"
+    if config.objective_options.formula.needs_samples:
+        value += f", {batch * config.num_generations} samples"
     if batch == config.prompts_per_step:
         return Finding("run", "steps", "ok", value)
     value = f"{value}; prompts_per_step={config.prompts_per_step}"

@@ -188,8 +188,8 @@ def _time(
     return Times(
         timed=len(timed.prompts),
         timed_seconds=seconds,
-        sample=scale * rollout.seconds["sample"],
-        reward=None if groups.failed else scale * rollout.seconds["reward"],
+        sample=scale * rollout.seconds.get("sample", 0.0),
+        reward=None if groups.failed else scale * rollout.seconds.get("reward", 0.0),
         update=scale * seconds * flops(rollout) / flops(timed),
         tflops=metrics["flops/done"] / seconds / 1e12,
     )

@@ -95,7 +95,7 @@ def train_command(run: Run) -> Command:
 
 def add_train_options(command: Command) -> None:
     """Add the options of a training run."""
-    _add_run_options(command)
+    _add_run_options(command, needs_reward=False)
     command.add(
         "--eval_dataset", str | None, "dataset to evaluate before and after the run", default=None
     )
@@ -138,14 +138,14 @@ def eval_command(run: Run) -> Command:
         "eval [options]",
         "Compare a model's answers with the references (RAS) and with a base model's (NAG).",
     )
-    _add_run_options(command)
+    _add_run_options(command, needs_reward=True)
     command.add("--base_model", str | None, "model before alignment, for NAG", default=None)
     command.add("--output_dir", str | None, "folder for eval.json; null: none", default=None)
     add_fields(command, EVALUATION_FIELDS)
     return command
 
 
-def _add_run_options(command: Command) -> None:
+def _add_run_options(command: Command, *, needs_reward: bool) -> None:
     command.parser.add_argument(
         "--config",
         action="config",
@@ -155,9 +155,10 @@ def _add_run_options(command: Command) -> None:
     command.add("--dataset", str, "hub id, file (jsonl, parquet...) or folder", required=True)
     command.add(
         "--reward",
-        list[str] | str,
-        "package.module:function or file.py:function; several are summed with reward_weights",
-        required=True,
+        list[str] | str if needs_reward else list[str] | str | None,
+        "package.module:function or file.py:function; several are summed with reward_weights"
+        + ("" if needs_reward else "; not needed where nothing is sampled or evaluated"),
+        required=needs_reward,
     )
     command.add("--metric", str | None, "held-out metric, given like a reward", default=None)
 

@@ -6,6 +6,7 @@ from grao_fast.cli.options import Command, Run, add_fields, add_lora_options
 
 # The fields of GRAOConfig that memory and traffic depend on.
 PLAN_FIELDS = (
+    "objective",
     "num_generations",
     "kl_coef",
     "max_new_tokens",

@@ -51,7 +51,8 @@ class GRAOConfig:
     Objective:
         objective: the name of an objective, "grao" or another of `grao_fast.objectives.OBJECTIVES`,
             with options of its own in parentheses: "dpo(beta=0.1)".
-        num_generations: G, the number of completions sampled for every prompt.
+        num_generations: G, the number of completions sampled for every prompt; objectives that
+            learn from references alone sample none.
         beta: weight of GRAO's imitation term, beta in Eq. 3.
         lam: weight of GRAO's alignment regulariser, lambda in Eq. 3.
         statistics: the rewards whose mean and standard deviation normalise GRAO's advantages: all

@@ -98,6 +98,9 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "vllm_max_model_length": _WITH_ENGINE,
 }
 
+# Options of samples in training.
+_OF_SAMPLES = ("kl_coef", "dynamic_sampling", "curriculum", "async_rollouts")
+
 
 def check_effect(config: Any) -> None:
     """Raise UserError for options that would have no effect."""
@@ -144,6 +147,14 @@ def check_objective(config: Any) -> None:
                 raise UserError(
                     f"{field.name}={value!r} has no effect without objective='grao'"
                     + _own_option(name, formula, field.name, value)
+                )
+    if not formula.needs_samples:
+        for option in _OF_SAMPLES:
+            value = getattr(config, option)
+            if value != getattr(default, option):
+                raise UserError(
+                    f"{option}={value!r} has no effect with objective={name!r}, which samples "
+                    "nothing in training: leave it out"
                 )
     set_clip = (config.epsilon, config.epsilon_high) != (None, None)
     if set_clip and (formula.clip is None or formula.two_passes):

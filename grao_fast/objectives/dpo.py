@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 from grao_fast.objectives.base import Groups, Objective, Rows, SecondPass
 from grao_fast.objectives.options import check_number
 from grao_fast.objectives.sequences import live_rows
+from grao_fast.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DPO(Objective):
 
     def second_pass(self, terms_CT: Tensor, rows: Rows) -> SecondPass:
         if rows.ref_logprob_T is None:
-            raise ValueError("DPO needs ref_logprob_T, of the policy that training began with")
+            raise UserError("DPO needs ref_logprob_T, of the policy that training began with")
         live = live_rows(terms_CT, rows)
         terms_R = live.take(terms_CT[0])
         by_group = live._replace(sequence_R=live.sequence_R // rows.K)

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grao_fast.system.errors import UserError
+
 
 class Advantages(NamedTuple):
     """Both (T,), in the dtype of the rewards; 0 in rows that do not count."""
@@ -138,7 +140,7 @@ def value_loss(
     num_tokens: as in `ppo_terms`.
     """
     if (old_values_T is None) != (clip is None):
-        raise ValueError("value_loss needs old_values_T and clip together: give both, or neither")
+        raise UserError("value_loss needs old_values_T and clip together: give both, or neither")
     live_T = sequence_T >= 0
     values_R, returns_R = values_T[live_T], returns_T[live_T]
     error_R = (values_R - returns_R).square()

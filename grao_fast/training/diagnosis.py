@@ -45,10 +45,12 @@ LIMITS = Limits()
 class History:
     """The first and the latest logged steps of a run.
 
+    objective: that of the run; only GRAO has A_y.
     best_logprob: the highest mean of `reference/logprob` over latest steps; NaN without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: str = "grao") -> None:
+        self.objective = objective
         self._first: list[Row] = []
         self._latest: deque[Row] = deque(maxlen=LATEST)
         self.steps = 0
@@ -66,6 +68,10 @@ class History:
     def now(self, name: str) -> float:
         """The metric of the last step; NaN without one."""
         return self._latest[-1].get(name, math.nan)
+
+    def has(self, name: str) -> bool:
+        """Whether the last step has a metric, NaN or not."""
+        return name in self._latest[-1]
 
     def earliest(self, name: str, allowed: Callable[[Row], bool] = lambda row: True) -> float:
         """The first value of a metric within the first steps; NaN without one."""
@@ -96,6 +102,8 @@ def no_signal(history: History) -> str | None:
     if not history.now("frac_dead") >= 1 or not math.isnan(history.now("kl")):
         return None  # the KL term gives a loss of its own
     reward = history.now("reward")
+    if not history.has("reward"):
+        return "the loss is 0, since no prompt of the step has a reference: look at the dataset"
     if math.isnan(reward):
         return "the loss is 0, since the reward was None for every sample: look at the reward"
     if history.now("frac_reward_zero_std") < 1:
@@ -115,8 +123,11 @@ def falling_references(history: History) -> str | None:
     before, now = history.best_logprob, history.latest("reference/logprob")
     if not now < before - LIMITS.logprob_fall:
         return None
+    fell = f"the references' mean log-prob fell from {before:.2f} at best to {now:.2f} nats a token"
+    if history.objective != "grao":
+        return f"{fell}: the policy moves away from what it imitates. Lower learning_rate"
     return (
-        f"the references' mean log-prob fell from {before:.2f} at best to {now:.2f} nats a token: "
+        f"{fell}: "
         'samples beat them, and what loses is pushed down. reference_advantage="floor" ends that; '
         '"clip" and a smaller lam push less'
     )
@@ -125,7 +136,7 @@ def falling_references(history: History) -> str | None:
 def losing_references(history: History) -> str | None:
     """References that lose to their samples nearly always."""
     share = history.latest("reference/frac_negative")
-    if not share >= LIMITS.losing_references:
+    if history.objective != "grao" or not share >= LIMITS.losing_references:
         return None
     return (
         f"the references lose in {share:.0%} of groups: they are not imitated any more, but made "
@@ -248,8 +259,8 @@ def _has_gained(history: History) -> bool:
 class Diagnosis:
     """Turns the metrics of logged steps into messages, each detector's once in a run."""
 
-    def __init__(self) -> None:
-        self._history = History()
+    def __init__(self, objective: str = "grao") -> None:
+        self._history = History(objective)
         self._silent = list(DETECTORS)
 
     def recall(self, rows: Iterable[dict[str, Any]]) -> dict[str, float]:

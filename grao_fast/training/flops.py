@@ -75,10 +75,11 @@ class ModelCost:
             layers=layers,
         )
 
-    def updates(self, work: Work) -> float:
-        """FLOPs of one forward and backward pass."""
+    def updates(self, work: Work, *, two_passes: bool = False) -> float:
+        """FLOPs of one forward and backward pass, with the head's first of two passes, if any."""
         pairs = sum(n * work.pairs[window] for window, n in self.layers.items())
-        return self.update * work.tokens + self.pair_update * pairs + self.row_update * work.rows
+        row = self.row_update + (self.row_forward if two_passes else 0.0)
+        return self.update * work.tokens + self.pair_update * pairs + row * work.rows
 
     def scores(self, work: Work) -> float:
         """FLOPs of one forward pass, such as the reference policy's."""
@@ -185,8 +186,7 @@ def update_flops(
     """
 
     def of(work: Work) -> float:
-        first_pass = cost.row_forward * work.rows if two_passes else 0.0
-        update = cost.updates(work) + first_pass
+        update = cost.updates(work, two_passes=two_passes)
         return updates * update + (cost.scores(work) if scored else 0.0)
 
     def total(*, live: bool, shared: bool) -> float:

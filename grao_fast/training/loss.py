@@ -122,10 +122,18 @@ def logit_options(
 
 
 def clipped_ratios(
-    weight_T: Tensor, logprob_T: Tensor, old_T: Tensor, clip: tuple[float, float]
+    weight_T: Tensor,
+    logprob_T: Tensor,
+    old_T: Tensor,
+    clip: tuple[float, float],
+    *,
+    ratio: str = "clipped",
 ) -> Tensor:
-    """(T,) 1 where the ratio is clipped, 0 where not, NaN where there is none."""
+    """(T,) 1 where the bounds hold the ratio, 0 where not, NaN where there is none."""
     low, high = clip
     weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
-    clipped_T = ((weight_T > 0) & (rho_T > 1 + high)) | ((weight_T < 0) & (rho_T < 1 - low))
+    above_T, below_T = rho_T > 1 + high, rho_T < 1 - low
+    if ratio == "clipped":  # against the sign of the weight
+        above_T, below_T = above_T & (weight_T > 0), below_T & (weight_T < 0)
+    clipped_T = above_T | below_T
     return clipped_T.float().where(~rho_T.isnan(), torch.nan)

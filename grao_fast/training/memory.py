@@ -196,11 +196,14 @@ class Probe:
         """A pass over `count` copies of a group, all its sequences live."""
         shape = len(self.objective.formula.terms), len(group.sequence_ids)
         group = replace(group, terms_CK=torch.ones(shape, dtype=torch.float64))
+        batch = self.policy.lay_out([group] * count)
+        initial_T = torch.zeros(len(batch.target_T), device=self.policy.device)
         micro_batch_loss(
             self.policy,
-            self.policy.lay_out([group] * count),
+            batch,
             self.objective,
             num_prompts=count,
+            ref_logprob_T=initial_T if self.objective.formula.needs_initial else None,
             workspace_mib=self.workspace_mib,
         ).loss.backward()
 

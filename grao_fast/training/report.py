@@ -9,6 +9,7 @@ from typing import Any
 from grao_fast.config import GRAOConfig
 from grao_fast.distributed.world import World
 from grao_fast.evaluation.result import EvaluationResult
+from grao_fast.objectives import split_objective
 from grao_fast.reporting.tracking import Tracker
 from grao_fast.system.files import write_file
 from grao_fast.system.lines import METRICS_FILE, read_lines, write_lines
@@ -41,7 +42,7 @@ class Report:
     ) -> None:
         self._output_dir, self._config, self._world = output_dir, config, world
         self._tracker: Tracker | None = None
-        self._diagnosis = Diagnosis()
+        self._diagnosis = Diagnosis(split_objective(config.objective)[0])
         self.metrics = world.main(lambda: self._open(total_steps, start_step), held=True)
 
     def _open(self, total_steps: int, start_step: int) -> dict[str, float]:

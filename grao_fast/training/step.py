@@ -260,7 +260,13 @@ def _backward(
         clipped_T = None
         if part.old_logprob_T is not None and objective.clip is not None:
             weight_T = part.batch.terms_CT.sum(0)
-            clipped_T = clipped_ratios(weight_T, part.logprob_T, part.old_logprob_T, objective.clip)
+            clipped_T = clipped_ratios(
+                weight_T,
+                part.logprob_T,
+                part.old_logprob_T,
+                objective.clip,
+                ratio=objective.formula.ratio,
+            )
         metrics.add(part.batch, loss.policy, clipped_T, loss.router)
     return metrics
 

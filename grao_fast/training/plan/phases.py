@@ -89,7 +89,7 @@ def phases(
     found.append(
         phase(
             "forward and backward",
-            flops=work.updates * groups * cost.updates(group),
+            flops=work.updates * groups * cost.updates(group, two_passes=work.two_passes),
             traffic=update,
         )
     )

@@ -72,6 +72,7 @@ class Workload:
     samples, prompt, completion, reference: G, and tokens of each kind of text.
     updates: on the samples of a step.
     kl: whether the policy that training began with is kept and scored.
+    two_passes: whether an update computes the logits once more, before its loss.
     recompute: whether layers' activations are recomputed.
     offload: whether shards, gradients and moments are in the CPU's memory.
     compute_bytes: of an element of weights and activations in computing: 2 for bfloat16.
@@ -88,6 +89,7 @@ class Workload:
     reference: int
     updates: int
     kl: bool
+    two_passes: bool
     share_prefix: bool
     recompute: bool
     offload: bool
@@ -103,14 +105,16 @@ class Workload:
         """The work that a configuration asks for on GPUs, where None for bf16 means bfloat16."""
         if config.max_prompt_length is None:
             raise UserError("max_prompt_length must be given: a plan takes it for every prompt")
+        objective = config.objective_options
         return cls(
             prompts=config.prompts_per_step,
-            samples=config.num_generations,
+            samples=config.num_generations if objective.formula.needs_samples else 0,
             prompt=config.max_prompt_length,
             completion=config.max_new_tokens,
             reference=config.max_reference_length or config.max_new_tokens,
             updates=config.num_iterations,
-            kl=config.objective_options.needs_beginning,
+            kl=objective.needs_beginning,
+            two_passes=objective.formula.two_passes,
             share_prefix=config.share_prefix,
             recompute=config.gradient_checkpointing,
             offload=config.cpu_offload,
