@@ -16,6 +16,8 @@ from grao_fast.reporting import plots
 from grao_fast.reporting.plots import plot_run
 from grao_fast.reporting.series import running_mean
 
+COMPONENTS = ("exploration", "imitation", "alignment")
+
 
 def step(number: int, **metrics: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {
@@ -61,7 +63,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         ([{"step": 0, "eval/nag": -0.5}], ["reward"]),
         ([{"step": 1, "loss": 0.0}], ["loss"]),
         ([step(1, **{"reward": None, "reference/reward": None, "loss": None})], ["components"]),
-        ([step(1, **{f"objective/{c}": 0.0 for c in plots._COMPONENTS})], ["reward", "loss"]),
+        ([step(1, **{f"objective/{c}": 0.0 for c in COMPONENTS})], ["reward", "loss"]),
     ],
 )
 def test_plots_without_metrics_are_left_out(tmp_path, rows, names) -> None:
@@ -99,7 +101,7 @@ def test_component_shares_are_of_magnitudes_and_fill_the_plot() -> None:
 
 
 def test_steps_without_components_are_left_out() -> None:
-    dead = {f"objective/{name}": 0.0 for name in plots._COMPONENTS}
+    dead = {f"objective/{name}": 0.0 for name in COMPONENTS}
     figure = plots._components([step(1), step(2, **dead), step(3)])
     assert figure is not None
     points = figure.axes[0].collections[0].get_paths()[0].vertices

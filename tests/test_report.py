@@ -15,7 +15,7 @@ import grao_fast
 from grao_fast.cli.commands import main
 from grao_fast.reporting.page import svg
 from grao_fast.reporting.page.runs import read_runs
-from grao_fast.reporting.series import component_shares, thinned
+from grao_fast.reporting.series import component_shares, components_of, thinned
 
 _VOID = {"meta", "path", "circle", "polygon"}  # of the page; those of SVG close themselves
 _ELEMENTS = {
@@ -207,6 +207,13 @@ def test_shares_leave_out_steps_without_components() -> None:
     rows = [metrics(1), {"step": 2}, metrics(3, **{"objective/imitation": None})]
     assert component_shares(rows) == ([1], [[0.25], [0.5], [0.25]])
     assert component_shares(rows[1:]) == ([], [])
+
+
+def test_shares_are_of_the_objectives_own_terms() -> None:
+    rows = [{"step": 4, "objective/policy": -1.0, "objective/imitation": 3.0}]
+    assert components_of(rows) == ("policy", "imitation")
+    assert component_shares(rows) == ([4], [[0.25], [0.75]])
+    assert component_shares([{"step": 1, "objective/policy": 1.0}]) == ([], [])  # of one, none
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Draws the plots of a run from its metrics.jsonl.
 
     reward.png      mean reward of the samples and of the references; evaluations; RAS and NAG
-    loss.png        the loss, -J
-    components.png  shares of |exploration|, |imitation| and |alignment|, the paper's Figure 5
+    loss.png        the loss
+    components.png  shares of the magnitudes of the objective's terms, if it has several: for GRAO
+                    |exploration|, |imitation| and |alignment|, the paper's Figure 5
 
 Raw values are drawn faintly, with a running mean on top; a null value is a gap.
 """
@@ -19,7 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from grao_fast.reporting.series import COMPONENTS, Series, component_shares, running_mean, series_of
+from grao_fast.reporting.series import (
+    Series,
+    component_shares,
+    components_of,
+    running_mean,
+    series_of,
+)
 from grao_fast.system.errors import UserError
 from grao_fast.system.files import named_when_full
 from grao_fast.system.lines import METRICS_FILE, read_lines
@@ -31,7 +38,7 @@ _GREY = "#666666"
 _SIZE_INCHES = (6.4, 3.8)
 _DPI = 150
 _RATE_MARGIN = 0.05  # above and below the rates, so that noise does not fill the panel
-_COMPONENTS = dict(zip(COMPONENTS, (_BLUE, _ORANGE, _GREEN), strict=True))
+_COLOURS = (_BLUE, _ORANGE, _GREEN)  # of an objective's terms
 _RATES = {
     "eval/ras": ("RAS (beats the reference)", _GREEN, "o"),
     "eval/nag": ("NAG (wins minus losses against the base model)", _VERMILION, "s"),
@@ -106,7 +113,7 @@ def _loss(rows: Sequence[dict[str, Any]]) -> Figure | None:
     series = series_of(rows, "loss")
     if not series[0]:
         return None
-    figure, axes = _figure("Loss", "loss, $-J$ (nats)")
+    figure, axes = _figure("Loss", "loss")
     _draw(axes, series, "loss", _BLUE)
     _legend(axes)
     return figure
@@ -122,9 +129,7 @@ def _components(rows: Sequence[dict[str, Any]]) -> Figure | None:
     if len(steps) == 1:  # an area needs a width
         steps = [steps[0], steps[0] + 1]
         smooth = [column * 2 for column in smooth]
-    axes.stackplot(
-        steps, smooth, labels=list(_COMPONENTS), colors=list(_COMPONENTS.values()), alpha=0.85
-    )
+    axes.stackplot(steps, smooth, labels=components_of(rows), colors=_COLOURS, alpha=0.85)
     axes.set_xlim(steps[0], steps[-1])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -10,7 +10,7 @@ from typing import Any
 Series = tuple[list[int], list[float]]  # steps and values, NaN for a gap
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
-COMPONENTS = ("exploration", "imitation", "alignment")
+_TERM = "objective/"  # what the names of an objective's terms begin with
 _SHORT_RUN = 8  # fewer points than this are not smoothed
 
 
@@ -48,13 +48,22 @@ def mean_of(values: Sequence[float]) -> float:
     return sum(present) / len(present) if present else math.nan
 
 
-def component_shares(rows: Rows) -> tuple[list[int], list[list[float]]]:
-    """Return steps, and for each of COMPONENTS its share of their summed magnitudes.
+def components_of(rows: Rows) -> tuple[str, ...]:
+    """Return the names of the objective's terms, in the order in which they were logged."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(_TERM))
+    return tuple(name.removeprefix(_TERM) for name in names)
 
-    Steps without all three, or in which all are 0, as in a step of dead groups, are left out.
+
+def component_shares(rows: Rows) -> tuple[list[int], list[list[float]]]:
+    """Return steps, and for each of `components_of` its share of their summed magnitudes.
+
+    Steps without all of them, or in which all are 0, as in a step of dead groups, are left out. Of
+    a single term there are no shares.
     """
-    keys = [f"objective/{name}" for name in COMPONENTS]
+    keys = [f"{_TERM}{name}" for name in components_of(rows)]
     steps, shares = [], []
+    if len(keys) < 2:
+        return [], []
     for row in rows:
         sizes = [abs(as_number(row.get(key))) for key in keys]
         total = sum(sizes)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from grao_fast.reporting.page.runs import Run
 from grao_fast.reporting.page.svg import Curve, area_svg, line_svg, short_number
-from grao_fast.reporting.series import COMPONENTS, Series, component_shares, running_mean
+from grao_fast.reporting.series import Series, component_shares, components_of, running_mean
 
 L_SAMPLES = "reference/logprob - reference/logprob_gap"  # L(o), which no metric gives by itself
 
@@ -55,7 +55,11 @@ _SECTIONS: dict[str, list[Panel]] = {
             percent=True,
         ),
         Panel("Held-out metric", {"eval/metric": "metric"}, "Not seen by training."),
-        Panel("Loss", {"loss": "loss"}, "-J, plus the KL penalty or a router's loss, if any."),
+        Panel(
+            "Loss",
+            {"loss": "loss"},
+            "Minus the objective, plus the KL penalty or a router's loss, if any.",
+        ),
     ],
     "Samples": [
         Panel(
@@ -129,9 +133,7 @@ _SECTIONS: dict[str, list[Panel]] = {
 }  # fmt: skip
 _REWARDS = "Rewards"
 OTHERS = "Other metrics"
-_SHOWN_OTHERWISE = {
-    *(f"objective/{name}" for name in COMPONENTS), "reference/logprob_gap", "epoch"
-}  # fmt: skip
+_SHOWN_OTHERWISE = {"reference/logprob_gap", "epoch"}
 
 
 def sections_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
@@ -139,7 +141,8 @@ def sections_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     metrics = set().union(*(run.metrics for run in runs))
     panels = {**_SECTIONS, _REWARDS: _rewards(metrics)}
     known = {name for section in panels.values() for panel in section for name in panel.lines}
-    others = sorted(metrics - known - _SHOWN_OTHERWISE)
+    terms = {name for name in metrics if name.startswith("objective/")}
+    others = sorted(metrics - known - _SHOWN_OTHERWISE - (terms if len(terms) > 1 else set()))
     panels[OTHERS] = [Panel(name, {name: name}) for name in others]
     drawn = {
         title: [chart for panel in section if (chart := _chart(panel, runs)) is not None]
@@ -191,14 +194,15 @@ def _components(run: Run, runs: Sequence[Run]) -> Chart | None:
     steps, columns = component_shares(run.rows)
     if not steps:
         return None
+    names = components_of(run.rows)
     title = "Shares of the components" + ("" if len(runs) == 1 else f": {run.name}")
     smooth = [running_mean(column) for column in columns]
     legend = [
         (f"c{place}", "area", name, _percent(column[-1]))
-        for place, (name, column) in enumerate(zip(COMPONENTS, smooth, strict=True))
+        for place, (name, column) in enumerate(zip(names, smooth, strict=True))
     ]
-    svg = area_svg(title, COMPONENTS, steps, smooth, last_step=_last_step(runs))
-    return Chart(title, "Of the magnitudes of the three terms of J.", svg, legend)
+    svg = area_svg(title, names, steps, smooth, last_step=_last_step(runs))
+    return Chart(title, "Of the magnitudes of the objective's terms.", svg, legend)
 
 
 def _last_step(runs: Sequence[Run]) -> int:
