@@ -33,6 +33,7 @@ from grao_fast.cli.commands import build_parser, main
 from grao_fast.data.encoder import TokenIds
 from grao_fast.data.encoding import Limits, encode_examples
 from grao_fast.data.examples import Example
+from grao_fast.objectives.grao import GRAO
 from grao_fast.training.rollout import Rollout
 
 NAN = math.nan
@@ -390,7 +391,7 @@ def facts_of_rows(references: list[int], **facts: Any) -> RowFacts:
     ],
 )
 def test_references(references: list[int], facts: Any, verdict: str, value: str) -> None:
-    finding = on_references(facts_of_rows(references, **facts), CONFIG.sampling)
+    finding = on_references(facts_of_rows(references, **facts), CONFIG.sampling, GRAO())
     assert finding.verdict == verdict
     assert value in finding.value
 

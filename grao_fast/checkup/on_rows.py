@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
 from grao_fast.checkup.findings import Finding, judged, percent, share
 from grao_fast.checkup.rows import Fit, RowFacts
 from grao_fast.config import SamplingOptions
+from grao_fast.objectives import Objective
 from grao_fast.system.errors import first_of
 
 _REFUSED = "give these rows the turns that the template asks for, or set another chat template"
@@ -37,9 +39,10 @@ _EXCEPTIONS = {
 }
 
 
-def on_rows(facts: RowFacts, sampling: SamplingOptions) -> list[Finding]:
+def on_rows(facts: RowFacts, sampling: SamplingOptions, formula: Objective) -> list[Finding]:
     """Return what the rows of the training set say."""
-    return [on_prompts(facts, sampling), on_references(facts, sampling), *on_template(facts)]
+    references = [on_references(facts, sampling, formula)] if formula.uses_references else []
+    return [on_prompts(facts, sampling), *references, *on_template(facts)]
 
 
 def on_held_out(facts: RowFacts, sampling: SamplingOptions) -> Finding:
@@ -95,7 +98,7 @@ def _misfits(context: int | None, new: int) -> list[tuple[Fit, str, str]]:
     ]
 
 
-def on_references(facts: RowFacts, sampling: SamplingOptions) -> Finding:
+def on_references(facts: RowFacts, sampling: SamplingOptions, formula: Objective) -> Finding:
     """Judge how many rows have a reference, and how long references are."""
     rows = [row for row in facts.rows if row.fit not in ("refused", "dropped")]
     lengths = [len(row.ids.reference) for row in rows if row.ids.reference]
@@ -103,7 +106,8 @@ def on_references(facts: RowFacts, sampling: SamplingOptions) -> Finding:
     absent = share(len(rows) - len(lengths), len(rows))
     kept = {row.number for row in rows}
     cut = share(len(kept.intersection(facts.cut)), len(rows))
-    longer = share(sum(n > sampling.max_new_tokens for n in lengths), len(rows))
+    most = sampling.max_new_tokens if formula.needs_samples else math.inf
+    longer = share(sum(n > most for n in lengths), len(rows))
     worst = [
         judged(
             "data",

@@ -183,7 +183,8 @@ class _Check:
                 lambda: read_rows(rows, self.loaded, sampling, seed=config.seed, trained=False)
             )
         batch, steps = _steps(facts, config)
-        findings = [_on_steps(batch, steps, config), *on_rows(facts, sampling)]
+        formula = config.objective_options.formula
+        findings = [_on_steps(batch, steps, config), *on_rows(facts, sampling, formula)]
         if held_out is not None:
             findings.append(on_held_out(held_out, sampling))
         if not facts.that("fits"):
