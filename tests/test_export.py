@@ -115,9 +115,9 @@ def test_files_that_break_the_format_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step.safetensors"
     tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, GRAO(), max_new_tokens=8)
     save_file(tokens._asdict(), path)
-    with pytest.raises(UserError, match=r"this reads .*weighted_tokens', version"):
+    with pytest.raises(UserError, match=r"this reads .*weighted-tokens', version"):
         WeightedTokens.load(path)
-    metadata = {"format": "grao_fast.weighted_tokens", "version": "1"}
+    metadata = {"format": "grao-fast/weighted-tokens", "version": "1"}
     save_file({"input_ids": tokens.input_ids}, path, metadata=metadata)
     with pytest.raises(UserError, match="no tensor 'labels'"):
         WeightedTokens.load(path)

@@ -26,7 +26,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 RUNS = re.compile(r"<!-- tested: (\w+) -->\n```(?:python|json)\n(.*?)```", re.DOTALL)
 # tests/test_docs.py runs these, whose blocks need files
-RUN_ELSEWHERE = ("docs/quickstart.md", "docs/rewards.md", "docs/check.md")
+RUN_ELSEWHERE = ("docs/quickstart.md", "docs/rewards.md", "docs/check.md", "docs/trainers.md")
 MARKED = {name: RUNS.findall(text) for name, text in TEXTS.items() if name not in RUN_ELSEWHERE}
 EXAMPLES = {name: code for examples in MARKED.values() for name, code in examples}
 LONG = ("train", "trl")  # these start from files
@@ -123,12 +123,13 @@ def test_names_of_modules_and_paths_of_files_exist(name: str) -> None:
 
 
 def resolve(dotted: str) -> None:
-    """Fail unless `dotted` is a module, or an attribute of one; of TRL's adapter only with TRL."""
+    """Fail unless `dotted` is a module or an attribute of one; of adapters, where the host is."""
     module, attributes = dotted, []
     while not is_module(module):
         module, _, last = module.rpartition(".")
         attributes.insert(0, last)
-    if module.startswith("grao_fast.integrations.trl") and find_spec("trl") is None:
+    host = module.removeprefix("grao_fast.integrations.").partition(".")[0]
+    if host in ("trl", "verl") and find_spec(host) is None:
         return
     found: Any = importlib.import_module(module)
     for attribute in attributes:

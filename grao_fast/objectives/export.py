@@ -24,7 +24,7 @@ from torch import Tensor
 from grao_fast.objectives.base import Groups, Objective
 from grao_fast.system.errors import UserError
 
-FORMAT, VERSION = "grao_fast.weighted_tokens", "1"
+FORMAT, VERSION = "grao-fast/weighted-tokens", "1"
 IGNORED = -100  # the label of a token without weight, which `cross_entropy` ignores by default
 
 Ids = Sequence[int]
