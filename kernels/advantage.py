@@ -24,7 +24,7 @@ REFERENCE_ADVANTAGES = ("signed", "clip", "floor", "tapered")
 
 
 def group_advantages(
-    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "signed"
+    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "floor"
 ) -> Tensor:
     """A = (r - mu) / sigma within each group.
 
@@ -56,7 +56,7 @@ def sequence_weights(
     *,
     beta: float = 0.5,
     lam: float = 0.6,
-    reference_advantage: str = "signed",
+    reference_advantage: str = "floor",
 ) -> Tensor:
     """w_i and w_y of J = sum_i w_i L(o_i) + w_y L(y).
 

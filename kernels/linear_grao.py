@@ -40,7 +40,7 @@ def linear_grao_loss(
     beta: float = 0.5,
     lam: float = 0.6,
     statistics: str = "group",
-    reference_advantage: str = "signed",
+    reference_advantage: str = "floor",
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -81,10 +81,11 @@ def linear_grao_loss(
         beta, lam: weights of imitation and of the alignment regulariser.
         statistics: as in `group_advantages`.
         reference_advantage: what becomes of a reference that loses to its samples. "signed", the
-            paper's: nothing. "clip": A_y is held at or above 0. "floor": w_y = beta A_y -
-            (lam / G) sum_i A_i is; where it is negative, y has no part in any term. "tapered":
-            where w_y < 0, y has sg(p) log p in place of log p in all terms, p being each token's
-            probability (the shaping "dft"), so that its gradient w_y p fades as y gets unlikely.
+            paper's: its log-probs are lowered. "clip": A_y is held at or above 0. "floor": w_y =
+            beta A_y - (lam / G) sum_i A_i is; where it is negative, y has no part in any term.
+            "tapered": where w_y < 0, y has sg(p) log p in place of log p in all terms, p being each
+            token's probability (the shaping "dft"), so that its gradient w_y p fades as y gets
+            unlikely.
         old_logprob_T, clip, sampler_logprob_T, sampler_cap, ref_logprob_T: as in `OffPolicy`. A
             reference y that is on policy has old_logprob_T NaN.
         kl_coef: weight of kl; goes with ref_logprob_T.

@@ -33,7 +33,7 @@ class ReferenceLoss(NamedTuple):
 
 
 def group_advantages(
-    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "signed"
+    rewards_NK: Tensor, *, statistics: str = "group", reference_advantage: str = "floor"
 ) -> Tensor:
     """A = (r - mu) / sigma in each group of K, with the population's sigma.
 
@@ -63,7 +63,7 @@ def sequence_weights(
     *,
     beta: float = 0.5,
     lam: float = 0.6,
-    reference_advantage: str = "signed",
+    reference_advantage: str = "floor",
 ) -> Tensor:
     """The coefficients of L in J = sum_i w_i L(o_i) + w_y L(y); 0 for an absent sequence.
 
@@ -195,7 +195,7 @@ def grao_loss(
     beta: float = 0.5,
     lam: float = 0.6,
     statistics: str = "group",
-    reference_advantage: str = "signed",
+    reference_advantage: str = "floor",
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,

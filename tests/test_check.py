@@ -103,7 +103,8 @@ def test_a_sound_run_has_no_findings(tiny_model: Path, tmp_path: Path, unchecked
 DEFECTS: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any], str, str]] = {
     "constant reward": (sums(9), constant, {}, "dead groups", "the reward is constant, 0.5"),
     "references lose": (
-        sums(9), no_digits, {"check_prompts": 5}, "references lose", "100% of 5 references",
+        sums(9), no_digits, {"check_prompts": 5, "reference_advantage": "signed"},
+        "references lose", "100% of 5 references",
     ),
     "long prompts": (with_prompt("a" * 600), digits, {}, "prompts", "max_new_tokens=200: row 6"),
     "truncation": (sums(9), digits, {"max_new_tokens": 2}, "truncation", "max_new_tokens=2;"),
@@ -322,14 +323,16 @@ def verdicts(findings: list[Finding]) -> dict[str, str]:
     ],
 )
 def test_rewards(rewards: list[list[float]], expected: dict[str, str]) -> None:
-    assert verdicts(on_rewards(sampled(rewards), CONFIG.objective_options)) == expected
+    objective = CONFIG.replace(reference_advantage="signed").objective_options
+    assert verdicts(on_rewards(sampled(rewards), objective)) == expected
 
 
-def test_references_that_lose_are_a_warning_where_their_advantage_is_clipped() -> None:
-    objective = CONFIG.replace(reference_advantage="clip").objective_options
-    assert verdicts(on_rewards(sampled([[1, 3, 0]] * 6), objective)) == {
-        "references lose": "warning"
-    }
+def test_references_that_lose_are_a_warning_where_they_are_not_pushed_down() -> None:
+    for name in ("clip", "floor"):
+        objective = CONFIG.replace(reference_advantage=name).objective_options
+        assert verdicts(on_rewards(sampled([[1, 3, 0]] * 6), objective)) == {
+            "references lose": "warning"
+        }
 
 
 def test_one_of_several_functions_is_constant() -> None:

@@ -190,7 +190,7 @@ def test_share_of_the_gradient_that_imitates() -> None:
     advantages_NK = torch.tensor(
         [[-1.0, -1.0, 2.0], [1.0, 1.0, -2.0], [0.0, 0.0, 0.0], [1.0, -1.0, math.nan]]
     )
-    weights_NK = sequence_weights(advantages_NK, beta=0.5, lam=0.5)
+    weights_NK = sequence_weights(advantages_NK, beta=0.5, lam=0.5, reference_advantage="signed")
     metrics = group_metrics(torch.zeros(4, 3), advantages_NK, weights_NK)
     pulls = 0.5 * 2 + 0.5 / 2 * 2  # of the first group; the second's reference is pushed down
     total = 2 * pulls + 6 * 1.5 * 1 / 2

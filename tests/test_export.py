@@ -17,6 +17,7 @@ from grao_fast.objectives.luffy import LUFFY
 from grao_fast.system.errors import UserError
 
 V, D = 13, 8
+PAPER = GRAO(reference_advantage="signed")
 PROMPTS = [[3, 4, 5], [6, 7], [8]]
 SEQUENCES = [
     [[1, 2], [3], [4, 5, 6]],
@@ -68,12 +69,13 @@ def specified(model: Bigram, rewards_NK: torch.Tensor) -> torch.Tensor:
         torch.tensor(target),
         torch.tensor(sequence),
         rewards_NK.double(),
+        reference_advantage="signed",
     ).loss
 
 
 def test_the_weighted_cross_entropy_is_the_objective_s_loss() -> None:
     model = Bigram()
-    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, GRAO(), max_new_tokens=8)
+    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, PAPER, max_new_tokens=8)
     loss, truth = consumed(model, tokens), specified(model, REWARDS_NK)
     torch.testing.assert_close(loss, truth, rtol=1e-6, atol=1e-8)
     gradients = [torch.autograd.grad(each, model.parameters()) for each in (loss, truth)]
@@ -83,7 +85,7 @@ def test_the_weighted_cross_entropy_is_the_objective_s_loss() -> None:
 
 def test_the_kernel_consumes_it() -> None:
     model = Bigram().float()
-    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, GRAO(), max_new_tokens=8)
+    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, PAPER, max_new_tokens=8)
     loss = linear_weighted_cross_entropy(
         model.hidden(tokens.input_ids, tokens.cu_seqlens),
         model.head_VD,
@@ -94,7 +96,7 @@ def test_the_kernel_consumes_it() -> None:
 
 
 def test_sequences_without_weight_are_left_out() -> None:
-    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, GRAO(), max_new_tokens=8)
+    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, PAPER, max_new_tokens=8)
     assert tokens.cu_seqlens.diff().tolist() == [5, 4, 6, 2, 3]  # the second prompt's rewards tie
     assert tokens.input_ids[:5].tolist() == [3, 4, 5, 1, 2]
     assert tokens.labels[:5].tolist() == [IGNORED, IGNORED, 1, 2, IGNORED]
@@ -113,7 +115,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 def test_files_that_break_the_format_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step.safetensors"
-    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, GRAO(), max_new_tokens=8)
+    tokens = export(PROMPTS, SEQUENCES, REWARDS_NK, PAPER, max_new_tokens=8)
     save_file(tokens._asdict(), path)
     with pytest.raises(UserError, match=r"this reads .*weighted-tokens', version"):
         WeightedTokens.load(path)

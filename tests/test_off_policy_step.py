@@ -73,7 +73,7 @@ def assert_same_gradients(model: torch.nn.Module, double: torch.nn.Module) -> No
         assert error <= 1e-5 * max(1e-2, float(theirs.grad.abs().max())), name
 
 
-@pytest.mark.parametrize("reference_advantage", ["clip", "floor", "tapered"])
+@pytest.mark.parametrize("reference_advantage", ["signed", "clip", "floor", "tapered"])
 def test_references_that_lose_are_treated_as_specified(tiny_model, reference_advantage: str):
     config = OFF_POLICY.replace(reference_advantage=reference_advantage)
     loaded, rollout, _ = step_groups(tiny_model, config)
@@ -95,7 +95,9 @@ def test_references_that_lose_are_treated_as_specified(tiny_model, reference_adv
     expected.loss.backward()
     assert abs(total - float(expected.loss.detach())) < 1e-5
     assert_same_gradients(policy.model, double)
-    weight_N = reference.sequence_weights(expected.advantages_NK)[:, -1]
+    weight_N = reference.sequence_weights(expected.advantages_NK, reference_advantage="signed")[
+        :, -1
+    ]
     assert (weight_N < 0).all()
 
 

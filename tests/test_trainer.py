@@ -127,7 +127,9 @@ def test_a_step_is_the_formula(tiny_model, share_prefix: bool, budget: int):
     """Loss and every gradient, however the step is split, against float64 of the stock model."""
     from grao_fast.data.packing import split_by_tokens
 
-    config = CONFIG.replace(share_prefix=share_prefix, temperature=0.8)
+    config = CONFIG.replace(
+        share_prefix=share_prefix, temperature=0.8, reference_advantage="signed"
+    )
     loaded, rollout, groups = step_groups(tiny_model, config)
     policy, total = loaded.policy, 0.0
     with policy.updating():

@@ -57,10 +57,11 @@ class GRAOConfig:
         lam: weight of GRAO's alignment regulariser, lambda in Eq. 3.
         statistics: the rewards whose mean and standard deviation normalise GRAO's advantages: all
             G+1 ("group"), or those of the G samples ("samples", the literal Eq. 4).
-        reference_advantage: what becomes of a reference that the samples beat. "signed", as in the
-            paper: its probability is lowered. "clip": A_y is kept at or above 0, so that only the
-            regulariser, weighted by lam, lowers it. "floor": the whole weight of the reference is
-            kept at or above 0. "tapered": a token's probability is lowered in proportion to itself.
+        reference_advantage: what becomes of a reference that the samples beat. "floor": it has no
+            part in the objective, as its weight is kept at or above 0; docs/results/study.md says
+            why this is the default. "signed", as in the paper: its probability is lowered. "clip":
+            A_y is kept at or above 0, so that only the regulariser, weighted by lam, lowers it.
+            "tapered": a token's probability is lowered in proportion to itself.
         reward_type: "pointwise" if the reward scores samples and references alike; "pairwise" if it
             compares a completion with its reference (+1, 0, -1), whose own reward is then 0.
         reward_weights: one weight for each reward function; None: all 1.
@@ -169,7 +170,7 @@ class GRAOConfig:
     beta: float = 0.5
     lam: float = 0.6
     statistics: Statistics = "group"
-    reference_advantage: ReferenceAdvantage = "signed"
+    reference_advantage: ReferenceAdvantage = "floor"
     reward_type: RewardType = "pointwise"
     reward_weights: tuple[float, ...] | None = None
     reward_timeout: float | tuple[float | None, ...] | None = None

@@ -32,7 +32,7 @@ class GRAO(Objective):
     beta: float = 0.5
     lam: float = 0.6
     statistics: Statistics = "group"
-    reference_advantage: ReferenceAdvantage = "signed"
+    reference_advantage: ReferenceAdvantage = "floor"
 
     terms: ClassVar[tuple[str, ...]] = ("exploration", "imitation", "alignment")
 

@@ -73,7 +73,7 @@ def test_references_of_negative_weight_are_held_or_shaped(backend: str, device: 
     problems = {name: PROBLEMS[f"{name}_reference"] for name in ("floored", "tapered")}
     signed = problems["floored"].with_options(reference_advantage="signed")
     expected = run(linear_grao_loss, signed, torch.float32, device, backend=backend)
-    weights_NK = reference.sequence_weights(expected["advantages_NK"])
+    weights_NK = reference.sequence_weights(expected["advantages_NK"], reference_advantage="signed")
     weight_T = weights_NK.flatten()[signed.sequence_T].where(signed.sequence_T >= 0, 0)
     lost_T = (weight_T < 0) & (signed.sequence_T % 4 == 3)
     assert lost_T.any() and (weights_NK[:, -1] > 0).any()
@@ -135,7 +135,7 @@ def without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_without_weight_may_hold_anything(dropped, backend, device, monkeypatch) -> None:
     if not dropped:
         without_dropping(monkeypatch)
-    clean = dead_group(make_problem())
+    clean = dead_group(make_problem()).with_options(reference_advantage="signed")
     dead_T = (clean.sequence_T < 0) | (clean.sequence_T // 4 == 1)
     hidden_TD, target_T = clean.hidden_TD.clone(), clean.target_T.clone()
     hidden_TD[dead_T], target_T[dead_T] = math.nan, -100

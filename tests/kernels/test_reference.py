@@ -76,11 +76,12 @@ def test_a_losing_reference_by_hand(reference_advantage: str, mean_logprob: floa
 
 def test_three_terms_equal_sequence_weights() -> None:
     """loss = -sum_s w_s L(s) / N."""
-    for options in ({}, {"statistics": "samples"}, {"reference_advantage": "clip"}, FLOOR):
+    signed, clip = {"reference_advantage": "signed"}, {"reference_advantage": "clip"}
+    for options in ({}, signed, signed | {"statistics": "samples"}, clip, FLOOR):
         problem = make_problem(N=4, K=5, T=60, **options)
         result = run(reference.grao_loss, problem, torch.float64)
-        floor = FLOOR if options == FLOOR else {}
-        weights_S = reference.sequence_weights(result["advantages_NK"], **floor).flatten()
+        of_weights = {"reference_advantage": options.get("reference_advantage", "floor")}
+        weights_S = reference.sequence_weights(result["advantages_NK"], **of_weights).flatten()
         total = torch.zeros((), dtype=torch.float64)
         for s, weight in enumerate(weights_S):
             rows = problem.sequence_T == s

@@ -99,7 +99,7 @@ class GRAOTrainer(GRPOTrainer):
         grao_beta: float = 0.5,
         grao_lam: float = 0.6,
         statistics: str = "group",
-        reference_advantage: str = "signed",
+        reference_advantage: str = "floor",
         **options: Any,
     ) -> None:
         check_number("grao_beta", grao_beta)

@@ -21,7 +21,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 from grao_fast.kernels import group_advantages, sequence_weights
 
 NAME = "grao"
-_DEFAULTS = {"beta": 0.5, "lam": 0.6, "statistics": "group", "reference_advantage": "signed"}
+_DEFAULTS = {"beta": 0.5, "lam": 0.6, "statistics": "group", "reference_advantage": "floor"}
 
 
 def is_reference(response_mask_BL: Tensor) -> Tensor:
