@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -37,7 +37,7 @@ from grao_fast.training.ahead import SamplingAhead
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
 from grao_fast.training.draws import PromptDraws
 from grao_fast.training.identity import RunIdentity, check_same_run
-from grao_fast.training.inputs import Inputs, read_inputs, tokenizer_for
+from grao_fast.training.inputs import Inputs, read_inputs, sampled_by, tokenizer_for
 from grao_fast.training.memory import GroupShape, token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps, lr_schedule
@@ -69,7 +69,7 @@ def train(
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None = None,
     metric: RewardSpec | None = None,
     peft_config: Any = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Literal["dataset"] | None = None,
     callbacks: Sequence[Callback] = (),
     output_dir: str | Path = "grao-output",
     resume_from_checkpoint: str | Path | bool | None = None,
@@ -88,7 +88,7 @@ def train(
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
         metric: a held-out measure, called as a reward is, that training never sees.
         peft_config: a peft config, to train a new adapter.
-        sampler: one of your own, see `grao_fast.sampling.Sampler`; None: as config says.
+        sampler: a `grao_fast.sampling.Sampler`; "dataset": stored completions; None: config's.
         callbacks: see `grao_fast.callbacks.Callback`.
         output_dir: made if needed; one run at a time holds it.
         resume_from_checkpoint: True for the latest whole checkpoint in output_dir, "auto" for that
@@ -118,7 +118,7 @@ def train(
     once, but lets an optimiser step or a save finish. A second Ctrl-C waits for nothing. Signals
     are handled in the main thread only, and only while `train` runs.
     """
-    config = config or GRAOConfig()
+    config, sampler = sampled_by(config, sampler)
     with ExitStack() as stack:
         world = stack.enter_context(world_of(config))
         world.together(lambda: check_given("model", model))
@@ -133,7 +133,7 @@ def train(
             )
         )
         world.together(lambda: check_trackers(config.report_to))
-        identity = RunIdentity.of(inputs.examples, inputs.reward)
+        config, identity = inputs.config, RunIdentity.of(inputs.examples, inputs.reward)
         if checkpoint is not None:
             state = read_state(checkpoint)
             world.together(lambda: check_same_run(checkpoint, state, identity, config=config))

@@ -17,12 +17,15 @@ from torch import Tensor
 from grao_fast.config import ObjectiveOptions, RewardType, SamplingOptions
 from grao_fast.data.encoding import Encoded
 from grao_fast.rewards import Reward, RewardError
+from grao_fast.rewards.functions import ready
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import one_line
 from grao_fast.training.rollout import Rollout, references_only, texts_of
+from grao_fast.training.stored import completions_of as stored_completions
+from grao_fast.training.stored import score_stored
 
 _PATIENCE = 20.0  # seconds after which no further prompt is tried with a reward that has failed
 _LONGEST = 400  # characters of an error that is shown
@@ -75,14 +78,18 @@ class GroupFacts:
 
 def sample_and_try(
     loaded: LoadedPolicy,
-    reward: Reward,
+    reward: Reward | None,
     prompts: Sequence[Encoded],
     *,
     sampling: SamplingOptions,
     objective: ObjectiveOptions,
     seed: int,
+    stored: bool = False,
 ) -> GroupFacts:
-    """Sample the prompts and try the rewards on them; every process does its share."""
+    """Sample the prompts and try the rewards on them; every process does its share.
+
+    stored: the completions are those of the prompts' rows; the reward scores what has none.
+    """
     world, places = loaded.policy.world, range(len(prompts))
     seeds = prompt_seeds(seed, len(prompts))
 
@@ -96,19 +103,30 @@ def sample_and_try(
         )
 
     started = time.perf_counter()
-    with loaded.ready_to_sample():
-        completions = world.map(completions_of, places)
+    if stored:
+        completions = [stored_completions(prompt) for prompt in prompts]
+    else:
+        with loaded.ready_to_sample():
+            completions = world.map(completions_of, places)
     sampled = time.perf_counter()
 
     def score(own: Sequence[int]) -> list[_Scored]:
         texts = [texts_of(loaded, prompts[n], completions[n]) for n in own]
-        trial = _Trial(reward, objective.reward_type, prompts, dict(zip(own, texts, strict=True)))
+        trial = _Trial(
+            reward,
+            objective.reward_type,
+            prompts,
+            dict(zip(own, texts, strict=True)),
+            num_generations=sampling.num_generations,
+            stored=stored,
+        )
         return trial.run(own) if own else []
 
-    with reward.ready():
+    with ready(reward):
         scored = world.map(score, places)
     seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
-    measured = world.each(reward.take_metrics) if reward.is_measured else []
+    measures = reward is not None and reward.is_measured
+    measured = world.each(reward.take_metrics) if reward is not None and measures else []
     rewards_NK = torch.stack([each.rewards_K for each in scored])
     last = [each.token_ids[-1] for group in completions for each in group if each.finished]
     return GroupFacts(
@@ -121,7 +139,7 @@ def sample_and_try(
             per_function={},
             seconds=seconds,
         ),
-        names=reward.names,
+        names=[] if reward is None else reward.names,
         scores_FNG=torch.stack([each.scores_FG for each in scored], dim=1),
         failed=_failed(scored),
         ends=loaded.tokenizer.convert_ids_to_tokens(last),
@@ -156,12 +174,15 @@ class _Trial:
     """The scoring of one process's prompts.
 
     texts: of the samples, by the place of their prompt.
+    stored: whether completions are stored, with rewards.
     """
 
-    reward: Reward
+    reward: Reward | None
     reward_type: RewardType
     prompts: Sequence[Encoded]
     texts: dict[int, list[str]]
+    num_generations: int
+    stored: bool
 
     def run(self, own: Sequence[int]) -> list[_Scored]:
         """Score all prompts in one call, as a step does; if that fails, one by one."""
@@ -185,18 +206,29 @@ class _Trial:
 
     def _score(self, places: Sequence[int]) -> list[_Scored]:
         texts = [self.texts[n] for n in places]
-        scores = self.reward.score_groups(
-            [self.prompts[n].scored for n in places],
-            texts,
-            reward_type=self.reward_type,
-            places=places,
-        )
+        if self.stored:
+            scores = score_stored(
+                self.reward,
+                [self.prompts[n] for n in places],
+                texts,
+                num_generations=self.num_generations,
+                reward_type=self.reward_type,
+                places=places,
+            )
+        else:
+            assert self.reward is not None, "samples are scored"
+            scores = self.reward.score_groups(
+                [self.prompts[n].scored for n in places],
+                texts,
+                reward_type=self.reward_type,
+                places=places,
+            )
         groups = zip(texts, scores.rewards_NK, scores.scores_FNG.unbind(1), strict=True)
         return [_Scored(*group) for group in groups]
 
     def _absent(self, n: int) -> _Scored:
         """A group without rewards."""
-        G, F = len(self.texts[n]), len(self.reward.names)
+        G, F = self.num_generations, 0 if self.reward is None else len(self.reward.names)
         rewards_K = torch.full((G + 1,), math.nan, dtype=torch.float64)
         return _Scored(self.texts[n], rewards_K, torch.full((F, G), math.nan, dtype=torch.float64))
 

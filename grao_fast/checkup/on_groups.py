@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from statistics import median
 
@@ -23,6 +24,22 @@ def on_groups(
         on_empty_texts(facts),
         on_diversity(facts),
     ]
+
+
+def on_stored(
+    facts: GroupFacts, sampling: SamplingOptions, reference_ends: Collection[str]
+) -> list[Finding]:
+    """Return what stored completions say."""
+    groups, samples = facts.rollout.completions, facts.completions
+    few = min(map(len, groups))
+    known = share(sum(not any(map(math.isnan, each.logprobs)) for each in samples), len(samples))
+    open_ended = share(sum(not each.finished for each in samples), len(samples))
+    value = (
+        f"{few} to {sampling.num_generations} for a prompt, {percent(open_ended)} without an end "
+        f"token, {percent(known)} with log-probs"
+    )
+    found = Finding("samples", "stored completions", "ok", value)
+    return [found, *on_ends(facts, reference_ends), on_empty_texts(facts)]
 
 
 def on_truncation(facts: GroupFacts, sampling: SamplingOptions) -> Finding:

@@ -43,9 +43,10 @@ def on_failures(facts: GroupFacts) -> Finding:
     failed = facts.failed
     if failed is None:
         prompts, seconds = len(facts.rollout.prompts), facts.rollout.seconds["reward"]
-        value = (
-            f"{name}: scored {prompts} prompts in {seconds:.2g} s, all values are numbers or None"
-        )
+        value = f"the rewards of {prompts} prompts are stored"
+        if name:
+            value = f"{name}: scored {prompts} prompts in {seconds:.2g} s"
+            value += ", all values are numbers or None"
         return Finding("rewards", "calls", "ok", value)
     if not failed.tried:
         where = "fails"

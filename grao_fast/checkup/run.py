@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -16,7 +16,7 @@ from grao_fast.checkup.findings import Finding
 from grao_fast.checkup.folder import look_at
 from grao_fast.checkup.groups import GroupFacts, sample_and_try, unsampled
 from grao_fast.checkup.held_out import try_metric
-from grao_fast.checkup.on_groups import on_groups
+from grao_fast.checkup.on_groups import on_groups, on_stored
 from grao_fast.checkup.on_rewards import on_rewards
 from grao_fast.checkup.on_rows import on_held_out, on_rows
 from grao_fast.checkup.on_step import on_step
@@ -39,7 +39,7 @@ from grao_fast.system.streams import lenient_streams
 from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.checkpoint import read_state
 from grao_fast.training.identity import PolicyIdentity, RunIdentity, check_same_run
-from grao_fast.training.inputs import Inputs, read_inputs
+from grao_fast.training.inputs import Inputs, read_inputs, sampled_by
 from grao_fast.training.optim import adamw, count_steps
 from grao_fast.training.state import resume_policy
 
@@ -63,7 +63,7 @@ def check(
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None = None,
     metric: RewardSpec | None = None,
     peft_config: Any = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Literal["dataset"] | None = None,
     callbacks: Sequence[Callback] = (),
     output_dir: str | Path = "grao-output",
     resume_from_checkpoint: str | Path | bool | None = None,
@@ -90,7 +90,7 @@ def check(
         KeyboardInterrupt: Ctrl-C.
         PeerFailed: another process failed, which raises its error. It is a SystemExit, of status 1.
     """
-    config = config or GRAOConfig()
+    config, sampler = sampled_by(config, sampler)
     if type(check_prompts) is not int or check_prompts < 1:
         raise UserError(
             f"check_prompts must be a whole number of at least 1, got {check_prompts!r}"
@@ -104,6 +104,7 @@ def check(
                 dataset, reward, config=config, eval_dataset=eval_dataset, metric=metric
             )
         )
+        config = inputs.config
         world.together(lambda: check_trackers(config.report_to))
         set_seed(config.seed)  # for an adapter's first weights
         if isinstance(model, nn.Module) and _is_changed(
@@ -225,11 +226,17 @@ class _Check:
         prompts = drawn(facts, self.prompts, config.seed)
         if not objective.formula.needs_samples:
             return unsampled(prompts, objective), []
-        logger.info(
+        stored = config.sampler == "dataset"
+        if stored:  # of all rows that were read, so that wrong ones are found
+            examples = [row.example for row in facts.that("fits")]
+            encoded = self.loaded.encode(examples, sampling)
+            of_example = dict(zip(map(id, examples), encoded, strict=True))
+            prompts = [of_example[id(prompt.example)] for prompt in prompts]
+        else:
+            logger.info(
             "sampling %d completions of each of %d prompts, of up to %d tokens",
             sampling.num_generations, len(prompts), sampling.max_new_tokens,
         )  # fmt: skip
-        assert self.inputs.reward is not None, "`read_inputs` asks for it"
         groups = sample_and_try(
             self.loaded,
             self.inputs.reward,
@@ -237,8 +244,9 @@ class _Check:
             sampling=sampling,
             objective=objective,
             seed=config.seed,
+            stored=stored,
         )
-        on_samples = on_groups(groups, sampling, facts.ends.keys())
+        on_samples = (on_stored if stored else on_groups)(groups, sampling, facts.ends.keys())
         return groups, [*on_samples, *on_rewards(groups, objective)]
 
 

@@ -201,6 +201,7 @@ def _live(rollout: Rollout, most: int, config: GRAOConfig) -> Rollout:
     K = rollout.rewards_NK.shape[1]
     rewards_NK = torch.arange(K, dtype=torch.float64).repeat(len(prompts), 1)
     for n, prompt in enumerate(prompts):
+        rewards_NK[n, len(rollout.completions[n]) : -1] = torch.nan  # where fewer are stored
         if not prompt.reference_ids:
             rewards_NK[n, -1] = torch.nan
     return replace(

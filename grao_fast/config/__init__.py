@@ -28,6 +28,7 @@ from grao_fast.config.views import (
     OptimisationOptions,
     ReferenceAdvantage,
     RewardType,
+    SamplerChoice,
     SamplingOptions,
     Scheduler,
     ShardingOption,
@@ -52,7 +53,8 @@ class GRAOConfig:
         objective: the name of an objective, "grao" or another of `grao_fast.objectives.OBJECTIVES`,
             with options of its own in parentheses: "dpo(beta=0.1)".
         num_generations: G, the number of completions sampled for every prompt; objectives that
-            learn from references alone sample none.
+            learn from references alone sample none. Of stored completions, as many as the row with
+            the most of them has.
         beta: weight of GRAO's imitation term, beta in Eq. 3.
         lam: weight of GRAO's alignment regulariser, lambda in Eq. 3.
         statistics: the rewards whose mean and standard deviation normalise GRAO's advantages: all
@@ -72,6 +74,8 @@ class GRAOConfig:
             trained parameters is kept in memory and, for an adapter, in checkpoints.
 
     Generation:
+        sampler: where the completions of training come from: "policy" samples them; "dataset" takes
+            those that the rows store, with their rewards and, if known, log-probs.
         temperature: temperature of sampling, and of log pi in the objective.
         max_new_tokens: the most tokens sampled for a completion.
         max_prompt_length: prompts with more tokens are dropped, with a warning; None: a prompt that
@@ -99,7 +103,8 @@ class GRAOConfig:
         vllm_max_model_length: the most tokens of a prompt and its completion in a colocated engine;
             None: the model's limit.
         vllm_importance_sampling_clip_max: cap of the importance weight pi / pi_sampler of every
-            sampled token, which corrects for vLLM's different numerics; None: no weight.
+            sampled token, which corrects for vLLM's different numerics, or for what sampled the
+            stored completions, where their log-probs are stored; None: no weight.
         async_rollouts: N, the most steps that the policy may be ahead of the weights which began to
             sample a rollout. The server samples the rollouts of the next N steps while the policy
             is updated; 0 waits for each. Needs vllm_mode="server".
@@ -176,6 +181,7 @@ class GRAOConfig:
     reward_timeout: float | tuple[float | None, ...] | None = None
     kl_coef: float = 0.0
 
+    sampler: SamplerChoice = "policy"
     temperature: float = 0.7
     max_new_tokens: int = 2048
     max_prompt_length: int | None = None
@@ -309,7 +315,8 @@ class GRAOConfig:
     def objective_options(self) -> ObjectiveOptions:
         """The view of what the loss is made of."""
         formula = self._formula
-        weighs = self.use_vllm and not formula.two_passes
+        sampled_elsewhere = self.use_vllm or self.sampler == "dataset"
+        weighs = sampled_elsewhere and not formula.two_passes
         return ObjectiveOptions(
             **same_named(self, ObjectiveOptions),
             formula=formula,

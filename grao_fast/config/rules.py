@@ -11,6 +11,7 @@ from grao_fast.config.views import (
     CacheImplementation,
     ReferenceAdvantage,
     RewardType,
+    SamplerChoice,
     Scheduler,
     ShardingOption,
     Statistics,
@@ -25,6 +26,7 @@ CHOICES = {
     "statistics": get_args(Statistics),
     "reference_advantage": get_args(ReferenceAdvantage),
     "reward_type": get_args(RewardType),
+    "sampler": get_args(SamplerChoice),
     "lr_scheduler_type": get_args(Scheduler),
     "cache_implementation": get_args(CacheImplementation),
     "attention_backend": get_args(AttentionBackend),
@@ -99,14 +101,21 @@ _NEEDS: dict[str, dict[str, Any]] = {
 }
 
 # Options of samples in training.
-_OF_SAMPLES = ("kl_coef", "dynamic_sampling", "curriculum", "async_rollouts")
+_OF_SAMPLES = ("kl_coef", "dynamic_sampling", "curriculum", "async_rollouts", "sampler")
+
+# Options of samples that training draws itself.
+_OF_DRAWN_SAMPLES = ("use_vllm", "async_rollouts", "dynamic_sampling", "curriculum")
 
 
 def check_effect(config: Any) -> None:
     """Raise UserError for options that would have no effect."""
     default = type(config)
+    if config.sampler == "dataset":
+        _check_stored(config)
     for name, needed in _NEEDS.items():
         value = getattr(config, name)
+        if name == "vllm_importance_sampling_clip_max" and config.sampler == "dataset":
+            continue  # it caps the weights of stored log-probs
         for other, wanted in needed.items():
             if value != getattr(default, name) and getattr(config, other) != wanted:
                 raise UserError(f"{name}={value!r} has no effect without {other}={wanted!r}")
@@ -123,6 +132,17 @@ def check_effect(config: Any) -> None:
                 f"{name}={getattr(config, name)!r} chooses prompts by the rewards of the step "
                 f"before, which async_rollouts={config.async_rollouts} does not wait for: set one "
                 "of the two"
+            )
+
+
+def _check_stored(config: Any) -> None:
+    """Raise UserError for options that have no effect on stored completions."""
+    for option in _OF_DRAWN_SAMPLES:
+        value = getattr(config, option)
+        if value != getattr(type(config), option):
+            raise UserError(
+                f'{option}={value!r} has no effect with sampler="dataset", whose completions and '
+                "rewards are stored: leave it out"
             )
 
 

@@ -15,6 +15,7 @@ RewardType = Literal["pointwise", "pairwise"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 CacheImplementation = Literal["dynamic", "static"]
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash_attention_2"]
+SamplerChoice = Literal["policy", "dataset"]
 VLLMMode = Literal["server", "colocate"]
 ShardingOption = Literal["auto", "none", "full", "hybrid"]
 

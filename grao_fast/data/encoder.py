@@ -60,6 +60,7 @@ class Encoder:
     Args:
         eos_token_ids: all tokens that end a completion of the model.
         max_reference_length: the number of tokens that references are cut to; None: not cut.
+        answer: what references are called in warnings.
         continues: True if a reference continues an assistant's turn that ends the prompt.
         template_options: further arguments for the tokenizer's `apply_chat_template`.
     """
@@ -70,6 +71,7 @@ class Encoder:
         eos_token_ids: Collection[int] = (),
         *,
         max_reference_length: int | None = None,
+        answer: str = "reference",
         continues: bool = True,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -77,7 +79,7 @@ class Encoder:
             raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.end_ids = {*eos_token_ids, cast(int, tokenizer.eos_token_id)}
-        self.max_reference_length = max_reference_length
+        self.max_reference_length, self.answer = max_reference_length, answer
         ends = tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
         self.end_texts = tuple(end for end in ends if end)
         self.ending_ids = ending_ids(tokenizer, eos_token_ids)
@@ -138,7 +140,8 @@ class Encoder:
         for reason, examples in self._exceptions.items():
             if examples and reason not in self._reported:
                 self._reported.add(reason)
-                logger.warning(_REASONS[reason], len(examples), self._count, examples[0])
+                text = _REASONS[reason].replace("reference", self.answer)
+                logger.warning(text, len(examples), self._count, examples[0])
             examples.clear()  # said once, however many more are drawn
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from grao_fast.data.encoder import Encoder, TokenIds
 from grao_fast.data.examples import Example
+from grao_fast.data.stored_tokens import StoredCompletion, StoredEncoder
 from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger
 
@@ -24,12 +25,14 @@ class Encoded:
 
     reference_ids: empty if the example has no reference.
     reference_text: the reference as its tokens decode, the text that rewards see; None without one.
+    completions: those that the dataset stores; empty where it stores none.
     """
 
     example: Example
     prompt_ids: list[int]
     reference_ids: list[int]
     reference_text: str | None
+    completions: Sequence[StoredCompletion] = ()
 
     @property
     def scored(self) -> Example:
@@ -137,6 +140,9 @@ class Encoding:
         self.tokenizer, self.limits, self.trained = tokenizer, limits, trained
         cut_to = limits.max_reference_length if trained else None
         self._encoder = Encoder(tokenizer, eos_token_ids, max_reference_length=cut_to)
+        self._stored = StoredEncoder(
+            tokenizer, eos_token_ids, max_new_tokens=new, embedding_rows=limits.embedding_rows
+        )
         self._shortest_dropped = math.inf
 
     def encode(self, examples: Sequence[Example], places: Sequence[int]) -> list[Encoded | None]:
@@ -156,7 +162,20 @@ class Encoding:
         if rows is not None:
             check_tokens(ids, self.tokenizer, rows, references=self.trained, numbers=numbers)
         each = zip(numbers, examples, ids, strict=True)
-        return [self._fitted(number, example, of_it) for number, example, of_it in each]
+        return self._with_completions([self._fitted(*every) for every in each])
+
+    def _with_completions(self, encoded: list[Encoded | None]) -> list[Encoded | None]:
+        """Examples to train on, with the completions that are stored beside them."""
+        found = {n: e for n, e in enumerate(encoded) if e is not None and e.example.stored}
+        if not found or not self.trained:
+            return encoded
+        examples = [each.example for each in found.values()]
+        completions = self._stored.encode(examples, [number_of(e, 0) for e in examples])
+        whole = dict(zip(found, completions, strict=True))
+        return [
+            replace(each, completions=whole[n]) if each is not None and n in whole else each
+            for n, each in enumerate(encoded)
+        ]
 
     def report_dropped(self, *, kept: int, of: int) -> None:
         """Log how many examples were dropped. Raises UserError if none is left."""

@@ -13,6 +13,7 @@ How columns are read:
                              JSON that holds them
     chat_template_kwargs     further arguments of the chat template, such as enable_thinking
     any other column         passed to the reward function by name, as the last two are too
+    completions, rewards...  where completions are stored: see `grao_fast.data.stored`
 
 A blank reference counts as none. HH transcripts that end in a blank answer are left out.
 """
@@ -42,6 +43,13 @@ from grao_fast.data.fields import (
 from grao_fast.data.rows import chunks, paced
 from grao_fast.data.sizes import Sizes
 from grao_fast.data.sources import SourceRows, read_rows
+from grao_fast.data.stored import (
+    STORED_COLUMNS,
+    Stored,
+    check_columns,
+    read_stored,
+    stores_completions,
+)
 from grao_fast.system.errors import UserError, first_of
 from grao_fast.system.visible import get_logger, visible_errors
 
@@ -52,6 +60,7 @@ logger = get_logger(__name__)
 
 REFERENCE_COLUMNS = ("reference", "completion", "chosen")
 RESERVED_COLUMNS = ("prompts", "completions", "references")  # arguments of every reward
+_NUMBERS = ("completion_ids", "rewards", "logprobs")  # columns that hold no text
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,14 @@ class Example:
     """A prompt, its reference answer (None without one), and the other columns of its row.
 
     row: its number in the dataset, for messages; None if it is of no dataset.
+    stored: its completions, of a dataset that is read with them.
     """
 
     prompt: str | Messages
     reference: str | Messages | None
     columns: dict[str, Any]
     row: int | None = field(default=None, compare=False)
+    stored: Stored | None = None
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -161,6 +172,7 @@ def load_examples(
     *,
     split: str = "train",
     require_references: bool = False,
+    stored: bool = False,
 ) -> list[Example]:
     """Read a dataset as examples; see `grao_fast.data.examples` for the columns.
 
@@ -170,13 +182,15 @@ def load_examples(
             `DatasetDict`, or a list of dicts.
         split: which split to read, if the dataset has several.
         require_references: raise ValueError if no row has a reference.
+        stored: read completions too, if there are any; see `grao_fast.data.stored`.
 
     Raises:
         ValueError: the dataset cannot be found or read, is empty, or lacks a column; or the prompt
             or reference of a row has the wrong type. The message names row and column.
     """
     source = read_rows(dataset, split=split)
-    return _checked(source, Columns.of(source), require_references, whole=True)[1]
+    columns = Columns.of(source, stored=stored)
+    return _checked(source, columns, require_references, whole=True)[1]
 
 
 def open_examples(
@@ -184,18 +198,24 @@ def open_examples(
     *,
     split: str = "train",
     require_references: bool = False,
+    stored: bool = False,
 ) -> Examples:
     """Open a dataset whose examples are read as they are drawn.
 
     Arguments and errors are those of `load_examples`, but of a large dataset only a sample is read
     and checked here.
     """
-    return examples_of(read_rows(dataset, split=split), require_references=require_references)[0]
+    source = read_rows(dataset, split=split)
+    return examples_of(source, require_references=require_references, stored=stored)[0]
 
 
-def examples_of(source: SourceRows, *, require_references: bool) -> tuple[Examples, Columns]:
+def examples_of(
+    source: SourceRows, *, require_references: bool, stored: bool = False
+) -> tuple[Examples, Columns]:
     """The examples of rows, a sample of which is checked, and how the columns are read."""
-    columns = Columns.of(source)
+    columns = Columns.of(source, stored=stored)
+    if stored:
+        check_columns(source.columns, source.name)
     return _checked(source, columns, require_references, whole=False)[0], columns
 
 
@@ -247,16 +267,21 @@ def _without_blank(
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a dataset that hold its prompts and references."""
+    """The columns of a dataset that hold its prompts and references.
+
+    stored: whether its completions are read too.
+    """
 
     prompt: str | None
     reference: str | None
     transcripts: bool  # whether `chosen` holds HH transcripts
+    stored: bool = False
 
     @classmethod
-    def of(cls, rows: SourceRows) -> Columns:
+    def of(cls, rows: SourceRows, *, stored: bool = False) -> Columns:
         present = rows.columns
-        _refuse_reserved(present, rows.name)
+        stored = stored and stores_completions(present)
+        _refuse_reserved(present, rows.name, stored=stored)
         prompt = "prompt" if "prompt" in present else None
         reference = next((name for name in REFERENCE_COLUMNS if name in present), None)
         if prompt is None and reference != "chosen":
@@ -272,7 +297,7 @@ class Columns:
                 f"{rows.name} has `chosen` as text, and neither `prompt` nor `rejected` to show "
                 f"where its prompt ends; it has {', '.join(present)}: add one of them"
             )
-        return cls(prompt, reference, transcripts)
+        return cls(prompt, reference, transcripts, stored)
 
     def rendered(self, present: Sequence[str]) -> tuple[list[str], list[str]]:
         """The columns that a chat template writes into a prompt; and also into a reference."""
@@ -282,10 +307,11 @@ class Columns:
 
     def example(self, index: int, row: Mapping[str, Any]) -> Example:
         where = f"row {index}"
-        _refuse_reserved(row, where)
+        _refuse_reserved(row, where, stored=self.stored)
         for name, value in row.items():
-            check_text(value, f"{where}, `{name}`")
-        used = {self.prompt, self.reference}
+            if not (self.stored and name in _NUMBERS):
+                check_text(value, f"{where}, `{name}`")
+        used = {self.prompt, self.reference, *(STORED_COLUMNS if self.stored else ())}
         columns = {name: value for name, value in row.items() if name not in used}
         if self.prompt is not None:
             prompt = read_prompt(row.get(self.prompt), f"{where}, `{self.prompt}`")
@@ -293,7 +319,8 @@ class Columns:
             reference = read_reference(value, f"{where}, `{self.reference}`", prompt)
         else:
             prompt, reference = self._implicit(row, f"{where}, `chosen`")
-        example = Example(prompt, reference, columns, index)
+        stored = read_stored(row, where, prompt) if self.stored else None
+        example = Example(prompt, reference, columns, index, stored)
         _ = example.template_options  # are read, so that errors are raised here
         return example
 
@@ -322,9 +349,9 @@ class Columns:
         return messages[:-1], read_reference(messages[-1:], where)
 
 
-def _refuse_reserved(columns: Container[str], where: str) -> None:
+def _refuse_reserved(columns: Container[str], where: str, *, stored: bool) -> None:
     for name in RESERVED_COLUMNS:
-        if name in columns:
+        if name in columns and not (stored and name in STORED_COLUMNS):
             raise UserError(
                 f"{where} has a column `{name}`, which is an argument of every reward: rename the "
                 "column"

@@ -196,4 +196,5 @@ def take(examples: Sequence[Example], places: Sequence[int]) -> list[Example]:
 
 
 def _tokens(encoded: Encoded) -> int:
-    return len(encoded.prompt_ids) + len(encoded.reference_ids)
+    sampled = sum(len(each.token_ids) for each in encoded.completions)
+    return len(encoded.prompt_ids) + len(encoded.reference_ids) + sampled

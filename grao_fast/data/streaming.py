@@ -49,6 +49,7 @@ def open_dataset(
     *,
     split: str = "train",
     require_references: bool = False,
+    stored: bool = False,
 ) -> Examples | StreamedExamples:
     """Open a dataset, streaming or not, whose examples are read as they are drawn.
 
@@ -62,7 +63,14 @@ def open_dataset(
             raise UserError(f"the dataset has no split {split!r}; it has {', '.join(source)}")
         source = source[split]
     if not isinstance(source, datasets.IterableDataset):
-        return open_examples(dataset, split=split, require_references=require_references)
+        return open_examples(
+            dataset, split=split, require_references=require_references, stored=stored
+        )
+    if stored:
+        raise UserError(
+            'sampler="dataset" reads all rows before the first step, to know the largest group: '
+            "pass a dataset that is not streaming"
+        )
     return StreamedExamples(source, require_references=require_references)
 
 

@@ -52,7 +52,7 @@ def _best_and_worst(rewards: Sequence[float | None]) -> dict[str, int]:
         if reward is not None and not math.isnan(reward)
     }
     if not present:
-        return {"sample": 0}
+        return {"sample": 0} if rewards else {}
     best, worst = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
     if present[best] == present[worst]:
         return {"sample": best}

@@ -200,11 +200,13 @@ class Reward:
         reward_type: RewardType,
         places: Sequence[int] | None = None,
         early: EarlyCalls | None = None,
+        wanted_NK: Tensor | None = None,
     ) -> GroupScores:
         """Score G completions of every example, and its reference. Raises RewardError.
 
         places: numbers of the prompts in errors; None: 0, 1, 2...
         early: what `begin` returned, after all these groups have been begun.
+        wanted_NK: bool, the sequences to score, the reference last; the others get NaN. None: all.
 
         "pointwise": samples and references are scored alike, in one call. "pairwise": samples are
         compared with their reference, whose own reward is 0; a group without a reference has no
@@ -221,9 +223,11 @@ class Reward:
         cells, texts, labels = [], [], []
         for n, (example, group) in enumerate(zip(examples, completions, strict=True)):
             scored = scored_texts(example, group, reward_type)
-            cells += [n * (samples + 1) + k for k in range(len(scored))]
-            texts += scored
-            labels += labels_of(prompt_name(places[n], example), len(scored), samples)
+            names = labels_of(prompt_name(places[n], example), len(scored), samples)
+            wanted = [k for k in range(len(scored)) if wanted_NK is None or wanted_NK[n, k]]
+            cells += [n * (samples + 1) + k for k in wanted]
+            texts += [scored[k] for k in wanted]
+            labels += [names[k] for k in wanted]
         examples_R = [examples[cell // (samples + 1)] for cell in cells]
         references = [example.reference for example in examples_R]
         known = None if early is None else early.scores(places)

@@ -244,6 +244,8 @@ DETECTORS = (
     blunt_reward,
     other_sampler,
 )
+# Those that judge how what the policy samples has changed.
+_OF_ITS_SAMPLES = (lost_diversity, lost_length, rising_truncation, blunt_reward, other_sampler)
 
 
 def _both(history: History, name: str) -> tuple[float, float]:
@@ -257,11 +259,14 @@ def _has_gained(history: History) -> bool:
 
 
 class Diagnosis:
-    """Turns the metrics of logged steps into messages, each detector's once in a run."""
+    """Turns the metrics of logged steps into messages, each detector's once in a run.
 
-    def __init__(self, objective: str = "grao") -> None:
+    samples: whether the policy samples what it learns from.
+    """
+
+    def __init__(self, objective: str = "grao", *, samples: bool = True) -> None:
         self._history = History(objective)
-        self._silent = list(DETECTORS)
+        self._silent = [each for each in DETECTORS if samples or each not in _OF_ITS_SAMPLES]
 
     def recall(self, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
         """Replay the steps of metrics.jsonl in silence; returns the metrics of the last."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,16 +17,18 @@ from grao_fast.data.examples import (
     check_references,
     load_examples,
 )
+from grao_fast.data.rows import paced
+from grao_fast.data.stored import StoredFacts
 from grao_fast.data.streaming import StreamedExamples, open_dataset
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.evaluation.pass_at_k import check_samples
 from grao_fast.models.loading import load_tokenizer
 from grao_fast.models.placement import Placement
 from grao_fast.models.policy import Policy
-from grao_fast.objectives import Objective
 from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.limits import longest
-from grao_fast.system.errors import UserError
+from grao_fast.sampling import Sampler
+from grao_fast.system.errors import UserError, first_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -36,12 +38,14 @@ if TYPE_CHECKING:
 class Inputs:
     """The examples of a run, and what scores them.
 
+    config: that of the run, with the options that follow from the dataset.
     examples: read as they are drawn.
     eval_examples: held out; None without an eval_dataset.
-    reward: None where nothing is sampled.
+    reward: None where nothing is scored.
     metric: scores held-out completions; None: the reward alone does.
     """
 
+    config: GRAOConfig
     examples: Examples | StreamedExamples
     eval_examples: list[Example] | None
     reward: Reward | None
@@ -83,10 +87,21 @@ def read_inputs(
     """
     timeout, reward_type = config.reward_timeout, config.reward_type
     formula = config.objective_options.formula
-    _check_reward(reward, formula, evaluates=eval_dataset is not None)
+    stored = config.sampler == "dataset"
+    _check_reward(reward, scores=formula.needs_samples and not stored, evaluates=eval_dataset)
+    examples = open_dataset(
+        dataset, split="train", require_references=formula.uses_references, stored=stored
+    )
+    if stored:
+        assert isinstance(examples, Examples), "a streaming dataset is refused"
+        scored = (reward is not None, eval_dataset is not None)
+        config = _of_stored(examples, config, *scored)
     inputs = Inputs(
-        examples=open_dataset(dataset, split="train", require_references=formula.uses_references),
-        eval_examples=None if eval_dataset is None else load_examples(eval_dataset, split="test"),
+        config=config,
+        examples=examples,
+        eval_examples=None
+        if eval_dataset is None
+        else load_examples(eval_dataset, split="test", stored=stored),
         reward=None
         if reward is None
         else resolve_reward(reward, weights=config.reward_weights, timeout=timeout),
@@ -114,15 +129,77 @@ def read_inputs(
     return inputs
 
 
-def _check_reward(reward: RewardSpec | None, formula: Objective, *, evaluates: bool) -> None:
+def _check_reward(reward: RewardSpec | None, *, scores: bool, evaluates: Any) -> None:
     """Raise UserError if there is no reward, and something is to be scored."""
-    if reward is None and formula.needs_samples:
+    if reward is None and scores:
         raise UserError(
             "the samples of this objective are scored: pass a reward, or choose an objective that "
             'learns from references alone, such as objective="sft"'
         )
-    if reward is None and evaluates:
+    if reward is None and evaluates is not None:
         raise UserError("answers to eval_dataset are scored: pass a reward, or no eval_dataset")
+
+
+def sampled_by(
+    config: GRAOConfig | None, sampler: Sampler | Literal["dataset"] | None
+) -> tuple[GRAOConfig, Sampler | None]:
+    """The configuration of a run and the user's sampler, if that is an object."""
+    config = config or GRAOConfig()
+    if not isinstance(sampler, str):
+        return config, sampler
+    if sampler != "dataset":
+        raise UserError(
+            f'sampler={sampler!r}: by name there is "dataset" alone, for stored completions; pass '
+            "an object, or leave it out"
+        )
+    return config.replace(sampler=sampler), None
+
+
+def _of_stored(
+    examples: Examples, config: GRAOConfig, has_reward: bool, evaluates: bool
+) -> GRAOConfig:
+    """The configuration with the options that follow from stored completions, all of them read.
+
+    Raises UserError for what has no reward, or for options and rewards that have no effect.
+    """
+    reading = paced(examples, len(examples), "reading the stored completions")
+    facts = StoredFacts.of((e.stored, e.reference is not None) for e in reading if e.stored)
+    if not facts.largest:
+        raise UserError("no row of the dataset stores a completion: `completions` are all empty")
+    default = {field.name: field.default for field in fields(GRAOConfig)}
+    unscored = "" if not facts.unscored else f"a completion of row {first_of(facts.unscored)}"
+    formula, pairwise = config.objective_options.formula, config.reward_type == "pairwise"
+    # an objective that imitates every reference asks for no reward of it
+    judged = formula.uses_references and not formula.needs_references and not pairwise
+    if judged and facts.unscored_references and not unscored:
+        unscored = f"the reference of row {first_of(facts.unscored_references)}"
+    if unscored and not has_reward:
+        raise UserError(
+            f"no reward is stored for {unscored}, and there is no reward function: store one "
+            "(`rewards`, `reference_reward`), or pass a reward, which then scores what has none"
+        )
+    if has_reward and not unscored and not evaluates:
+        raise UserError(
+            "the reward has no effect: every stored completion and reference has its own, and "
+            "nothing is evaluated; leave the reward out"
+        )
+    given = config.num_generations
+    if given not in (default["num_generations"], facts.largest):
+        raise UserError(
+            f"num_generations={given} has no effect on stored completions, of which a row has up "
+            f"to {facts.largest}: leave it out"
+        )
+    changes: dict[str, Any] = {"num_generations": facts.largest}
+    name = "vllm_importance_sampling_clip_max"
+    if not facts.has_logprobs and not formula.two_passes:
+        cap = getattr(config, name)
+        if cap not in (default[name], None):
+            raise UserError(
+                f"{name}={cap} has no effect without stored log-probs: add a column `logprobs`, "
+                "or leave it out"
+            )
+        changes[name] = None
+    return config.replace(**changes)
 
 
 def _check_stream(max_steps: int, *, curriculum: bool) -> None:

@@ -42,7 +42,9 @@ class Report:
     ) -> None:
         self._output_dir, self._config, self._world = output_dir, config, world
         self._tracker: Tracker | None = None
-        self._diagnosis = Diagnosis(split_objective(config.objective)[0])
+        self._diagnosis = Diagnosis(
+            split_objective(config.objective)[0], samples=config.sampler == "policy"
+        )
         self.metrics = world.main(lambda: self._open(total_steps, start_step), held=True)
 
     def _open(self, total_steps: int, start_step: int) -> dict[str, float]:

@@ -43,8 +43,8 @@ def samples(rollout: Rollout) -> list[dict[str, Any]]:
             "prompt": prompt.example.prompt,
             "reference": prompt.reference_text,
             "completions": rollout.texts[n],
-            "rewards": rollout.rewards_NK[n, :-1].tolist(),
-            "advantages": rollout.advantages_NK[n, :-1].tolist(),
+            "rewards": rollout.rewards_NK[n, : len(rollout.texts[n])].tolist(),
+            "advantages": rollout.advantages_NK[n, : len(rollout.texts[n])].tolist(),
             "reference_reward": float(rollout.rewards_NK[n, -1]),
             "reference_advantage": float(rollout.advantages_NK[n, -1]),
             "scores": _scores(rollout, n),
@@ -57,7 +57,8 @@ def _scores(rollout: Rollout, n: int) -> dict[str, list[float]]:
     """The scores of a prompt's samples by each reward function."""
     if rollout.scores_FNG is None:
         return {}
-    return dict(zip(rollout.per_function, rollout.scores_FNG[:, n].tolist(), strict=True))
+    scores_FG = rollout.scores_FNG[:, n, : len(rollout.texts[n])]
+    return dict(zip(rollout.per_function, scores_FG.tolist(), strict=True))
 
 
 def write_summary(result: TrainResult, config: GRAOConfig, *, seconds: float) -> None:

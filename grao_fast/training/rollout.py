@@ -34,7 +34,7 @@ class Rollout:
     """The samples of one step and their rewards.
 
     prompts: N encoded examples.
-    completions, texts: N lists of G.
+    completions, texts: N lists of G; of fewer, where fewer are stored.
     rewards_NK, advantages_NK: float64 on the CPU, NaN where absent.
     per_function: mean reward over the samples of each reward function.
     scores_FNG: the samples' score by each reward function, as in `GroupScores`; None: unknown.
@@ -166,7 +166,7 @@ def references_only(prompts: Sequence[Encoded], objective: ObjectiveOptions) -> 
 
 def texts_of(loaded: LoadedPolicy, prompt: Encoded, group: Sequence[Completion]) -> list[str]:
     """The texts of a prompt's completions."""
-    return loaded.decode([prompt.prompt_ids] * len(group), group)
+    return loaded.decode([prompt.prompt_ids] * len(group), group) if group else []
 
 
 def sample_and_score(
@@ -257,10 +257,7 @@ def groups_of(rollout: Rollout, objective: ObjectiveOptions) -> Groups:
     return Groups(
         rewards_NK=rollout.rewards_NK,
         length_NK=torch.tensor(
-            [
-                [*(len(c.token_ids) for c in completions), len(prompt.reference_ids)]
-                for prompt, completions in zip(rollout.prompts, rollout.completions, strict=True)
-            ]
+            [[len(ids) for ids in sequences] for sequences in _sequences(rollout)]
         ),
         max_new_tokens=objective.max_new_tokens,
         progress=rollout.progress,
@@ -275,14 +272,23 @@ def to_groups(rollout: Rollout, objective: ObjectiveOptions) -> list[Group]:
     return [
         Group(
             prompt_ids=prompt.prompt_ids,
-            sequence_ids=[*(c.token_ids for c in completions), prompt.reference_ids],
+            sequence_ids=sequences,
             terms_CK=terms_CNK[:, n],
             kl_coef_K=None if kl_coef_NK is None else kl_coef_NK[n],
             sampler_logprobs=[c.logprobs for c in completions],
         )
-        for n, (prompt, completions) in enumerate(
-            zip(rollout.prompts, rollout.completions, strict=True)
+        for n, (prompt, completions, sequences) in enumerate(
+            zip(rollout.prompts, rollout.completions, _sequences(rollout), strict=True)
         )
+    ]
+
+
+def _sequences(rollout: Rollout) -> list[list[list[int]]]:
+    """The token ids of each prompt's K sequences, empty where one is absent."""
+    G = rollout.rewards_NK.shape[1] - 1
+    return [
+        [*(c.token_ids for c in group), *[[]] * (G - len(group)), prompt.reference_ids]
+        for prompt, group in zip(rollout.prompts, rollout.completions, strict=True)
     ]
 
 

@@ -27,13 +27,14 @@ from grao_fast.training.rollout import (
     sample_and_score,
 )
 from grao_fast.training.state import step_seed
+from grao_fast.training.stored import stored_rollout
 
 
 class Rollouts:
     """Makes the rollouts of a run; every process makes all of them, and samples its share.
 
     Args:
-        reward: None where the objective needs no samples.
+        reward: None where the objective needs no samples, or all rewards are stored.
         prompts: of the run.
         draws: which of them a step takes.
     """
@@ -91,6 +92,14 @@ class Rollouts:
         prompts, objective = self._of(indices), self._config.objective_options
         if not objective.formula.needs_samples:
             return references_only(prompts, objective)
+        if self._config.sampler == "dataset":
+            return stored_rollout(
+                self._loaded,
+                self._reward,
+                prompts,
+                num_generations=self._config.num_generations,
+                objective=objective,
+            )
         assert self._reward is not None, "`read_inputs` asks for it"
         return sample_and_score(
             self._loaded,
