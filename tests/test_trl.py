@@ -353,7 +353,6 @@ def test_training_raises_the_reward(tiny_model: Path, tmp_path: Path):
 
 
 REFUSED = {
-    "loss_type": "dapo",
     "scale_rewards": "batch",
     "multi_objective_aggregation": "normalize_then_sum",
     "importance_sampling_level": "sequence",

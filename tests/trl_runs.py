@@ -74,7 +74,7 @@ class _KeepGradients(TrainerCallback):
         self.keeper.gradients.append(gradients)
 
 
-def config(folder: Path, **options: Any) -> GRPOConfig:
+def config(folder: Path, kind: type[GRPOConfig] = GRPOConfig, **options: Any) -> GRPOConfig:
     defaults = {
         "num_generations": 2,
         "per_device_train_batch_size": 3,
@@ -92,7 +92,7 @@ def config(folder: Path, **options: Any) -> GRPOConfig:
         "disable_tqdm": True,
         "activation_checkpointing": False,
     }
-    return GRPOConfig(str(folder), **{**defaults, **options})
+    return kind(str(folder), **{**defaults, **options})
 
 
 def run(
@@ -103,12 +103,18 @@ def run(
     lr: float | None = 0.0,
     reward_funcs: Any = reward,
     extra: dict[str, Tensor] | None = None,
+    by_name: bool = False,
+    resume_from: Path | None = None,
     **options: Any,
 ) -> Keeper:
-    """Train by plain SGD, or with lr None by the optimiser of `args`; lr 0 moves no weight."""
+    """Train by plain SGD, or with lr None by the optimiser of `args`; lr 0 moves no weight.
+
+    by_name: TRL loads the model and makes the optimiser, and the gradients are of the first step.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_folder)
+    lr = None if by_name else lr
     trainer = Keeper(
-        model,
+        str(model_folder) if by_name else model,
         reward_funcs,
         args,
         dataset,
@@ -118,7 +124,7 @@ def run(
         **options,
     )
     trainer.add_callback(_KeepGradients(trainer))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     return trainer
 
 

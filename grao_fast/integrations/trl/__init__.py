@@ -1,12 +1,13 @@
 """GRAO inside TRL.
 
-    from grao_fast.integrations.trl import GRAOTrainer
+    from grao_fast.integrations.trl import GRAOTrainer, GRAOTrainerConfig
 
-options.py and datasets.py refuse what is not supported; references.py reads, encodes and attaches
-references; rows.py lays out a micro-batch; head.py makes its loss inside the model's forward pass;
-trainer.py is the trainer.
+config.py has GRAO's options; options.py and datasets.py refuse what is not supported; references.py
+reads, encodes and attaches references; rows.py lays out a micro-batch; head.py makes its loss
+inside the model's forward pass; trainer.py is the trainer.
 """
 
+from grao_fast.integrations.trl.config import GRAOTrainerConfig
 from grao_fast.integrations.trl.trainer import GRAOTrainer
 
-__all__ = ["GRAOTrainer"]
+__all__ = ["GRAOTrainer", "GRAOTrainerConfig"]

@@ -1,17 +1,58 @@
-"""The options of GRPOTrainer that GRAOTrainer refuses, each with its remedy."""
+"""The options of TRL 1.16's GRPOConfig and GRPOTrainer: which work, and which are refused.
+
+Every option that TRL adds to Transformers' TrainingArguments, and every parameter of GRPOTrainer,
+is in one list; tests/test_trl_options.py holds TRL and docs/trl.md against them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import nn
 from trl.trainer.grpo_config import GRPOConfig
 
 from grao_fast.system.errors import UserError
+from grao_fast.system.visible import get_logger
 
-# Fields of GRPOConfig with the only value that GRAO's objective, or this implementation, allows.
-_ONLY = {
-    "loss_type": "grpo",  # a sequence enters by its mean log-prob
+logger = get_logger(__name__)
+
+# Options that work as in GRPOTrainer; tests/test_trl*.py runs each, on a CPU.
+WORKS = frozenset({
+    "model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations",
+    "num_generations_eval", "max_completion_length", "shuffle_dataset", "pad_to_multiple_of",
+    "generation_batch_size", "steps_per_generation", "temperature", "top_p", "top_k", "min_p",
+    "generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation",
+    "beta", "num_iterations", "epsilon", "epsilon_high", "reward_weights", "sync_ref_model",
+    "ref_model_mixup_alpha", "ref_model_sync_steps", "log_completions",
+    "num_completions_to_print", "log_unique_prompts", "model", "reward_funcs", "args",
+    "train_dataset", "eval_dataset", "processing_class", "reward_processing_classes",
+    "callbacks", "optimizers", "peft_config", "rollout_func",
+})  # fmt: skip
+
+# Options that work with a stand-in for vLLM's engine, as the tests have it: they reach TRL's
+# VLLMGeneration unchanged, and TRL's importance weights multiply the samples' tokens.
+WORKS_BY_STAND_IN = frozenset({
+    "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
+    "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+    "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+})  # fmt: skip
+
+# Options that TRL treats before GRAO's part begins, and that no test of ours runs.
+UNTRIED = {
+    "use_transformers_continuous_batching": "another way of sampling",
+    "transformers_continuous_batching_config": "another way of sampling",
+    "use_transformers_paged": "another way of sampling, deprecated",
+    "log_completions_hub_repo": "uploads the table of completions",
+    "quantization_config": "loads the model in few bits",
+}
+
+# Options of Transformers and TRL with the only value that GRAO's objective, or this
+# implementation, allows.
+ONLY = {
     "scale_rewards": "group",
     "multi_objective_aggregation": "sum_then_normalize",
     "importance_sampling_level": "token",
@@ -26,15 +67,41 @@ _ONLY = {
     "remove_unused_columns": False,  # the reference is a column
 }
 
+# Options that are refused by a check of their own.
+REFUSED = {
+    "loss_type": 'other than "grpo", or TRL\'s default, "dapo", which is read as "grpo"',
+    "use_bias_correction_kl": "where there is a KL term (`beta`)",
+    "router_aux_loss_coef": "other than 0 for a mixture of experts",
+    "tools": "a reference has no tools' tokens to leave out",
+    "environment_factory": "an environment scores its own rollouts, and a reference has none",
+}
 
-def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
+# Options that belong to what is refused, or to no loss at all; a value of one's own is named.
+MEANINGLESS = {
+    **dict.fromkeys(
+        ("sapo_temperature_neg", "sapo_temperature_pos"), 'of loss_type="sapo", which is refused'
+    ),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        'of loss_type="vespo", which is refused',
+    ),
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "of use_adaptive_entropy, which is refused",
+    ),
+    "max_tool_calling_iterations": "of tools, which are refused",
+    "ds3_gather_for_generation": "of DeepSpeed, which is refused",
+    "log_multimodal": "of images, and models are of text",
+}
+
+
+def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
     """Raise UserError for options of GRPOTrainer that GRAOTrainer does not support.
 
     options: GRPOTrainer's keyword arguments.
     """
-    if args is None:
-        raise UserError('GRAOTrainer needs args=GRPOConfig(..., loss_type="grpo")')
-    for name, only in _ONLY.items():
+    _check_loss_type(args.loss_type)
+    for name, only in ONLY.items():
         value = getattr(args, name)
         if value != only:
             raise UserError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
@@ -55,6 +122,38 @@ def check_options(args: GRPOConfig | None, options: dict[str, Any]) -> None:
             f"{type(peft_config).__name__} prepends virtual tokens, for which GRAOTrainer's rows "
             "leave no room: use a LoRA-like adapter"
         )
+    _name_meaningless(args)
+
+
+def _check_loss_type(loss_type: str) -> None:
+    if loss_type == "grpo":
+        return
+    default = _default("loss_type")
+    if loss_type != default:
+        raise UserError(
+            f"GRAOTrainer has no loss_type={loss_type!r}: its loss is GRAO's; leave loss_type out, "
+            "or set loss_type='grpo'"
+        )
+    logger.warning(
+        "loss_type=%r, TRL's default, would give every token the same weight; GRAO's loss gives "
+        "every sequence the same weight, by the mean of its log-probs, and is what is computed: "
+        "loss_type='grpo' says so and needs no warning",
+        default,
+    )
+
+
+def _name_meaningless(args: GRPOConfig) -> None:
+    for name, why in MEANINGLESS.items():
+        value = getattr(args, name)
+        if value != _default(name):
+            logger.warning("%s=%r has no effect: it is an option %s", name, value, why)
+
+
+def _default(name: str) -> Any:
+    """TRL's default of a field of GRPOConfig."""
+    (found,) = (each for each in fields(GRPOConfig) if each.name == name)
+    assert found.default is not MISSING, name
+    return found.default
 
 
 def check_kl_policy(model: str | nn.Module, args: GRPOConfig, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ class Rows:
     input_ids_SL, attention_mask_SL: int64, on the device of TRL's batch.
     samples: how many of the S sequences are samples; the rest are references.
     source_S: int64 on the CPU, the row of the micro-batch that each sequence is in.
-    length_S: int64 on the CPU, tokens of each sequence after its prompt.
-    sequence_T, token_T: int64 on the CPU, the sequence of each token, and its place in it.
+    length_S: int64 on the CPU, tokens of each sequence that enter the loss.
+    sequence_T, token_T: int64 on the CPU, the sequence of each of them, and its place behind the
+        prompt.
     """
 
     input_ids_SL: Tensor
@@ -74,11 +76,22 @@ def model_inputs(input_ids_SL: Tensor, attention_mask_SL: Tensor) -> dict[str, T
     }
 
 
+def shuffle_groups(batch: Mapping[str, Any], G: int) -> dict[str, Any]:
+    """A generation batch of whole groups of G rows, the groups in random order."""
+    B = len(batch["prompt_ids"])
+    row_B = torch.arange(B).view(-1, G)[torch.randperm(B // G)].flatten()
+    return {
+        name: value[row_B] if isinstance(value, Tensor) and value.dim() else value
+        for name, value in batch.items()
+    }
+
+
 def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool) -> Rows:
     """The sequences of a micro-batch that enter the objective or, with `all_samples`, the KL.
 
     batch: TRL's prompt_ids, prompt_mask and completion_ids; and reference_ids (B, C'), and on the
-        CPU lengths_B2 and terms_B23, 0 without a reference. A sequence whose terms are all 0 is
+        CPU lengths_B2 and terms_B23, 0 without a reference; and there, if an environment wrote some
+        of the samples' tokens, tool_mask (B, C), 0 for these. A sequence whose terms are all 0 is
         left out. If none is left, the first row is computed all the same, since the other processes
         would wait for this one's backward pass.
     """
@@ -99,14 +112,17 @@ def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool
     ids_SC[: len(samples), : sample_ids_BC.shape[1]] = sample_ids_BC[samples]
     ids_SC[len(samples) :, : reference_ids_BC.shape[1]] = reference_ids_BC[references]
     mask_SC = torch.arange(C) < length_S[:, None]
-    sequence_T, token_T = mask_SC.nonzero().unbind(1)
+    scored_SC = mask_SC.clone()
+    if "tool_mask" in batch:
+        scored_SC[: len(samples), : sample_ids_BC.shape[1]] &= batch["tool_mask"][samples].bool()
+    sequence_T, token_T = scored_SC.nonzero().unbind(1)
     return Rows(
         input_ids_SL=torch.cat([prompt_ids_BP[source_S], ids_SC], dim=1),
         attention_mask_SL=torch.cat([batch["prompt_mask"][source_S], mask_SC.to(device)], dim=1),
         prompt_columns=prompt_ids_BP.shape[1],
         samples=len(samples),
         source_S=source_S,
-        length_S=length_S,
+        length_S=scored_SC.sum(1),
         sequence_T=sequence_T,
         token_T=token_T,
     )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import pad
+from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
+from grao_fast.integrations.trl.config import GRAOTrainerConfig, objective_options
 from grao_fast.integrations.trl.datasets import check_datasets
 from grao_fast.integrations.trl.head import (
     embedding_rows_of,
@@ -36,21 +37,27 @@ from grao_fast.integrations.trl.references import (
     ride,
     to_score,
 )
-from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
+from grao_fast.integrations.trl.rows import (
+    Rows,
+    lay_out,
+    model_inputs,
+    row_terms,
+    shuffle_groups,
+)
 from grao_fast.kernels import OffPolicy, PolicyLoss, Shaping, sequence_weights
 from grao_fast.kernels.advantage import (
-    REFERENCE_ADVANTAGES,
-    STATISTICS,
     advantages_and_terms,
     check_finite_rewards,
     tapered_rows,
 )
-from grao_fast.kernels.checks import check_choice, check_number
 from grao_fast.models.objective import answer_objectives, run_at_head
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.system.errors import UserError
+from grao_fast.system.visible import get_logger
 from grao_fast.training.loss import clipped_ratios
 from grao_fast.training.metrics import group_metrics
+
+logger = get_logger(__name__)
 
 PAPER = "Learning to Align, Aligning to Learn: A Unified Approach for Self-Optimized Alignment"
 
@@ -65,14 +72,15 @@ class GRAOTrainer(GRPOTrainer):
 
     If a step holds whole generation batches (`steps_per_generation` divides
     `gradient_accumulation_steps`), its gradient is GRAO's up to rounding. If a generation batch is
-    spread over several steps, each gets the part of the sum that TRL's shuffle assigns to it.
+    spread over several steps, each gets a part of the sum: of whole groups if `num_generations`
+    divides `per_device_train_batch_size`, else of single sequences, as TRL shuffles them.
 
     Args:
-        model, reward_funcs, args, train_dataset, options: as for GRPOTrainer. `args` needs
-            loss_type="grpo". Its `beta` is a KL penalty on samples, its `epsilon` clips the ratios
-            of off-policy samples; references have neither.
-        grao_beta, grao_lam: weights of imitation and of the alignment regulariser.
-        statistics, reference_advantage: as in `grao_fast.kernels.linear_grao_loss`.
+        model, reward_funcs, args, train_dataset, options: as for GRPOTrainer. `args` is a
+            `GRAOTrainerConfig` or a plain `GRPOConfig`. Its `beta` is a KL penalty on samples, its
+            `epsilon` clips the ratios of off-policy samples; references have neither.
+        grao_beta, grao_lam, statistics, reference_advantage: as in `GRAOTrainerConfig`, for a plain
+            `GRPOConfig`; None: its defaults.
 
     Metrics, besides TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
     `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
@@ -96,25 +104,25 @@ class GRAOTrainer(GRPOTrainer):
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         *,
-        grao_beta: float = 0.5,
-        grao_lam: float = 0.6,
-        statistics: str = "group",
-        reference_advantage: str = "floor",
+        grao_beta: float | None = None,
+        grao_lam: float | None = None,
+        statistics: str | None = None,
+        reference_advantage: str | None = None,
         **options: Any,
     ) -> None:
-        check_number("grao_beta", grao_beta)
-        check_number("grao_lam", grao_lam)
-        check_choice("statistics", statistics, STATISTICS)
-        check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = GRAOTrainerConfig(f"{name.split('/')[-1]}-GRAO")
+        given = {
+            "grao_beta": grao_beta,
+            "grao_lam": grao_lam,
+            "statistics": statistics,
+            "reference_advantage": reference_advantage,
+        }
+        self._objective = objective_options(args, given)
         check_options(args, options)
         check_kl_policy(model, args, options)
         check_datasets(train_dataset, options.get("eval_dataset"))
-        self._objective = {
-            "statistics": statistics,
-            "reference_advantage": reference_advantage,
-            "beta": grao_beta,
-            "lam": grao_lam,
-        }
         super().__init__(model, reward_funcs, args, train_dataset, **options)
         if self._is_vlm:
             raise UserError("GRAOTrainer is for text: pass a tokenizer as processing_class")
@@ -127,6 +135,13 @@ class GRAOTrainer(GRPOTrainer):
         self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
         self._has_scored = False
+        self._groups_are_whole = args.per_device_train_batch_size % args.num_generations == 0
+        if not self._groups_are_whole:
+            logger.info(
+                "micro-batches of %d rows split groups of %d: set per_device_train_batch_size to a "
+                "multiple of num_generations to keep them whole",
+                args.per_device_train_batch_size, args.num_generations,
+            )  # fmt: skip
         self._encoder = Encoder(
             self._tokenizer,
             self.eos_token_ids,
@@ -155,6 +170,17 @@ class GRAOTrainer(GRPOTrainer):
 
     # The rollout: TRL's, with references.
 
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batch; where groups fit into one, they are shuffled whole."""
+        if not (self._groups_are_whole and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.steps_per_generation
+        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            rows = self._generate_and_score_completions(generation_batch)
+            rows = shuffle_groups(rows, self.num_generations)
+            self._buffered_inputs = split_tensor_dict(rows, parts)
+        return self._buffered_inputs[self._step % parts]
+
     def _calculate_rewards(self, *arguments: Any) -> Tensor:
         """TRL's rewards of all processes' samples, (N * G, F), kept since TRL discards them."""
         self._samples = arguments
@@ -166,9 +192,6 @@ class GRAOTrainer(GRPOTrainer):
         rows = [inputs[b] for b in carriers(process, B, G)]
         references = read_references(rows, self._encoder, self._embedding_rows)
         output = super()._generate_and_score_completions(inputs)
-        if "tool_mask" in output:
-            raise UserError("rollout_func gave an env_mask, which GRAOTrainer does not know: "
-                             "leave it out")  # fmt: skip
         reference_rewards_N = self._score_references(rows, references, B, G)
         samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
         rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
@@ -191,8 +214,9 @@ class GRAOTrainer(GRPOTrainer):
         output["reference_ids"] = reference_ids_BC.to(output["prompt_ids"].device)
         # On the CPU, where the loss reads them without a device sync.
         output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2}
-        if "importance_sampling_ratio" in output:
-            output["importance_sampling_ratio"] = output["importance_sampling_ratio"].cpu()
+        for name in ("importance_sampling_ratio", "tool_mask"):
+            if name in output:
+                output[name] = output[name].cpu()
         micro_batches = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % micro_batches == 0:
             output.pop("old_per_token_logps", None)  # for vLLM's correction; of this policy
