@@ -29,7 +29,7 @@ RUNS = re.compile(r"<!-- tested: (\w+) -->\n```(?:python|json)\n(.*?)```", re.DO
 RUN_ELSEWHERE = ("docs/quickstart.md", "docs/rewards.md", "docs/check.md", "docs/trainers.md")
 MARKED = {name: RUNS.findall(text) for name, text in TEXTS.items() if name not in RUN_ELSEWHERE}
 EXAMPLES = {name: code for examples in MARKED.values() for name, code in examples}
-LONG = ("train", "trl")  # these start from files
+LONG = ("train", "trl", "trl_config")  # these start from files
 SHORT = sorted(EXAMPLES.keys() - {"row", "kernels", "rewards", *LONG})
 
 
@@ -87,6 +87,7 @@ def test_trl_example(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     trainer = execute(EXAMPLES["trl"], **execute(ast.unparse(reward)))["trainer"]
     assert trainer.state.global_step == 6  # two rows, three epochs
     assert "objective/imitation" in trainer.state.log_history[0]
+    assert execute(EXAMPLES["trl_config"])["trainer"].args.grao_lam == 0.3
 
 
 def test_kernel_example() -> None:
