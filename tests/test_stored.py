@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from test_off_policy_step import assert_same_gradients, double_of, sampler_logprobs, truth
 from test_trainer import CONFIG, StopAt, letters, lines, run, same_bits
 from tiny import write_jsonl
@@ -307,9 +308,33 @@ def test_the_command_trains_on_a_file(
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", with_logprobs())
     argv = f"train --model {tiny_model} --dataset {path} --sampler dataset --max_new_tokens 8"
-    argv += f" --device cpu --prompts_per_step 2 --max_steps 1 --output_dir {tmp_path / 'run'}"
+    argv += f" --device cpu --prompts_per_step 2 --max_steps 1 --log_completions_steps 1"
+    argv += f" --output_dir {tmp_path / 'run'}"
     assert main(argv.split()) == 0
     assert "1 steps" in capsys.readouterr().out
     samples = [json.loads(x) for x in (tmp_path / "run" / "completions.jsonl").open()]
-    assert not samples or len(samples[0]["completions"]) == 4
+    assert samples and all(len(row["completions"]) == 4 for row in samples)
     assert torch.isfinite(torch.tensor(lines(tmp_path / "run")[0]["loss"]))
+
+
+def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path, unchecked: None) -> None:
+    """Sharded, on ragged groups; each scores what has no reward in its share of them."""
+    data = with_logprobs()
+    for row in data[::2]:
+        row |= {"completions": ANSWERS[:3], "logprobs": row["logprobs"][:3]}
+        row["rewards"] = [None, *row["rewards"][1:3]]
+    config = STORED.replace(max_steps=2, save_steps=0, prompts_per_step=3)
+    options = {"dataset": data, "eval_dataset": data[:2]}
+    run(tiny_model, tmp_path / "one", **options, config=config)
+
+    def body(rank: int) -> None:
+        run(tiny_model, tmp_path / "two", **options, config=config.replace(sharding="full"))
+
+    ended = launch(body, tmp_path, size=2, timeout=120)
+    assert [each.status for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    names = ("loss", "reward", "grad_norm", "sampling/importance_sampling_ratio/mean")
+    both = [
+        [row[name] for row in lines(tmp_path / folder) if "loss" in row for name in names]
+        for folder in ("one", "two")
+    ]
+    assert len(both[0]) == 8 and both[1] == pytest.approx(both[0], rel=1e-3, abs=1e-5)
