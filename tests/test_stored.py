@@ -308,7 +308,7 @@ def test_the_command_trains_on_a_file(
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", with_logprobs())
     argv = f"train --model {tiny_model} --dataset {path} --sampler dataset --max_new_tokens 8"
-    argv += f" --device cpu --prompts_per_step 2 --max_steps 1 --log_completions_steps 1"
+    argv += " --device cpu --prompts_per_step 2 --max_steps 1 --log_completions_steps 1"
     argv += f" --output_dir {tmp_path / 'run'}"
     assert main(argv.split()) == 0
     assert "1 steps" in capsys.readouterr().out
