@@ -15,6 +15,7 @@ from grao_fast.kernels import reference
 
 K = 8  # G = 7 samples and the reference: powers of two, so that every shape below has whole groups
 SEQUENCE_ROWS = 32
+REFERENCE_ADVANTAGE = "signed"  # with which no reference of a live group is dead
 GROUP_ROWS = K * SEQUENCE_ROWS
 
 # (T, D, V): heads of Llama 3 8B, of Qwen with D = 4096, and of SmolLM2-135M.
@@ -114,10 +115,13 @@ def _groups(T: int, live: float, generator: torch.Generator) -> tuple[Tensor, Te
     return sequence_T, rewards_NK
 
 
-def exact_weights(sequence_T: Tensor, rewards_NK: Tensor) -> Tensor:
+def exact_weights(
+    sequence_T: Tensor, rewards_NK: Tensor, *, reference_advantage: str = REFERENCE_ADVANTAGE
+) -> Tensor:
     """Return w_s / (|s| N) of every row in float64, by the specification; 0 for dead rows."""
-    advantages_NK = reference.group_advantages(rewards_NK.double())
-    weight_S = reference.sequence_weights(advantages_NK).flatten()
+    options = {"reference_advantage": reference_advantage}
+    advantages_NK = reference.group_advantages(rewards_NK.double(), **options)
+    weight_S = reference.sequence_weights(advantages_NK, **options).flatten()
     counted_T = sequence_T >= 0
     rows_S = sequence_T[counted_T].bincount(minlength=weight_S.numel())
     weight_S = weight_S / (rows_S.clamp(min=1) * rewards_NK.shape[0])

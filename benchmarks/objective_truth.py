@@ -128,8 +128,11 @@ class Given(NamedTuple):
 
 
 # Without types, since options are those of each objective.
-def _grao(given: Given, _: Any) -> Tensor:
-    return -(exact_weights(*given.rewarded).to(given.logprob_T) * given.logprob_T).sum()
+def _grao(given: Given, options: Any) -> Tensor:
+    weight_T = exact_weights(*given.rewarded, reference_advantage=options.reference_advantage).to(
+        given.logprob_T
+    )
+    return -(weight_T * given.logprob_T).sum()
 
 
 def _rft(given: Given, options: Any) -> Tensor:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from batches import SEQUENCE_ROWS, Batch
+from batches import REFERENCE_ADVANTAGE, SEQUENCE_ROWS, Batch
 from packaging.version import Version
 from torch import Tensor
 
@@ -39,7 +39,8 @@ class Peer(NamedTuple):
 
 
 def _ours(workspace_mib: int | None) -> Callable[[Batch], Tensor]:
-    return lambda batch: linear_grao_loss(*batch[:5], workspace_mib=workspace_mib).loss
+    options = {"reference_advantage": REFERENCE_ADVANTAGE, "workspace_mib": workspace_mib}
+    return lambda batch: linear_grao_loss(*batch[:5], **options).loss
 
 
 def _naive(batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import table
 import token_plots
 import torch
-from batches import make_batch
+from batches import REFERENCE_ADVANTAGE, make_batch
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
 
@@ -69,6 +69,7 @@ STARTS = {
         "tokens-cpu": "![",
         "step-cpu": "| optimiser step",
     },
+    "docs/objectives.md": {"objectives-cpu": "| objective"},
     "docs/kernels.md": {"registers-compiled": "| ratio"},
     "docs/results/families.md": {"families-cpu": "| float32 |"},
     "docs/scaling.md": {"processes-cpu": "| 8 prompts"},
@@ -213,7 +214,7 @@ def test_plots_have_a_line_for_every_contender(tmp_path: Path, monkeypatch) -> N
 def test_batches_have_the_share_of_live_rows_they_were_asked_for(live: float) -> None:
     batch = make_batch((2048, 8, 31), torch.float32, "cpu", live=live)
     assert int((batch.weight_T != 0).sum()) == round(live * 2048)
-    ours = linear_grao_loss(*batch[:5]).loss
+    ours = linear_grao_loss(*batch[:5], reference_advantage=REFERENCE_ADVANTAGE).loss
     weighted = linear_weighted_cross_entropy(*batch[:3], batch.weight_T).loss
     assert ours.item() == pytest.approx(weighted.item(), rel=1e-5, abs=1e-6)
     if live < 1:  # both kinds of dead rows
