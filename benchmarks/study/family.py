@@ -6,12 +6,11 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
-from study.arms import Meter, Problem
-
 import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.sampling.loaded import LoadedPolicy
+from study.arms import Meter, Problem
 
 
 @dataclass(frozen=True)
