@@ -16,7 +16,7 @@ TEST = [
     *RULES,
     "gguf>=0.10",  # the tests marked `real` read SmolLM2 from a GGUF file
     "hypothesis>=6.100",
-    "lightning-fabric>=2.6",  # of an example for other trainers
+    "lightning-fabric>=2.6.6",  # of an example for other trainers
     "openai>=1.56",  # the client of a vLLM server
     "peft>=0.18",
     "pytest>=8",

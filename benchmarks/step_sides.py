@@ -37,6 +37,7 @@ CONFIG = GRAOConfig(
     gradient_checkpointing=False,
     generation_batch_size=4096,
     max_tokens_per_microbatch=16384,
+    reference_advantage="signed",  # every reference takes part, on all sides
 )
 
 
@@ -276,7 +277,12 @@ def take_gradients(model: torch.nn.Module) -> list[Tensor]:
 
 def grao_weights(rollout: Rollout) -> Tensor:
     """Return w of every sequence, (N, K), where GRAO's loss is -(1/N) sum_s w_s L(s)."""
-    return sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)
+    return sequence_weights(
+        rollout.advantages_NK,
+        beta=CONFIG.beta,
+        lam=CONFIG.lam,
+        reference_advantage=CONFIG.reference_advantage,
+    )
 
 
 def naive_gradient(

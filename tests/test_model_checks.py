@@ -33,6 +33,7 @@ CONFIG = GRAOConfig(
     save_steps=0,
     learning_rate=1e-3,
     max_tokens_per_microbatch=2000,
+    reference_advantage="signed",  # references have metrics in every step
     disable_tqdm=True,
     device="cpu",
 )

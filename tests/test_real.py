@@ -123,7 +123,12 @@ def test_a_step_is_the_naive_formula():
     naive = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     from grao_fast.kernels.reference import sequence_weights
 
-    weights = sequence_weights(rollout.advantages_NK, beta=CONFIG.beta, lam=CONFIG.lam)[0]
+    weights = sequence_weights(
+        rollout.advantages_NK,
+        beta=CONFIG.beta,
+        lam=CONFIG.lam,
+        reference_advantage=CONFIG.reference_advantage,
+    )[0]
     expected = torch.zeros(())
     for ids, weight in zip(groups[0].sequence_ids, weights.tolist(), strict=True):
         tokens = torch.tensor([groups[0].prompt_ids + ids])

@@ -47,6 +47,7 @@ OPTIONS: dict[str, Any] = {
         num_generations=3,
         max_new_tokens=4,
         max_tokens_per_microbatch=30,
+        reference_advantage="signed",  # no sequence is left out, whatever its reward
         gradient_checkpointing=False,
     ),
     "eval_dataset": ROWS[:2],

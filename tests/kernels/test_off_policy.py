@@ -90,10 +90,12 @@ def test_rows_without_old_are_on_policy(backend: str, device: str) -> None:
 
 def test_held_rows_have_no_gradient(backend: str, device: str) -> None:
     """The gradient is 0 beyond the bound that the weight pushes to, and only there."""
-    problem = PROBLEMS["clipped_ratio"]
+    problem = PROBLEMS["clipped_ratio"].with_options(reference_advantage="signed")
     result = run(linear_grao_loss, problem, torch.float32, device, backend=backend)
     rho_T = (result["logprob_T"].cpu() - problem.options["old_logprob_T"]).exp()
-    weights_NK = reference.sequence_weights(result["advantages_NK"].cpu())
+    weights_NK = reference.sequence_weights(
+        result["advantages_NK"].cpu(), reference_advantage="signed"
+    )
     weight_T = weights_NK.flatten()[problem.sequence_T]
     held_T = ((weight_T > 0) & (rho_T > 1.3)) | ((weight_T < 0) & (rho_T < 0.8))
     moved_T = result["dhidden_TD"].cpu().any(1)
