@@ -49,6 +49,7 @@ def main() -> None:
         metric=words,
         config=grao_fast.GRAOConfig(
             reward_type="pairwise",
+            reference_advantage="signed",  # the paper's, as in docs/results/harmless.md
             num_generations=8,
             prompts_per_step=4,
             max_steps=arguments.steps,

@@ -44,7 +44,6 @@ def main() -> None:
         ),
         config=grao_fast.GRAOConfig(
             reward_weights=(1.0, 0.1),
-            reference_advantage="clip",  # references are right, and need no pushing down
             prompts_per_step=arguments.prompts_per_step,
             max_new_tokens=arguments.max_new_tokens,
             max_steps=arguments.steps,

@@ -139,8 +139,8 @@ def losing_references(history: History) -> str | None:
     if history.objective != "grao" or not share >= LIMITS.losing_references:
         return None
     return (
-        f"the references lose in {share:.0%} of groups: they are not imitated any more, but made "
-        'less likely, unless reference_advantage is "floor". Set that or "clip", give better '
+        f"the references lose in {share:.0%} of groups: they are not imitated any more, and, "
+        'unless reference_advantage is "floor", the default, made less likely. Give better '
         "references, or end the run here"
     )
 
