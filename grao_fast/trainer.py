@@ -83,7 +83,7 @@ def train(
         reward: f(prompts, completions, **columns) -> list of float or None; or "module:function",
             "file.py:function", or a list of these. See `GRAOConfig.reward_type`. None if the
             objective needs no samples, and nothing is evaluated.
-        config: options; the paper's by default.
+        config: options; None: the defaults.
         tokenizer: of the model; None loads the one beside it.
         eval_dataset: held-out prompts; evaluated before, after and every `eval_steps`.
         metric: a held-out measure, called as a reward is, that training never sees.

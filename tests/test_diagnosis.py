@@ -62,7 +62,7 @@ PLANTED: dict[str, tuple[dict[str, Curve | float], str]] = {
     ),
     "falling_references": (
         {"reference__logprob": lambda t: -1.5 - 3 * t},
-        'what loses is pushed down. reference_advantage="floor" ends that; "clip" and a smaller',
+        "the default, push down those that lose. Set that, or lower learning_rate",
     ),
     "losing_references": ({"reference__frac_negative": 1.0}, "the references lose in 100% of"),
     "lost_entropy": (

@@ -185,6 +185,7 @@ def check_objective(config: Any) -> None:
     if config.num_iterations == 1 and options.clip != formula.clip:
         raise UserError(
             "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
+            ": set num_iterations above 1, or leave them out"
         )
     cap = config.vllm_importance_sampling_clip_max
     if formula.two_passes and config.async_rollouts:

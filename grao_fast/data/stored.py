@@ -119,7 +119,9 @@ def read_stored(row: Mapping[str, Any], where: str, prompt: str | Messages) -> S
 
 def _listed(value: Any, where: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list, got {type(value).__name__}")
+        raise UserError(
+            f"{where} must be a list, got {type(value).__name__}: give one, empty if there is none"
+        )
     return value
 
 
@@ -147,7 +149,10 @@ def _token_ids(value: Any, where: str) -> list[int]:
     wrong = next((each for each in ids if not _is_token(each)), None)
     if not ids or wrong is not None:
         found = "none" if not ids else repr(wrong)
-        raise UserError(f"{where} must be one or more token ids, got {found}")
+        raise UserError(
+            f"{where} must be one or more token ids, got {found}: leave an empty completion out, "
+            "with its reward and log-probs"
+        )
     return [int(each) for each in ids]
 
 

@@ -179,7 +179,7 @@ def _demo_result(
 
 
 def demo_config(*, max_steps: int, seed: int) -> GRAOConfig:
-    """Return the demo's options: the paper's objective, with a step size for 0.3 M parameters.
+    """Return the demo's options: the paper's beta and lam, a step size for 0.3 M parameters.
 
     The reference's advantage is clipped, since most samples beat it in the second half.
     """

@@ -74,7 +74,10 @@ class WeightedTokens(NamedTuple):
         tensors = load_file(path)
         missing = [name for name in cls._fields if name not in tensors]
         if missing:
-            raise UserError(f"{path} has no tensor {missing[0]!r}: it was not written whole")
+            raise UserError(
+                f"{path} has no tensor {missing[0]!r}: it was not written whole; "
+                "write it again by grao_fast.objectives.export"
+            )
         return check(cls(*(tensors[name] for name in cls._fields)), str(path))
 
 

@@ -127,9 +127,8 @@ def falling_references(history: History) -> str | None:
     if history.objective != "grao":
         return f"{fell}: the policy moves away from what it imitates. Lower learning_rate"
     return (
-        f"{fell}: "
-        'samples beat them, and what loses is pushed down. reference_advantage="floor" ends that; '
-        '"clip" and a smaller lam push less'
+        f"{fell}: the samples draw the policy away from them, and, unless reference_advantage is "
+        '"floor", the default, push down those that lose. Set that, or lower learning_rate'
     )
 
 

@@ -96,7 +96,7 @@ _SECTIONS: dict[str, list[Panel]] = {
         Panel(
             "Advantage of the reference, A_y",
             {"reference/advantage": "mean A_y"},
-            "Above 0 references are imitated. Below 0 samples beat them, and they are pushed down.",
+            "Above 0 references are imitated. Below 0 samples beat them.",
         ),
         Panel(
             "References with A_y below 0",
