@@ -33,6 +33,7 @@ CONFIG = GRAOConfig(
     disable_tqdm=True,
     device="cpu",
     sharding="full",
+    reference_advantage="signed",  # as in docs/results/processes.md
 )
 ROWS = [
     {
@@ -61,6 +62,8 @@ class Variant:
     steps: int = 40
 
 
+OTHER = {"reference_advantage": GRAOConfig.reference_advantage}  # of objectives without it
+
 VARIANTS = {
     "tied": Variant(),
     "untied": Variant(model="untied"),
@@ -71,8 +74,8 @@ VARIANTS = {
         {"kl_coef": 0.1, "num_iterations": 2, "num_generations_eval": 3, "eval_steps": 2}
     ),
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
-    "DPO, two updates": Variant({"objective": "dpo", "num_iterations": 2}),
-    "SFT": Variant({"objective": "sft"}),
+    "DPO, two updates": Variant(OTHER | {"objective": "dpo", "num_iterations": 2}),
+    "SFT": Variant(OTHER | {"objective": "sft"}),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
     "refilled": Variant({"dynamic_sampling": 2, "curriculum": True}, dead=0.5),
