@@ -1,0 +1,161 @@
+"""A generation batch with references: TRL's rollout, and one more sequence in each group.
+
+Suffixes: N prompts of all processes, G samples and K = G + 1 sequences of each, the reference
+last; B rows of this process, S rows of all processes, F reward functions; the rest as in
+`references.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import pad, split_tensor_dict
+
+from grao_fast.data.encoder import Encoder
+from grao_fast.integrations.trl.head import embedding_rows_of
+from grao_fast.integrations.trl.references import (
+    References,
+    carriers,
+    in_order,
+    most_carriers,
+    read_references,
+    ride,
+    to_score,
+)
+from grao_fast.integrations.trl.rows import shuffle_groups
+from grao_fast.kernels import sequence_weights
+from grao_fast.kernels.advantage import advantages_and_terms, check_finite_rewards
+from grao_fast.system.errors import UserError
+from grao_fast.system.visible import get_logger
+from grao_fast.training.metrics import group_metrics
+
+logger = get_logger(__name__)
+
+
+class RolloutTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with references in its generation batches, and no loss for them yet."""
+
+    def _begin_rollouts(self, objective: dict[str, Any]) -> None:
+        """Set what rollouts need. objective: options of `advantages_and_terms`."""
+        self._objective = objective
+        self._embedding_rows = embedding_rows_of(self.model, self._tokenizer)
+        self._samples: tuple[list, ...] = ()
+        self._sample_rewards_SF: Tensor | None = None
+        self._has_scored = False
+        args = self.args
+        self._groups_are_whole = args.per_device_train_batch_size % args.num_generations == 0
+        if not self._groups_are_whole:
+            logger.info(
+                "micro-batches of %d rows split groups of %d: set per_device_train_batch_size to a "
+                "multiple of num_generations to keep them whole",
+                args.per_device_train_batch_size, args.num_generations,
+            )  # fmt: skip
+        self._encoder = Encoder(
+            self._tokenizer,
+            self.eos_token_ids,
+            continues=False,  # TRL opens another turn
+            template_options={"chat_template": self.chat_template}
+            | dict(self.chat_template_kwargs),
+        )
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batch; where groups fit into one, they are shuffled whole."""
+        if not (self._groups_are_whole and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.steps_per_generation
+        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            rows = self._generate_and_score_completions(generation_batch)
+            rows = shuffle_groups(rows, self.num_generations)
+            self._buffered_inputs = split_tensor_dict(rows, parts)
+        return self._buffered_inputs[self._step % parts]
+
+    def _calculate_rewards(self, *arguments: Any) -> Tensor:
+        """TRL's rewards of all processes' samples, (N * G, F), kept since TRL discards them."""
+        self._samples = arguments
+        self._sample_rewards_SF = super()._calculate_rewards(*arguments)
+        return self._sample_rewards_SF
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        G, B, process = self._group_size, len(inputs), self.accelerator.process_index
+        rows = [inputs[b] for b in carriers(process, B, G)]
+        references = read_references(rows, self._encoder, self._embedding_rows)
+        output = super()._generate_and_score_completions(inputs)
+        reference_rewards_N = self._score_references(rows, references, B, G)
+        samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
+        rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
+        check_finite_rewards("rewards", rewards_NK)
+        self._has_scored |= not bool(rewards_NK.isnan().all())
+        if not self._has_scored:
+            raise UserError(
+                f"{', '.join(self.reward_func_names)} gave None or NaN for every sample and every "
+                "reference of the first batch: return numbers, and None where there is none to give"
+            )
+        advantages_NK, terms_3NK = advantages_and_terms(rewards_NK, **self._objective)
+        self._log_rollout(rewards_NK, advantages_NK)
+
+        terms_B23, ids_B = ride(terms_3NK, references.token_ids, process, B)
+        lengths_B = torch.tensor([len(ids) for ids in ids_B])
+        lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
+        reference_ids_BC = pad(
+            ids_B, self._tokenizer.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        output["reference_ids"] = reference_ids_BC.to(output["prompt_ids"].device)
+        # On the CPU, where the loss reads them without a device sync.
+        output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2}
+        for name in ("importance_sampling_ratio", "tool_mask"):
+            if name in output:
+                output[name] = output[name].cpu()
+        micro_batches = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % micro_batches == 0:
+            output.pop("old_per_token_logps", None)  # for vLLM's correction; of this policy
+        del output["advantages"]  # GRPO's
+        return output
+
+    def _score_references(
+        self, rows: list[dict[str, Any]], references: References, B: int, G: int
+    ) -> Tensor:
+        """rewards_N of the references of all processes; this one scores those of `rows`."""
+        processes = self.accelerator.num_processes
+        present_C = torch.zeros(most_carriers(B, G), dtype=torch.bool)
+        present_C[: len(rows)] = torch.tensor(references.present, dtype=torch.bool)
+        present_PC = self.accelerator.gather(present_C.to(self.accelerator.device)).cpu()
+        present_PC = present_PC.view(processes, -1)
+        most = int(present_PC.sum(1).max())
+        rewards_PR = torch.zeros(processes, 0, dtype=torch.float64)
+        if most:
+            scored = to_score(rows, references, self._samples, most)
+            rewards_PR = self._total(super()._calculate_rewards(*scored)).view(processes, most)
+            # Rewards may log to the completions table and metrics, which are of samples alone.
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+        return in_order(present_PC, rewards_PR, B, G)
+
+    def _total(self, rewards_SF: Tensor) -> Tensor:
+        """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""
+        rewards_SF = rewards_SF.double().cpu()
+        total_S = (rewards_SF * self.reward_weights.double()).nansum(1)
+        return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
+
+    def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
+        of_weights = {k: v for k, v in self._objective.items() if k != "statistics"}
+        weights_NK = sequence_weights(advantages_NK, **of_weights)
+        self._record(group_metrics(rewards_NK, advantages_NK, weights_NK))
+        # Replaces GRPO's advantages in the table of completions.
+        table, advantages = self._logs["advantages"], advantages_NK[:, :-1].flatten().tolist()
+        for _ in range(min(len(table), len(advantages))):
+            table.pop()
+        table.extend(advantages)
+
+    def _record(self, metrics: dict[str, Tensor]) -> None:
+        """Add metrics to TRL's log, which averages them; NaN is left out."""
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            if not value.isnan():
+                self._metrics[mode][name].append(float(value))
