@@ -26,6 +26,7 @@ SHAPES = {
 }
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = DEVICE  # of inputs; with --quick, conftest.py makes it "tiny" before it imports a benchmark
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import DEVICE, DTYPES, SHAPES, Batch, batch_facts, make_batch
+from batches import DEVICE, DTYPES, SHAPES, SIZE, Batch, batch_facts, make_batch
 from measure import errors, outputs, truth
 from peers import PEERS
 from replay import PRESENT, names, skip
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.benchmark(group="accuracy: the times are no measurement
 @pytest.fixture(scope="module", params=["flat", "peaked"])
 def problem(request):
     torch._dynamo.reset()
-    _, D, V = SHAPES[DEVICE][0]
+    _, D, V = SHAPES[SIZE][0]
     batch = make_batch((TOKENS, D, V), DTYPES[DEVICE], DEVICE)
     if request.param == "peaked":
         batch = peaked(batch)

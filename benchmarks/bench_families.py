@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import DEVICE
+from batches import DEVICE, SIZE
 from families import FAMILIES, family_model
 from family_sides import PACKED, REPEATED, compare_family
 from replay import clock, report
@@ -34,7 +34,7 @@ CONTENDERS = {
     REPEATED: Contender(REPEATED, "grao-fast, repeated prompts"),
 }
 CASE = Case(prompts=4, samples=4, prompt_tokens=24, response_tokens=16)
-ROUNDS = 5
+ROUNDS = 2 if SIZE == "tiny" else 5
 
 REAL = os.environ.get("GRAO_SMOLLM2", "")
 REAL_ROUNDS = 2

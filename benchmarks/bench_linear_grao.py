@@ -9,17 +9,17 @@ the same round, and `peak_extra_mib` the memory beyond the inputs.
 from __future__ import annotations
 
 import pytest
-from batches import DEVICE, DTYPES, SHAPES, batch_facts, make_batch, shape_name
+from batches import DEVICE, DTYPES, SHAPES, SIZE, batch_facts, make_batch, shape_name
 from measure import measure
 from peers import PEERS
 from replay import clock, report
 
-ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
+ROUNDS = {"cuda": 10, "cpu": 3, "tiny": 2}[SIZE]
 
 pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, all rows live")
 
 
-@pytest.fixture(scope="module", params=SHAPES[DEVICE], ids=shape_name)
+@pytest.fixture(scope="module", params=SHAPES[SIZE], ids=shape_name)
 def race(request):
     batch = make_batch(request.param, DTYPES[DEVICE], DEVICE)
     runs = {name: (peer, batch) for name, peer in PEERS.items()}

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import DEVICE, DTYPES
+from batches import DEVICE, DTYPES, SIZE
 from objective_problem import OBJECTIVE_SHAPES, make_problem
 from objective_race import facts_of, race_objectives
 from objective_sides import NO_SUCH_LOSS, sides
 from objective_truth import cases
 from replay import clock, report
 
-ROUNDS = {"cuda": 5, "cpu": 3}[DEVICE]
+ROUNDS = {"cuda": 5, "cpu": 3, "tiny": 2}[SIZE]
 CASES = cases()
 KEYS = [(text, name) for text, case in CASES.items() for name in sides(text, case)]
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.benchmark(timer=clock, group="head pass of objectives")
 @pytest.fixture(scope="module")
 def race():
     torch._dynamo.reset()
-    problem = make_problem(OBJECTIVE_SHAPES[DEVICE], DTYPES[DEVICE], torch.device(DEVICE))
+    problem = make_problem(OBJECTIVE_SHAPES[SIZE], DTYPES[DEVICE], torch.device(DEVICE))
     measured, absences, errors = race_objectives(problem, CASES, rounds=ROUNDS)
     facts = {text: facts_of(text, case, problem) for text, case in CASES.items()}
     return measured, absences, errors, facts

@@ -8,7 +8,7 @@ All shares take turns in one race. The floor is that of all rows.
 from __future__ import annotations
 
 import pytest
-from batches import DEVICE, DTYPES, SHAPES, batch_facts, make_batch
+from batches import DEVICE, DTYPES, SHAPES, SIZE, batch_facts, make_batch
 from measure import measure
 from peers import PEERS
 from replay import clock, report
@@ -16,7 +16,7 @@ from replay import clock, report
 SHARES = (1.0, 0.5, 0.25)
 # On a CPU: contenders that skip dead rows, and naive. The others are too slow to run three times.
 VARIANTS = {"cuda": tuple(PEERS), "cpu": ("grao", "naive", "cce_torch_compile")}[DEVICE]
-ROUNDS = {"cuda": 10, "cpu": 3}[DEVICE]
+ROUNDS = {"cuda": 10, "cpu": 3, "tiny": 2}[SIZE]
 
 pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, some rows live")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.benchmark(timer=clock, group="LM head, some rows live")
 @pytest.fixture(scope="module")
 def race():
     batches = {
-        live: make_batch(SHAPES[DEVICE][0], DTYPES[DEVICE], DEVICE, live=live) for live in SHARES
+        live: make_batch(SHAPES[SIZE][0], DTYPES[DEVICE], DEVICE, live=live) for live in SHARES
     }
     runs = {f"{name} {live}": (PEERS[name], batches[live]) for name in VARIANTS for live in SHARES}
     return measure(runs, rounds=ROUNDS), batch_facts(batches[1.0])

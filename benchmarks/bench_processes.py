@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from batches import SIZE
 from measure import quartiles
-from process_race import CASE, CONTENDERS, SIZE
+from process_race import CASES, CONTENDERS, MODEL
 from process_sides import Contender
 from replay import clock, report
 from step_problem import make_model
 
 PROGRAM = Path(__file__).parent / "process_race.py"
+CASE_NAME = "tiny" if SIZE == "tiny" else "cpu"  # also where there is a GPU
+CASE = CASES[CASE_NAME]
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
@@ -44,7 +47,7 @@ class Measured(NamedTuple):
 def process_race(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("race") / "race.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), str(out)]
+    command = [sys.executable, str(PROGRAM), str(out), CASE_NAME]
     subprocess.run(command, check=True, timeout=600, env=environment)
     found = json.loads(out.read_text())
     measured = {
@@ -56,7 +59,7 @@ def process_race(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    model, _ = make_model(SIZE, "cpu")
+    model, _ = make_model(MODEL, "cpu")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return {
         "title": f"Qwen3 of {millions:.1f} M parameters, V={model.config.vocab_size}, float32",

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import DEVICE
+from batches import DEVICE, SIZE
 from replay import clock, report
 from step_problem import Case, make_model, make_prompts
 from step_race import (
@@ -31,8 +31,8 @@ from step_race import (
     trl_absence,
 )
 
-SCALE = {"cuda": 8, "cpu": 1}[DEVICE]
-ROUNDS = {"cuda": 5, "cpu": 3}[DEVICE]
+SCALE = {"cuda": 8, "cpu": 1, "tiny": 1}[SIZE]
+ROUNDS = {"cuda": 5, "cpu": 3, "tiny": 2}[SIZE]
 BASE = Case(prompts=4, samples=8, prompt_tokens=48 * SCALE, response_tokens=48 * SCALE)
 STEPS = [
     BASE,
@@ -87,7 +87,7 @@ def model_name(model) -> str:
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(DEVICE, DEVICE)
+    return make_model(SIZE, DEVICE)
 
 
 @pytest.fixture(scope="module", params=STEPS, ids=step_name)
@@ -105,7 +105,7 @@ def test_step(benchmark, step_race, variant: str) -> None:
 
 @pytest.fixture(scope="module", params=SAMPLING)
 def sampling_race(request):
-    model, tokenizer = make_model(DEVICE, DEVICE, mean_length=SAMPLING[request.param])
+    model, tokenizer = make_model(SIZE, DEVICE, mean_length=SAMPLING[request.param])
     race = race_sampling(
         model,
         tokenizer,

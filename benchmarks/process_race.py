@@ -1,6 +1,6 @@
 """Checks and times steps of 1, 2 and 4 processes of ours and of TRL, in turns; a program.
 
-    python benchmarks/process_race.py OUT.json
+    python benchmarks/process_race.py OUT.json cpu
 
 It is a program of its own since it forks: processes that have begun to compute with several
 threads, or on a GPU, cannot be forked.
@@ -28,9 +28,12 @@ from step_sides import CONFIG, grao_weights, naive_gradient
 from grao_fast.distributed.choice import Sharding
 from grao_fast.training.plan import Cluster, Rates, plan
 
-SIZE = "cpu"
-CASE = Case(prompts=8, samples=8, prompt_tokens=64, response_tokens=64)
-ROUNDS = 3
+MODEL = "cpu"  # a size of `step_problem.MODELS`
+CASES = {
+    "cpu": Case(prompts=8, samples=8, prompt_tokens=64, response_tokens=64),
+    "tiny": Case(prompts=4, samples=2, prompt_tokens=8, response_tokens=8),
+}
+ROUNDS = {"cpu": 3, "tiny": 2}
 CONTENDERS = [
     Contender("ours", "full", 1),
     *(Contender("ours", sharding, n) for n in (2, 4) for sharding in ("none", "full")),
@@ -156,7 +159,7 @@ def planned(contender: Contender, size: str, case: Case) -> float:
     return (wire.gather_forward + wire.gather_backward + wire.reduction).process
 
 
-def main(out: Path) -> None:
+def main(out: Path, case: str) -> None:
     import datasets  # noqa: F401, before the forks, as the next ones are
     import torch.distributed.fsdp
     import torch.distributed.tensor
@@ -168,9 +171,9 @@ def main(out: Path) -> None:
     if absence is None:
         import trl.trainer.grpo_trainer  # noqa: F401
     present = [c for c in CONTENDERS if c.side == "ours" or absence is None]
-    found = race(present, SIZE, CASE, rounds=ROUNDS)
+    found = race(present, MODEL, CASES[case], rounds=ROUNDS[case])
     out.write_text(json.dumps({"measured": found, "absence": absence}, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

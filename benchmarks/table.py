@@ -49,6 +49,8 @@ def keep(run: Path, machine: str) -> list[Path]:
     report = json.loads(run.read_text())
     if not report["benchmarks"]:
         raise SystemExit(f"{run} holds no benchmark")
+    if report.get("quick"):
+        raise SystemExit(f"{run} is of tiny inputs: run the benchmarks without --quick")
     rows: dict[str, list[Row]] = {}
     for row in report["benchmarks"]:
         name = Path(row["fullname"].split("::")[0]).stem.removeprefix("bench_")

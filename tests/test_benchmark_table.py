@@ -299,3 +299,12 @@ def test_registers_have_a_row_a_form_and_say_what_has_changed(tmp_path: Path, mo
     text = filled("registers-here")
     assert '| `"clipped"` | none | 40; 8; 4 + 2 | 40; 0; 4 + 2 |' in text
     assert "(abc), 2 of 3 have the same" in text and "; not d, e." in text
+
+
+def test_times_of_tiny_inputs_are_not_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"benchmarks": [{"fullname": "bench_step.py"}], "quick": True}))
+    with pytest.raises(SystemExit, match="tiny inputs: run the benchmarks without --quick"):
+        table.keep(run, "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
