@@ -1,5 +1,7 @@
 """Compiles the kernels ahead of time for devices that may be absent, and prints facts as JSON.
 
+    python tests/kernels/compile_kernels.py [DEVICE ...]
+
 test_compile.py runs it in its own process, as one process cannot interpret and compile kernels.
 Pointers and strides are marked divisible by 16 exactly where the launcher's are.
 """
@@ -10,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -211,6 +214,7 @@ def compile_for(name: str) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    devices = [name for name in sys.argv[1:] or TARGETS if name in TARGETS]
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
-        found = [item for results in pool.map(compile_for, TARGETS) for item in results.items()]
+        found = [item for results in pool.map(compile_for, devices) for item in results.items()]
     print(json.dumps(dict(found)))

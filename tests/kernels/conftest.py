@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     In the interpreter, float16 repeats bfloat16, and opcheck repeats what it asks of PyTorch's
     backend: both are slow there.
     """
-    items.sort(key=lambda item: item.path.name == "test_compile.py")
+    items.sort(key=is_of_compiled_code)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("backend") == "triton" and not torch.cuda.is_available():
@@ -40,17 +40,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+def is_of_compiled_code(item: pytest.Item) -> bool:
+    return item.path.name == "test_compile.py"
+
+
 @pytest.fixture(scope="session", autouse=True)
+def compile_meanwhile(request: pytest.FixtureRequest) -> None:
+    """Start to compile at the first test of this folder, unless pytest-xdist's processes, of which
+    one has test_compile.py, occupy the other cores."""
+    compiles = any(is_of_compiled_code(item) for item in request.session.items)
+    if compiles and not hasattr(request.config, "workerinput"):
+        request.getfixturevalue("compiler")
+
+
+@pytest.fixture(scope="session")
 def compiler(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[str] | None]:
-    """The process that compiles for test_compile.py, from the first test of this folder on."""
-    if all(item.path.name != "test_compile.py" for item in request.session.items):
-        yield None
-        return
+) -> Iterator[subprocess.Popen[str]]:
+    """The process that compiles for test_compile.py.
+
+    Triton keeps what it compiled, by the kernels' source and its own version, in pytest's cache.
+    """
+    if request.config.pluginmanager.has_plugin("cacheprovider"):
+        cache = request.config.cache.mkdir("triton")
+    else:
+        cache = tmp_path_factory.mktemp("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-W", "ignore", str(COMPILER)]
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    devices = dict.fromkeys(
+        item.callspec.params["target"]
+        for item in request.session.items
+        if is_of_compiled_code(item)
+    )
+    command = [sys.executable, "-W", "ignore", str(COMPILER), *devices]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         yield process

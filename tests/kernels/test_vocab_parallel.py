@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,8 @@ CASES = {
 }
 
 
-def launch(folder: Path, backend: str, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def launch(folder: Path, cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of both processes, which save them in `folder`."""
-    for each in cases.values():
-        each["options"]["backend"] = backend
     torch.save(cases, folder / "cases.pt")
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", str(WORKER), str(folder)]
@@ -115,17 +112,23 @@ RUNS = {name: ("torch", name) for name in CASES}
 RUNS |= {f"{name}_interpreted": ("triton", name) for name in ON_TRITON}
 
 
+def triton_fault() -> str | None:
+    """Why the cases on Triton's interpreter cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return interpreter_fault()
+
+
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """Results by backend, each in its own processes, so this one need not interpret Triton."""
-
-    @cache
-    def results(backend: str) -> list[dict[str, Any]]:
-        names = CASES if backend == "torch" else ON_TRITON
-        folder = tmp_path_factory.mktemp(backend)
-        return launch(folder, backend, {name: CASES[name] for name in names})
-
-    return results
+def spread(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All results, made in processes of their own, so this one need not interpret Triton."""
+    backends = ("torch",) if triton_fault() else ("torch", "triton")
+    cases = {
+        run: {**CASES[name], "options": CASES[name]["options"] | {"backend": backend}}
+        for run, (backend, name) in RUNS.items()
+        if backend in backends
+    }
+    return launch(tmp_path_factory.mktemp("spread"), cases)
 
 
 def alone(one: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -141,17 +144,16 @@ def alone(one: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 SCALARS = ("loss", "exploration", "imitation", "alignment", "kl")
 
 
-@pytest.mark.parametrize("backend, name", RUNS.values(), ids=RUNS)
-def test_two_processes_give_what_one_gives(backend, name, spread) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_give_what_one_gives(run: str, spread) -> None:
     """Up to the rounding of another order; other tests compare a whole head with float64."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if fault := interpreter_fault():
-            pytest.skip(fault)
+    backend, name = RUNS[run]
+    if backend == "triton" and (fault := triton_fault()):
+        pytest.skip(fault)
     one = CASES[name]
     dtype = one["operands"]["head_VD"].dtype
     expected, naive = alone(one, torch.float32), alone(one, dtype)
-    results = [process["results"][name] for process in spread(backend)]
+    results = [process["results"][run] for process in spread]
     assert results[0].keys() == expected.keys()
     scale = max((expected[key].abs().max() for key in SCALARS if key in expected), default=0)
     for key, value in expected.items():
@@ -167,7 +169,7 @@ def test_two_processes_give_what_one_gives(backend, name, spread) -> None:
 
 
 def test_what_does_not_fit_is_refused(spread) -> None:
-    for rank, process in enumerate(spread("torch")):
+    for rank, process in enumerate(spread):
         said = process["errors"]
         assert f"head_VD has {3 + rank} rows in process {rank} of 2" in said["rows"]
         assert "it must have 5" in said["rows"]
