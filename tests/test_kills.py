@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from kills import exit_status, fork, killed_at_change
-from test_trainer import CONFIG, ROWS, lines, run, same_bits
+from short_runs import CONFIG, run
+from test_trainer import ROWS, lines, same_bits
 
 from grao_fast.distributed.folders import write_folder
 from grao_fast.distributed.world import World
@@ -116,7 +117,7 @@ def test_lines_up_to_the_step_stay(tmp_path: Path):
 SHORT = CONFIG.replace(
     max_steps=3, save_steps=1, eval_steps=2, save_total_limit=1, log_completions_steps=1
 )
-OPTIONS = {"config": SHORT, "eval_dataset": ROWS[:3]}
+OPTIONS = {"config": SHORT, "eval_dataset": ROWS[:2]}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,7 @@ def assert_same(output: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # the checks at the start change nothing in the folder
 @pytest.mark.parametrize("finished, places", [(False, 100), (True, 30)], ids=["new", "finished"])
 def test_a_run_is_killed_before_every_change_of_its_folder(
     finished: bool, places: int, tiny_model, whole: Path, tmp_path: Path
@@ -168,6 +170,7 @@ def test_a_run_is_killed_before_every_change_of_its_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_runs_are_killed_at_random_moments(tiny_model, whole: Path, tmp_path: Path):
     """Kill runs at random, and resume each until it ends: 50 kills or more, in 30 runs or more."""
     start = time.monotonic()

@@ -43,7 +43,7 @@ CONFIG = GRAOConfig(
     max_reference_length=24,
     prompts_per_step=2,
     learning_rate=1e-5,
-    max_steps=3,
+    max_steps=2,
     save_steps=1,
     disable_tqdm=True,
     device="cpu",
@@ -77,12 +77,12 @@ def rows(split: str, count: int) -> list[dict]:
 
 @needs_data
 def test_steps_save_resume_evaluate(tmp_path: Path):
-    """Three steps; the run that stops after one and resumes ends with the same bits."""
+    """Two steps; the run that stops after one and resumes ends with the same bits."""
     data = {"dataset": rows("train", 24), "reward": shorter, "config": CONFIG}
     whole = grao_fast.train(
         MODEL, **data, eval_dataset=rows("test", 4), output_dir=tmp_path / "whole"
     )
-    assert whole.steps == 3
+    assert whole.steps == 2
     assert 0 <= whole.after.ras <= 1
     assert whole.after.nag is not None
     assert whole.metrics["grad_norm"] > 0
