@@ -362,7 +362,6 @@ REFUSED = {
     "use_adaptive_entropy": True,
     "delta": 1.5,
     "off_policy_mask_threshold": 0.5,
-    "mask_truncated_completions": True,
     "cast_lm_head_to_fp32": True,
     "torch_compile": True,
     "remove_unused_columns": True,
@@ -394,8 +393,6 @@ def test_models_that_are_not_understood_are_refused(tiny_model: Path, tmp_path: 
 def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="set use_bias_correction_kl=False"):
         run(tiny_model, config(tmp_path, beta=0.1), prompts(KINDS))
-    with pytest.raises(ValueError, match="no tools: leave it out"):
-        run(tiny_model, config(tmp_path), prompts(KINDS), tools=[max])
     with pytest.raises(ValueError, match="statistics must be one of group, samples; got 'batch'"):
         run(tiny_model, config(tmp_path), prompts(KINDS), statistics="batch")
     with pytest.raises(ValueError, match="grao_beta must be a number"):

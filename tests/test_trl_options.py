@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     HfArgumentParser,
     TrainerCallback,
     TrainingArguments,
@@ -23,17 +25,26 @@ pytest.importorskip("trl")
 
 import trl.trainer.grpo_trainer as trls
 from trl import GRPOConfig, GRPOTrainer
-from trl_runs import assert_same, config, double_of, kept, owners_of, prompts, reward, run, truth
+from trl_runs import (
+    assert_same,
+    config,
+    double_of,
+    kept,
+    prompts,
+    reward,
+    run,
+    token_ids,
+    truth,
+    with_rewards,
+)
 
 from grao_fast.integrations.trl import GRAOTrainer, GRAOTrainerConfig
 from grao_fast.integrations.trl import options as listed
-from grao_fast.kernels import reference
 
 LIVE = ["live"] * 6
 LISTS = {
     "works": listed.WORKS,
     "stand-in": listed.WORKS_BY_STAND_IN,
-    "untried": listed.UNTRIED,
     "refused": {*listed.ONLY, *listed.REFUSED},
     "meaningless": listed.MEANINGLESS,
 }
@@ -209,25 +220,102 @@ def test_tokens_of_an_environment_are_read_and_not_learned(tiny_model: Path, tmp
     trainer = run(tiny_model, config(tmp_path), prompts(LIVE), rollout_func=rollout)
     ((groups, rewards_NK),) = kept(trainer)
     double = double_of(tiny_model)
-    hidden, targets, owners = [], [], []
-    for n, (prompt, sequences) in enumerate(groups):
-        for k, ids in enumerate(sequences):
-            states = double.base_model(torch.tensor([prompt + ids])).last_hidden_state[0]
-            places = [0, 1, 5, 6] if k < 2 else range(len(ids))
-            hidden += [states[len(prompt) - 1 + place] for place in places]
-            targets += [ids[place] for place in places]
-            owners += [3 * n + k] * len(places)
-    loss = reference.grao_loss(
-        torch.stack(hidden),
-        double.lm_head.weight,
-        torch.tensor(targets),
-        torch.tensor(owners),
-        rewards_NK,
-        temperature=0.8,
-    ).loss
-    assert len(owners) < len(owners_of(groups)) and loss != 0
+    learned = [[*[[1, 1, 0, 0, 0, 1, 1]] * 2, [1] * len(sequences[-1])] for _, sequences in groups]
+    loss = truth(double, groups, rewards_NK, learned=learned).loss
+    assert loss != 0
     loss.backward()
     assert_same(trainer.gradients[0], double)
+
+
+def test_truncated_samples_weigh_nothing_and_count_in_their_groups(
+    tiny_model: Path, tmp_path: Path
+):
+    """The first sample of every second group is truncated, and its reward stays in the group."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def rollout(prompts: list, trainer: GRAOTrainer) -> dict[str, list]:
+        ids = [tokenizer.apply_chat_template(each, add_generation_prompt=True) for each in prompts]
+        return {
+            "prompt_ids": [each["input_ids"] for each in ids],
+            "completion_ids": [[10 + b, 20, 1 if b % 4 else 40] for b in range(len(prompts))],
+            "logprobs": [[-1.0] * 3] * len(prompts),
+        }
+
+    args = config(tmp_path, mask_truncated_completions=True)
+    trainer = run(tiny_model, args, prompts(LIVE), rollout_func=rollout)
+    rows, batch = trainer.rollouts[0]
+    assert batch["completion_mask"].sum(1).tolist() == [0, 3, 3, 3, 0, 3]
+    ids = batch["completion_ids"].tolist()
+    pairs = [(prompt, ids[b]) for b, (prompt, _) in enumerate(token_ids(batch))]
+    groups, rewards_NK = with_rewards(tokenizer, rows, pairs, 2)
+    learned = [
+        [[int(n % 2 == 1)] * 3, [1] * 3, [1] * len(reference)]
+        for n, (_, (_, _, reference)) in enumerate(groups)
+    ]
+    double = double_of(tiny_model)
+    found = truth(double, groups, rewards_NK, learned=learned)
+    assert (found.advantages_NK[[0, 2], 0] != 0).any()
+    found.loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_transformers_batches_continuously(tiny_model: Path, tmp_path: Path):
+    """By the option's old name, which TRL reads as the new one."""
+    with pytest.warns(FutureWarning, match="use_transformers_paged"):
+        args = config(
+            tmp_path,
+            use_transformers_paged=True,
+            transformers_continuous_batching_config={"num_blocks": 32, "page_size": 32},
+        )
+    assert args.use_transformers_continuous_batching
+    trainer = run(tiny_model, args, prompts(LIVE))
+    assert trainer.continuous_batching_config.num_blocks == 32
+    double = double_of(tiny_model)
+    truth(double, *kept(trainer)[0]).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_completions_are_uploaded_from_their_folder(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With stand-ins for the hub's functions: what they are given, and what lies there."""
+    calls = {}
+    monkeypatch.setattr(trls, "create_repo", lambda name, **options: calls.update(made=name))
+    monkeypatch.setattr(trls.DatasetCard, "push_to_hub", lambda self, name: calls.update(card=name))
+    monkeypatch.setattr(trls, "CommitScheduler", lambda **options: calls.update(options))
+    args = config(tmp_path, log_completions=True, log_completions_hub_repo="a/completions")
+    trainer = run(tiny_model, args, prompts(LIVE))
+    assert {calls[name] for name in ("made", "card", "repo_id")} == {"a/completions"}
+    (written,) = Path(calls["folder_path"]).glob(calls["allow_patterns"][0])
+    double = double_of(tiny_model)
+    expected = truth(double, *kept(trainer)[0]).advantages_NK[:, :-1].flatten()
+    told = torch.tensor(load_dataset("parquet", data_files=str(written))["train"]["advantage"])
+    torch.testing.assert_close(told, expected, check_dtype=False)
+
+
+def test_an_adapter_on_a_model_in_few_bits(tiny_model: Path, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    trainer = run(
+        tiny_model,
+        config(tmp_path, max_steps=2, learning_rate=0.1, lr_scheduler_type="constant"),
+        prompts(LIVE * 2),
+        by_name=True,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    weights = dict(trainer.model.named_parameters())
+    assert sum(each.dtype == torch.int8 for each in weights.values()) == 14
+    assert all("lora" in name for name, each in weights.items() if each.requires_grad)
+    assert all(gradient.any() for gradient in trainer.gradients[1])
+    with pytest.raises(ValueError, match=r"in 4 bits does not train on a CPU: .*load_in_8bit"):
+        run(
+            tiny_model,
+            config(tmp_path),
+            prompts(LIVE),
+            by_name=True,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        )
 
 
 class StandIn:

@@ -177,20 +177,31 @@ def owners_of(groups: list) -> Tensor:
 
 
 def truth(
-    double: torch.nn.Module, groups: list, rewards_NK: Tensor, **options: Any
+    double: torch.nn.Module,
+    groups: list,
+    rewards_NK: Tensor,
+    *,
+    learned: list[list[list[int]]] | None = None,
+    **options: Any,
 ) -> reference.ReferenceLoss:
-    """The specification's loss, from the stock model's hidden states of each sequence alone."""
-    hidden, targets = [], []
+    """The specification's loss, from the stock model's hidden states of each sequence alone.
+
+    learned: 1 or 0 for each token of each group's sequences; None: all are learned.
+    """
+    hidden, targets, counts = [], [], []
     for prompt, sequences in groups:
         for ids in sequences:
             states_LD = double.base_model(torch.tensor([prompt + ids])).last_hidden_state[0]
             hidden.append(states_LD[len(prompt) - 1 : -1])
             targets += ids
+    if learned is not None:
+        counts = [mask for group in learned for sequence in group for mask in sequence]
+    counts_T = torch.tensor(counts or [1] * len(targets)).bool()
     return reference.grao_loss(
-        torch.cat(hidden),
+        torch.cat(hidden)[counts_T],
         double.lm_head.weight,
-        torch.tensor(targets),
-        owners_of(groups),
+        torch.tensor(targets)[counts_T],
+        owners_of(groups)[counts_T],
         rewards_NK,
         **({"temperature": TEMPERATURE} | options),
     )

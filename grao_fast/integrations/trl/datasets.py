@@ -16,26 +16,36 @@ logger = get_logger(__name__)
 
 
 @visible_errors()
-def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+def check_datasets(train_dataset: Any, eval_dataset: Any, *, environment: bool = False) -> None:
     """Refuse datasets without prompts or references, and rows that cannot be read.
 
     Evaluation data may lack references, and then evaluates samples alone. Rows without a reference
     are counted; of a stream only the first row is read.
+
+    environment: whether environments give prompts, so that data may have none.
     """
-    _check("train_dataset", train_dataset, needs_references=True)
-    if not isinstance(eval_dataset, Mapping):
-        _check("eval_dataset", eval_dataset, needs_references=False)
-        return
-    for name, dataset in eval_dataset.items():
-        _check(f"eval_dataset[{name!r}]", dataset, needs_references=False)
+    if train_dataset is None and environment:
+        raise UserError(
+            "train_dataset is left to the environment, which gives prompts and no references: pass "
+            f"a dataset with {', '.join(REFERENCE_COLUMNS[:-1])} or {REFERENCE_COLUMNS[-1]}"
+        )
+    _check("train_dataset", train_dataset, needs_references=True, needs_prompts=not environment)
+    several = isinstance(eval_dataset, Mapping)
+    named = (
+        {f"eval_dataset[{name!r}]": each for name, each in eval_dataset.items()}
+        if several
+        else {"eval_dataset": eval_dataset}
+    )
+    for name, dataset in named.items():
+        _check(name, dataset, needs_references=False, needs_prompts=not environment)
 
 
-def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
+def _check(name: str, dataset: Any, *, needs_references: bool, needs_prompts: bool) -> None:
     columns = _columns_of(dataset)
     if columns is None:
         return
     listed = ", ".join(columns)
-    if "prompt" not in columns:
+    if "prompt" not in columns and needs_prompts:
         raise UserError(
             f"{name} has no column `prompt`: its columns are {listed}; "
             + (
@@ -57,7 +67,8 @@ def _check(name: str, dataset: Any, *, needs_references: bool) -> None:
         return
     if len(dataset) == 0:
         raise UserError(f"{name} has no rows")
-    rows = enumerate(dataset.select_columns(["prompt", column]))
+    read = [each for each in ("prompt", column) if each in columns]
+    rows = enumerate(dataset.select_columns(read))
     absent = sum(read_row(row, f"{name}, row {n}")[1] is None for n, row in rows)
     if absent == len(dataset) and needs_references:
         raise UserError(f"every row of {name} has a blank reference in `{column}`")

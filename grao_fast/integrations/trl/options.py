@@ -27,7 +27,10 @@ WORKS = frozenset({
     "ref_model_mixup_alpha", "ref_model_sync_steps", "log_completions",
     "num_completions_to_print", "log_unique_prompts", "model", "reward_funcs", "args",
     "train_dataset", "eval_dataset", "processing_class", "reward_processing_classes",
-    "callbacks", "optimizers", "peft_config", "rollout_func",
+    "callbacks", "optimizers", "peft_config", "rollout_func", "tools", "environment_factory",
+    "max_tool_calling_iterations", "mask_truncated_completions", "log_completions_hub_repo",
+    "quantization_config", "use_transformers_continuous_batching", "use_transformers_paged",
+    "transformers_continuous_batching_config",
 })  # fmt: skip
 
 # Options that work with a stand-in for vLLM's engine, as the tests have it: they reach TRL's
@@ -41,15 +44,6 @@ WORKS_BY_STAND_IN = frozenset({
     "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
 })  # fmt: skip
 
-# Options that TRL treats before GRAO's part begins, and that no test of ours runs.
-UNTRIED = {
-    "use_transformers_continuous_batching": "another way of sampling",
-    "transformers_continuous_batching_config": "another way of sampling",
-    "use_transformers_paged": "another way of sampling, deprecated",
-    "log_completions_hub_repo": "uploads the table of completions",
-    "quantization_config": "loads the model in few bits",
-}
-
 # Options of Transformers and TRL with the only value that GRAO's objective, or this
 # implementation, allows.
 ONLY = {
@@ -61,7 +55,6 @@ ONLY = {
     "use_adaptive_entropy": False,
     "delta": None,
     "off_policy_mask_threshold": None,
-    "mask_truncated_completions": False,  # y would be weighed against samples that are left out
     "cast_lm_head_to_fp32": False,  # logits are computed in float32 anyway
     "torch_compile": False,
     "remove_unused_columns": False,  # the reference is a column
@@ -72,8 +65,6 @@ REFUSED = {
     "loss_type": 'other than "grpo", or TRL\'s default, "dapo", which is read as "grpo"',
     "use_bias_correction_kl": "where there is a KL term (`beta`)",
     "router_aux_loss_coef": "other than 0 for a mixture of experts",
-    "tools": "a reference has no tools' tokens to leave out",
-    "environment_factory": "an environment scores its own rollouts, and a reference has none",
 }
 
 # Options that belong to what is refused, or to no loss at all; a value of one's own is named.
@@ -89,7 +80,6 @@ MEANINGLESS = {
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
         "of use_adaptive_entropy, which is refused",
     ),
-    "max_tool_calling_iterations": "of tools, which are refused",
     "ds3_gather_for_generation": "of DeepSpeed, which is refused",
     "log_multimodal": "of images, and models are of text",
 }
@@ -113,9 +103,6 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
         )
     if args.deepspeed_plugin is not None:
         raise UserError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
-    for name in ("tools", "environment_factory"):
-        if options.get(name):
-            raise UserError(f"GRAOTrainer has no {name}: leave it out")
     peft_config = options.get("peft_config")
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError(

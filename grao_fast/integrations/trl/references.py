@@ -1,4 +1,4 @@
-"""The references of a generation batch: reading, encoding, and attaching them to rows.
+"""The references of a generation batch: reading them, and attaching them to rows.
 
 A generation batch is B rows in each process. Groups of G rows follow one another over all
 processes, so a group may begin in one process and end in the next. A reference is attached to the
@@ -12,28 +12,45 @@ a reference.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from itertools import compress
+from math import isnan, nan
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from grao_fast.data.encoder import Encoder
-from grao_fast.data.encoding import check_tokens
 from grao_fast.data.examples import REFERENCE_COLUMNS
 from grao_fast.data.fields import Messages, read_prompt, read_reference
+from grao_fast.integrations.trl.turns import Tools, TurnEncoder
+from grao_fast.kernels.checks import check_number
 from grao_fast.system.visible import visible_errors
+
+REWARD_COLUMN = "reference_reward"
 
 
 class References(NamedTuple):
     """The references of some rows. An absent one has `present` False and no token ids.
 
+    learned: as in `turns.Turns`.
     completions: in the form in which TRL calls rewards.
+    rewards: those that the dataset gives; NaN where the reward functions are to be called.
     """
 
     present: list[bool]
+    prompts: list[Any]
     completions: list[Any]
     token_ids: list[list[int]]
+    learned: list[list[int]]
+    rewards: list[float]
+
+    @property
+    def to_score(self) -> list[bool]:
+        """Which of them the reward functions score."""
+        return [
+            present and isnan(reward)
+            for present, reward in zip(self.present, self.rewards, strict=True)
+        ]
 
 
 def reference_column(columns: Iterable[str]) -> str | None:
@@ -42,35 +59,71 @@ def reference_column(columns: Iterable[str]) -> str | None:
     return next((name for name in REFERENCE_COLUMNS if name in columns), None)
 
 
-def read_row(row: Mapping[str, Any], where: str) -> tuple[str | Messages, str | Messages | None]:
-    """A row's prompt and its reference, None if absent; UserError if they cannot be read."""
+def read_row(
+    row: Mapping[str, Any], where: str
+) -> tuple[str | Messages | None, str | Messages | None]:
+    """A row's prompt and reference, None for what it lacks; UserError if they cannot be read.
+
+    Only an environment makes up for a prompt.
+    """
     column = reference_column(row)
-    prompt = read_prompt(row["prompt"], f"{where}, `prompt`")
+    prompt = read_prompt(row["prompt"], f"{where}, `prompt`") if "prompt" in row else None
     value = None if column is None else row[column]
     return prompt, read_reference(value, f"{where}, `{column}`", prompt)
 
 
 @visible_errors()
 def read_references(
-    rows: Sequence[Mapping[str, Any]], encoder: Encoder, embedding_rows: int
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str | list],
+    tools: Sequence[Tools],
+    encoder: TurnEncoder,
 ) -> References:
-    """Read and encode the references of rows, each with an end-of-sequence token.
+    """Read and encode the references of rows.
 
-    Their texts are decoded from tokens without special tokens, as TRL decodes samples. UserError if
-    the model does not embed a token of a prompt or reference.
+    prompts: as the rows' samples had them; an environment may have added to the dataset's.
+    tools: those of each prompt.
     """
-    read = [read_row(row, "a row") for row in rows]
-    prompts, given = [prompt for prompt, _ in read], [reference for _, reference in read]
-    encoded = encoder.encode(prompts, given)
-    encoder.report()
-    check_tokens(encoded, encoder.tokenizer, embedding_rows, references=True)
-    token_ids = [row.reference for row in encoded]
-    said = encoder.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for text, prompt in zip(said, prompts, strict=True)
+    read = [read_row(row, "a row")[1] for row in rows]
+    asked = [read_prompt(prompt, "a prompt") for prompt in prompts]
+    turns = encoder.encode(asked, read, tools)
+    present = [bool(each.token_ids) for each in turns]
+    return References(
+        present=present,
+        prompts=list(prompts),
+        completions=[each.completion for each in turns],
+        token_ids=[each.token_ids for each in turns],
+        learned=[each.learned for each in turns],
+        rewards=[
+            _given_reward(row) if there else nan for row, there in zip(rows, present, strict=True)
+        ],
+    )
+
+
+def _given_reward(row: Mapping[str, Any]) -> float:
+    value = row.get(REWARD_COLUMN)
+    if value is None:
+        return nan
+    check_number(f"`{REWARD_COLUMN}`", value)
+    return float(value)
+
+
+def names_of_environments(rewards: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """The names of the reward functions that take `environments`, which references have not."""
+    return [
+        name
+        for reward, name in zip(rewards, names, strict=True)
+        if not isinstance(reward, nn.Module) and "environments" in signature(reward).parameters
     ]
-    return References([bool(ids) for ids in token_ids], completions, token_ids)
+
+
+def unscored(names: Sequence[str]) -> str:
+    """The error of a reference that these reward functions cannot score."""
+    return (
+        f"{', '.join(names)} scores what happened in an environment, and a reference has been in "
+        f"none: give it a reward in the column `{REWARD_COLUMN}`, on the scale of the samples' "
+        "weighted sum of rewards"
+    )
 
 
 def carriers(process: int, B: int, G: int) -> range:
@@ -91,40 +144,36 @@ def to_score(
     To be gathered, they are padded to `most`, the same number in every process: with the first
     reference or, without any, with a sample, which rewards accept.
     """
-    given = [rows, [row["prompt"] for row in rows], references.completions, references.token_ids]
-    present = [list(compress(column, references.present)) for column in given]
-    fill = present if any(references.present) else samples
+    given = [rows, references.prompts, references.completions, references.token_ids]
+    present = [list(compress(column, references.to_score)) for column in given]
+    fill = present if any(references.to_score) else samples
     return [[*one, *other[:1] * most][:most] for one, other in zip(present, fill, strict=True)]
 
 
-def in_order(present_PC: Tensor, rewards_PR: Tensor, B: int, G: int) -> Tensor:
+def in_order(
+    scored_PC: Tensor, rewards_PR: Tensor, B: int, G: int, given_PC: Tensor | None = None
+) -> Tensor:
     """rewards_N of all groups' references, NaN where absent.
 
     Args:
-        present_PC: which carriers of each process have a reference, padded with False.
+        scored_PC: which carriers of each process have a reference that was scored, padded with
+            False.
         rewards_PR: the rewards of these in order, followed by those of padding.
+        given_PC: the rewards of the others; None: NaN.
     """
-    rewards_PC = rewards_PR.new_full(present_PC.shape, torch.nan)
-    place_PC = (present_PC.cumsum(1) - 1).clamp(min=0)
+    rewards_PC = rewards_PR.new_full(scored_PC.shape, torch.nan) if given_PC is None else given_PC
+    place_PC = (scored_PC.cumsum(1) - 1).clamp(min=0)
     if rewards_PR.shape[1]:
-        rewards_PC = rewards_PR.gather(1, place_PC).where(present_PC, torch.nan)
+        rewards_PC = rewards_PR.gather(1, place_PC).where(scored_PC, rewards_PC)
     return torch.cat(
         [row[: len(carriers(process, B, G))] for process, row in enumerate(rewards_PC)]
     )
 
 
-def ride(
-    terms_3NK: Tensor, token_ids: Sequence[Sequence[int]], process: int, B: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The coefficients of a process's B rows in the objective, and their attached references.
+def ride(terms_3NK: Tensor, process: int, B: int) -> Tensor:
+    """terms_B23 of a process's B rows: each row's sample and attached reference, 0 without one.
 
-    Args:
-        terms_3NK: coefficients of all processes' sequences, the references last.
-        token_ids: of the references of this process's carriers; further ones are ignored.
-
-    Returns:
-        terms_B23 of each row's sample and attached reference, 0 without one; and the token ids of
-        the latter, empty without one.
+    terms_3NK: coefficients of all processes' sequences in the objective, the references last.
     """
     G = terms_3NK.shape[2] - 1
     own_B = torch.arange(B) + process * B  # indices of the rows among those of all processes
@@ -132,7 +181,12 @@ def ride(
     terms_B23 = terms_3NK.new_zeros(B, 2, 3)
     terms_B23[:, 0] = terms_3NK[:, :, :-1].flatten(1)[:, own_B].T
     terms_B23[riding, 1] = terms_3NK[:, own_B[riding] // G, -1].T
-    ids_B = [torch.zeros(0, dtype=torch.int64) for _ in range(B)]
-    for b, ids in zip(riding, token_ids, strict=False):
-        ids_B[b] = torch.tensor(ids, dtype=torch.int64)
-    return terms_B23, ids_B
+    return terms_B23
+
+
+def attach(values: Sequence[Sequence[int]], riding: Iterable[int], B: int) -> list[Tensor]:
+    """Values of references' tokens, at the rows that carry them; empty at the other rows."""
+    values_B = [torch.zeros(0, dtype=torch.int64) for _ in range(B)]
+    for b, one in zip(riding, values, strict=True):
+        values_B[b] = torch.tensor(one, dtype=torch.int64)
+    return values_B

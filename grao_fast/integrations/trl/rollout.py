@@ -11,21 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.chat_template_utils import parse_response
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
 from grao_fast.integrations.trl.head import embedding_rows_of
 from grao_fast.integrations.trl.references import (
+    REWARD_COLUMN,
     References,
+    attach,
     carriers,
     in_order,
     most_carriers,
+    names_of_environments,
     read_references,
     ride,
     to_score,
+    unscored,
 )
 from grao_fast.integrations.trl.rows import shuffle_groups
+from grao_fast.integrations.trl.turns import Tools, TurnEncoder
 from grao_fast.kernels import sequence_weights
 from grao_fast.kernels.advantage import advantages_and_terms, check_finite_rewards
 from grao_fast.system.errors import UserError
@@ -41,7 +47,6 @@ class RolloutTrainer(GRPOTrainer):
     def _begin_rollouts(self, objective: dict[str, Any]) -> None:
         """Set what rollouts need. objective: options of `advantages_and_terms`."""
         self._objective = objective
-        self._embedding_rows = embedding_rows_of(self.model, self._tokenizer)
         self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
         self._has_scored = False
@@ -53,13 +58,23 @@ class RolloutTrainer(GRPOTrainer):
                 "multiple of num_generations to keep them whole",
                 args.per_device_train_batch_size, args.num_generations,
             )  # fmt: skip
-        self._encoder = Encoder(
+        encoder = Encoder(
             self._tokenizer,
             self.eos_token_ids,
             continues=False,  # TRL opens another turn
             template_options={"chat_template": self.chat_template}
             | dict(self.chat_template_kwargs),
         )
+        self._turns = TurnEncoder(
+            encoder,
+            embedding_rows_of(self.model, self._tokenizer),
+            self._get_tool_suffix_ids,
+            self._parse,
+        )
+        self._of_environments = names_of_environments(self.reward_funcs, self.reward_func_names)
+        columns = self.train_dataset.column_names  # None for some streams
+        if self._of_environments and columns is not None and REWARD_COLUMN not in columns:
+            raise UserError(unscored(self._of_environments))
 
     @property
     def _group_size(self) -> int:
@@ -82,11 +97,30 @@ class RolloutTrainer(GRPOTrainer):
         self._sample_rewards_SF = super()._calculate_rewards(*arguments)
         return self._sample_rewards_SF
 
+    def _parse(self, ids: list[int], prefix: list[int], tools: Tools) -> dict[str, Any]:
+        """The message that TRL makes of a turn's tokens."""
+        for parser in ("response_template", "response_schema"):
+            if getattr(self._tokenizer, parser, None) is not None:
+                return parse_response(self._tokenizer, ids, prefix=prefix, tools=tools)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return {"role": "assistant", "content": text}
+
+    def _tools_of(self, b: int) -> Tools:
+        """The tools of a row of the batch that was sampled last."""
+        if self.environment_factories is None:
+            return self.tools
+        return self._env_tools[self._batch_environments[b]]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.tools and isinstance(inputs[0].get("prompt"), str):
+            raise UserError("tools are called in messages, and `prompt` is text: give messages")
         G, B, process = self._group_size, len(inputs), self.accelerator.process_index
-        rows = [inputs[b] for b in carriers(process, B, G)]
-        references = read_references(rows, self._encoder, self._embedding_rows)
         output = super()._generate_and_score_completions(inputs)
+        riding = carriers(process, B, G)
+        rows, prompts = ([column[b] for b in riding] for column in self._samples[:2])
+        references = read_references(
+            rows, prompts, [self._tools_of(b) for b in riding], self._turns
+        )
         reference_rewards_N = self._score_references(rows, references, B, G)
         samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
         rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
@@ -99,16 +133,28 @@ class RolloutTrainer(GRPOTrainer):
             )
         advantages_NK, terms_3NK = advantages_and_terms(rewards_NK, **self._objective)
         self._log_rollout(rewards_NK, advantages_NK)
+        return self._with_references(output, references, ride(terms_3NK, process, B))
 
-        terms_B23, ids_B = ride(terms_3NK, references.token_ids, process, B)
+    def _with_references(
+        self, output: dict[str, Any], references: References, terms_B23: Tensor
+    ) -> dict[str, Any]:
+        """TRL's generation batch with what `rows.lay_out` reads."""
+        B, riding = (
+            len(terms_B23),
+            carriers(self.accelerator.process_index, len(terms_B23), self._group_size),
+        )
+        ids_B = attach(references.token_ids, riding, B)
         lengths_B = torch.tensor([len(ids) for ids in ids_B])
         lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
         reference_ids_BC = pad(
             ids_B, self._tokenizer.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of
         )
+        learned_BC = pad(
+            attach(references.learned, riding, B), 0, pad_to_multiple_of=self.pad_to_multiple_of
+        )
         output["reference_ids"] = reference_ids_BC.to(output["prompt_ids"].device)
         # On the CPU, where the loss reads them without a device sync.
-        output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2}
+        output |= {"terms_B23": terms_B23, "lengths_B2": lengths_B2, "reference_mask": learned_BC}
         for name in ("importance_sampling_ratio", "tool_mask"):
             if name in output:
                 output[name] = output[name].cpu()
@@ -122,20 +168,24 @@ class RolloutTrainer(GRPOTrainer):
         self, rows: list[dict[str, Any]], references: References, B: int, G: int
     ) -> Tensor:
         """rewards_N of the references of all processes; this one scores those of `rows`."""
+        if self._of_environments and any(references.to_score):
+            raise UserError(unscored(self._of_environments))
         processes = self.accelerator.num_processes
-        present_C = torch.zeros(most_carriers(B, G), dtype=torch.bool)
-        present_C[: len(rows)] = torch.tensor(references.present, dtype=torch.bool)
-        present_PC = self.accelerator.gather(present_C.to(self.accelerator.device)).cpu()
-        present_PC = present_PC.view(processes, -1)
-        most = int(present_PC.sum(1).max())
+        known_2C = torch.zeros(2, most_carriers(B, G), dtype=torch.float64)
+        known_2C[:, : len(rows)] = torch.tensor([references.to_score, references.rewards])
+        known_2PC = self.accelerator.gather(known_2C.T.to(self.accelerator.device))
+        scored_PC, given_PC = known_2PC.cpu().view(processes, -1, 2).unbind(2)
+        most = int(scored_PC.sum(1).max())
         rewards_PR = torch.zeros(processes, 0, dtype=torch.float64)
         if most:
             scored = to_score(rows, references, self._samples, most)
+            environments, self.environments = self.environments, None  # references have none
             rewards_PR = self._total(super()._calculate_rewards(*scored)).view(processes, most)
+            self.environments = environments
             # Rewards may log to the completions table and metrics, which are of samples alone.
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
-        return in_order(present_PC, rewards_PR, B, G)
+        return in_order(scored_PC.bool(), rewards_PR, B, G, given_PC)
 
     def _total(self, rewards_SF: Tensor) -> Tensor:
         """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""

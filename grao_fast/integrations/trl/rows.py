@@ -90,9 +90,10 @@ def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool
     """The sequences of a micro-batch that enter the objective or, with `all_samples`, the KL.
 
     batch: TRL's prompt_ids, prompt_mask and completion_ids; and reference_ids (B, C'), and on the
-        CPU lengths_B2 and terms_B23, 0 without a reference; and there, if an environment wrote some
-        of the samples' tokens, tool_mask (B, C), 0 for these. A sequence whose terms are all 0 is
-        left out. If none is left, the first row is computed all the same, since the other processes
+        CPU lengths_B2 and terms_B23, 0 without a reference, and reference_mask (B, C'), 0 for
+        tokens that are not learned; and there, if tools or an environment wrote some of the
+        samples' tokens, tool_mask (B, C), 0 for these. A sequence whose terms are all 0 is left
+        out. If none is left, the first row is computed all the same, since the other processes
         would wait for this one's backward pass.
     """
     lengths_B2, terms_B23 = batch["lengths_B2"], batch["terms_B23"]
@@ -115,6 +116,8 @@ def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool
     scored_SC = mask_SC.clone()
     if "tool_mask" in batch:
         scored_SC[: len(samples), : sample_ids_BC.shape[1]] &= batch["tool_mask"][samples].bool()
+    learned_SC = batch["reference_mask"][references].bool()
+    scored_SC[len(samples) :, : reference_ids_BC.shape[1]] &= learned_SC
     sequence_T, token_T = scored_SC.nonzero().unbind(1)
     return Rows(
         input_ids_SL=torch.cat([prompt_ids_BP[source_S], ids_SC], dim=1),

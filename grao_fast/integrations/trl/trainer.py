@@ -92,7 +92,8 @@ class GRAOTrainer(RolloutTrainer):
         objective = objective_options(args, given)
         check_options(args, options)
         check_kl_policy(model, args, options)
-        check_datasets(train_dataset, options.get("eval_dataset"))
+        environment = options.get("environment_factory") is not None
+        check_datasets(train_dataset, options.get("eval_dataset"), environment=environment)
         super().__init__(model, reward_funcs, args, train_dataset, **options)
         if self._is_vlm:
             raise UserError("GRAOTrainer is for text: pass a tokenizer as processing_class")
@@ -100,6 +101,14 @@ class GRAOTrainer(RolloutTrainer):
             raise UserError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, and GRAOTrainer has no "
                 "auxiliary loss for a router: set router_aux_loss_coef=0.0"
+            )
+        if (
+            getattr(self.model, "is_loaded_in_4bit", False)
+            and self.accelerator.device.type == "cpu"
+        ):
+            raise UserError(
+                "a model in 4 bits does not train on a CPU: bitsandbytes packs its weights for "
+                "sampling, and passes no gradient through them from then on; use load_in_8bit=True"
             )
         self._begin_rollouts(objective)
         transform = logit_transform_of(

@@ -1,0 +1,235 @@
+"""Tools and environments in TRL: samples call them, references are read turn by turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("trl")
+
+from tiny import character_tokenizer
+from trl.chat_template_utils import qwen2_5_chat_template
+from trl_runs import Keeper, assert_same, config, double_of, run, token_ids, truth
+
+from grao_fast.integrations.trl import GRAOTrainer
+
+ANSWER = "seven, since three and four are seven"  # longer than what samples say, so learned
+SAID = ["it is 7", "it is 12 or so", "no"]
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The one number.
+        b: The other number.
+    """
+    return a + b
+
+
+@pytest.fixture(scope="module")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama under Qwen 2.5's chat template, and a tokenizer of characters."""
+    folder = tmp_path_factory.mktemp("tools")
+    tokenizer = character_tokenizer(
+        "<|im_start|>", "<|im_end|>", chat_template=qwen2_5_chat_template
+    )
+    tokenizer.add_tokens(list("<>{}[]()_'\"&#\\;$"))
+    tokenizer.eos_token = "<|im_end|>"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 2048}
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def called(name: str, **arguments: int) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def rows(reference: list[dict] | str, **columns: Any) -> Dataset:
+    asked = {"prompt": [{"role": "user", "content": "3 and 4?"}], "reference": reference}
+    return Dataset.from_list([asked | columns] * 3)
+
+
+def turns(name: str = "add", **arguments: int) -> list[dict]:
+    """A reference that calls a tool, reads its result, and answers."""
+    return [
+        {"role": "assistant", "tool_calls": [called(name, **arguments)]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+
+
+def speak(monkeypatch: pytest.MonkeyPatch, call: dict[str, Any]) -> None:
+    """In place of sampling: each second sample calls a tool first, and none says the same."""
+
+    def turn(self: GRAOTrainer, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple:
+        texts = []
+        for b, ids in enumerate(prompt_ids):
+            answered = "<tool_response>" in self._tokenizer.decode(ids)
+            asks = b % 2 and not answered
+            wanted = f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
+            texts.append(wanted if asks else f"{SAID[b % 3]}{' again' * answered}")
+        return [self._tokenizer(text + "<|im_end|>")["input_ids"] for text in texts], None
+
+    monkeypatch.setattr(GRAOTrainer, "_generate_single_turn", turn)
+
+
+def length(completions: list, **_: Any) -> list[float]:
+    return [float(len(completion[-1]["content"])) for completion in completions]
+
+
+def batch_of(trainer: Keeper) -> tuple[list, list]:
+    """Groups of the first rollout, with the references as trained, and what is learned of each."""
+    _, batch = trainer.rollouts[0]
+    groups, learned = [], []
+    pairs = token_ids(batch)
+    for b in range(0, len(pairs), 2):
+        size = int(batch["lengths_B2"][b, 1])
+        said = [pairs[b][1], pairs[b + 1][1]]
+        groups.append((pairs[b][0], [*said, batch["reference_ids"][b][:size].tolist()]))
+        masks = [batch["tool_mask"][b + k][: len(ids)].tolist() for k, ids in enumerate(said)]
+        learned.append([*masks, batch["reference_mask"][b][:size].tolist()])
+    return groups, learned
+
+
+def test_samples_and_references_read_results_and_do_not_learn_them(
+    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    speak(monkeypatch, called("add", a=3, b=4))
+    given = []
+
+    def watched(completions: list, **columns: Any) -> list[float]:
+        given.append(completions)
+        return length(completions)
+
+    args = config(tmp_path, max_completion_length=400, max_tool_calling_iterations=2)
+    data = rows(turns(a=3, b=4))
+    trainer = run(tool_model, args, data, reward_funcs=watched, tools=[add])
+    groups, learned = batch_of(trainer)
+
+    tokenizer = AutoTokenizer.from_pretrained(tool_model)
+    whole = tokenizer.apply_chat_template(
+        data["prompt"][0] + data["reference"][0],
+        tools=[add],
+        return_dict=False,
+    )
+    prompt, (_, called_one, ids) = groups[0]
+    assert prompt + ids == whole[:-1]  # the template ends in a line break
+    read = [t for t, own in zip(ids, learned[0][2], strict=True) if not own]
+    result = "<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n"
+    assert tokenizer.decode(read) == f"\n{result}<|im_start|>assistant\n"
+    sampled = [t for t, own in zip(called_one, learned[0][1], strict=True) if not own]
+    assert sampled == read  # the result as TRL puts it behind a sample's call
+
+    samples, (reference, *_) = given
+    assert [len(each) for each in samples] == [1, 3] * 3
+    assert reference[0]["tool_calls"] == samples[1][0]["tool_calls"]
+    assert reference[1] == samples[1][1] == {"role": "tool", "name": "add", "content": "7"}
+    assert reference[2] == {"role": "assistant", "content": ANSWER}
+    rewards_N2 = torch.tensor(length(samples), dtype=torch.float64).view(3, 2)
+    rewards_NK = torch.cat([rewards_N2, torch.full((3, 1), float(len(ANSWER)))], dim=1)
+    double = double_of(tool_model)
+    truth(double, groups, rewards_NK, learned=learned).loss.backward()
+    assert_same(trainer.gradients[0], double)
+    assert trainer.state.log_history[0]["reference/advantage"] > 1
+    assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
+
+
+class Purse:
+    """An environment: money is put into it."""
+
+    def reset(self, **row: Any) -> str:
+        self.money = 1
+        return " You have 1."
+
+    def put(self, amount: int) -> int:
+        """Puts money into the purse.
+
+        Args:
+            amount: How much.
+        """
+        self.money += amount
+        return self.money
+
+    def get_reward(self) -> float:
+        return float(self.money)
+
+
+class Silent(Purse):
+    """The same, without a reward of its own."""
+
+    get_reward = None  # type: ignore[assignment]
+
+
+def test_an_environments_reward_needs_one_for_the_reference(
+    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    speak(monkeypatch, called("put", amount=6))
+    args = config(tmp_path, max_completion_length=400)
+    with pytest.raises(ValueError, match=r"Purse scores what .* in the column `reference_reward`"):
+        run(tool_model, args, rows("seven"), reward_funcs=[length], environment_factory=Purse)
+    data = rows(turns("put", amount=6), reference_reward=60.0)
+    trainer = run(tool_model, args, data, reward_funcs=[length], environment_factory=Purse)
+    groups, learned = batch_of(trainer)
+    assert "3 and 4? You have 1." in trainer._tokenizer.decode(groups[0][0])
+    assert {0, 1} == {*learned[0][1]} == {*learned[0][2]}
+    said = [SAID[0], SAID[0] + " again", SAID[2], SAID[1] + " again", SAID[1], SAID[2] + " again"]
+    assert trainer._logs["completion"][3][-1]["content"] == said[3]
+    lengths_N2 = torch.tensor([len(each) for each in said], dtype=torch.float64).view(3, 2)
+    rewards_N2 = lengths_N2 + torch.tensor([1.0, 7.0])
+    rewards_NK = torch.cat([rewards_N2, torch.full((3, 1), 60.0)], dim=1)
+    double = double_of(tool_model)
+    truth(double, groups, rewards_NK, learned=learned).loss.backward()
+    assert_same(trainer.gradients[0], double)
+
+
+def test_rewards_without_an_environment_score_references(
+    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a dataset without prompts, which the environment gives; one reward is the dataset's."""
+    speak(monkeypatch, called("put", amount=6))
+    seen = []
+
+    def watched(completions: list, **columns: Any) -> list[float]:
+        seen.append("environments" in columns)
+        return length(completions)
+
+    data = rows("seven").remove_columns("prompt").add_column("reference_reward", [None, 2.5, None])
+    args = config(tmp_path, max_completion_length=400, shuffle_dataset=False)
+    trainer = run(tool_model, args, data, reward_funcs=watched, environment_factory=Silent)
+    assert seen == [True, False]
+    mean = trainer.state.log_history[0]["reference/reward"]
+    assert mean == pytest.approx((5 + 2.5 + 5) / 3)
+
+
+def test_what_no_sample_could_be_is_refused(
+    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    speak(monkeypatch, called("add", a=3, b=4))
+    args = config(tmp_path, max_completion_length=400)
+
+    def refused(data: Dataset | None, match: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            run(tool_model, args, data, reward_funcs=length, **options)
+
+    answered = [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
+    asked = rows([*answered, {"role": "assistant", "content": "yes"}])
+    refused(asked, "turns of assistant, user, assistant: .* belongs into `prompt`", tools=[add])
+    nameless = turns(a=3, b=4)
+    nameless[0] = {"role": "assistant", "content": "I add"}
+    refused(rows(nameless), "tool's result, '7', without `name`", tools=[add])
+    text = Dataset.from_list([{"prompt": "3 and 4?", "reference": "7"}] * 3)
+    refused(text, "`prompt` is text: give messages", tools=[add])
+    refused(None, "gives prompts and no references: pass a dataset", environment_factory=Purse)
+    wrong = rows("seven", reference_reward="good")
+    refused(wrong, "`reference_reward` must be a number, got 'good'", tools=[add])
