@@ -43,13 +43,13 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | small | changes
 
 
-def save_plugin(folder: Path) -> Path:
-    """A folder for PYTHONPATH, from which vLLM takes folder_transfer.py as a plugin."""
-    shutil.copy(Path(__file__).with_name("folder_transfer.py"), folder)
-    info = folder / "folder_transfer-1.dist-info"
+def save_plugin(folder: Path, name: str = "folder_transfer") -> Path:
+    """A folder for PYTHONPATH, from which vLLM takes a module of the tests as a plugin."""
+    shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
+    info = folder / f"{name}-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: folder_transfer\nVersion: 1\n")
-    entry = "[vllm.general_plugins]\nfolder_transfer = folder_transfer:register_worker\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    entry = f"[vllm.general_plugins]\n{name} = {name}:register_worker\n"
     (info / "entry_points.txt").write_text(entry)
     return folder
 

@@ -44,7 +44,7 @@ from grao_fast.integrations.trl import options as listed
 LIVE = ["live"] * 6
 LISTS = {
     "works": listed.WORKS,
-    "stand-in": listed.WORKS_BY_STAND_IN,
+    "GPU": listed.NEEDS_GPU,
     "refused": {*listed.ONLY, *listed.REFUSED},
     "meaningless": listed.MEANINGLESS,
 }
@@ -335,7 +335,7 @@ class StandIn:
 
 
 VLLM = {
-    "vllm_model_impl": "transformers",
+    "vllm_model_impl": "vllm",
     "vllm_enable_sleep_mode": True,
     "vllm_structured_outputs_regex": "a+",
     "vllm_server_base_url": "http://localhost:1",
@@ -379,6 +379,14 @@ def test_vllms_options_arrive_and_its_weights_are_trls(
     sampler_T = logprob_T - torch.tensor(factors, dtype=torch.float64).log()
     truth(double, groups, rewards_NK, sampler_logprob_T=sampler_T).loss.backward()
     assert_same(trainer.gradients[0], double)
+
+
+def test_vllms_engine_may_not_wrap_the_policys_class(tmp_path: Path):
+    args = config(tmp_path, use_vllm=True, vllm_model_impl="transformers")
+    with pytest.raises(ValueError, match="the policy is of that class: leave vllm_model_impl"):
+        listed.check_options(args, {})
+    args.vllm_mode = "server"
+    listed.check_options(args, {})
 
 
 def test_a_reward_model_scores_references_too(tiny_model: Path, tmp_path: Path):

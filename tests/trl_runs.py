@@ -16,6 +16,10 @@ from grao_fast.kernels import reference
 
 EOS = 1
 TEMPERATURE = 0.8
+# Its name before Transformers 5.24 is the second.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(GRPOConfig, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 def prompts(kinds: list[str]) -> Dataset:
@@ -90,7 +94,7 @@ def config(folder: Path, kind: type[GRPOConfig] = GRPOConfig, **options: Any) ->
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
     }
     return kind(str(folder), **{**defaults, **options})
 

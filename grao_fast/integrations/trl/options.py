@@ -17,7 +17,8 @@ from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-# Options that work as in GRPOTrainer; tests/test_trl*.py runs each, on a CPU.
+# Options that work as in GRPOTrainer; tests/test_trl*.py and
+# tests/test_vllm_real_trl.py run each, on a CPU.
 WORKS = frozenset({
     "model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations",
     "num_generations_eval", "max_completion_length", "shuffle_dataset", "pad_to_multiple_of",
@@ -30,19 +31,19 @@ WORKS = frozenset({
     "callbacks", "optimizers", "peft_config", "rollout_func", "tools", "environment_factory",
     "max_tool_calling_iterations", "mask_truncated_completions", "log_completions_hub_repo",
     "quantization_config", "use_transformers_continuous_batching", "use_transformers_paged",
-    "transformers_continuous_batching_config",
+    "transformers_continuous_batching_config", "use_vllm", "vllm_mode",
+    "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_base_url",
+    "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
 })  # fmt: skip
 
-# Options that work with a stand-in for vLLM's engine, as the tests have it: they reach TRL's
-# VLLMGeneration unchanged, and TRL's importance weights multiply the samples' tokens.
-WORKS_BY_STAND_IN = frozenset({
-    "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode",
-    "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
-    "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
-    "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
-})  # fmt: skip
+# An option that no test can run on a CPU.
+NEEDS_GPU = {
+    "vllm_enable_sleep_mode": "reaches vLLM's engine, which sleeps on GPUs alone",
+}
 
 # Options of Transformers and TRL with the only value that GRAO's objective, or this
 # implementation, allows.
@@ -103,6 +104,12 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
         )
     if args.deepspeed_plugin is not None:
         raise UserError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
+    if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_model_impl == "transformers":
+        raise UserError(
+            'with vllm_model_impl="transformers" and vllm_mode="colocate", vLLM replaces how '
+            "Transformers' class of the model is called, and the policy is of that class: leave "
+            'vllm_model_impl out, or set vllm_mode="server"'
+        )
     peft_config = options.get("peft_config")
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError(

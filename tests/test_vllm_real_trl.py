@@ -1,0 +1,123 @@
+"""GRAOTrainer with vLLM's own engine and server, on CPUs; see trl_vllm_worker.py.
+
+A CPU differs from a GPU in two things that TRL needs, and the worker puts others in their place.
+TRL writes weights into the engine's, which vLLM packs for oneDNN on CPUs: here it computes linear
+layers by PyTorch, from weights in place. TRL sends a server weights by NCCL: here they go over TCP.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_vllm import BIN, RealServer, environment, save_model, save_plugin
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        not (BIN / "vllm").exists(), reason="GRAO_VLLM names no folder with a vllm executable"
+    ),
+]
+
+# vLLM's `dtype="auto"`, which TRL leaves it, takes bfloat16 for a model in float32.
+ROUNDED = 0.02
+WORKER = Path(__file__).with_name("trl_vllm_worker.py")
+
+
+def facts(
+    folder: Path, model: Path, *parts: str, port: int | None = None, processes: int = 1
+) -> list[dict[str, Any]]:
+    """What the worker measured in each part, or with several processes, in each process."""
+    command = [str(BIN / "python")]
+    if processes > 1:
+        command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
+    imports = subprocess.run([BIN / "python", "-c", "import grao_fast, trl"], capture_output=True)
+    if imports.returncode:
+        pytest.skip(f"grao-fast and trl are not both installed for {BIN / 'python'}")
+    done = subprocess.run(
+        [*command, WORKER, model, folder, *parts, *(["--port", str(port)] if port else [])],
+        cwd=folder,
+        # compiling the model takes longer than all else
+        env=environment(TORCH_COMPILE_DISABLE="1", VLLM_HOST_IP="127.0.0.1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [f"{part}-{rank}.json" for part in parts for rank in range(processes)]
+    return [json.loads((folder / file).read_text()) for file in files]
+
+
+def check_weighed(found: dict[str, Any]) -> None:
+    """Importance weights are those of the policy of each step; some are beyond their bounds."""
+    assert len(found["ratio"]) == 3
+    assert max(found["ratio"]) < ROUNDED
+    assert max(found["bounded"]) > 0 and min(found["bounded"]) < 1
+
+
+def check_arrived(found: dict[str, Any]) -> None:
+    """vLLM has the last weights, and they are far from the first."""
+    assert found["greedy"] < ROUNDED
+    assert found["stale_greedy"] > 10 * ROUNDED
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tied", tied=True)
+
+
+def test_an_engine_in_the_process_that_trains(model: Path, tmp_path: Path):
+    plain, regex, lora, refused = facts(tmp_path, model, "plain", "regex", "lora", "refused")
+    check_weighed(plain)
+    for found in (plain, regex):
+        assert max(found["gradient"]) < 1e-5
+        assert (found["length"], found["share"]) == (64, 0.05)
+        assert found["model"] == "LlamaForCausalLM"
+    for found in (plain, regex, lora):
+        check_arrived(found)
+    assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
+    assert max(lora["ratio"]) < ROUNDED and not lora["merged"]
+    assert "Sleep mode is not supported on current platform" in refused["asleep"]
+    assert "server can't be reached" in refused["nobody"]
+
+
+def test_an_engine_shared_by_two_processes(model: Path, tmp_path: Path):
+    both = facts(tmp_path, model, "two", processes=2)
+    for found in both:
+        check_weighed(found)
+        check_arrived(found)
+        assert found["parts"] == 2
+    assert both[0]["completions"] != both[1]["completions"]
+
+
+@pytest.fixture
+def port(model: Path, tmp_path: Path) -> Iterator[int]:
+    """Of vLLM's server, which takes weights over TCP."""
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    transfer = ("--weight-transfer-config", '{"backend": "tcp"}')
+    server = RealServer(
+        model, tmp_path / "log", *transfer, plugin=save_plugin(plugin, "tcp_transfer")
+    )
+    try:
+        yield server.start().port
+    finally:
+        server.stop()
+
+
+def test_a_server(port: int, model: Path, tmp_path: Path):
+    """By host and port, then by its address; TRL's own client refuses a CPU."""
+    parts = ("without_nccl", "plain", "regex", "lora")
+    without_nccl, plain, regex, lora = facts(tmp_path, model, *parts, port=port)
+    assert "NCCL weight-transfer engine, which needs a CUDA device" in without_nccl["error"]
+    check_weighed(plain)
+    for found in (plain, regex):
+        assert max(found["gradient"]) < 1e-5
+    for found in (plain, regex, lora):
+        check_arrived(found)
+    assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
+    assert max(lora["ratio"]) < ROUNDED and not lora["merged"]
