@@ -25,7 +25,9 @@ pytestmark = [
 ]
 
 # vLLM's `dtype="auto"`, which TRL leaves it, takes bfloat16 for a model in float32.
-ROUNDED = 0.02
+ROUNDED = 0.03
+SAME = 1e-5  # the servers of the tests compute in float32
+FAR = 0.3
 WORKER = Path(__file__).with_name("trl_vllm_worker.py")
 
 
@@ -52,17 +54,17 @@ def facts(
     return [json.loads((folder / file).read_text()) for file in files]
 
 
-def check_weighed(found: dict[str, Any]) -> None:
+def check_weighed(found: dict[str, Any], most: float) -> None:
     """Importance weights are those of the policy of each step; some are beyond their bounds."""
     assert len(found["ratio"]) == 3
-    assert max(found["ratio"]) < ROUNDED
+    assert max(found["ratio"]) < most
     assert max(found["bounded"]) > 0 and min(found["bounded"]) < 1
 
 
-def check_arrived(found: dict[str, Any]) -> None:
+def check_arrived(found: dict[str, Any], most: float) -> None:
     """vLLM has the last weights, and they are far from the first."""
-    assert found["greedy"] < ROUNDED
-    assert found["stale_greedy"] > 10 * ROUNDED
+    assert found["greedy"] < most
+    assert found["stale_greedy"] > FAR
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_engine_in_the_process_that_trains(model: Path, tmp_path: Path):
     plain, regex, lora, refused = facts(tmp_path, model, "plain", "regex", "lora", "refused")
-    check_weighed(plain)
+    check_weighed(plain, ROUNDED)
     for found in (plain, regex):
         assert max(found["gradient"]) < 1e-5
         assert (found["length"], found["share"]) == (64, 0.05)
         assert found["model"] == "LlamaForCausalLM"
     for found in (plain, regex, lora):
-        check_arrived(found)
+        check_arrived(found, ROUNDED)
     assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
     assert max(lora["ratio"]) < ROUNDED and not lora["merged"]
     assert "Sleep mode is not supported on current platform" in refused["asleep"]
@@ -88,8 +90,8 @@ def test_an_engine_in_the_process_that_trains(model: Path, tmp_path: Path):
 def test_an_engine_shared_by_two_processes(model: Path, tmp_path: Path):
     both = facts(tmp_path, model, "two", processes=2)
     for found in both:
-        check_weighed(found)
-        check_arrived(found)
+        check_weighed(found, ROUNDED)
+        check_arrived(found, ROUNDED)
         assert found["parts"] == 2
     assert both[0]["completions"] != both[1]["completions"]
 
@@ -114,10 +116,10 @@ def test_a_server(port: int, model: Path, tmp_path: Path):
     parts = ("without_nccl", "plain", "regex", "lora")
     without_nccl, plain, regex, lora = facts(tmp_path, model, *parts, port=port)
     assert "NCCL weight-transfer engine, which needs a CUDA device" in without_nccl["error"]
-    check_weighed(plain)
+    check_weighed(plain, SAME)
     for found in (plain, regex):
         assert max(found["gradient"]) < 1e-5
     for found in (plain, regex, lora):
-        check_arrived(found)
+        check_arrived(found, SAME)
     assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
-    assert max(lora["ratio"]) < ROUNDED and not lora["merged"]
+    assert max(lora["ratio"]) < SAME and not lora["merged"]
