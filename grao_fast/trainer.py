@@ -129,7 +129,12 @@ def train(
         interruption.resumes_from(checkpoint)
         inputs = world.together(
             lambda: read_inputs(
-                dataset, reward, config=config, eval_dataset=eval_dataset, metric=metric
+                dataset,
+                reward,
+                config=config,
+                eval_dataset=eval_dataset,
+                metric=metric,
+                sampler=sampler,
             )
         )
         world.together(lambda: check_trackers(config.report_to))
@@ -182,6 +187,8 @@ class _Run:
         callbacks: Sequence[Callback],
     ) -> None:
         self.loaded, self.config = loaded, config
+        samples = config.objective_options.formula.needs_samples
+        self.samples = samples and config.sampler == "policy"  # in training
         self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
@@ -231,8 +238,9 @@ class _Run:
         """Prepare the first step, and run the loop."""
         started = time.perf_counter()
         first_step = self.progress.begin(checkpoint, total_steps=self.total_steps)
-        self.loaded.sampler.sync(self.loaded.policy)
         objective = self.config.objective_options
+        if self.samples:
+            self.loaded.sampler.sync(self.loaded.policy)
         self.max_tokens = self.config.max_tokens_per_microbatch or token_budget(
             self.loaded.policy,
             self.optimizer,
@@ -264,8 +272,9 @@ class _Run:
                 step += 1
                 last = step == self.total_steps
                 try:
-                    with self.world.at_once():
-                        self._sync(step, metrics)
+                    if self.samples:
+                        with self.world.at_once():
+                            self._sync(step, metrics)
                     last |= self._call_back(partial(_ends_run, step, metrics))
                 finally:  # a sampler or callback that fails does not undo the step
                     report.step(step, metrics, rollout, last=last)
@@ -330,6 +339,9 @@ class _Run:
         """Evaluate on the held-out prompts, if any; step 0 is before training."""
         if self.held_out is None:
             return None
+        if not self.samples:  # no step has given the sampler its weights
+            with self.world.at_once():
+                self.loaded.sampler.sync(self.loaded.policy)
         result = self.held_out.begin() if step == 0 else self.held_out.evaluate()
         if not log:
             return result

@@ -75,7 +75,7 @@ VARIANTS = {
     ),
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
     "DPO, two updates": Variant(OTHER | {"objective": "dpo", "num_iterations": 2}),
-    "SFT": Variant(OTHER | {"objective": "sft"}),
+    "SFT": Variant(OTHER | {"objective": "sft", "num_generations": GRAOConfig.num_generations}),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
     "refilled": Variant({"dynamic_sampling": 2, "curriculum": True}, dead=0.5),
@@ -134,7 +134,7 @@ def run(variant: Variant, output: Path, models: Path, *, steps: int) -> dict[str
     result = grao_fast.train(
         model,
         ROWS,
-        reward_of(variant.dead),
+        reward_of(variant.dead) if variant.options.get("objective") != "sft" else None,
         config=CONFIG.replace(max_steps=steps, **variant.options),
         tokenizer=tokenizer,
         peft_config=peft_config,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from grao_fast.config import ReferenceAdvantage
 from grao_fast.kernels import sequence_weights
 from grao_fast.sampling import Completion
 from grao_fast.training.diagnosis import DETECTORS, FIRST, LATEST, Diagnosis
@@ -47,8 +49,8 @@ def run(**curves: Curve | float) -> list[dict[str, float]]:
     return rows
 
 
-def said(rows: list[dict[str, float]]) -> list[str]:
-    diagnosis = Diagnosis()
+def said(rows: list[dict[str, float]], **options: Any) -> list[str]:
+    diagnosis = Diagnosis(**options)
     return [text for step, row in enumerate(rows, 1) for text in diagnosis.messages(step, row)]
 
 
@@ -62,7 +64,7 @@ PLANTED: dict[str, tuple[dict[str, Curve | float], str]] = {
     ),
     "falling_references": (
         {"reference__logprob": lambda t: -1.5 - 3 * t},
-        "the default, push down those that lose. Set that, or lower learning_rate",
+        "the samples, which are reinforced, draw the policy away from them. Lower learning_rate",
     ),
     "losing_references": ({"reference__frac_negative": 1.0}, "the references lose in 100% of"),
     "lost_entropy": (
@@ -106,6 +108,16 @@ def test_a_planted_fault_is_told_once_with_its_remedy(name: str) -> None:
     (message,) = said(run(**curves))
     assert words in message
     assert message.startswith("step ") and "\n" not in message
+
+
+@pytest.mark.parametrize("form", get_args(ReferenceAdvantage))
+def test_advice_on_losing_references_is_that_of_their_form(form: ReferenceAdvantage) -> None:
+    """Under the floor none is pushed down, and under the clip the regulariser does it."""
+    rows = run(reference__logprob=lambda t: -1.5 - 3 * t, reference__frac_negative=1.0)
+    lost, fell = said(rows, reference_advantage=form)
+    assert ('Set reference_advantage="floor"' in fell) == (form != "floor")
+    assert ("are made less likely" in lost) == (form != "floor")
+    assert ("lower lam" in fell) == (form == "clip")
 
 
 def test_nothing_is_said_of_sound_runs() -> None:

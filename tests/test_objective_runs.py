@@ -16,6 +16,8 @@ from grao_fast.training.checkpoint import CheckpointError
 from grao_fast.training.diagnosis import Diagnosis
 from grao_fast.training.flops import ModelCost, Work, update_flops
 
+SFT = CONFIG.replace(objective="sft", num_generations=GRAOConfig.num_generations)
+
 
 def test_sft_samples_and_scores_nothing(
     tiny_model: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
@@ -26,7 +28,7 @@ def test_sft_samples_and_scores_nothing(
         raise AssertionError("sampled")
 
     monkeypatch.setattr("grao_fast.training.rollouts.sample_and_score", sampling)
-    config = CONFIG.replace(objective="sft", save_steps=0, max_tokens_per_microbatch=None)
+    config = SFT.replace(save_steps=0, max_tokens_per_microbatch=None)
     run(tiny_model, tmp_path, config=config, reward=None)
     rows = lines(tmp_path)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -40,9 +42,8 @@ def test_sft_samples_and_scores_nothing(
 def test_a_reward_is_asked_for_where_something_is_scored(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="samples of this objective are scored: pass a reward"):
         run(tiny_model, tmp_path, reward=None)
-    config = CONFIG.replace(objective="sft")
     with pytest.raises(UserError, match="answers to eval_dataset are scored: pass a reward"):
-        run(tiny_model, tmp_path, reward=None, config=config, eval_dataset=ROWS)
+        run(tiny_model, tmp_path, reward=None, config=SFT, eval_dataset=ROWS)
 
 
 def test_references_are_asked_for_where_they_have_a_use(
@@ -50,9 +51,11 @@ def test_references_are_asked_for_where_they_have_a_use(
 ) -> None:
     rows = [{"prompt": row["prompt"]} for row in ROWS]
     config = CONFIG.replace(max_steps=1, save_steps=0, num_generations=2)
-    for objective in ("grao", "chord", "sft"):
-        with pytest.raises(UserError, match="reference"):
+    for objective in ("grao", "chord"):
+        with pytest.raises(UserError, match="has no reference answers"):
             run(tiny_model, tmp_path, dataset=rows, config=config.replace(objective=objective))
+    with pytest.raises(UserError, match="has no reference answers"):
+        run(tiny_model, tmp_path, dataset=rows, config=SFT, reward=None)
     config = config.replace(objective="grpo")
     run(tiny_model, tmp_path, dataset=rows, reward=rarely_equal, config=config)
     (row,) = lines(tmp_path)
@@ -64,11 +67,12 @@ def test_references_are_asked_for_where_they_have_a_use(
 def test_a_resumed_run_is_the_run(
     objective: str, tiny_model: Path, tmp_path: Path, unchecked: None
 ) -> None:
-    config = CONFIG.replace(objective=objective, num_generations=2, num_iterations=2, max_steps=4)
-    options = {"config": config, "reward": rarely_equal}
+    samples = {} if objective == "sft" else {"num_generations": 2}
+    config = SFT.replace(objective=objective, num_iterations=2, max_steps=4, **samples)
+    options = {"config": config, "reward": rarely_equal if samples else None}
     run(tiny_model, tmp_path / "whole", **options)
     run(tiny_model, tmp_path / "parts", **options, callbacks=[StopAt(2)])
-    for other in ("grao", "grpo"):
+    for other in ("grao", "grpo") if samples else ("dft",):
         changed = options | {"config": config.replace(objective=other)}
         with pytest.raises(
             CheckpointError, match=f"objective was {objective}, and is {other} here"
@@ -90,7 +94,13 @@ def test_a_first_pass_costs_the_heads_logits_once_more() -> None:
 
 
 def test_what_samples_alone_give_an_effect_is_refused_without_them() -> None:
-    for options in ({"kl_coef": 0.1}, {"dynamic_sampling": 1}, {"curriculum": True}):
+    for options in (
+        {"kl_coef": 0.1},
+        {"dynamic_sampling": 1},
+        {"curriculum": True},
+        {"num_generations": 4},
+        {"log_completions": True},
+    ):
         with pytest.raises(
             UserError, match="no effect with objective='dft', which samples nothing"
         ):
@@ -111,8 +121,9 @@ def test_a_diagnosis_speaks_of_a_y_in_grao_alone() -> None:
             texts += diagnosis.messages(step, row | {"reference/frac_negative": 1.0})
         return " ".join(texts)
 
-    assert "reference_advantage" in told("grao") and "the references lose" in told("grao")
-    assert "reference_advantage" not in told("luffy") and "Lower learning_rate" in told("luffy")
+    assert "raise kl_coef" in told("grao") and "the references lose" in told("grao")
+    assert "the references" not in told("luffy").replace("the references' mean", "")
+    assert "Lower learning_rate" in told("luffy")
     (dead,) = Diagnosis("sft").messages(1, {"loss": 0.0, "frac_dead": 1.0})
     assert "no prompt of the step has a reference" in dead
 
@@ -120,7 +131,7 @@ def test_a_diagnosis_speaks_of_a_y_in_grao_alone() -> None:
 @pytest.mark.parametrize("objective", ["sft", "dpo", "grpo"])
 def test_check_of_another_objective(objective: str, tiny_model: Path, unchecked: None) -> None:
     """Where nothing is sampled, of no sample or reward; where none has a use, of no reference."""
-    config = CONFIG.replace(objective=objective, max_steps=2)
+    config = (SFT if objective == "sft" else CONFIG).replace(objective=objective, max_steps=2)
     reward = None if objective == "sft" else rarely_equal
     rows = [{"prompt": row["prompt"]} for row in ROWS] if objective == "grpo" else ROWS
     found = check(tiny_model, rows, reward, config=config, check_prompts=4)

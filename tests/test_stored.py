@@ -253,7 +253,7 @@ def test_token_ids_are_taken_as_they_are(tiny_model: Path, tmp_path: Path, unche
         run(tiny_model, tmp_path / "beyond", dataset=data, reward=None, config=config)
 
 
-def test_what_has_no_effect_is_refused() -> None:
+def test_what_has_no_effect_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     for options in (
         {"use_vllm": True},
         {"dynamic_sampling": 2},
@@ -281,6 +281,14 @@ def test_what_has_no_effect_is_refused() -> None:
         read(rows(), letters)
     with pytest.raises(UserError, match="stores no completions"):
         read([{"prompt": "a", "reference": "b"}])
+    for objective in ("gspo", "dpo", "srft"):
+        caplog.clear()
+        read(with_logprobs(), objective=objective)
+        assert f"log-probs have no effect with objective='{objective}'" in caplog.text
+    caplog.clear()
+    read(rows(), objective="gspo")
+    read(with_logprobs())
+    assert not caplog.text
     imitated = [{k: v for k, v in row.items() if k != "reference_reward"} for row in rows()]
     assert read(imitated, objective="chord").num_generations == 4
 

@@ -243,12 +243,14 @@ def test_a_log_file_is_no_terminal_for_any_environment(monkeypatch: pytest.Monke
 
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     screen = console(terminal=True)
-    with tracker(tmp_path, show_progress=True, console=screen, start_step=2) as run:
+    options = {"show_progress": True, "console": screen, "start_step": 2, "objective": "dr_grpo"}
+    with tracker(tmp_path, **options) as run:
         run.log(3, {"loss": 0.5, "reward": 0.25})
     shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.file.getvalue())
     assert re.search(r"2/4 +reward - +loss -", shown)
     assert re.search(r"3/4 +reward 0\.25 +loss 0\.5 +\d:\d\d:\d\d left", shown)
     assert "step 3" not in shown  # the bar shows it
+    assert "DR GRPO" in shown
 
 
 def test_table_of_samples(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import grao_fast
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
+from grao_fast.objectives import make_objective
 from grao_fast.sampling.loaded import LoadedPolicy
 from study.arms import Meter, Problem
 
@@ -21,8 +22,9 @@ class Trained:
 
     def __call__(self, problem: Problem, *, learning_rate: float, meter: Meter) -> None:
         budget = problem.budget
-        options: dict[str, Any] = {
-            "num_generations": budget.num_generations,
+        samples = make_objective(self.options.get("objective", "grao")).needs_samples
+        options: dict[str, Any] = {"num_generations": budget.num_generations} if samples else {}
+        options |= {
             "prompts_per_step": budget.prompts_per_step,
             "max_steps": budget.steps,
             "temperature": budget.temperature,
@@ -34,7 +36,7 @@ class Trained:
             grao_fast.train(
                 problem.model,
                 problem.rows,
-                problem.reward,
+                problem.reward if samples else None,
                 config=config,
                 tokenizer=problem.tokenizer,
                 callbacks=[_Steps(meter)],

@@ -23,7 +23,7 @@ from grao_fast.sampling import Completion
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.system.errors import one_line
-from grao_fast.training.rollout import Rollout, references_only, texts_of
+from grao_fast.training.rollout import Rollout, advantages_of, references_only, texts_of
 from grao_fast.training.stored import completions_of as stored_completions
 from grao_fast.training.stored import score_stored
 
@@ -135,7 +135,7 @@ def sample_and_try(
             completions=completions,
             texts=[each.texts for each in scored],
             rewards_NK=rewards_NK,
-            advantages_NK=objective.formula.advantages(rewards_NK),
+            advantages_NK=advantages_of(prompts, rewards_NK, objective),
             per_function={},
             seconds=seconds,
         ),

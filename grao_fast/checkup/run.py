@@ -101,7 +101,12 @@ def check(
         in_folder, checkpoint = world.main(lambda: look_at(output_dir, resume_from_checkpoint))
         inputs = world.together(
             lambda: read_inputs(
-                dataset, reward, config=config, eval_dataset=eval_dataset, metric=metric
+                dataset,
+                reward,
+                config=config,
+                eval_dataset=eval_dataset,
+                metric=metric,
+                sampler=sampler,
             )
         )
         config = inputs.config

@@ -19,7 +19,7 @@ from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.errors import UserError, one_line
 from grao_fast.training.flops import ModelCost, group_work
 from grao_fast.training.memory import GroupShape, micro_batch
-from grao_fast.training.rollout import Rollout, to_groups
+from grao_fast.training.rollout import Rollout, advantages_of, to_groups
 from grao_fast.training.step import update
 
 _TIMED = 4  # prompts of the update that is timed, on each process
@@ -210,5 +210,5 @@ def _live(rollout: Rollout, most: int, config: GRAOConfig) -> Rollout:
         completions=rollout.completions[:most],
         texts=rollout.texts[:most],
         rewards_NK=rewards_NK,
-        advantages_NK=config.objective_options.formula.advantages(rewards_NK),
+        advantages_NK=advantages_of(prompts, rewards_NK, config.objective_options),
     )

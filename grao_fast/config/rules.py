@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from grao_fast.config.views import (
@@ -101,7 +102,19 @@ _NEEDS: dict[str, dict[str, Any]] = {
 }
 
 # Options of samples in training.
-_OF_SAMPLES = ("kl_coef", "dynamic_sampling", "curriculum", "async_rollouts", "sampler")
+_OF_SAMPLES = (
+    "num_generations",
+    "kl_coef",
+    "dynamic_sampling",
+    "curriculum",
+    "async_rollouts",
+    "sampler",
+    "log_completions",
+    "log_completions_steps",
+)
+
+# Options that replace groups from which nothing is learned, or let their prompts rest.
+_OF_DEAD_GROUPS = ("dynamic_sampling", "curriculum")
 
 # Options of samples that training draws itself.
 _OF_DRAWN_SAMPLES = ("use_vllm", "async_rollouts", "dynamic_sampling", "curriculum")
@@ -149,54 +162,87 @@ def _check_stored(config: Any) -> None:
 def check_objective(config: Any) -> None:
     """Raise UserError for options that the objective does not have, or that it makes useless."""
     from grao_fast.objectives import split_objective
+
+    name, own = split_objective(config.objective)
+    _check_own(config, name, own)
+    _check_samples(config, name)
+    _check_bounds(config, own)
+    _check_two_passes(config, name)
+
+
+def _check_own(config: Any, name: str, own: Mapping[str, Any]) -> None:
+    """GRAO's options are fields of the configuration, and other objectives' are not."""
     from grao_fast.objectives.grao import GRAO
 
-    default, options = type(config), config.objective_options
-    formula = options.formula
-    name, own = split_objective(config.objective)
+    formula = config.objective_options.formula
     if isinstance(formula, GRAO):
         for option, value in own.items():
             raise UserError(
                 f"objective={config.objective!r}: GRAO's options are those of the configuration: "
                 f'set objective="grao" and {option}={value!r}'
             )
-    else:
-        for field in dataclasses.fields(GRAO):
-            value = getattr(config, field.name)
-            if value != getattr(default, field.name):
-                raise UserError(
-                    f"{field.name}={value!r} has no effect without objective='grao'"
-                    + _own_option(name, formula, field.name, value)
-                )
-    if not formula.needs_samples:
-        for option in _OF_SAMPLES:
-            value = getattr(config, option)
-            if value != getattr(default, option):
-                raise UserError(
-                    f"{option}={value!r} has no effect with objective={name!r}, which samples "
-                    "nothing in training: leave it out"
-                )
-    set_clip = (config.epsilon, config.epsilon_high) != (None, None)
-    if set_clip and (formula.clip is None or formula.two_passes):
+        return
+    for field in dataclasses.fields(GRAO):
+        value = getattr(config, field.name)
+        if value != getattr(type(config), field.name):
+            raise UserError(
+                f"{field.name}={value!r} has no effect without objective='grao'"
+                + _own_option(name, formula, field.name, value)
+            )
+
+
+def _check_samples(config: Any, name: str) -> None:
+    """Options of samples, and of dead groups, need an objective that has these."""
+    formula = config.objective_options.formula
+    for option in _OF_SAMPLES if not formula.needs_samples else ():
+        value, default = getattr(config, option), getattr(type(config), option)
+        if value != default:
+            raise UserError(
+                f"{option}={value!r} has no effect with objective={name!r}, which samples "
+                f"nothing in training: leave it out, or at {default!r}"
+            )
+    for option in _OF_DEAD_GROUPS if not formula.has_dead_groups else ():
+        if getattr(config, option):
+            raise UserError(
+                f"{option}={getattr(config, option)!r} has no effect with objective="
+                f"{config.objective!r}, which learns from groups of equal rewards too: leave it "
+                "out, or take an objective that does not, such as grpo"
+            )
+
+
+def _check_bounds(config: Any, own: Mapping[str, Any]) -> None:
+    """Bounds of a ratio need an objective that clips it, and updates in which it is not 1."""
+    formula = config.objective_options.formula
+    names = ("epsilon", "epsilon_high")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if given and (formula.clip is None or formula.two_passes):
         raise UserError(
             f"epsilon and epsilon_high have no effect with objective={config.objective!r}, which "
             "clips no ratio of tokens: leave them out"
         )
-    if config.num_iterations == 1 and options.clip != formula.clip:
+    given |= {name: value for name, value in own.items() if name in formula.clip_options}
+    for name, value in given.items() if config.num_iterations == 1 else ():
         raise UserError(
-            "epsilon and epsilon_high have no effect with num_iterations=1, where every ratio is 1"
-            ": set num_iterations above 1, or leave them out"
+            f"{name}={value!r} has no effect with num_iterations=1, where every ratio is 1: set "
+            "num_iterations above 1, or leave it out"
         )
-    cap = config.vllm_importance_sampling_clip_max
-    if formula.two_passes and config.async_rollouts:
+
+
+def _check_two_passes(config: Any, name: str) -> None:
+    """Importance weights need an objective of one pass."""
+    option = "vllm_importance_sampling_clip_max"
+    cap = getattr(config, option)
+    if not config.objective_options.formula.two_passes:
+        return
+    if config.async_rollouts:
         raise UserError(
             f"objective={name!r} has no importance weights, which async_rollouts="
             f"{config.async_rollouts} needs for samples of earlier weights: set async_rollouts=0"
         )
-    if formula.two_passes and cap != default.vllm_importance_sampling_clip_max:
+    if cap != getattr(type(config), option):
         raise UserError(
-            f"vllm_importance_sampling_clip_max={cap} has no effect with objective={name!r}, whose "
-            "tokens have no importance weight: leave it out"
+            f"{option}={cap} has no effect with objective={name!r}, whose tokens have no "
+            "importance weight: leave it out"
         )
 
 

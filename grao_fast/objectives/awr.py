@@ -39,6 +39,7 @@ class AWR(Objective):
     cap: float = 20.0
 
     uses_references: ClassVar[bool] = False
+    has_dead_groups: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -83,10 +83,13 @@ class Objective(ABC):
         K is 1.
     needs_references: whether a prompt without a reference has no use.
     uses_references: whether a reference may have a coefficient.
+    has_dead_groups: whether nothing is learned from a group whose rewards are all equal, and that
+        has a reference where `needs_references`.
     ratio: the form of a sample's token that has an old log-prob: "clipped" as in PPO, "truncated"
         for a constant weight as in CISPO; see `grao_fast.kernels.OffPolicy`.
     clip: the ratio's bounds (low, high) where the user sets none; None: tokens have no ratio that
         is clipped.
+    clip_options: the options of a subclass that bound another ratio, such as a sequence's.
     shaping: the form of a reference's token, see `grao_fast.kernels.Shaping`; None: its log-prob.
     two_passes: whether coefficients depend on sums of log-probs: then the head is computed once
         for these, without gradients, and `second_pass` follows.
@@ -97,8 +100,10 @@ class Objective(ABC):
     needs_samples: ClassVar[bool] = True
     needs_references: ClassVar[bool] = False
     uses_references: ClassVar[bool] = True
+    has_dead_groups: ClassVar[bool] = True
     ratio: ClassVar[str] = "clipped"
     clip: ClassVar[tuple[float, float] | None] = (0.2, 0.2)
+    clip_options: ClassVar[tuple[str, ...]] = ()
     shaping: ClassVar[str | None] = None
     two_passes: ClassVar[bool] = False
     needs_initial: ClassVar[bool] = False

@@ -49,7 +49,7 @@ class DPO(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "beta", above=0)
-        check_number(self, "label_smoothing", least=0, most=0.5)
+        check_number(self, "label_smoothing", least=0, below=0.5)
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         """1 for the best of a group, -1 for the worst, 0 for the others."""

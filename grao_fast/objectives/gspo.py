@@ -40,6 +40,7 @@ class GSPO(Objective):
 
     uses_references: ClassVar[bool] = False
     clip: ClassVar[tuple[float, float] | None] = None
+    clip_options: ClassVar[tuple[str, ...]] = ("low", "high")
     two_passes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

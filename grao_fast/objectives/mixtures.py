@@ -61,6 +61,7 @@ class CHORD(Objective):
 
     terms: ClassVar[tuple[str, ...]] = _TERMS
     needs_references: ClassVar[bool] = True
+    has_dead_groups: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +114,7 @@ class UFT(Objective):
 
     terms: ClassVar[tuple[str, ...]] = _TERMS
     needs_references: ClassVar[bool] = True
+    has_dead_groups: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,6 +49,10 @@ class RFT(Objective):
         if self.best is not None:
             check_number(self, "best", least=1)
 
+    @property
+    def has_dead_groups(self) -> bool:
+        return self.threshold is not None
+
     def advantages(self, rewards_NK: Tensor) -> Tensor:
         return of_samples(self._kept(sample_rewards(rewards_NK)), rewards_NK)
 

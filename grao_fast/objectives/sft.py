@@ -24,6 +24,7 @@ class SFT(Objective):
     terms: ClassVar[tuple[str, ...]] = ("imitation",)
     needs_samples: ClassVar[bool] = False
     needs_references: ClassVar[bool] = True
+    has_dead_groups: ClassVar[bool] = False
     clip: ClassVar[tuple[float, float] | None] = None
 
     def advantages(self, rewards_NK: Tensor) -> Tensor:

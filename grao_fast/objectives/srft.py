@@ -48,6 +48,7 @@ class SRFT(Objective):
     threshold: float = 0.0
 
     terms: ClassVar[tuple[str, ...]] = ("imitation", "demonstration", "exploration")
+    has_dead_groups: ClassVar[bool] = False
     clip: ClassVar[tuple[float, float] | None] = None
     two_passes: ClassVar[bool] = True
 

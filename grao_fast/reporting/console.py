@@ -36,11 +36,18 @@ class Display:
 
     Control characters in text are escaped.
 
+    name: of the objective, before the bar.
     shown: False to send messages to `logging` and show nothing else.
     """
 
     def __init__(
-        self, *, total_steps: int, start_step: int, shown: bool, console: Console | None = None
+        self,
+        *,
+        total_steps: int,
+        start_step: int,
+        shown: bool,
+        name: str = "grao",
+        console: Console | None = None,
     ) -> None:
         self._console = console or stderr_console()
         # rich raises SystemExit for a broken pipe
@@ -49,7 +56,7 @@ class Display:
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._failed = False
         self._progress = Progress(
-            TextColumn("GRAO"),
+            TextColumn(name.upper().replace("_", " ")),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("reward [bold]{task.fields[reward]}[/]  loss {task.fields[loss]}"),

@@ -40,6 +40,7 @@ class Tracker:
         start_step: the step that a resumed run starts from, after which lines are removed from the
             files; 0 starts the files afresh.
         parquet: whether to write samples as parquet too.
+        objective: its name, shown before the bar.
 
     Raises:
         ValueError: a tracker is unknown or does not start, or its package is not installed.
@@ -56,6 +57,7 @@ class Tracker:
         show_progress: bool,
         start_step: int = 0,
         parquet: bool = False,
+        objective: str = "grao",
         console: Console | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -68,7 +70,11 @@ class Tracker:
             _start(tracker, _hyperparameters(config))
         self._failed: set[int] = set()
         self._display = Display(
-            total_steps=total_steps, start_step=start_step, shown=show_progress, console=console
+            total_steps=total_steps,
+            start_step=start_step,
+            shown=show_progress,
+            name=objective,
+            console=console,
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

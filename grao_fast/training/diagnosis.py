@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from grao_fast.config import ReferenceAdvantage
+
 FIRST = 5  # logged steps that later ones are compared with
 LATEST = 10  # logged steps whose mean is judged
 
@@ -46,11 +48,14 @@ class History:
     """The first and the latest logged steps of a run.
 
     objective: that of the run; only GRAO has A_y.
+    reference_advantage: GRAO's, see `GRAOConfig`.
     best_logprob: the highest mean of `reference/logprob` over latest steps; NaN without one.
     """
 
-    def __init__(self, objective: str = "grao") -> None:
-        self.objective = objective
+    def __init__(
+        self, objective: str = "grao", reference_advantage: ReferenceAdvantage = "floor"
+    ) -> None:
+        self.objective, self.reference_advantage = objective, reference_advantage
         self._first: list[Row] = []
         self._latest: deque[Row] = deque(maxlen=LATEST)
         self.steps = 0
@@ -94,6 +99,19 @@ def _mean(rows: Iterable[Row], name: str) -> float:
     return sum(present) / len(present) if 2 * len(present) >= len(values) else math.nan
 
 
+# Why references become less likely, and the remedy, by `reference_advantage`.
+_FALLING: dict[ReferenceAdvantage, str] = {
+    "floor": "the samples, which are reinforced, draw the policy away from them. Lower "
+    "learning_rate, or raise kl_coef",
+    "clip": "the regulariser pushes down those that lose to the samples. Set "
+    'reference_advantage="floor", or lower lam or learning_rate',
+    "signed": "those that lose to the samples are pushed down without bound. Set "
+    'reference_advantage="floor", or lower learning_rate',
+    "tapered": "those that lose to the samples are pushed down. Set "
+    'reference_advantage="floor", or lower learning_rate',
+}
+
+
 # Detectors. A comparison with NaN is false, so that nothing is said of what is not known.
 
 
@@ -119,17 +137,14 @@ def no_signal(history: History) -> str | None:
 
 
 def falling_references(history: History) -> str | None:
-    """A collapse of L(y), which a negative A_y lowers without bound."""
+    """A collapse of L(y), which a negative A_y lowers without bound, but under "floor"."""
     before, now = history.best_logprob, history.latest("reference/logprob")
     if not now < before - LIMITS.logprob_fall:
         return None
     fell = f"the references' mean log-prob fell from {before:.2f} at best to {now:.2f} nats a token"
     if history.objective != "grao":
         return f"{fell}: the policy moves away from what it imitates. Lower learning_rate"
-    return (
-        f"{fell}: the samples draw the policy away from them, and, unless reference_advantage is "
-        '"floor", the default, push down those that lose. Set that, or lower learning_rate'
-    )
+    return f"{fell}: {_FALLING[history.reference_advantage]}"
 
 
 def losing_references(history: History) -> str | None:
@@ -137,10 +152,10 @@ def losing_references(history: History) -> str | None:
     share = history.latest("reference/frac_negative")
     if history.objective != "grao" or not share >= LIMITS.losing_references:
         return None
+    lowered = "" if history.reference_advantage == "floor" else ", and are made less likely"
     return (
-        f"the references lose in {share:.0%} of groups: they are not imitated any more, and, "
-        'unless reference_advantage is "floor", the default, made less likely. Give better '
-        "references, or end the run here"
+        f"the references lose in {share:.0%} of groups: they are not imitated any more{lowered}. "
+        "Give better references, or end the run here"
     )
 
 
@@ -260,11 +275,18 @@ def _has_gained(history: History) -> bool:
 class Diagnosis:
     """Turns the metrics of logged steps into messages, each detector's once in a run.
 
+    objective, reference_advantage: as `GRAOConfig` has them, the objective without its options.
     samples: whether the policy samples what it learns from.
     """
 
-    def __init__(self, objective: str = "grao", *, samples: bool = True) -> None:
-        self._history = History(objective)
+    def __init__(
+        self,
+        objective: str = "grao",
+        *,
+        reference_advantage: ReferenceAdvantage = "floor",
+        samples: bool = True,
+    ) -> None:
+        self._history = History(objective, reference_advantage)
         self._silent = [each for each in DETECTORS if samples or each not in _OF_ITS_SAMPLES]
 
     def recall(self, rows: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -170,7 +170,8 @@ def check_same_run(
             f"{state['run']['data']}, now {run.data}); resume with the dataset of that run"
         )
     if state["run"]["reward"] != run.reward:
-        raise _other(path, "the reward", ", ".join(state["run"]["reward"]), ", ".join(run.reward))
+        both = (", ".join(names) or "none" for names in (state["run"]["reward"], run.reward))
+        raise _other(path, "the reward", *both)
     objectives = [split_objective(each)[0] for each in (_objective(state), config.objective)]
     if objectives[0] != objectives[1]:
         raise _other(path, "the objective", *objectives)

@@ -29,9 +29,12 @@ from grao_fast.rewards import Reward, resolve_reward
 from grao_fast.rewards.limits import longest
 from grao_fast.sampling import Sampler
 from grao_fast.system.errors import UserError, first_of
+from grao_fast.system.visible import get_logger
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,11 @@ def read_inputs(
     config: GRAOConfig,
     eval_dataset: str | Path | Dataset | Sequence[Mapping[str, Any]] | None,
     metric: RewardSpec | None,
+    sampler: Sampler | None = None,
 ) -> Inputs:
     """Load the datasets and find the reward functions of a run.
+
+    sampler: the user's own, if there is one.
 
     Raises:
         UserError: rows or rewards cannot be used, do not fit each other, or would have no effect.
@@ -88,14 +94,16 @@ def read_inputs(
     timeout, reward_type = config.reward_timeout, config.reward_type
     formula = config.objective_options.formula
     stored = config.sampler == "dataset"
-    _check_reward(reward, scores=formula.needs_samples and not stored, evaluates=eval_dataset)
+    evaluates = eval_dataset is not None
+    _check_reward(reward, config, evaluates=evaluates)
+    if not evaluates:
+        _check_sampling(config, sampler)
     examples = open_dataset(
         dataset, split="train", require_references=formula.uses_references, stored=stored
     )
     if stored:
         assert isinstance(examples, Examples), "a streaming dataset is refused"
-        scored = (reward is not None, eval_dataset is not None)
-        config = _of_stored(examples, config, *scored)
+        config = _of_stored(examples, config, reward is not None, evaluates)
     inputs = Inputs(
         config=config,
         examples=examples,
@@ -129,15 +137,45 @@ def read_inputs(
     return inputs
 
 
-def _check_reward(reward: RewardSpec | None, *, scores: bool, evaluates: Any) -> None:
-    """Raise UserError if there is no reward, and something is to be scored."""
-    if reward is None and scores:
+def _check_reward(reward: RewardSpec | None, config: GRAOConfig, *, evaluates: bool) -> None:
+    """Raise UserError for a reward that is missing, or never called, and for options of none."""
+    samples = config.objective_options.formula.needs_samples
+    if reward is None and samples and config.sampler != "dataset":
         raise UserError(
             "the samples of this objective are scored: pass a reward, or choose an objective that "
             'learns from references alone, such as objective="sft"'
         )
-    if reward is None and evaluates is not None:
+    if reward is None and evaluates:
         raise UserError("answers to eval_dataset are scored: pass a reward, or no eval_dataset")
+    if reward is not None and not samples and not evaluates:
+        raise UserError(
+            f"the reward has no effect with objective={config.objective!r}, which scores nothing "
+            "in training: leave it out, or pass an eval_dataset"
+        )
+    given = {option: getattr(config, option) for option in ("reward_weights", "reward_timeout")}
+    if not samples:
+        given["reward_type"] = config.reward_type
+    for option, value in given.items() if reward is None else ():
+        if value != getattr(GRAOConfig, option):
+            raise UserError(f"{option}={value!r} has no effect without a reward: leave it out")
+
+
+# Options of a sampler that this package makes; those of vLLM need use_vllm.
+_OF_SAMPLER = ("use_vllm", "generation_batch_size", "cache_implementation")
+
+
+def _check_sampling(config: GRAOConfig, sampler: Sampler | None) -> None:
+    """Raise UserError for a sampler, or an option of one, in a run that samples nothing."""
+    if config.objective_options.formula.needs_samples and config.sampler == "policy":
+        return
+    given = {option: getattr(config, option) for option in _OF_SAMPLER}
+    changed = [o for o, value in given.items() if value != getattr(GRAOConfig, o)]
+    if sampler is not None or changed:
+        named = f"{changed[0]}={given[changed[0]]!r}" if changed else "the sampler"
+        raise UserError(
+            f"{named} has no effect where nothing is sampled, neither in training nor for an "
+            "eval_dataset: leave it out"
+        )
 
 
 def sampled_by(
@@ -199,6 +237,12 @@ def _of_stored(
                 "or leave it out"
             )
         changes[name] = None
+    if facts.has_logprobs and formula.two_passes:
+        logger.warning(
+            "the stored log-probs have no effect with objective=%r, whose tokens have no "
+            "importance weight: completions count as the policy's own",
+            config.objective,
+        )
     return config.replace(**changes)
 
 

@@ -42,8 +42,11 @@ class Report:
     ) -> None:
         self._output_dir, self._config, self._world = output_dir, config, world
         self._tracker: Tracker | None = None
+        self._objective = split_objective(config.objective)[0]
         self._diagnosis = Diagnosis(
-            split_objective(config.objective)[0], samples=config.sampler == "policy"
+            self._objective,
+            reference_advantage=config.reference_advantage,
+            samples=config.sampler == "policy",
         )
         self.metrics = world.main(lambda: self._open(total_steps, start_step), held=True)
 
@@ -59,6 +62,7 @@ class Report:
             show_progress=not config.disable_tqdm,
             start_step=start_step,
             parquet=config.log_completions,
+            objective=self._objective,
         )
         return self._diagnosis.recall(read_lines(self._output_dir / METRICS_FILE))
 

@@ -158,10 +158,22 @@ def references_only(prompts: Sequence[Encoded], objective: ObjectiveOptions) -> 
         completions=[[] for _ in prompts],
         texts=[[] for _ in prompts],
         rewards_NK=rewards_N1,
-        advantages_NK=objective.formula.advantages(rewards_N1),
+        advantages_NK=advantages_of(prompts, rewards_N1, objective),
         per_function={},
         seconds={},
     )
+
+
+def advantages_of(
+    prompts: Sequence[Encoded], rewards_NK: Tensor, objective: ObjectiveOptions
+) -> Tensor:
+    """(N, K) the advantages that an objective gives; NaN where a sequence is absent.
+
+    An objective that imitates references whatever their reward cannot tell which are absent.
+    """
+    absent_NK = rewards_NK.new_zeros(rewards_NK.shape, dtype=torch.bool)
+    absent_NK[:, -1] = torch.tensor([not prompt.reference_ids for prompt in prompts])
+    return objective.formula.advantages(rewards_NK).masked_fill(absent_NK, torch.nan)
 
 
 def texts_of(loaded: LoadedPolicy, prompt: Encoded, group: Sequence[Completion]) -> list[str]:
@@ -243,7 +255,7 @@ def sample_and_score(
         completions=completions,
         texts=texts,
         rewards_NK=scored.rewards_NK,
-        advantages_NK=objective.formula.advantages(scored.rewards_NK),
+        advantages_NK=advantages_of(prompts, scored.rewards_NK, objective),
         per_function=scored.per_function,
         seconds=seconds,
         staleness=None if ahead is None else ahead.staleness,

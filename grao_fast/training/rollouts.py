@@ -22,6 +22,7 @@ from grao_fast.training.ahead import Sampled, Share
 from grao_fast.training.draws import PromptDraws
 from grao_fast.training.rollout import (
     Rollout,
+    advantages_of,
     references_only,
     sample,
     sample_and_score,
@@ -82,8 +83,9 @@ class Rollouts:
             refilled += len(live)
         self._draws.tell(sampled)
         if refilled:  # an advantage may depend on all rewards of the step
-            formula = self._config.objective_options.formula
-            rollout = replace(rollout, advantages_NK=formula.advantages(rollout.rewards_NK))
+            objective = self._config.objective_options
+            advantages_NK = advantages_of(rollout.prompts, rollout.rewards_NK, objective)
+            rollout = replace(rollout, advantages_NK=advantages_NK)
         return replace(rollout, counts=self._counts(made, refilled))
 
     def _sample(

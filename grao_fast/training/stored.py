@@ -18,7 +18,7 @@ from grao_fast.rewards import GroupScores, Reward
 from grao_fast.rewards.functions import ready
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loaded import LoadedPolicy
-from grao_fast.training.rollout import Rollout, texts_of
+from grao_fast.training.rollout import Rollout, advantages_of, texts_of
 
 
 def stored_rollout(
@@ -63,7 +63,7 @@ def stored_rollout(
         completions=completions,
         texts=texts,
         rewards_NK=rewards_NK,
-        advantages_NK=objective.formula.advantages(rewards_NK),
+        advantages_NK=advantages_of(prompts, rewards_NK, objective),
         per_function=GroupScores(rewards_NK, scores_FNG, names).per_function,
         seconds={"reward": time.perf_counter() - started},
         scores_FNG=scores_FNG,

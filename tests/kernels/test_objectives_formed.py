@@ -330,7 +330,7 @@ def test_luffy_and_srft_weigh_references_by_the_whole_group() -> None:
         (lambda: GSPO(low=2.0), "low"),
         (lambda: GSPO(high=-1.0), "high"),
         (lambda: DPO(beta=0.0), "beta"),
-        (lambda: DPO(label_smoothing=0.7), "label_smoothing"),
+        (lambda: DPO(label_smoothing=0.5), "label_smoothing must be at least 0 and below 0.5"),
         (lambda: SRFT(threshold=math.inf), "threshold"),
     ],
 )

@@ -1,0 +1,118 @@
+"""Nothing is accepted and ignored: options, rewards and samplers that would have no effect."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import CONFIG, ROWS, letters, lines, run
+
+from grao_fast.config import GRAOConfig
+from grao_fast.data.encoding import Encoded
+from grao_fast.data.examples import Example
+from grao_fast.objectives import OBJECTIVES, make_objective
+from grao_fast.sampling import Completion
+from grao_fast.system.errors import UserError
+from grao_fast.training.metrics import group_metrics
+from grao_fast.training.rollout import advantages_of
+
+SFT = CONFIG.replace(objective="sft", num_generations=GRAOConfig.num_generations, max_steps=3)
+NEVER_DEAD = ("awr", "chord", "dft", "rft", "sft", "srft", "uft")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_whether_groups_of_equal_rewards_are_dead(name: str) -> None:
+    formula = make_objective(name)
+    assert formula.has_dead_groups == (name not in NEVER_DEAD)
+    K = 4 if formula.needs_samples else 1
+    advantages_NK = formula.advantages(torch.ones(2, K, dtype=torch.float64))
+    dead_N = (advantages_NK.nan_to_num(0.0) == 0).all(1)
+    assert bool(dead_N.all()) == formula.has_dead_groups
+
+
+def test_rft_leaves_groups_below_its_threshold() -> None:
+    kept = make_objective("rft(threshold=2.0)")
+    assert kept.has_dead_groups and not kept.advantages(torch.ones(1, 4)).any()
+
+
+@pytest.mark.parametrize("option", [{"dynamic_sampling": 2}, {"curriculum": True}])
+def test_dead_groups_are_not_looked_for_where_there_are_none(option: dict[str, Any]) -> None:
+    (name,) = option
+    for objective in ("awr", "srft", "chord", "uft", "rft(best=2)"):
+        with pytest.raises(UserError, match=f"{name}=.* learns from groups of equal rewards too"):
+            GRAOConfig(objective=objective, **option)
+    for objective in ("grpo", "hpt", "rft(threshold=0.5)"):
+        GRAOConfig(objective=objective, **option)
+
+
+def test_bounds_need_a_second_update() -> None:
+    """Also where they are those that an objective has anyway: they are given."""
+    for name, options in {
+        "low": {"objective": "gspo(low=0.1)"},
+        "high": {"objective": "gspo(high=4e-4)"},
+        "epsilon": {"epsilon": 0.2},
+        "epsilon_high": {"objective": "dapo", "epsilon_high": 0.3},
+    }.items():
+        with pytest.raises(UserError, match=f"{name}=.* has no effect with num_iterations=1"):
+            GRAOConfig(**options)
+        GRAOConfig(**options, num_iterations=2)
+    GRAOConfig(objective="gspo")
+
+
+def test_a_reward_and_its_options_need_something_to_score(tiny_model: Path, tmp_path: Path) -> None:
+    def refused(match: str, reward: Any = None, **options: Any) -> None:
+        with pytest.raises(UserError, match=match):
+            run(tiny_model, tmp_path, config=SFT.replace(**options), reward=reward)
+
+    refused("the reward has no effect with objective='sft'", letters)
+    refused("the reward has no effect with objective='dft'", letters, objective="dft")
+    refused(r"reward_weights=\(2.0,\) has no effect without a reward", reward_weights=(2.0,))
+    refused("reward_timeout=5.0 has no effect without a reward", reward_timeout=5.0)
+    refused("reward_type='pairwise' has no effect without a reward", reward_type="pairwise")
+    refused("use_vllm=True has no effect where nothing is sampled", use_vllm=True)
+    refused("generation_batch_size=3 has no effect where", generation_batch_size=3)
+    with pytest.raises(UserError, match="the sampler has no effect where nothing is sampled"):
+        run(tiny_model, tmp_path, config=SFT, reward=None, sampler=Counted())
+
+
+def test_an_absent_reference_has_no_advantage() -> None:
+    """SRFT imitates references that have no reward; those that are absent count in no metric."""
+    objective = GRAOConfig(objective="srft").objective_options
+    prompts = [Encoded(Example("a", None, {}), [3], ids, None) for ids in ([], [4], [4])]
+    rewards_NK = torch.tensor([[1.0, 0.0, math.nan]] * 2 + [[1.0, 0.0, 1.0]]).double()
+    advantages_NK = advantages_of(prompts, rewards_NK, objective)
+    ahead = 1 / math.sqrt(2)  # of rewards 1, 0, 1
+    expected = torch.tensor([math.nan, 0.5, 0.5 + ahead]).double()
+    torch.testing.assert_close(advantages_NK[:, -1], expected, equal_nan=True)
+    metrics = group_metrics(rewards_NK, advantages_NK, advantages_NK)
+    assert float(metrics["reference/advantage"]) == pytest.approx(0.5 + ahead / 2)
+
+
+class Counted:
+    """A sampler that answers with one token, and counts what it is given."""
+
+    context_length = None
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def sync(self, policy: Any) -> None:
+        self.calls.append("sync")
+
+    def sample(self, prompts: list[list[int]], **options: Any) -> list[list[Completion]]:
+        self.calls.append("sample")
+        return [[Completion([1], [-1.0], True)] for _ in prompts]
+
+
+def test_a_sampler_gets_weights_when_it_answers(
+    tiny_model: Path, tmp_path: Path, unchecked: None
+) -> None:
+    """Of an objective that samples nothing, before each evaluation; at first to be checked."""
+    sampler, config = Counted(), SFT.replace(save_steps=0)
+    run(tiny_model, tmp_path, config=config, eval_dataset=ROWS[:2], sampler=sampler)
+    assert sampler.calls == ["sync", *["sync", "sample"] * 2]
+    rows = [json for json in lines(tmp_path) if "loss" in json]
+    assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
