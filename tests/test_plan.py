@@ -345,6 +345,25 @@ def test_vllm_samples_elsewhere(tmp_path: Path) -> None:
     assert colocated.memory["full"].engine == pytest.approx(0.3 * LARGE)
 
 
+@pytest.mark.parametrize("options", [{"sampler": "dataset"}, {"objective": "sft"}], ids=str)
+def test_what_is_not_sampled_costs_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    """Stored completions are trained on like samples; their texts alone are exchanged."""
+    model = skeleton(write_config(tmp_path, tie_word_embeddings=False))
+    drawn, config = FULL.replace(num_generations=8), FULL.replace(num_generations=8, **options)
+    result, beside = (plan(model, each, cluster()) for each in (config, drawn))
+    stored = "sampler" in options
+    exchange = ["exchange of samples"] if stored else []
+    names = [*exchange, "forward and backward", "AdamW"]
+    assert [phase.name for phase in result.phases] == names
+    held, sent = result.memory["full"], result.wire["full"]
+    assert held.sampling == held.cache == 0 and sent.sampling == Traffic()
+    assert sent.rollout.process == (4 * 8 * 8 * 5 / 2 if stored else 0)
+    assert (held.activations == beside.memory["full"].activations) == stored
+    assert (result.phases[-2].products == beside.phases[-2].products) == stored
+    tiny = plan(model, config, cluster(device_memory=2**16)).notes
+    assert "Sampling" not in " ".join(tiny)
+
+
 def test_notes_name_what_does_not_fit(tmp_path: Path) -> None:
     model = skeleton(write_config(tmp_path))
     assert plan(model, CONFIG, cluster()).notes == []
@@ -374,6 +393,16 @@ def test_command_prints_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"logits \(workspace_mib\) +2\.00 +2\.00 +2\.00", out)
     assert re.search(r"AdamW +- +\S+ +- +- +device memory", out)
     assert max(map(len, out.splitlines()[1:])) <= 80
+
+
+def test_command_plans_stored_completions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_config(tmp_path / "model")
+    assert main([*PLAN.format(folder=folder).split(), "--sampler", "dataset"]) == 0
+    out = capsys.readouterr().out
+    assert "exchange of samples" in out and "an update fits" in out
+    assert not re.search("sampling|to sample|keys and values", out)
 
 
 def test_command_plans_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,13 @@ from tiny import write_jsonl
 from grao_fast.checkup.run import check
 from grao_fast.cli.commands import main
 from grao_fast.config import GRAOConfig
+from grao_fast.data.examples import Examples
 from grao_fast.data.packing import split_by_tokens
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
 from grao_fast.training.inputs import read_inputs
+from grao_fast.training.memory import GroupShape, _too_large
 from grao_fast.training.rollout import to_groups
 from grao_fast.training.step import micro_batch_loss
 from grao_fast.training.stored import stored_rollout
@@ -296,6 +298,27 @@ def test_what_has_no_effect_is_refused(caplog: pytest.LogCaptureFixture) -> None
 def test_a_sampler_by_another_name_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sampler='data': by name there is \"dataset\" alone"):
         run(tiny_model, tmp_path, sampler="data")
+
+
+def test_memory_is_measured_for_the_longest_that_is_stored(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    """And not for max_new_tokens, which may be far above; of many rows, the largest are known."""
+    for name, value in {"_FEW": 10, "_SAMPLE": 4, "_LARGEST": 1}.items():
+        monkeypatch.setattr(f"grao_fast.data.sizes.{name}", value)
+    config = STORED.replace(max_new_tokens=100)
+    data = rows() * 3
+    data[9] = data[9] | {"completions": ["a" * 40, *ANSWERS[1:]]}
+    inputs = read_inputs(data, None, config=config, eval_dataset=None, metric=None)
+    assert isinstance(inputs.examples, Examples)
+    assert 9 not in inputs.examples.sizes.sample()
+    loaded = load_policy(tiny_model, config=inputs.config)
+    prompts = loaded.encode(inputs.examples, inputs.config.sampling)
+    formula = config.objective_options.formula
+    shape = GroupShape.largest(prompts, inputs.config.sampling, formula)
+    assert shape == GroupShape(12, (41, 41, 41, 41, 13), stored=True)
+    refused = _too_large(shape, 2.0**20, 0)
+    assert "Store fewer or shorter completions" in refused and "num_generations" not in refused
 
 
 def test_check_reads_stored_groups(tiny_model: Path, unchecked: None) -> None:

@@ -173,7 +173,7 @@ def _chosen(examples: Sequence[Example], seed: int) -> dict[int, float]:
     total = len(examples)
     if total <= READ:
         return dict.fromkeys(range(total), 1.0)
-    by_size = np.argsort(-sizes_of(examples).whole, kind="stable").tolist()
+    by_size = np.argsort(-sizes_of(examples).group, kind="stable").tolist()
     others = random.Random(seed).sample(sorted(by_size[_LONGEST:]), READ - _LONGEST)
     for_each = dict.fromkeys(by_size[:_LONGEST], 1.0)
     for_each |= dict.fromkeys(others, (total - _LONGEST) / len(others))

@@ -24,6 +24,7 @@ from grao_fast.checkup.result import CheckResult
 from grao_fast.checkup.rows import RowFacts, drawn, read_rows
 from grao_fast.checkup.step import measure
 from grao_fast.config import GRAOConfig
+from grao_fast.data.encoding import Encoded
 from grao_fast.distributed.world import World
 from grao_fast.evaluation.compare import RewardSpec
 from grao_fast.models.attention.frequencies import hold_frequencies_of
@@ -206,7 +207,8 @@ class _Check:
         """The findings on samples, rewards and an update."""
         loaded, config, sampling = self.loaded, self.config, self.config.sampling
         loaded.sampler.sync(loaded.policy)
-        groups, findings = self._groups(facts)
+        rows = self._rows(facts)
+        groups, findings = self._groups(facts, rows)
         metric = self.inputs.metric
         if metric is not None and held_out is not None and held_out.that("fits"):
             answered = drawn(held_out, self.prompts, config.seed)
@@ -220,11 +222,17 @@ class _Check:
                 )
             )
         logger.info("measuring the memory and the time of an update")
-        rows = [row.encoded for row in facts.that("fits")]
         step = measure(loaded, rows, groups, config=config, batch_size=batch)
         return [*findings, *on_step(step, steps=steps)]
 
-    def _groups(self, facts: RowFacts) -> tuple[GroupFacts, list[Finding]]:
+    def _rows(self, facts: RowFacts) -> Sequence[Encoded]:
+        """The rows that fit, with the completions that they store."""
+        fitting = facts.that("fits")
+        if self.config.sampler != "dataset":
+            return [row.encoded for row in fitting]
+        return self.loaded.encode([row.example for row in fitting], self.config.sampling)
+
+    def _groups(self, facts: RowFacts, rows: Sequence[Encoded]) -> tuple[GroupFacts, list[Finding]]:
         """A few groups as a step of training has them, and the findings on what was sampled."""
         config, sampling = self.config, self.config.sampling
         objective = config.objective_options
@@ -232,10 +240,8 @@ class _Check:
         if not objective.formula.needs_samples:
             return unsampled(prompts, objective), []
         stored = config.sampler == "dataset"
-        if stored:  # of all rows that were read, so that wrong ones are found
-            examples = [row.example for row in facts.that("fits")]
-            encoded = self.loaded.encode(examples, sampling)
-            of_example = dict(zip(map(id, examples), encoded, strict=True))
+        if stored:
+            of_example = {id(row.example): row for row in rows}
             prompts = [of_example[id(prompt.example)] for prompt in prompts]
         else:
             logger.info(

@@ -9,6 +9,7 @@ PLAN_FIELDS = (
     "objective",
     "num_generations",
     "kl_coef",
+    "sampler",
     "max_new_tokens",
     "max_prompt_length",
     "max_reference_length",

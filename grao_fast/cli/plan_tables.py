@@ -115,7 +115,7 @@ def _memory(plan: Plan, device_memory_gib: float) -> Table:
         ("rollout", "sampling: these two and what is held"),
         ("on_cpu", "in the CPU's memory (cpu_offload)"),
     ):
-        if attribute == "rollout" and plan.work.vllm:
+        if attribute == "rollout" and not plan.work.decodes:
             continue
         if attribute in ("gradients", "sampling", "on_cpu"):
             table.add_section()
@@ -127,7 +127,7 @@ def _memory(plan: Plan, device_memory_gib: float) -> Table:
     _add_row(table, "gradients are reduced", once, str)
     fits = ("yes" if each.fits else "no" for each in memories)
     _add_row(table, f"an update fits {device_memory_gib:g} GiB", fits, str)
-    if not plan.work.vllm:
+    if plan.work.decodes:
         fits = ("yes" if each.rollout <= device_memory_gib * _GIB else "no" for each in memories)
         _add_row(table, f"sampling fits {device_memory_gib:g} GiB", fits, str)
     return table

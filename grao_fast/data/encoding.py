@@ -59,11 +59,15 @@ class Limits:
 
 
 class Lengths(NamedTuple):
-    """Tokens of the longest prompt, the longest reference, and the longest of both together."""
+    """Tokens of the longest prompt, the longest reference, and the longest of both together.
+
+    completion: of the longest that is stored; 0 where none is.
+    """
 
     prompt: int
     reference: int
     together: int
+    completion: int = 0
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> Lengths:
@@ -71,7 +75,8 @@ class Lengths(NamedTuple):
         longest = cls(0, 0, 0)
         for each in encoded:
             prompt, reference = len(each.prompt_ids), len(each.reference_ids)
-            longest = longest.joined(cls(prompt, reference, prompt + reference))
+            completion = max((len(c.token_ids) for c in each.completions), default=0)
+            longest = longest.joined(cls(prompt, reference, prompt + reference, completion))
         return longest
 
     def joined(self, other: Lengths) -> Lengths:

@@ -44,7 +44,9 @@ from grao_fast.data.rows import chunks, paced
 from grao_fast.data.sizes import Sizes
 from grao_fast.data.sources import SourceRows, read_rows
 from grao_fast.data.stored import (
+    COMPLETIONS,
     STORED_COLUMNS,
+    TOKENS,
     Stored,
     check_columns,
     read_stored,
@@ -299,11 +301,14 @@ class Columns:
             )
         return cls(prompt, reference, transcripts, stored)
 
-    def rendered(self, present: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The columns that a chat template writes into a prompt; and also into a reference."""
+    def rendered(self, present: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+        """The columns that a chat template writes into a prompt; also into a reference; and all
+        that hold a part of a group."""
         prompt = [self.prompt or "chosen"]
         prompt += [name for name in TEMPLATE_COLUMNS if name in present]
-        return prompt, list(dict.fromkeys([*prompt, self.reference or prompt[0]]))
+        whole = list(dict.fromkeys([*prompt, self.reference or prompt[0]]))
+        stored = [name for name in (COMPLETIONS, TOKENS) if self.stored and name in present]
+        return prompt, whole, [*whole, *stored]
 
     def example(self, index: int, row: Mapping[str, Any]) -> Example:
         where = f"row {index}"

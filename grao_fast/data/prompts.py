@@ -172,7 +172,7 @@ def open_prompts(
 
 
 def lengths_of(prompts: Sequence[Encoded], *, exact: bool = False) -> Lengths:
-    """The longest prompt and reference; of those drawn, as known, or with `exact` of all."""
+    """The longest sequences of each kind; of those drawn, as known, or with `exact` of all."""
     if isinstance(prompts, DrawnPrompts):
         return prompts.exact_lengths() if exact else prompts.lengths
     return Lengths.of(prompts)
@@ -185,7 +185,8 @@ def sizes_of(examples: Sequence[Example]) -> Sizes:
     prompt = np.array(
         [text_size(e.prompt) + text_size(e.template_options) for e in examples], np.int64
     )
-    return Sizes(prompt, prompt + [text_size(example.reference) for example in examples])
+    whole = prompt + [text_size(example.reference) for example in examples]
+    return Sizes(prompt, whole, whole)
 
 
 def take(examples: Sequence[Example], places: Sequence[int]) -> list[Example]:

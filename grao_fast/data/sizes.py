@@ -18,10 +18,14 @@ _PER_VALUE = 24  # a number or a constant, as text
 
 
 class Sizes(NamedTuple):
-    """Bytes of the prompt of every example, and of prompt and reference; int64."""
+    """Bytes of the prompt of every example, of prompt and reference, and of its group; int64.
+
+    The group is prompt and reference with the completions that are stored.
+    """
 
     prompt: np.ndarray
     whole: np.ndarray
+    group: np.ndarray
 
     def sample(self) -> Sequence[int]:
         """Places of examples at even distances, as many as are soon tokenised; all of a few."""
@@ -29,7 +33,7 @@ class Sizes(NamedTuple):
         return spread(n, max(1, min(n if n <= _FEW else _SAMPLE, affordable)))
 
     def largest(self) -> list[int]:
-        """Places of the largest examples, by prompt and as a whole."""
+        """Places of the largest examples: by prompt, as a whole, and by group."""
         most = min(_LARGEST, len(self.whole))
         places = (np.argpartition(each, -most)[-most:] for each in self)
         return np.unique(np.concatenate(list(places))).tolist()

@@ -1,9 +1,9 @@
 """The token budget of a micro-batch, found before the first step.
 
-The largest group of a run is the longest prompt with G samples of max_new_tokens and the longest
-reference. On CUDA, passes over one, two, four... of it are run and their peaks measured; several
-processes, which must all run the same passes, run two. On a CPU, where that would take minutes,
-three small groups of the same proportions are run, and
+The largest group of a run is the longest prompt with G samples of max_new_tokens, or as long as the
+longest that is stored, and the longest reference. On CUDA, passes over one, two, four... of it are
+run and their peaks measured; several processes, which must all run the same passes, run two. On a
+CPU, where that would take minutes, three small groups of the same proportions are run, and
 
     bytes(T) = a + b T + c T^2 + gradients        T tokens
 
@@ -130,10 +130,14 @@ def micro_batch(
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Tokens of a prompt and of each of its sequences."""
+    """Tokens of a prompt and of each of its sequences.
+
+    stored: whether its samples are stored.
+    """
 
     prompt: int
     sequences: tuple[int, ...]
+    stored: bool = False
 
     @classmethod
     def largest(
@@ -141,9 +145,9 @@ class GroupShape:
     ) -> GroupShape:
         """The longest prompt, samples and reference of a run, in one group."""
         G = sampling.num_generations if formula.needs_samples else 0
-        samples = (sampling.max_new_tokens,) * G
         lengths = lengths_of(prompts)
-        return cls(lengths.prompt, (*samples, lengths.reference))
+        samples = (lengths.completion or sampling.max_new_tokens,) * G
+        return cls(lengths.prompt, (*samples, lengths.reference), lengths.completion > 0)
 
     def scaled(self, factor: float) -> GroupShape:
         """This shape scaled, with at least one token where there was any."""
@@ -151,7 +155,7 @@ class GroupShape:
         def scale(length: int) -> int:
             return max(min(1, length), round(length * factor))
 
-        return GroupShape(scale(self.prompt), tuple(map(scale, self.sequences)))
+        return GroupShape(scale(self.prompt), tuple(map(scale, self.sequences)), self.stored)
 
     def group(self) -> Group:
         """A group of this shape, all live; the memory of a loss does not depend on token ids."""
@@ -174,13 +178,16 @@ def most_that_fit(peak: Callable[[int], float], budget: float, most: int) -> int
 
 
 def _too_large(shape: GroupShape, needed: float, budget: float) -> str:
+    remedy = "Lower max_new_tokens, num_generations,"
+    if shape.stored:
+        remedy = "Store fewer or shorter completions, lower"
     needs = f"needs {needed / _MIB:.0f} MiB" if needed < float("inf") else "needs more than all"
     return (
         f"the largest group, {shape.prompt} tokens of prompt and {len(shape.sequences)} sequences "
         f"of up to {max(shape.sequences)}, {needs} besides parameters, gradients and AdamW's "
-        f"moments, and {budget / _MIB:.0f} MiB are there for it (memory_budget_mib). Lower "
-        "max_new_tokens, max_prompt_length, max_reference_length or num_generations, keep "
-        "gradient_checkpointing and share_prefix on, or train an adapter"
+        f"moments, and {budget / _MIB:.0f} MiB are there for it (memory_budget_mib). {remedy} "
+        "max_prompt_length or max_reference_length, keep gradient_checkpointing and share_prefix "
+        "on, or train an adapter"
     )
 
 

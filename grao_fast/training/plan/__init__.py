@@ -107,7 +107,7 @@ def _notes(size: ModelSize, work: Workload, cluster: Cluster, memory: Memory) ->
             "An update of one prompt does not fit: use more processes, shorter sequences, fewer "
             "samples, or train an adapter."
         )
-    if memory.rollout > cluster.device_memory:
+    if work.decodes and memory.rollout > cluster.device_memory:
         notes.append(
             f"Sampling with Transformers does not fit, since each process gathers the whole model, "
             f"{whole / _GIB:.1f} GiB: sample with vLLM (use_vllm)."

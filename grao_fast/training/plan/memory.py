@@ -88,8 +88,8 @@ def memory(size: ModelSize, layout: Layout, work: Workload, device_memory: float
         "in_flight": (c + 4) * unit,
         "gathered": _gathered(size, layout, c),
         "workspace": work.workspace,
-        "sampling": 0.0 if work.vllm else c * size.model.all,
-        "cache": 0.0 if work.vllm else _cache(size, layout, work),
+        "sampling": c * size.model.all if work.decodes else 0.0,
+        "cache": _cache(size, layout, work) if work.decodes else 0.0,
     }
     passing = fixed["in_flight"] + fixed["gathered"] + fixed["workspace"]
     gradients = 4 * P / S

@@ -73,7 +73,7 @@ def phases(
     groups = work.groups(layout.processes)
     cost, group = size.cost, work.group(size)
     found = []
-    if not work.vllm:
+    if work.decodes:
         found.append(
             phase(
                 "sampling",
@@ -82,7 +82,8 @@ def phases(
                 traffic=wire.sampling,
             )
         )
-    found.append(phase("exchange of samples", traffic=wire.rollout))
+    if work.samples:
+        found.append(phase("exchange of samples", traffic=wire.rollout))
     if work.kl:
         found.append(phase("KL pass", flops=groups * cost.scores(group), traffic=wire.reference))
     update = wire.gather_forward + wire.gather_backward + wire.reduction
@@ -96,7 +97,7 @@ def phases(
     moved = work.updates * _ADAMW_BYTES * size.model.trained / layout.shards
     if not memory.on_cpu:
         found.append(phase("AdamW", reads=moved))
-    if work.vllm:
+    if work.vllm and work.samples_drawn:
         found.append(phase("weights to vLLM", traffic=wire.sampling))
     return found
 

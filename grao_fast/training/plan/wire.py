@@ -10,7 +10,7 @@ With S shards, N replicas, and P trained of all A elements, for each pass over a
     reduction       reduce-scatter of 4 P among S, all-reduce of 4 P / S among N
     KL              c A, forward, once a step
     sampling        c A, once a step, for Transformers, or tensor by tensor for vLLM
-    rollout         tokens, log-probs and texts of all samples, all-gathered
+    rollout         tokens, log-probs and texts of all samples, all-gathered; texts if stored
 
 Gradients are reduced once an update where memory allows (`reduces_once`).
 """
@@ -24,6 +24,7 @@ from grao_fast.training.plan.size import ModelSize
 from grao_fast.training.plan.work import Layout, Workload
 
 _TOKEN_BYTES = 18  # of a sampled token in a pickle: 5 of its id, 9 of its log-prob, 4 of its text
+_TEXT_BYTES = 4  # of a stored token, of which all processes read the others
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def wire(size: ModelSize, layout: Layout, work: Workload, memory: Memory) -> Wir
     backward = _gather(c * (size.model.all - size.root.all), layout)
     reductions = 1 if memory.reduced_once else passes
     tokens = work.prompts * work.samples * work.completion
+    token_bytes = _TOKEN_BYTES if work.samples_drawn else _TEXT_BYTES
     return Wire(
         gather_forward=whole.times(passes * work.updates),
         gather_backward=backward.times(passes * work.updates),
         reduction=_reduction(4 * size.model.trained, layout).times(reductions * work.updates),
         reference=whole.times(passes) if work.kl else Traffic(),
-        sampling=whole,
-        rollout=_ring(_TOKEN_BYTES * tokens, layout.processes, crossing=layout.nodes > 1),
+        sampling=whole if work.samples_drawn else Traffic(),
+        rollout=_ring(token_bytes * tokens, layout.processes, crossing=layout.nodes > 1),
     )
 
 

@@ -78,6 +78,7 @@ class Workload:
     compute_bytes: of an element of weights and activations in computing: 2 for bfloat16.
     max_tokens: token budget of a micro-batch; None: what fits.
     decoded: sequences that Transformers decodes at once.
+    samples_drawn: whether training samples; not from stored completions, or references alone.
     vllm: who samples: "" is Transformers, else vLLM's mode.
     engine_share: of a device's memory, that a colocated engine takes.
     """
@@ -97,6 +98,7 @@ class Workload:
     workspace: int
     max_tokens: int | None
     decoded: int
+    samples_drawn: bool
     vllm: str
     engine_share: float
 
@@ -122,9 +124,15 @@ class Workload:
             workspace=(config.workspace_mib or _WORKSPACE_MIB) * _MIB,
             max_tokens=config.max_tokens_per_microbatch,
             decoded=config.generation_batch_size,
+            samples_drawn=objective.formula.needs_samples and config.sampler == "policy",
             vllm=config.vllm_mode if config.use_vllm else "",
             engine_share=config.vllm_gpu_memory_utilization,
         )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether Transformers samples in training."""
+        return self.samples_drawn and not self.vllm
 
     def group(self, size: ModelSize) -> Work:
         """The work of the updates on one prompt and its sequences."""
