@@ -15,6 +15,7 @@ from judge_server import JudgeServer, chat, serving
 from tiny import sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
+from grao_fast.cli.commands import main
 from grao_fast.config import GRAOConfig
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
@@ -142,6 +143,27 @@ def test_the_math_example(tiny_model, tmp_path, monkeypatch, capsys) -> None:
     )
     assert {"rewards/math/mean", "rewards/length/mean"} <= steps_of(tmp_path / "run")[0].keys()
     assert (tmp_path / "run/final/adapter_config.json").is_file()
+
+
+# ---- offline
+
+
+def test_the_offline_example(tiny_model, tmp_path, monkeypatch, unchecked) -> None:
+    """The model that is trained sampled them: importance weights are 1 until the first update."""
+    folder = EXAMPLES / "offline"
+    monkeypatch.chdir(tmp_path)
+    load("offline/logprobs").main(str(tiny_model), str(folder / "groups.jsonl"), "scored.jsonl")
+    argv = f"train --config {folder / 'run.yaml'} --model {tiny_model} --device cpu"
+    options = "--num_train_epochs 1 --learning_rate 1e-2 --save_steps 0 --log_completions_steps 1"
+    assert main(f"{argv} {options}".split()) == 0
+    first, second = steps_of(tmp_path / "offline-run")
+    weight = "sampling/importance_sampling_ratio/"
+    for name in ("min", "mean", "max"):
+        assert first[weight + name] == pytest.approx(1, abs=1e-4)
+    assert second[weight + "min"] < 0.99 and second[weight + "max"] <= 2
+    assert (
+        first["reward"] == pytest.approx(0.5, abs=0.2) and first["completions/clipped_ratio"] == 0
+    )
 
 
 # ---- a judge
