@@ -100,7 +100,7 @@ def _mean(rows: Iterable[Row], name: str) -> float:
 
 
 # Why references become less likely, and the remedy, by `reference_advantage`.
-_FALLING: dict[ReferenceAdvantage, str] = {
+_FALLING = {
     "floor": "the samples, which are reinforced, draw the policy away from them. Lower "
     "learning_rate, or raise kl_coef",
     "clip": "the regulariser pushes down those that lose to the samples. Set "
