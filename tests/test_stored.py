@@ -329,6 +329,12 @@ def test_check_reads_stored_groups(tiny_model: Path, unchecked: None) -> None:
     assert found["dead groups"].verdict == "failure" and "100%" in found["dead groups"].value
     assert "are stored" in found["calls"].value
     assert found["stored completions"].value.startswith("4 to 4 for a prompt")
+    fewer = rows()
+    fewer[0] |= {"completions": ANSWERS[:2], "rewards": fewer[0]["rewards"][:2]}
+    result = check(tiny_model, fewer, None, config=STORED, check_prompts=7)
+    found = {finding.name: finding for finding in result.findings}
+    assert found["no reward"].value == "every sample has a reward"
+    assert "up to 16 stored completions" in found["steps"].value and "sampling" not in found["step"].value
     broken = rows(logprobs=[[-1.0], None, None, None])
     with pytest.raises(UserError, match="row 0, completion 0 has 1 log-probs and 4 tokens"):
         check(tiny_model, broken, None, config=STORED)

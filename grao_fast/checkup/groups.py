@@ -124,7 +124,8 @@ def sample_and_try(
 
     with ready(reward):
         scored = world.map(score, places)
-    seconds = {"sample": sampled - started, "reward": time.perf_counter() - sampled}
+    seconds = {} if stored else {"sample": sampled - started}
+    seconds["reward"] = time.perf_counter() - sampled
     measures = reward is not None and reward.is_measured
     measured = world.each(reward.take_metrics) if reward is not None and measures else []
     rewards_NK = torch.stack([each.rewards_K for each in scored])

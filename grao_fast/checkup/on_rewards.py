@@ -60,7 +60,9 @@ def on_failures(facts: GroupFacts) -> Finding:
 
 def on_absent(facts: GroupFacts) -> Finding:
     """Judge the share of samples, and of references, for which no function gave a number."""
-    absent = float(facts.samples_NG.isnan().double().mean())
+    counts = [len(group) for group in facts.rollout.completions]  # stored ones differ in number
+    scored = int((~facts.samples_NG.isnan()).sum())
+    absent = 1 - share(scored, sum(counts))
     value = f"{percent(absent)} of samples got None" if absent else "every sample has a reward"
     has_reference = [bool(prompt.reference_ids) for prompt in facts.rollout.prompts]
     lacking = facts.reference_N.isnan() & torch.tensor(has_reference)

@@ -42,10 +42,11 @@ def on_times(facts: StepFacts, *, steps: int) -> list[Finding]:
         f"an update of {times.timed} prompts takes {_seconds(times.timed_seconds)} "
         f"({times.tflops:.2g} TFLOP/s), measured"
     )
+    sampling = f"sampling {_seconds(times.sample)}, " if times.sample else ""
     reward = "unknown" if times.reward is None else _seconds(times.reward)
     value = (
-        f"extrapolated to {facts.prompts} prompts: {_seconds(times.step)} (sampling "
-        f"{_seconds(times.sample)}, reward {reward}, update {_seconds(times.update)})"
+        f"extrapolated to {facts.prompts} prompts: {_seconds(times.step)} ({sampling}"
+        f"reward {reward}, update {_seconds(times.update)})"
     )
     remedy = "make the reward faster (score in batches, async): it takes most of a step"
     of_reward = (times.reward or 0.0) / times.step

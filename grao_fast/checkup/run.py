@@ -271,7 +271,9 @@ def _steps(facts: RowFacts, config: GRAOConfig) -> tuple[int, int]:
 def _on_steps(batch: int, steps: int, config: GRAOConfig) -> Finding:
     value = f"{steps:,} of {batch} prompts"
     if config.objective_options.formula.needs_samples:
-        value += f", {batch * config.num_generations} samples"
+        count = batch * config.num_generations
+        stored = config.sampler == "dataset"
+        value += f", up to {count} stored completions" if stored else f", {count} samples"
     if batch == config.prompts_per_step:
         return Finding("run", "steps", "ok", value)
     value = f"{value}; prompts_per_step={config.prompts_per_step}"

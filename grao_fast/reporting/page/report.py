@@ -86,14 +86,19 @@ def _template() -> Template:
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return the rows of the first table: a name, and a cell for each run."""
     rows = [("progress", [run.status for run in runs])]
-    rows.append(
-        ("mean reward, first and last tenth", [_from_to(*r.change("reward")) for r in runs])
-    )
+    rows.append(("mean reward, first and last tenth", [_reward(run) for run in runs]))
     for metric, name in EVALUATIONS.items():
         rows.append((f"held out: {name}", [_evaluated(run, metric) for run in runs]))
     seconds = [run.summary.get("seconds") for run in runs]
     rows.append(("duration, from the latest start", [_duration(value) for value in seconds]))
     return [(name, cells) for name, cells in rows if any(cells)]
+
+
+def _reward(run: Run) -> str:
+    text = _from_to(*run.change("reward"))
+    if text and run.config.get("sampler") == "dataset":
+        text += " (of stored completions, whatever the policy has learned)"
+    return text
 
 
 def _from_to(before: float, after: float) -> str:
