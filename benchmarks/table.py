@@ -33,6 +33,7 @@ from table_parts import (
     unit_of,
 )
 from token_plots import PANELS, draw
+from trainer_tables import curves_table, draw_curves, trainers_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -227,6 +228,8 @@ MAKERS: dict[str, Callable[[str, Result], str]] = {
     "families": families_table,
     "objectives": objectives_table,
     "registers": registers_table,
+    "trainers": trainers_table,
+    "trainer_curves": curves_table,
 }
 
 
@@ -257,6 +260,8 @@ def main() -> None:
             path.write_text(write_tables(path.read_text(), path.parent))
         for path in RESULTS.glob("tokens-*.json"):
             written += draw(path.stem, json.loads(path.read_text()), DOCS / "results")
+        for path in RESULTS.glob("trainer_curves-*.json"):
+            written += draw_curves(path.stem, json.loads(path.read_text()), DOCS / "results")
     for path in written:
         print(f"wrote {path}")
 

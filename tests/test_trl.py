@@ -23,6 +23,7 @@ from transformers import (
 
 pytest.importorskip("trl")
 
+from tolerance import gradients_of, show_parity, worst_error
 from trl_runs import (
     assert_same,
     config,
@@ -76,11 +77,11 @@ def test_the_gradient_is_the_specifications(
     assert any(each.advantages_NK.isnan().any() for each in losses)
     loss = sum(each.loss for each in losses) / len(losses)
     loss.backward()
-    assert_same(
-        [torch.stack(each).mean(0) for each in zip(*trainer.gradients, strict=True)], double
-    )
+    gradients = [torch.stack(each).mean(0) for each in zip(*trainer.gradients, strict=True)]
+    assert_same(gradients, double)
     if per_generation <= accumulated:  # off policy, ratios stand where log-probs do
         mean = sum(logged(trainer, "loss")) / steps
+        show_parity("GRAOTrainer", mean, loss.detach(), gradients, gradients_of(double))
         assert mean == pytest.approx(float(loss.detach()), abs=1e-4)
 
 
@@ -506,6 +507,8 @@ def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
         batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
         loss = loss + truth(double, *batch).loss / len(first["rollouts"])
     loss.backward()
+    of_two = first["loss"], loss.detach(), first["gradients"], gradients_of(double)
+    show_parity("GRAOTrainer in two processes", *of_two)
     assert_same(first["gradients"], double)
     for mine, other in zip(first["gradients"], second["gradients"], strict=True):
         assert torch.equal(mine, other)
@@ -513,5 +516,7 @@ def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
     assert not all(first["learnt"] + second["learnt"])
     assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
     assert any(bool(whole.any()) for _, whole in first["sharded"])
+    sharded = worst_error(*zip(*first["sharded"], strict=True))
+    print(f"\nGRAOTrainer, FSDP2 beside the whole model: gradient {sharded:.1e}")
     for sharded, whole in first["sharded"] + second["sharded"]:
         torch.testing.assert_close(sharded, whole)

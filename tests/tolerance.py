@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,30 @@ def assert_accurate(
         f"{name}: error {error:.3g} above {allowed:.3g} "
         f"(error of naive {error_naive:.3g}, largest value {scale:.3g})"
     )
+
+
+def worst_error(actual: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
+    """The largest error of any tensor, relative to that tensor's largest true value."""
+    return max(
+        ((a.detach().double().cpu() - t).abs().max() / t.abs().max().clamp(min=1e-30)).item()
+        for a, t in zip(actual, truth, strict=True)
+    )
+
+
+def gradients_of(model: torch.nn.Module) -> list[Tensor]:
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return gradients
+
+
+def show_parity(
+    name: str,
+    value: float | Tensor,
+    true_value: float | Tensor,
+    gradients: Iterable[Tensor],
+    true_gradients: Iterable[Tensor],
+) -> None:
+    """Print, for `pytest -s`, how far a loss and its gradients are from the float64 truth."""
+    of_value = abs(float(value) / float(true_value) - 1)
+    of_gradient = worst_error(gradients, true_gradients)
+    print(f"\nparity of {name}: value {of_value:.1e}, gradient {of_gradient:.1e}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from objective_cases import CASES, LENGTH_NK, RATIOS, REWARDS_NK, Case, K, N, coefficients
-from tolerance import assert_accurate
+from tolerance import assert_accurate, worst_error
 from torch import Tensor
 
 from grao_fast.kernels import OffPolicy, Shaping, linear_policy_loss, reference
@@ -95,14 +95,6 @@ def run_formula(
     loss = case.formula(logprob_T, BATCH.sequence_T, REWARDS_NK, **case.options, **options)
     loss.backward()
     return [loss.detach(), *(operand.grad for operand in operands)]
-
-
-def worst_error(ours: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest error relative to the largest value, of value and gradients."""
-    return max(
-        ((a.detach().double().cpu() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(ours, truth, strict=True)
-    )
 
 
 def assert_matches(case: Case, ours: list[Tensor], dtype: torch.dtype, **options: Any) -> float:

@@ -1,0 +1,98 @@
+"""Tables and picture of the trainers: their steps beside each other, and two curves of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from table_parts import Result, absent_text, facts_text, number
+
+PANELS = {
+    "reward": "reward of the samples",
+    "loss": "loss",
+    "reference/logprob": "log p(reference)",
+}
+LAST = 8  # steps, of which means are shown
+# Okabe and Ito's palette. The second lies on the first, so it is thin and dashed.
+_STYLES = {
+    "ours": {"color": "#56B4E9", "linewidth": 3.2, "label": "grao_fast.train"},
+    "shared": {
+        "color": "#000000",
+        "linewidth": 1.1,
+        "linestyle": "--",
+        "label": "GRAOTrainer, the same sampler",
+    },
+    "own": {"color": "#D55E00", "linewidth": 1.1, "label": "GRAOTrainer, TRL's generate"},
+}
+
+
+def trainers_table(name: str, result: Result) -> str:
+    """Return a row a trainer: seconds of a step and of its phases, and peak memory."""
+    heads = ["trainer", "seconds a step (quartiles)", "sampling", "scoring", "update"]
+    heads += ["samples' tokens", "peak memory, MiB"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for row in result["rows"]:
+        cells = [
+            row["label"],
+            f"{number(row['median'])} ({number(row['q1'])} to {number(row['q3'])})",
+            number(row["sample"]),
+            f"{row['score']:.3f}",
+            number(row["update"]),
+            f"{row['trained_tokens']:.0f}",
+            "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    s = result["settings"]
+    note = (
+        f"{s['prompts']} prompts with {s['samples']} samples of at most {s['new_tokens']} tokens, "
+        f"float32, a micro-batch a group. Medians of {result['rows'][0]['rounds']} rounds, in "
+        "which all took turns, each in a process of its own; memory is the most that one held, "
+        "with weights, gradients and AdamW's moments, beyond what it had after importing."
+    )
+    return "\n".join([*lines, "", f"{note} {facts_text(result)}{absent_text(result)}"])
+
+
+def curves_table(name: str, result: Result) -> str:
+    """Return the picture, and a row a metric: how far the runs are apart."""
+    runs = result["runs"]
+    same = [step["same"] for step in runs["shared"]]
+    whole = result["settings"]["prompts"] * result["settings"]["samples"]
+    equal = next((n for n, count in enumerate(same) if count < whole), len(same))
+    heads = ["metric", f"greatest difference, steps 1 to {equal}", "in all steps"]
+    heads += [f"{style['label']}, last {LAST} steps" for style in _STYLES.values()]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for metric, title in PANELS.items():
+        apart = [
+            abs(ours[metric] - shared[metric])
+            for ours, shared in zip(runs["ours"], runs["shared"], strict=True)
+        ]
+        means = [sum(step[metric] for step in runs[run][-LAST:]) / LAST for run in _STYLES]
+        cells = [title, f"{max(apart[:equal], default=0.0):.1e}", f"{max(apart):.1e}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{mean:.3f}' for mean in means)])} |")
+    note = (
+        f"Differences are between the first two runs, in whose first {equal} steps all samples are "
+        f"the same; of all {whole * len(same)}, {sum(same)} are. {facts_text(result)}"
+    )
+    return "\n".join([f"![The three runs](docs/results/{name}.png)", "", *lines, "", note])
+
+
+def draw_curves(name: str, result: dict[str, Any], folder: Path) -> list[Path]:
+    """Plot reward, loss and the references' log-prob of the runs over each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.6), dpi=150)
+    figure.set_layout_engine("constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
+        for run, style in _STYLES.items():
+            values = [step[metric] for step in result["runs"][run]]
+            axes.plot(range(1, len(values) + 1), values, **style)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(True, color="#DDDDDD", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = figure.axes[0].get_lines()
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    path = folder / f"{name}.png"
+    FigureCanvasAgg(figure).print_png(path)
+    return [path]

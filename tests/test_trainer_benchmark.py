@@ -1,0 +1,107 @@
+"""The benchmark of the trainers is fair: from equal tokens all take the formulas' steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+from trainer_curves import METRICS, curves
+from trainer_race import check_first_step, check_texts, result_of, rollout_of
+from trainer_sides import GRAO_IN_TRL, GRPO, OURS, Run, Settings, order_of, right_and_brief, train
+from transformers import AutoTokenizer
+
+# By this seed no sample holds <pad>, which TRL does not decode.
+SETTINGS = Settings(steps=2, prompts=2, samples=3, new_tokens=6, learning_rate=0.0, seed=2)
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"{n} + 4 = ?"}],
+        "reference": f"It is {n + 4}.",
+        "answer": str(n + 4),
+    }
+    for n in range(4)
+]
+
+
+class _Kept(Run):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[SimpleNamespace] = []
+
+    def end(self, step: int, figures: dict[str, float]) -> None:
+        self.steps.append(
+            SimpleNamespace(figures=figures, said=list(self.said), sampled=list(self.sampled))
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path) -> dict[str, list[SimpleNamespace]]:
+    kept = {}
+    for side in (GRPO, GRAO_IN_TRL, OURS):
+        kept[side] = _Kept()
+        train(side, tiny_model, ROWS, SETTINGS, kept[side], sampling="both")
+    return {side: own.steps for side, own in kept.items()}
+
+
+@pytest.fixture(scope="module")
+def rollout(runs, tiny_model: Path) -> Any:
+    rows = [ROWS[i] for i in order_of(ROWS, SETTINGS).batch(0)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return rollout_of(runs[GRPO][0].sampled, rows, tokenizer, SETTINGS.samples)
+
+
+def first(runs) -> dict[str, dict[str, float]]:
+    return {side: dict(own[0].figures) for side, own in runs.items()}
+
+
+def test_all_take_the_formulas_first_step(runs, rollout, tiny_model: Path) -> None:
+    check_first_step(first(runs), rollout, tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("side", "name"), [(OURS, "grad_norm"), (GRPO, "grad_norm"), (GRAO_IN_TRL, "loss")]
+)
+def test_another_step_is_refused(runs, rollout, tiny_model: Path, side: str, name: str) -> None:
+    figures = first(runs)
+    figures[side][name] *= 1.001
+    with pytest.raises(AssertionError, match="is off by"):
+        check_first_step(figures, rollout, tiny_model)
+
+
+def test_every_round_has_the_same_texts(runs) -> None:
+    for turn in range(SETTINGS.steps):
+        said = {side: list(own[turn].said) for side, own in runs.items()}
+        check_texts(said, SETTINGS.prompts)
+        said[GRAO_IN_TRL][0] += "?"
+        with pytest.raises(AssertionError, match="grao_trainer has scored other texts"):
+            check_texts(said, SETTINGS.prompts)
+
+
+def test_results_are_of_the_rounds_after_the_warm_up(runs) -> None:
+    steps = {
+        side: [own[0].figures | {"step": 100.0}] * 2 + [own[1].figures | {"step": 2.0}] * 3
+        for side, own in runs.items()
+    }
+    for row in result_of(steps, SETTINGS, 0.5)["rows"]:
+        assert row["rounds"] == 3 and row["median"] == 2.0
+        assert row["trained_tokens"] <= SETTINGS.prompts * SETTINGS.samples * SETTINGS.new_tokens
+
+
+@pytest.mark.slow
+def test_curves_lie_over_each_other(tiny_model: Path) -> None:
+    found = curves(tiny_model, ROWS, replace(SETTINGS, learning_rate=1e-3))
+    assert [step["same"] for step in found["shared"]] == [SETTINGS.prompts * SETTINGS.samples] * 2
+    for ours, shared in zip(found["ours"], found["shared"], strict=True):
+        for name in METRICS:
+            assert shared[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5)
+
+
+def test_the_reward_reads_the_last_number() -> None:
+    texts = ["2 + 4 = 6", "6, or 7", "", "-6"]
+    right = [score >= 1 for score in right_and_brief(texts, ["6"] * 4)]
+    assert right == [True, False, False, False]
