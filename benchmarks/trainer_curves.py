@@ -3,8 +3,8 @@
     python benchmarks/trainer_curves.py MODEL  # -> benchmarks/results/trainer_curves-cpu.json
     python benchmarks/table.py                 # -> docs/results/trl.md and its picture
 
-MODEL is a folder. There are three runs: `grao_fast.train`; GRAOTrainer with the same sampler and
-seeds; and GRAOTrainer as TRL samples by itself.
+MODEL is a folder. There are four runs: `grao_fast.train`; GRAOTrainer with the samples of that run;
+with its sampler and seeds; and as TRL samples by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "math"))
 
 from measure import load_average, machine_facts
 from problems import problems
-from trainer_sides import GRAO_IN_TRL, OURS, Run, Settings, train
+from trainer_sides import GRAO_IN_TRL, OURS, Run, Samples, Settings, train
 
 RESULTS = Path(__file__).parent / "results" / "trainer_curves-cpu.json"
 METRICS = ("reward", "loss", "reference/logprob")
@@ -33,7 +33,8 @@ SETTINGS = Settings(
 )
 RUNS = {
     "ours": "`grao_fast.train`",
-    "shared": "GRAOTrainer, the same sampler",
+    "replayed": "GRAOTrainer, the same samples",
+    "shared": "GRAOTrainer, the same sampler and seeds",
     "own": "GRAOTrainer, TRL's `generate`",
 }
 
@@ -45,22 +46,27 @@ class Curve(Run):
         super().__init__()
         self.steps: list[dict[str, float]] = []
         self.texts: list[Counter[str]] = []
+        self.samples: list[Samples] = []
 
     def end(self, step: int, figures: dict[str, float]) -> None:
         self.steps.append({name: figures[name] for name in (*METRICS, "grad_norm")})
         self.texts.append(Counter(self.said))
+        self.samples.append(self.sampled)
         print(step, self.steps[-1], flush=True)
 
 
 def curves(
-    model_folder: Path, rows: Sequence[dict[str, Any]], settings: Settings
+    model_folder: Path,
+    rows: Sequence[dict[str, Any]],
+    settings: Settings,
+    names: Sequence[str] = tuple(RUNS),
 ) -> dict[str, list[dict[str, float]]]:
-    """The metrics of every step of the three runs.
+    """The metrics of every step of each run.
 
     `same` is the number of samples that are those of `grao_fast.train`, to the letter.
     """
     kept: dict[str, Curve] = {}
-    for name in RUNS:
+    for name in names:
         kept[name] = Curve()
         train(
             OURS if name == "ours" else GRAO_IN_TRL,
@@ -69,6 +75,7 @@ def curves(
             settings,
             kept[name],
             sampling="shared" if name == "shared" else "own",
+            replayed=kept["ours"].samples if name == "replayed" else None,
         )
         for step, ours, own in zip(
             kept[name].steps, kept["ours"].texts, kept[name].texts, strict=True

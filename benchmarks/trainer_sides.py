@@ -30,6 +30,7 @@ from grao_fast.training.state import DataStream, step_seed
 
 GRPO, GRAO_IN_TRL, OURS = "grpo", "grao_trainer", "ours"
 Sampling = Literal["own", "shared", "both"]
+Samples = list[tuple[list[int], list[int]]]  # ids of prompt and completion
 LABELS = {
     GRPO: "TRL GRPOTrainer, no references",
     GRAO_IN_TRL: "TRL with GRAOTrainer",
@@ -75,12 +76,12 @@ class Run:
     """Is told of the steps of a run, counted from 0.
 
     said: the texts that were scored in the step that is under way, references included.
-    sampled: ids of prompt and completion of each of its samples; TRL's only.
+    sampled: ids of prompt and completion of each of its samples.
     """
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.sampled: list[tuple[list[int], list[int]]] = []
+        self.sampled: Samples = []
 
     def begin(self, step: int) -> None:
         """Called before a step."""
@@ -108,11 +109,13 @@ def train(
     run: Run,
     *,
     sampling: Sampling = "own",
+    replayed: Sequence[Samples] | None = None,
 ) -> None:
     """Train by one side.
 
     sampling: of TRL: as it samples by itself; by the sampler and seeds of ours ("shared"); or both,
         where its own samples are dropped, and the time of ours does not count.
+    replayed: `Run.sampled` of every step of ours, which TRL takes in place of samples.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -120,7 +123,7 @@ def train(
         if side == OURS:
             _train_ours(model, tokenizer, rows, settings, run, folder)
         else:
-            _train_trl(side, model, tokenizer, rows, settings, run, folder, sampling)
+            _train_trl(side, model, tokenizer, rows, settings, run, folder, sampling, replayed)
 
 
 # grao_fast.train
@@ -167,6 +170,18 @@ class _OurSteps(Callback):
         self.started = time.perf_counter()
 
     def on_train_begin(self, policy: Any, config: Any) -> None:
+        sample = policy.sampler.sample
+
+        def keeping(prompts: list[list[int]], **options: Any) -> Any:
+            groups = sample(prompts, **options)
+            self.run.sampled = [
+                (prompt, each.token_ids)
+                for prompt, group in zip(prompts, groups, strict=True)
+                for each in group
+            ]
+            return groups
+
+        policy.sampler.sample = keeping
         self._begin(0)
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
@@ -197,9 +212,11 @@ def _train_trl(
     run: Run,
     folder: str,
     sampling: Sampling,
+    replayed: Sequence[Samples] | None,
 ) -> None:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from grao_fast.integrations.trl import GRAOTrainer
 
@@ -247,6 +264,9 @@ def _train_trl(
     )
     clock = _TRLSteps(run)
     shared = SharedSampling(settings, also_own=sampling == "both")
+    rollout_func: Any = None if sampling == "own" else shared
+    if replayed is not None:
+        rollout_func = functools.partial(_replay, replayed)
     stream = order_of(rows, settings)
     trainer = Clocked(
         model,
@@ -257,7 +277,7 @@ def _train_trl(
         ),
         processing_class=tokenizer,
         callbacks=[clock],
-        rollout_func=None if sampling == "own" else shared,
+        rollout_func=rollout_func,
     )
     trainer.train()
 
@@ -293,6 +313,13 @@ class _TRLSteps(TrainerCallback):
         names = ("loss", "grad_norm", "reward", "reference/logprob")
         figures |= {name: float(logs[name]) for name in names if name in logs}
         self.run.end(state.global_step - 1, figures)
+
+
+def _replay(steps: Sequence[Samples], prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """A `rollout_func` that returns samples of another run, of the same prompts."""
+    prompt_ids, completion_ids = zip(*steps[trainer.state.global_step], strict=True)
+    assert list(prompt_ids) == trainer._tokenize_prompts(prompts)[0]
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
 class SharedSampling:

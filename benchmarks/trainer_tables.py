@@ -16,11 +16,16 @@ LAST = 8  # steps, of which means are shown
 # Okabe and Ito's palette. The second lies on the first, so it is thin and dashed.
 _STYLES = {
     "ours": {"color": "#56B4E9", "linewidth": 3.2, "label": "grao_fast.train"},
-    "shared": {
+    "replayed": {
         "color": "#000000",
         "linewidth": 1.1,
         "linestyle": "--",
-        "label": "GRAOTrainer, the same sampler",
+        "label": "GRAOTrainer, the same samples",
+    },
+    "shared": {
+        "color": "#009E73",
+        "linewidth": 1.1,
+        "label": "GRAOTrainer, the same sampler and seeds",
     },
     "own": {"color": "#D55E00", "linewidth": 1.1, "label": "GRAOTrainer, TRL's generate"},
 }
@@ -55,25 +60,30 @@ def trainers_table(name: str, result: Result) -> str:
 def curves_table(name: str, result: Result) -> str:
     """Return the picture, and a row a metric: how far the runs are apart."""
     runs = result["runs"]
-    same = [step["same"] for step in runs["shared"]]
-    whole = result["settings"]["prompts"] * result["settings"]["samples"]
-    equal = next((n for n, count in enumerate(same) if count < whole), len(same))
-    heads = ["metric", f"greatest difference, steps 1 to {equal}", "in all steps"]
+    heads = ["metric", "greatest difference, the same samples", "the same sampler and seeds"]
     heads += [f"{style['label']}, last {LAST} steps" for style in _STYLES.values()]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for metric, title in PANELS.items():
         apart = [
-            abs(ours[metric] - shared[metric])
-            for ours, shared in zip(runs["ours"], runs["shared"], strict=True)
+            max(
+                abs(ours[metric] - other[metric])
+                for ours, other in zip(runs["ours"], runs[run], strict=True)
+            )
+            for run in ("replayed", "shared")
         ]
         means = [sum(step[metric] for step in runs[run][-LAST:]) / LAST for run in _STYLES]
-        cells = [title, f"{max(apart[:equal], default=0.0):.1e}", f"{max(apart):.1e}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{mean:.3f}' for mean in means)])} |")
+        cells = [title, *(f"{value:.1e}" for value in apart), *(f"{mean:.3f}" for mean in means)]
+        lines.append(f"| {' | '.join(cells)} |")
+    same = [step["same"] for step in runs["shared"]]
+    whole = result["settings"]["prompts"] * result["settings"]["samples"]
+    equal = next((n for n, count in enumerate(same) if count < whole), len(same))
     note = (
-        f"Differences are between the first two runs, in whose first {equal} steps all samples are "
-        f"the same; of all {whole * len(same)}, {sum(same)} are. {facts_text(result)}"
+        f"With the same sampler and seeds, the first {equal} steps have the same samples, and "
+        f"{sum(same)} of {whole * len(same)} are the same in all. {facts_text(result)}"
     )
-    return "\n".join([f"![The three runs](docs/results/{name}.png)", "", *lines, "", note])
+    return "\n".join(
+        [f"![The runs over each other](docs/results/{name}.png)", "", *lines, "", note]
+    )
 
 
 def draw_curves(name: str, result: dict[str, Any], folder: Path) -> list[Path]:
@@ -92,7 +102,7 @@ def draw_curves(name: str, result: dict[str, Any], folder: Path) -> list[Path]:
         axes.grid(True, color="#DDDDDD", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     handles = figure.axes[0].get_lines()
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     path = folder / f"{name}.png"
     FigureCanvasAgg(figure).print_png(path)
     return [path]

@@ -73,6 +73,7 @@ STARTS = {
     "docs/kernels.md": {"registers-compiled": "| ratio"},
     "docs/results/families.md": {"families-cpu": "| float32 |"},
     "docs/scaling.md": {"processes-cpu": "| 8 prompts"},
+    "docs/results/trl.md": {"trainers-cpu": "| trainer"},
 }
 
 

@@ -92,13 +92,17 @@ def test_results_are_of_the_rounds_after_the_warm_up(runs) -> None:
         assert row["trained_tokens"] <= SETTINGS.prompts * SETTINGS.samples * SETTINGS.new_tokens
 
 
-@pytest.mark.slow
 def test_curves_lie_over_each_other(tiny_model: Path) -> None:
     found = curves(tiny_model, ROWS, replace(SETTINGS, learning_rate=1e-3))
     assert [step["same"] for step in found["shared"]] == [SETTINGS.prompts * SETTINGS.samples] * 2
-    for ours, shared in zip(found["ours"], found["shared"], strict=True):
-        for name in METRICS:
-            assert shared[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5)
+    for name in ("replayed", "shared"):
+        for ours, other in zip(found["ours"], found[name], strict=True):
+            for metric in METRICS:
+                assert other[metric] == pytest.approx(ours[metric], rel=1e-4, abs=1e-5)
+    assert found["own"][0]["reference/logprob"] == pytest.approx(
+        found["ours"][0]["reference/logprob"], rel=1e-5
+    )
+    assert found["own"][1]["reward"] != found["ours"][1]["reward"]
 
 
 def test_the_reward_reads_the_last_number() -> None:
