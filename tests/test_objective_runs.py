@@ -100,11 +100,13 @@ def test_what_samples_alone_give_an_effect_is_refused_without_them() -> None:
         {"curriculum": True},
         {"num_generations": 4},
         {"log_completions": True},
+        {"log_completions_steps": 5},
     ):
         with pytest.raises(
             UserError, match="no effect with objective='dft', which samples nothing"
         ):
             GRAOConfig(objective="dft", **options)
+    GRAOConfig(objective="dft", log_completions_steps=0)
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 0.1}, {"epsilon_high": 0.3}])

@@ -337,7 +337,8 @@ def test_check_reads_stored_groups(tiny_model: Path, unchecked: None) -> None:
     result = check(tiny_model, fewer, None, config=STORED, check_prompts=7)
     found = {finding.name: finding for finding in result.findings}
     assert found["no reward"].value == "every sample has a reward"
-    assert "up to 16 stored completions" in found["steps"].value and "sampling" not in found["step"].value
+    assert "up to 16 stored completions" in found["steps"].value
+    assert "sampling" not in found["step"].value
     broken = rows(logprobs=[[-1.0], None, None, None])
     with pytest.raises(UserError, match="row 0, completion 0 has 1 log-probs and 4 tokens"):
         check(tiny_model, broken, None, config=STORED)

@@ -23,14 +23,15 @@ class Trained:
     def __call__(self, problem: Problem, *, learning_rate: float, meter: Meter) -> None:
         budget = problem.budget
         samples = make_objective(self.options.get("objective", "grao")).needs_samples
-        options: dict[str, Any] = {"num_generations": budget.num_generations} if samples else {}
-        options |= {
+        options: dict[str, Any] = {
             "prompts_per_step": budget.prompts_per_step,
             "max_steps": budget.steps,
             "temperature": budget.temperature,
             "max_new_tokens": budget.max_new_tokens,
             "learning_rate": learning_rate,
         }
+        if samples:
+            options |= SAMPLING | {"num_generations": budget.num_generations}
         config = GRAOConfig(**FIXED | options | self.options, seed=problem.seed)
         with tempfile.TemporaryDirectory() as folder:
             grao_fast.train(
@@ -64,9 +65,9 @@ FIXED: dict[str, Any] = {
     "save_steps": 0,
     "log_completions_steps": 0,
     "gradient_checkpointing": False,
-    "generation_batch_size": 1024,
     "max_tokens_per_microbatch": 8000,
     "workspace_mib": 64,
     "disable_tqdm": True,
     "device": "cpu",
 }
+SAMPLING: dict[str, Any] = {"generation_batch_size": 1024}

@@ -19,7 +19,7 @@ from grao_fast.sampling.loading import load_policy
 from grao_fast.sampling.seeds import prompt_seeds
 from grao_fast.training.state import DataStream, step_seed
 from study.arms import Problem
-from study.family import FIXED
+from study.family import FIXED, SAMPLING
 
 
 def config_of(problem: Problem, *, learning_rate: float) -> GRAOConfig:
@@ -27,6 +27,7 @@ def config_of(problem: Problem, *, learning_rate: float) -> GRAOConfig:
     budget = problem.budget
     return GRAOConfig(
         **FIXED,
+        **SAMPLING,
         num_generations=budget.num_generations,
         prompts_per_step=budget.prompts_per_step,
         max_steps=budget.steps,

@@ -196,7 +196,7 @@ def _check_samples(config: Any, name: str) -> None:
     formula = config.objective_options.formula
     for option in _OF_SAMPLES if not formula.needs_samples else ():
         value, default = getattr(config, option), getattr(type(config), option)
-        if value != default:
+        if value and value != default:  # 0 asks for nothing
             raise UserError(
                 f"{option}={value!r} has no effect with objective={name!r}, which samples "
                 f"nothing in training: leave it out, or at {default!r}"
