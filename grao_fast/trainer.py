@@ -36,9 +36,10 @@ from grao_fast.system.visible import get_logger, visible_errors
 from grao_fast.training.ahead import SamplingAhead
 from grao_fast.training.checkpoint import FINAL, choose_checkpoint, read_state, step_of
 from grao_fast.training.draws import PromptDraws
+from grao_fast.training.group_shape import GroupShape
 from grao_fast.training.identity import RunIdentity, check_same_run
 from grao_fast.training.inputs import Inputs, read_inputs, sampled_by, tokenizer_for
-from grao_fast.training.memory import GroupShape, token_budget
+from grao_fast.training.memory import token_budget
 from grao_fast.training.metrics import rollout_metrics
 from grao_fast.training.optim import adamw, count_steps, lr_schedule
 from grao_fast.training.progress import Progress

@@ -33,7 +33,8 @@ from grao_fast.sampling import Completion, loading
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
 from grao_fast.training.checkpoint import OPTIMIZER
-from grao_fast.training.memory import GroupShape, token_budget
+from grao_fast.training.group_shape import GroupShape
+from grao_fast.training.memory import token_budget
 from grao_fast.training.optim import adamw, moments_of
 from grao_fast.training.rollout import Rollout
 from grao_fast.training.state import load_optimizer

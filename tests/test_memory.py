@@ -16,6 +16,7 @@ from grao_fast.models.policy import Policy
 from grao_fast.objectives.grao import GRAO
 from grao_fast.sampling.loading import load_policy
 from grao_fast.training import memory
+from grao_fast.training.group_shape import GroupShape
 from grao_fast.training.held_bytes import HeldBytes
 from grao_fast.training.optim import adamw
 
@@ -55,7 +56,7 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
     config = GRAOConfig(num_generations=3, workspace_mib=1, **options)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = load_policy(family_model(family), config=config, tokenizer=tokenizer).policy
-    shape = memory.GroupShape(400, (480, 480, 480, 240))
+    shape = GroupShape(400, (480, 480, 480, 240))
     with memory._untouched(policy):
         probe = memory.Probe(policy, config.objective_options, config.workspace_mib)
         estimate = memory._estimated_peak(probe, shape)
@@ -66,14 +67,14 @@ def test_the_estimate_is_what_a_pass_holds(family: str, options: dict, tiny_mode
             assert 0.98 <= estimate(count) / actual <= 1.35
 
 
-def load(tiny_model, config: GRAOConfig) -> tuple[Policy, memory.GroupShape]:
+def load(tiny_model, config: GRAOConfig) -> tuple[Policy, GroupShape]:
     """A policy, and the largest group of its prompts."""
     loaded = load_policy(tiny_model, config=config)
     prompts = loaded.encode(load_examples(ROWS), config.sampling)
-    return loaded.policy, memory.GroupShape.largest(prompts, config.sampling, GRAO())
+    return loaded.policy, GroupShape.largest(prompts, config.sampling, GRAO())
 
 
-def budget(policy: Policy, shape: memory.GroupShape, config: GRAOConfig) -> int:
+def budget(policy: Policy, shape: GroupShape, config: GRAOConfig) -> int:
     return memory.token_budget(
         policy,
         adamw(policy.model, config.optimisation),
@@ -160,7 +161,7 @@ def test_on_cuda_passes_are_run_until_memory_runs_out(tiny_model, monkeypatch, e
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + 100 * ran[-1])
     peak = memory._measured_peak(
-        memory.Probe(policy, FOUND.objective_options), memory.GroupShape(3, (2, 2))
+        memory.Probe(policy, FOUND.objective_options), GroupShape(3, (2, 2))
     )
     assert [peak(n) for n in (1, 2, 4, 1)] == [100, 200, float("inf"), 100]
     assert ran == [1, 2, 4]
@@ -178,6 +179,6 @@ def test_on_cuda_other_errors_of_a_pass_are_not_taken_for_memory(tiny_model, mon
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        memory._measured_peak(
-            memory.Probe(policy, FOUND.objective_options), memory.GroupShape(3, (2, 2))
-        )(1)
+        memory._measured_peak(memory.Probe(policy, FOUND.objective_options), GroupShape(3, (2, 2)))(
+            1
+        )

@@ -1,9 +1,8 @@
 """The token budget of a micro-batch, found before the first step.
 
-The largest group of a run is the longest prompt with G samples of max_new_tokens, or as long as the
-longest that is stored, and the longest reference. On CUDA, passes over one, two, four... of it are
-run and their peaks measured; several processes, which must all run the same passes, run two. On a
-CPU, where that would take minutes, three small groups of the same proportions are run, and
+On CUDA, passes over one, two, four... of the largest group of the run are made, and their peaks
+measured; several processes, which must all make the same passes, make two. On a CPU, where that
+would take minutes, passes over three small groups of the same proportions are made, and
 
     bytes(T) = a + b T + c T^2 + gradients        T tokens
 
@@ -16,24 +15,22 @@ moments. Probing leaves no trace in the state of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch.optim import Optimizer
 
-from grao_fast.config import ObjectiveOptions, SamplingOptions
-from grao_fast.data.encoding import Encoded
+from grao_fast.config import ObjectiveOptions
 from grao_fast.data.packing import Group
-from grao_fast.data.prompts import lengths_of
 from grao_fast.distributed.world import World
 from grao_fast.kernels.devices import workspace_bytes
 from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import local
-from grao_fast.objectives import Objective
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
+from grao_fast.training.group_shape import GroupShape
 from grao_fast.training.held_bytes import HeldBytes
 from grao_fast.training.step import micro_batch_loss
 
@@ -126,40 +123,6 @@ def micro_batch(
         if fitting == 0:
             raise UserError(_too_large(shape, peak(1), budget))
         return MicroBatchMemory(fitting, peak(fitting), budget)
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Tokens of a prompt and of each of its sequences.
-
-    stored: whether its samples are stored.
-    """
-
-    prompt: int
-    sequences: tuple[int, ...]
-    stored: bool = False
-
-    @classmethod
-    def largest(
-        cls, prompts: Sequence[Encoded], sampling: SamplingOptions, formula: Objective
-    ) -> GroupShape:
-        """The longest prompt, samples and reference of a run, in one group."""
-        G = sampling.num_generations if formula.needs_samples else 0
-        lengths = lengths_of(prompts)
-        samples = (lengths.completion or sampling.max_new_tokens,) * G
-        return cls(lengths.prompt, (*samples, lengths.reference), lengths.completion > 0)
-
-    def scaled(self, factor: float) -> GroupShape:
-        """This shape scaled, with at least one token where there was any."""
-
-        def scale(length: int) -> int:
-            return max(min(1, length), round(length * factor))
-
-        return GroupShape(scale(self.prompt), tuple(map(scale, self.sequences)), self.stored)
-
-    def group(self) -> Group:
-        """A group of this shape, all live; the memory of a loss does not depend on token ids."""
-        return Group([0] * self.prompt, [[0] * length for length in self.sequences])
 
 
 def most_that_fit(peak: Callable[[int], float], budget: float, most: int) -> int:
