@@ -53,7 +53,8 @@ class OffPolicy(NamedTuple):
         "truncated"   sg(clamp(rho, 1 - low, 1 + high)) logp, as in CISPO: rows beyond the bounds
                       keep a gradient
 
-    kl is the sum of kl_coef_T (exp(ref - logp) - (ref - logp) - 1).
+    kl is the sum of kl_coef_T (exp(ref - logp) - (ref - logp) - 1); with `kl_times_ratio`, each
+    addend is multiplied by rho, which is 1 on policy and has a gradient there too.
 
     old_logprob_T: (T,) floats, log-probs under the policy that made the update's data; NaN for a
         row that is on policy, whose value is logp.
@@ -67,8 +68,11 @@ class OffPolicy(NamedTuple):
         1 is no bound from below.
     sampler_cap: needs `sampler_logprob_T`. None: no cap.
     ratio: "clipped" or "truncated", of the rows with an old log-prob.
+    kl_times_ratio: the unbiased estimate of the KL off policy, whose gradient is unbiased on policy
+        too: that of rho k3 is rho (logp - ref), that of k3 alone is 1 - exp(ref - logp). Needs
+        `ref_logprob_T`.
 
-    Sources: arXiv 1707.06347 (PPO), 2506.13585 (CISPO).
+    Sources: arXiv 1707.06347 (PPO), 2506.13585 (CISPO), 2512.02556 (`kl_times_ratio`).
     """
 
     old_logprob_T: Tensor | None = None
@@ -78,6 +82,7 @@ class OffPolicy(NamedTuple):
     clip: tuple[float, float] | None = None
     sampler_cap: float | None = None
     ratio: str = "clipped"
+    kl_times_ratio: bool = False
 
 
 class Shaping(NamedTuple):
@@ -203,7 +208,7 @@ def _check_terms(terms_CT: Tensor, hidden_TD: Tensor) -> None:
 
 def _check_off_policy(off_policy: OffPolicy, terms_CT: Tensor, hidden_TD: Tensor) -> None:
     """ValueError names a field that does not fit."""
-    old_T, sampler_T, ref_T, kl_coef_T, clip, sampler_cap, ratio = off_policy
+    old_T, sampler_T, ref_T, kl_coef_T, clip, sampler_cap, ratio, kl_times_ratio = off_policy
     check_choice("ratio", ratio, tuple(RATIOS))
     for name, values_T in zip(OffPolicy._fields[:4], off_policy[:4], strict=True):
         if values_T is not None:
@@ -213,6 +218,7 @@ def _check_off_policy(off_policy: OffPolicy, terms_CT: Tensor, hidden_TD: Tensor
         ("sampler_cap", sampler_cap, "sampler_logprob_T", sampler_T),
         ("kl_coef_T", kl_coef_T, "ref_logprob_T", ref_T),
         ("ref_logprob_T", ref_T, "kl_coef_T", kl_coef_T),
+        ("kl_times_ratio", kl_times_ratio or None, "ref_logprob_T", ref_T),
     ):
         if option is not None and values_T is None:
             raise ValueError(f"{name} has no effect without {needed}: give both, or neither")
@@ -275,4 +281,5 @@ def _form_rows(
         low=low,
         high=high,
         importance_cap=math.inf if sampler_cap is None else sampler_cap,
+        kl_times_ratio=off_policy.kl_times_ratio,
     )

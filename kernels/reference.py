@@ -179,10 +179,18 @@ def shaped(logprob_T: Tensor, form: str) -> Tensor:
     return factor_T.detach() * logprob_T
 
 
-def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
-    """Unbiased, non-negative estimates of KL(pi, ref) at samples of pi; 0 where `ref` is NaN."""
+def k3(logprob_T: Tensor, ref_logprob_T: Tensor, old_logprob_T: Tensor | None = None) -> Tensor:
+    """Unbiased, non-negative estimates of KL(pi, ref) at samples of pi; 0 where `ref` is NaN.
+
+    With `old`, at samples of that policy: multiplied by exp(logp - old), where NaN stands for pi
+    itself, held constant.
+    """
     gap_T = torch.where(ref_logprob_T.isnan(), 0, ref_logprob_T - logprob_T)
-    return torch.exp(gap_T) - gap_T - 1
+    kl_T = torch.exp(gap_T) - gap_T - 1
+    if old_logprob_T is None:
+        return kl_T
+    old_logprob_T = torch.where(old_logprob_T.isnan(), logprob_T.detach(), old_logprob_T)
+    return torch.exp(logprob_T - old_logprob_T) * kl_T
 
 
 def grao_loss(
@@ -207,6 +215,7 @@ def grao_loss(
     sampler_cap: float | None = None,
     ref_logprob_T: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_times_ratio: bool = False,
 ) -> ReferenceLoss:
     """The loss and its three components as the paper writes them, one prompt after another.
 
@@ -217,7 +226,8 @@ def grao_loss(
     "tapered" replaces log pi of a reference of negative weight by `shaped` of the form "dft".
 
     Off policy, `surrogate` replaces log pi. With `ref_logprob_T`, the loss has one more term:
-    kl = kl_coef (1/G) sum_i mean of `k3` over o_i, samples of weight 0 included.
+    kl = kl_coef (1/G) sum_i mean of `k3` over o_i, samples of weight 0 included; with
+    `kl_times_ratio`, of `k3` at samples of the old policy.
     """
     absent_T = torch.full_like(hidden_TD[:, 0], torch.nan)
     old_logprob_T = absent_T if old_logprob_T is None else old_logprob_T.to(absent_T)
@@ -268,7 +278,8 @@ def grao_loss(
                         sampler_cap=sampler_cap,
                     ).mean()
                 if penalised:
-                    kl = kl + kl_coef * k3(logprob, ref_logprob_T[rows]).mean() / G
+                    old_logprob = old_logprob_T[rows] if kl_times_ratio else None
+                    kl = kl + kl_coef * k3(logprob, ref_logprob_T[rows], old_logprob).mean() / G
         for k in samples:
             exploration = exploration + advantages_K[k] * mean_logprob[k] / G
             gap = mean_logprob[k] - mean_logprob[-1]

@@ -117,7 +117,10 @@ def test_metrics_are_of_samples_and_the_reference_has_its_own(tiny_model: Path, 
     assert "clip_ratio/region_mean" not in entry and "kl" not in entry
 
 
-def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(tiny_model, tmp_path):
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(
+    tiny_model: Path, tmp_path: Path, corrected: bool
+):
     """Two steps by SGD on one rollout, against the same two of the specification."""
     kl_coef, clip, lr = 0.3, (0.02, 0.2), 0.02
     args = config(
@@ -129,7 +132,7 @@ def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(tiny_model,
         epsilon=clip[0],
         epsilon_high=clip[1],
         beta=kl_coef,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=corrected,
         lr_scheduler_type="constant",
     )
     trainer = run(tiny_model, args, prompts(["live", "dead"] * 3), lr=lr)
@@ -145,7 +148,7 @@ def test_a_second_iteration_holds_ratios_and_the_kl_holds_the_policy(tiny_model,
     assert_same(trainer.gradients[0], double)  # the policy is where it began: no KL yet
     torch.optim.SGD(double.parameters(), lr=lr).step()
     double.zero_grad()
-    kl = {"ref_logprob_T": start_T, "kl_coef": kl_coef}
+    kl = {"ref_logprob_T": start_T, "kl_coef": kl_coef, "kl_times_ratio": corrected}
     second = truth(double, groups, rewards_NK, old_logprob_T=start_T, clip=clip, **kl)
     second.loss.backward()
     assert_same(trainer.gradients[1], double)
@@ -296,7 +299,7 @@ def test_text_is_taken_as_it_is(tiny_model: Path, tmp_path: Path):
 def test_an_adapter_learns_and_is_held_to_the_model_below(tiny_model: Path, tmp_path: Path):
     from peft import LoraConfig
 
-    options = {"beta": 0.1, "use_bias_correction_kl": False, "lr_scheduler_type": "constant"}
+    options = {"beta": 0.1, "lr_scheduler_type": "constant"}
     trainer = run(
         tiny_model,
         config(tmp_path, max_steps=2, learning_rate=0.1, **options),
@@ -392,8 +395,6 @@ def test_models_that_are_not_understood_are_refused(tiny_model: Path, tmp_path: 
 
 
 def test_what_else_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="set use_bias_correction_kl=False"):
-        run(tiny_model, config(tmp_path, beta=0.1), prompts(KINDS))
     with pytest.raises(ValueError, match="statistics must be one of group, samples; got 'batch'"):
         run(tiny_model, config(tmp_path), prompts(KINDS), statistics="batch")
     with pytest.raises(ValueError, match="grao_beta must be a number"):
@@ -474,7 +475,7 @@ def test_tokens_beyond_the_embedding_are_refused_by_name(tiny_model: Path, tmp_p
 def test_a_kl_needs_a_model_that_can_be_loaded_again(tiny_model: Path, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.config._name_or_path = ""
-    args = config(tmp_path, beta=0.1, use_bias_correction_kl=False)
+    args = config(tmp_path, beta=0.1)
     with pytest.raises(ValueError, match=r"beta=0.1 holds.*pass its folder, or set beta=0.0"):
         GRAOTrainer(model, reward, args, prompts(KINDS))
 

@@ -20,7 +20,7 @@ from ..vocab_parallel import Shard
 OPERANDS_SCHEMA = "Tensor hidden_TD, Tensor head_VD, Tensor? bias_V, Tensor target_T"
 TERMS_SCHEMA = (
     "Tensor terms_CT, str? ratio, str? shaping, Tensor? constants_PT, Tensor? kl_coef_T, "
-    "float low, float high, float importance_cap"
+    "float low, float high, float importance_cap, bool kl_times_ratio"
 )
 OPTIONS_SCHEMA = (
     "float slope, float inner, float? cap, SymInt workspace_bytes, str backend, ScalarType dtype, "
@@ -89,7 +89,7 @@ class PassInputs(NamedTuple):
     def flat(self) -> tuple:
         """Arguments in the order of OPERANDS_SCHEMA and TERMS_SCHEMA."""
         forms = self.forms
-        rows = (None, None, None, None, 0.0, 0.0, 0.0) if forms is None else forms
+        rows = (None, None, None, None, 0.0, 0.0, 0.0, False) if forms is None else forms
         return (*self.operands, self.target_T, self.terms_CT, *rows)
 
     @classmethod

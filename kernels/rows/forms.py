@@ -7,6 +7,9 @@ from its own log-prob, so that the loss still takes one pass:
     coefficient = w d value / d logp + kl_coef (exp(ref - logp) - 1),   sg(.) being a constant
     kl          = exp(ref - logp) - (ref - logp) - 1
 
+Where the KL is multiplied by the ratio rho = exp(logp - old), both are taken of rho kl, whose part
+of the coefficient is kl_coef rho (ref - logp).
+
 A row has a ratio rho = exp(logp - old), and an importance weight min(exp(old - sampler), cap):
 
     "clipped"     value = importance weight times rho, or logp where the row is on policy; rho is at
@@ -52,6 +55,7 @@ class FormRows(NamedTuple):
     low: float
     high: float
     importance_cap: float
+    kl_times_ratio: bool = False
 
     @property
     def bounds(self) -> tuple[float, float, float]:
@@ -89,7 +93,8 @@ def row_coefficient(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> Tens
     gap_R = rows.constants_PR[2] - logprob_R
     # Rows of zero weight may hold inf; skip them, since 0 * inf is NaN.
     without_kl_R = gap_R.isnan() | (rows.kl_coef_R == 0)
-    pull_R = torch.where(without_kl_R, 0, rows.kl_coef_R * gap_R.expm1())
+    slope_of_kl_R = _rho(logprob_R, rows) * gap_R if rows.kl_times_ratio else gap_R.expm1()
+    pull_R = torch.where(without_kl_R, 0, rows.kl_coef_R * slope_of_kl_R)
     return torch.where(weight_R == 0, 0, weight_R * importance_R * slope_R) + pull_R
 
 
@@ -97,7 +102,19 @@ def row_value(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> tuple[Tens
     """Return the value that the weight multiplies in the objective, and the row's KL."""
     (value_R, _), importance_R = _row_value(weight_R, logprob_R, rows)
     gap_R = rows.constants_PR[2] - logprob_R
-    return importance_R * value_R, torch.where(gap_R.isnan(), 0, gap_R.expm1() - gap_R)
+    kl_R = torch.where(gap_R.isnan(), 0, gap_R.expm1() - gap_R)
+    if rows.kl_times_ratio:
+        kl_R = _rho(logprob_R, rows) * kl_R
+    return importance_R * value_R, kl_R
+
+
+def _rho(logprob_R: Tensor, rows: FormRows) -> Tensor:
+    """The ratio exp(logp - old), 1 on policy and in shaped rows."""
+    old_R = rows.constants_PR[0]
+    without_R = old_R.isnan()
+    if rows.shaping is not None:
+        without_R = without_R | (rows.constants_PR[3] != 0)
+    return torch.where(without_R, 1, (logprob_R - old_R).exp())
 
 
 def _row_value(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> tuple[Value, Tensor]:

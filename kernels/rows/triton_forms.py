@@ -25,6 +25,7 @@ def _form_coefficient(
     importance_cap,
     RATIO: tl.constexpr,
     SHAPING: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
 ):
     """`forms.row_coefficient`; a row's constants, see FormRows, lie `stride` apart."""
     coefficient = weight
@@ -38,12 +39,14 @@ def _form_coefficient(
         importance = tl.where(
             sampler == sampler, tl.minimum(tl.exp(old - sampler), importance_cap), 1.0
         )
-        # Rows of zero weight may hold inf; skip them, since 0 * inf is NaN.
-        pull = tl.where((gap == gap) & (kl_coef != 0.0), kl_coef * _expm1(gap), 0.0)
         push = weight * importance * _ratio_slope(rho, free, low, high, RATIO)
         if SHAPING != 0:
             shaped = tl.load(row_constants_ptr + 3 * stride)
             push = tl.where(shaped != 0.0, weight * _shape_slope(logprob, SHAPING), push)
+            rho = tl.where(shaped != 0.0, 1.0, rho)  # it has none
+        # Rows of zero weight may hold inf; skip them, since 0 * inf is NaN.
+        kl_slope = rho * gap if KL_TIMES_RATIO else _expm1(gap)
+        pull = tl.where((gap == gap) & (kl_coef != 0.0), kl_coef * kl_slope, 0.0)
         coefficient = tl.where(weight == 0.0, 0.0, push) + pull
     return coefficient
 

@@ -78,6 +78,7 @@ def _policy_rows_kernel(
     HAS_TOP1: tl.constexpr,
     RATIO: tl.constexpr,
     SHAPING: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     ROW_FITS: tl.constexpr,  # V <= BLOCK
     BLOCK: tl.constexpr,
@@ -135,7 +136,7 @@ def _policy_rows_kernel(
         _store_if(top1_ptr, row, tl.where(target_z == peak, 1.0, 0.0), HAS_TOP1)
         weight = _form_coefficient(
             weight, kl_coef, logprob, row_constants_ptr + row, constants_stride, low, high,
-            importance_cap, RATIO, SHAPING,
+            importance_cap, RATIO, SHAPING, KL_TIMES_RATIO,
         )  # fmt: skip
 
         if WRITE_GRADIENT:

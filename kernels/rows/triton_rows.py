@@ -92,6 +92,7 @@ def policy_rows(
             HAS_TOP1=outputs.top1_R is not None,
             RATIO=0 if forms is None else RATIOS[forms.ratio].number,
             SHAPING=0 if shaping is None else SHAPINGS[shaping].number,
+            KL_TIMES_RATIO=forms is not None and forms.kl_times_ratio,
             WRITE_GRADIENT=dlogits_RV is not None,
             ROW_FITS=shape.row_fits,
             BLOCK=shape.block,

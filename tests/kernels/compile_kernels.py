@@ -88,6 +88,7 @@ def rows(
         "HAS_TOP1": forms,
         "RATIO": RATIOS[ratio].number if forms else 0,
         "SHAPING": 0 if shaping is None else SHAPINGS[shaping].number,
+        "KL_TIMES_RATIO": forms and ratio == "truncated",
         "WRITE_GRADIENT": write_gradient,
         "ROW_FITS": shape.row_fits,
         "BLOCK": shape.block,

@@ -29,7 +29,7 @@ LOW, HIGH, CAP = 0.8, 1.2, 2.0
 
 
 def form_rows(ratio: str, shaping: str | None, logprob_R: Tensor) -> FormRows:
-    """Ratios on both sides of the bounds; every other row is shaped."""
+    """Ratios on both sides of the bounds, which multiply the KL too where they are truncated."""
     constants_PR = logprob_R + torch.tensor([[0.1], [-0.3], [0.6]]).to(logprob_R)
     constants_PR[0, ::3] = logprob_R[::3] - 0.9
     constants_PR[0, ::5] = math.nan
@@ -37,7 +37,8 @@ def form_rows(ratio: str, shaping: str | None, logprob_R: Tensor) -> FormRows:
         shaped_R = (torch.arange(len(logprob_R)) % 2 == 0).to(logprob_R)
         constants_PR = torch.cat([constants_PR, shaped_R[None]])
     kl_coef_R = torch.linspace(-0.1, 0.2, len(logprob_R)).to(logprob_R)
-    return FormRows(ratio, shaping, constants_PR.detach(), kl_coef_R, LOW, HIGH, CAP)
+    multiplies = ratio == "truncated"
+    return FormRows(ratio, shaping, constants_PR.detach(), kl_coef_R, LOW, HIGH, CAP, multiplies)
 
 
 def specified(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> Tensor:
@@ -49,7 +50,9 @@ def specified(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> Tensor:
     if rows.shaping is not None:
         shaped_R = reference.shaped(logprob_R, rows.shaping)
         value_R = torch.where(rows.constants_PR[3] != 0, shaped_R, value_R)
-    return weight_R * value_R - rows.kl_coef_R * reference.k3(logprob_R, ref_R)
+        old_R = old_R.masked_fill(rows.constants_PR[3] != 0, math.nan)
+    kl_R = reference.k3(logprob_R, ref_R, old_R if rows.kl_times_ratio else None)
+    return weight_R * value_R - rows.kl_coef_R * kl_R
 
 
 @pytest.mark.parametrize("ratio, shaping", FORMS)
@@ -158,6 +161,7 @@ def given_for(ratio: str, shaping: str | None) -> tuple[OffPolicy, Shaping | Non
         clip=(0.2, 0.3),
         sampler_cap=1.2,
         ratio=ratio,
+        kl_times_ratio=ratio == "truncated",
     )
     return off_policy, None if shaping is None else Shaping(shaping, SHAPED)
 
@@ -199,8 +203,10 @@ def formula(hidden_TD, head_VD, bias_V, off_policy: OffPolicy, shaping: Shaping 
     if shaping is not None:
         shaped_T = reference.shaped(logprob_T, shaping.form)
         value_T = torch.where(shaping.rows_T[live_T], shaped_T, value_T)
+        old_T = old_T.masked_fill(shaping.rows_T[live_T], math.nan)
     terms_C = (terms()[:, live_T].to(dtype) * torch.where(weighs_T, value_T, 0)).sum(1)
-    kl = (kl_coef_T * reference.k3(logprob_T, ref_T)).sum()
+    kl_T = reference.k3(logprob_T, ref_T, old_T if off_policy.kl_times_ratio else None)
+    kl = (kl_coef_T * kl_T).sum()
     all_T = torch.full_like(WEIGHT, math.nan, dtype=dtype)
     all_T[live_T] = logprob_T.detach()
     return kl - terms_C.sum(), terms_C, kl, all_T

@@ -89,6 +89,7 @@ def test_without_any_log_prob_nothing_changes() -> None:
         (ONES[None].long(), None, "terms_CT must be floating point, got torch.int64"),
         (ONES[None].requires_grad_(), None, r"terms_CT requires grad.*detach\(\)"),
         (ONES[None], OffPolicy(kl_coef_T=ONES), "kl_coef_T has no effect without ref_logprob_T"),
+        (ONES[None], OffPolicy(kl_times_ratio=True), "kl_times_ratio has no effect without ref_"),
         (
             ONES[None],
             OffPolicy(ref_logprob_T=ONES),

@@ -37,7 +37,7 @@ WORKS = frozenset({
     "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
     "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_cap",
+    "vllm_importance_sampling_cap", "use_bias_correction_kl",
 })  # fmt: skip
 
 # An option that no test can run on a CPU.
@@ -64,7 +64,6 @@ ONLY = {
 # Options that are refused by a check of their own.
 REFUSED = {
     "loss_type": 'other than "grpo", or TRL\'s default, "dapo", which is read as "grpo"',
-    "use_bias_correction_kl": "where there is a KL term (`beta`)",
     "router_aux_loss_coef": "other than 0 for a mixture of experts",
 }
 
@@ -96,12 +95,6 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
         value = getattr(args, name)
         if value != only:
             raise UserError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
-    if args.beta != 0.0 and args.use_bias_correction_kl:
-        raise UserError(
-            f"beta={args.beta} asks for a KL term, and use_bias_correction_kl=True (TRL's default) "
-            "to multiply it by the ratio, which GRAOTrainer does not: set "
-            "use_bias_correction_kl=False"
-        )
     if args.deepspeed_plugin is not None:
         raise UserError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_model_impl == "transformers":

@@ -146,6 +146,7 @@ class GRAOTrainer(RolloutTrainer):
                 ref_logprob_T=ref_T,
                 kl_coef_T=kl_coef_T.where(rows.is_sample_T, 0.0),
                 clip=(min(self.epsilon_low, 1.0), self.epsilon_high),  # a ratio is never negative
+                kl_times_ratio=self.beta != 0.0 and self.args.use_bias_correction_kl,
             )
         shaping = None
         if self._objective["reference_advantage"] == "tapered":
