@@ -23,7 +23,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "math"))
 
 from measure import load_average, machine_facts
 from problems import problems
-from trainer_sides import GRAO_IN_TRL, OURS, Run, Samples, Settings, train
+from trainer_problem import GRAO_IN_TRL, OURS, Run, Samples, Settings
+from trainer_sides import train
 
 RESULTS = Path(__file__).parent / "results" / "trainer_curves-cpu.json"
 METRICS = ("reward", "loss", "reference/logprob")

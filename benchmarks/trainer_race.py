@@ -33,7 +33,7 @@ from problems import problems
 from step_race import give_back, trl_absence
 from step_sides import naive_gradient
 from torch import Tensor
-from trainer_sides import (
+from trainer_problem import (
     GRAO_IN_TRL,
     GRPO,
     LABELS,
@@ -42,8 +42,8 @@ from trainer_sides import (
     Settings,
     order_of,
     right_and_brief,
-    train,
 )
+from trainer_sides import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grao_fast.data.encoder import Encoder

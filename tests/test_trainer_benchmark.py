@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("trl")
 
 from trainer_curves import METRICS, curves
+from trainer_problem import GRAO_IN_TRL, GRPO, OURS, Run, Settings, order_of, right_and_brief
 from trainer_race import check_first_step, check_texts, result_of, rollout_of
-from trainer_sides import GRAO_IN_TRL, GRPO, OURS, Run, Settings, order_of, right_and_brief, train
+from trainer_sides import train
 from transformers import AutoTokenizer
 
 # By this seed no sample holds <pad>, which TRL does not decode.
