@@ -20,7 +20,7 @@ K = 4
 
 def micro_batches(dtype: torch.dtype, device: str):
     """The prompts of one problem one by one, with the divisor of the whole batch."""
-    problem = make_problem(T=60, V=97, D=24)
+    problem = make_problem(T=30, V=97, D=24)
     for n in range(3):
         rows = (problem.sequence_T // K == n).nonzero().squeeze(1)
         yield replace(
@@ -29,7 +29,7 @@ def micro_batches(dtype: torch.dtype, device: str):
             target_T=problem.target_T[rows].to(device),
             sequence_T=problem.sequence_T[rows] - n * K,
             rewards_NK=problem.rewards_NK[n : n + 1],
-            options={"num_prompts": 3, "workspace_mib": 0.004},
+            options={"num_prompts": 3, "workspace_mib": 0.002},
         )
 
 
