@@ -21,8 +21,10 @@ TEST = [
     "peft>=0.18",
     "pytest>=8",
     "pytest-benchmark>=5",
+    "pytest-xdist>=3.8",  # several processes, with pytest's -n
     "setuptools>=77.0.1",  # the packaging tests build wheels without the network
     "sybil>=9.0",  # finds the blocks of code in docs
+    "zstandard>=0.23",  # reads .zst files of a dataset
 ]
 
 setup(

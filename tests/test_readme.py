@@ -147,7 +147,10 @@ def is_module(dotted: str) -> bool:
 
 def test_the_two_commands_are_those_that_continuous_integration_runs() -> None:
     commands = re.findall(r"^    (pip install .+ && .+)$", README, re.MULTILINE)
-    assert commands == ["pip install . && grao-fast demo", 'pip install -e ".[test]" && pytest']
+    assert commands == [
+        "pip install . && grao-fast demo",
+        'pip install -e ".[test]" && pytest -n 2',
+    ]
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert commands[1] + "\n" in ci and '\n(cd "$work" && grao-fast demo)' in ci
 
