@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from grao_fast.data.examples import REFERENCE_COLUMNS
+from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, visible_errors

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grao_fast.data.examples import REFERENCE_COLUMNS
+from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.data.fields import Messages, read_prompt, read_reference
 from grao_fast.integrations.trl.turns import Tools, TurnEncoder
 from grao_fast.kernels.checks import check_number
