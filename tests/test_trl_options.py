@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,18 @@ def test_trls_default_loss_type_is_read_as_graos_and_the_others_are_refused(
     for loss_type in ("dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"):
         with pytest.raises(ValueError, match=f"no loss_type='{loss_type}'.* leave loss_type out"):
             run(tiny_model, config(tmp_path, loss_type=loss_type), prompts(LIVE))
+
+
+def test_what_deepspeed_would_split_or_drop_is_refused(tmp_path: Path):
+    args = config(tmp_path)
+    settings = {"zero_optimization": {"stage": 2}}
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=settings)
+    listed.check_options(args, {"optimizers": (None, None)})
+    with pytest.raises(ValueError, match=r"drops `optimizers`.*set optim and learning_rate"):
+        listed.check_options(args, {"optimizers": (object(), None)})
+    settings["tensor_parallel"] = {"autotp_size": 2}
+    with pytest.raises(ValueError, match=r"autotp_size=2 splits each layer.*and take ZeRO-3"):
+        listed.check_options(args, {})
 
 
 def test_options_of_what_is_refused_are_said_to_have_no_effect(tmp_path, caplog):

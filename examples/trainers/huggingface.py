@@ -12,18 +12,20 @@ from grao_fast.kernels import linear_weighted_cross_entropy
 
 class OnePassTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels").cpu()  # of the next token, one place earlier
-        labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        labels = torch.nn.functional.pad(inputs.pop("labels").cpu(), (0, 1), value=-100)[:, 1:]
         weights = (labels != -100).float() / (num_items_in_batch or (labels != -100).sum()).cpu()
-        causal_lm = self.accelerator.unwrap_model(model)
-        output = causal_lm.base_model(**inputs)
-        loss = linear_weighted_cross_entropy(
-            output.last_hidden_state.flatten(0, 1),
-            causal_lm.get_output_embeddings().weight,
-            labels.flatten(),
-            weights.flatten(),
-        ).loss
-        return (loss, output) if return_outputs else loss
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+
+        def loss_of(hidden_BLD):  # in place of logits, where DDP, FSDP and ZeRO-3 have the weights
+            rows = hidden_BLD.flatten(0, 1), head.weight, labels.flatten(), weights.flatten()
+            return linear_weighted_cross_entropy(*rows).loss
+
+        head.forward = loss_of
+        loss = model(**inputs, use_cache=False).logits
+        del head.forward
+        if num_items_in_batch is not None:  # in all processes, whose gradients are averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def main(path: str, rows: str, output: str) -> None:

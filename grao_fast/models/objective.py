@@ -2,7 +2,9 @@
 
 DDP and FSDP expect the loss to come out of the forward pass that they wrap, and FSDP2 gathers the
 head's weight only inside it. A loss is therefore a closure that the model runs in its `forward`.
-It is not a set of tensor arguments: FSDP2 casts those.
+It is not a set of tensor arguments: FSDP2 casts those. DeepSpeed's ZeRO-3 gathers a weight only
+inside the forward and backward passes of the module that owns it, so the closure runs in the
+`forward` of the head itself.
 
 Suffixes: B rows of L tokens, T rows that predict a token, D width, V vocabulary.
 """
@@ -51,14 +53,20 @@ def run_at_head(
 
     def objective(causal_lm: PreTrainedModel, output: Any) -> R:
         head = causal_lm.get_output_embeddings()
-        return function(
-            HeadInputs(
-                hidden_TD=output.last_hidden_state.flatten(0, 1).index_select(0, row_T),
-                head_VD=head.weight,
-                bias_V=head.bias,
-                router_logits=getattr(output, "router_logits", None),
+        assert head is not None, "see check_head"
+
+        def forward(hidden_BLD: Tensor) -> R:
+            return function(
+                HeadInputs(
+                    hidden_TD=hidden_BLD.flatten(0, 1).index_select(0, row_T),
+                    head_VD=head.weight,
+                    bias_V=head.bias,
+                    router_logits=getattr(output, "router_logits", None),
+                )
             )
-        )
+
+        with _forward_of(head, forward):
+            return head(output.last_hidden_state)
 
     return model(**inputs, objective=objective)
 
@@ -89,12 +97,20 @@ def answer_objectives(causal_lm: PreTrainedModel) -> None:
 @contextmanager
 def answering_objectives(causal_lm: PreTrainedModel) -> Iterator[None]:
     """Apply `answer_objectives` inside the block, and restore the model's own forward after it."""
-    before = vars(causal_lm).get("forward")
-    answer_objectives(causal_lm)
+    with _forward_of(causal_lm, causal_lm.forward):
+        answer_objectives(causal_lm)
+        yield
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's `forward` inside the block; its hooks run as they did."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
-            del causal_lm.forward
+            del module.forward
         else:
-            causal_lm.forward = before
+            module.forward = before

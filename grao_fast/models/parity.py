@@ -16,7 +16,7 @@ from grao_fast.models.attention import attending
 from grao_fast.models.checks import MODEL_ERRORS
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
-from grao_fast.models.sharding import own_class
+from grao_fast.models.sharding import own_class, whole_shape
 from grao_fast.system.errors import UserError, first_line
 from grao_fast.system.visible import get_logger
 
@@ -50,7 +50,7 @@ def check_parity(policy: Policy, *, gradient: bool = True) -> None:
     model = policy.causal_lm
     name, training = own_class(model).__name__, policy.model.training
     remedy = "set share_prefix=False" if policy.share_prefix else "this model is not supported"
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary, _ = whole_shape(model.get_output_embeddings().weight)
     lengths = _lengths(policy)
     ids_T = (torch.arange(sum(lengths)) * 7919 + 11) % vocabulary
     prompt, *suffixes = (ids.tolist() for ids in ids_T.split(lengths))

@@ -165,6 +165,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole of a sharded tensor, by FSDP2 or by DeepSpeed's ZeRO-3."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -6,6 +6,7 @@ Suffixes: B or S rows of L tokens, C columns that are scored, T tokens, D width,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grao_fast.integrations.trl.rows import Rows, model_inputs
+from grao_fast.integrations.trl.zero import gathering, is_partitioned
 from grao_fast.kernels import (
     OffPolicy,
     PolicyLoss,
@@ -24,12 +26,13 @@ from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.objective import HeadInputs, run_at_head
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
+from grao_fast.models.sharding import whole_shape
 from grao_fast.system.errors import UserError
 
 
 def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens that the model embeds; UserError if padding is not one of them."""
-    rows = len(causal_lm_of(model).get_input_embeddings().weight)
+    rows, _ = whole_shape(causal_lm_of(model).get_input_embeddings().weight)
     if tokenizer.pad_token_id >= rows:
         raise UserError(
             f"the padding token {tokenizer.pad_token!r} is beyond the model's embedding of {rows} "
@@ -47,13 +50,16 @@ def logit_transform_of(
 ) -> LogitTransform:
     """The model's logit transform; with `compare`, checked against the model's own logits.
 
+    Where ZeRO-3 has split the model, every process compares, since each has a part of it.
+
     Raises:
         UserError: the model's logits differ.
     """
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
     transform = LogitTransform.from_config(causal_lm.config.get_text_config())
-    if not compare:
+    split = is_partitioned(model)
+    if not (compare or split):
         return transform
     policy = Policy(
         model=model,
@@ -62,7 +68,8 @@ def logit_transform_of(
         autocast_dtype=autocast_dtype,
         pad_token_id=tokenizer.pad_token_id,
     )
-    check_parity(policy, gradient=False)  # its layers run as they are
+    with gathering(model) if split else nullcontext():
+        check_parity(policy, gradient=False)  # its layers run as they are
     return transform
 
 

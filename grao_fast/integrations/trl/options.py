@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 # tests/test_vllm_real_trl.py run each, on a CPU.
 WORKS = frozenset({
     "model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations",
+    "ds3_gather_for_generation",
     "num_generations_eval", "max_completion_length", "shuffle_dataset", "pad_to_multiple_of",
     "generation_batch_size", "steps_per_generation", "temperature", "top_p", "top_k", "min_p",
     "generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation",
@@ -80,7 +81,6 @@ MEANINGLESS = {
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
         "of use_adaptive_entropy, which is refused",
     ),
-    "ds3_gather_for_generation": "of DeepSpeed, which is refused",
     "log_multimodal": "of images, and models are of text",
 }
 
@@ -96,7 +96,7 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
         if value != only:
             raise UserError(f"GRAOTrainer has no {name}={value!r}: set {name}={only!r}")
     if args.deepspeed_plugin is not None:
-        raise UserError("GRAOTrainer does not run under DeepSpeed: launch with DDP or FSDP")
+        _check_deepspeed(args.deepspeed_plugin.deepspeed_config, options.get("optimizers"))
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_model_impl == "transformers":
         raise UserError(
             'with vllm_model_impl="transformers" and vllm_mode="colocate", vLLM replaces how '
@@ -110,6 +110,20 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
             "leave no room: use a LoRA-like adapter"
         )
     _name_meaningless(args)
+
+
+def _check_deepspeed(settings: dict[str, Any], optimizers: Any) -> None:
+    if any(each is not None for each in optimizers or ()):
+        raise UserError(
+            "under DeepSpeed, Transformers drops `optimizers` for an optimiser of its own making: "
+            "leave it out, and set optim and learning_rate"
+        )
+    size = settings.get("tensor_parallel", {}).get("autotp_size", 1)
+    if size > 1:
+        raise UserError(
+            f"DeepSpeed's autotp_size={size} splits each layer over processes, the head too, which "
+            "GRAOTrainer's loss needs whole: leave tensor_parallel out, and take ZeRO-3"
+        )
 
 
 def _check_loss_type(loss_type: str) -> None:

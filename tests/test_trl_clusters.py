@@ -1,0 +1,194 @@
+"""GRAOTrainer under DeepSpeed's ZeRO and under FSDP2, against the specification in float64."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import free_port, launch
+from safetensors.torch import load_file
+from tiny import save_tiny_model
+from transformers import AutoTokenizer
+
+pytest.importorskip("trl")
+import trl_clusters
+from trl_runs import double_of, truth, with_rewards
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[1] / "examples"
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+NEEDS_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed, see docs/trl.md")
+KINDS = [
+    pytest.param("zero2", marks=NEEDS_DEEPSPEED),
+    pytest.param("zero3", marks=NEEDS_DEEPSPEED),
+    "fsdp2",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_on_the_cpu() -> Iterator[None]:
+    """Import DeepSpeed before processes fork, as it is told to run without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        if HAS_DEEPSPEED:
+            importlib.import_module("deepspeed")
+        yield
+
+
+def environment(kind: str, folder: Path) -> dict[str, str]:
+    if not kind.startswith("zero"):
+        return trl_clusters.FSDP2 if kind == "fsdp2" else {}
+    return trl_clusters.zero(int(kind[-1]), folder)
+
+
+def in_two(kind: str, folder: Path, body: Callable[[], Any]) -> None:
+    """Call `body` in two processes with what `accelerate launch` sets for the kind."""
+    folder.mkdir(exist_ok=True)
+    named = environment(kind, folder)
+
+    def run(rank: int) -> None:
+        os.environ.update(named)
+        body()
+        torch.distributed.destroy_process_group()
+
+    for process in launch(run, folder, timeout=400):
+        assert process.status == 0, process.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["tied", "untied", "lora"])
+def test_the_gradient_is_the_specifications(
+    tiny_model: Path, untied_model: Path, tmp_path: Path, kind: str, model: str
+) -> None:
+    """Of weights that are split over two processes; read off a step of SGD, once it is saved."""
+    source, lora = untied_model if model == "untied" else tiny_model, model == "lora"
+    gathers = model != "untied"
+    in_two(
+        kind,
+        tmp_path,
+        lambda: trl_clusters.one_step(
+            source, tmp_path, lora=lora, ds3_gather_for_generation=gathers
+        ),
+    )
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    assert first["kind"] == ("FSDP" if kind == "fsdp2" else "DEEPSPEED")
+    double = double_of(source)
+    total = sum(parameter.numel() for parameter in double.parameters())
+    assert (first["held"] <= 0.7 * total) == (kind != "zero2")
+
+    saved = load_file(tmp_path / "saved" / f"{'adapter_model' if lora else 'model'}.safetensors")
+    whole = with_adapter(double, saved) if lora else double
+    tokenizer, loss = AutoTokenizer.from_pretrained(source), torch.zeros((), dtype=torch.float64)
+    for (rows_0, pairs_0), (rows_1, pairs_1) in zip(
+        first["rollouts"], second["rollouts"], strict=True
+    ):
+        batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
+        loss = loss + truth(double, *batch).loss / len(first["rollouts"])
+    loss.backward()
+    assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    learnt = 0
+    for name, parameter in whole.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        after = saved[name.replace(".default", "")].double()
+        ours = (parameter.detach().float() - after) / trl_clusters.LR
+        largest = float(parameter.grad.abs().max())
+        assert float((ours - parameter.grad).abs().max()) <= 1e-5 * max(1e-2, largest), name
+        learnt += largest > 1e-4
+    assert learnt >= 10
+
+
+def with_adapter(double: torch.nn.Module, saved: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The model under the adapter as it began: `lora_A` has no gradient in the first step."""
+    from peft import get_peft_model
+
+    whole = get_peft_model(double, trl_clusters.LORA).double()
+    for name, parameter in whole.named_parameters():
+        if "lora_A" in name:
+            parameter.data.copy_(saved[name.replace(".default", "")])
+    return whole
+
+
+def in_one(folder: Path, body: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Call `body` in one process, and return the weights that it saved."""
+    folder.mkdir()
+    (process,) = launch(lambda _: body(), folder, size=1, timeout=400)
+    assert process.status == 0, process.stderr[-3000:]
+    return weights_of(folder)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "saved" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    in_one(folder, lambda: trl_clusters.some_steps(tiny_model, folder))
+    return folder
+
+
+def assert_ends_alike(folder: Path, alone: Path) -> None:
+    """The norms of its gradients, and the weights at its end, are those of one process."""
+    norms, expected = (json.loads((each / "norms-0.json").read_text()) for each in (folder, alone))
+    assert norms == pytest.approx(expected, rel=1e-4)
+    weights = weights_of(folder)
+    for name, whole in weights_of(alone).items():
+        torch.testing.assert_close(weights[name], whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_one_processs_and_resumes(
+    tiny_model: Path, alone: Path, tmp_path: Path, kind: str
+) -> None:
+    """Two steps, with a KL penalty, clipping and recomputation; the second once more, resumed."""
+    in_two(kind, tmp_path, lambda: trl_clusters.some_steps(tiny_model, tmp_path))
+    assert_ends_alike(tmp_path, alone)
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    in_two(kind, tmp_path, lambda: trl_clusters.some_steps(tiny_model, tmp_path, resume=True))
+    assert_ends_alike(tmp_path, alone)
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs a checkout")
+@pytest.mark.parametrize("name", [pytest.param("zero3", marks=NEEDS_DEEPSPEED), "fsdp2"])
+def test_the_examples_for_accelerate_start_it(
+    tiny_model: Path, alone: Path, tmp_path: Path, name: str
+) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(EXAMPLES / "trl" / f"{name}.yaml"), "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
+    command += [trl_clusters.__file__, "steps", str(tiny_model), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_ends_alike(tmp_path, alone)
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs a checkout")
+@pytest.mark.parametrize("kind", [*KINDS, "ddp"])
+def test_the_example_for_transformers_trainer(
+    tiny_model: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step is that of one process, since it asks for the head's weight in the head's pass."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "trainers"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = in_one(one, lambda: trl_clusters.supervised_step(tiny_model, one))
+    in_two(kind, two, lambda: trl_clusters.supervised_step(tiny_model, two))
+    before = load_file(tiny_model / "model.safetensors")
+    for name, weight in weights_of(two).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=0)
+        assert not torch.equal(weight, before[name]), name
