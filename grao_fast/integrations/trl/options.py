@@ -115,8 +115,8 @@ def check_options(args: GRPOConfig, options: dict[str, Any]) -> None:
 def _check_deepspeed(settings: dict[str, Any], optimizers: Any) -> None:
     if any(each is not None for each in optimizers or ()):
         raise UserError(
-            "under DeepSpeed, Transformers drops an optimiser that it is given for one that it makes "
-            "itself: leave optimizers out, and set optim and learning_rate"
+            "under DeepSpeed, Transformers drops an optimiser that it is given and makes its own: "
+            "leave optimizers out, and set optim and learning_rate"
         )
     size = settings.get("tensor_parallel", {}).get("autotp_size", 1)
     if size > 1:
