@@ -75,7 +75,14 @@ VARIANTS = {
     ),
     "LoRA, KL, two updates": Variant({"kl_coef": 0.1, "num_iterations": 2}, lora=True),
     "DPO, two updates": Variant(OTHER | {"objective": "dpo", "num_iterations": 2}),
-    "SFT": Variant(OTHER | {"objective": "sft", "num_generations": GRAOConfig.num_generations}),
+    "SFT": Variant(
+        OTHER
+        | {
+            "objective": "sft",
+            "num_generations": GRAOConfig.num_generations,  # of none
+            "log_completions_steps": 0,
+        }
+    ),
     "half dead": Variant(dead=0.5),
     "nine tenths dead": Variant(dead=0.9),
     "refilled": Variant({"dynamic_sampling": 2, "curriculum": True}, dead=0.5),
