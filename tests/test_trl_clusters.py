@@ -189,6 +189,7 @@ def test_the_example_for_transformers_trainer(
     expected = in_one(one, lambda: trl_clusters.supervised_step(tiny_model, one))
     in_two(kind, two, lambda: trl_clusters.supervised_step(tiny_model, two))
     before = load_file(tiny_model / "model.safetensors")
-    for name, weight in weights_of(two).items():
-        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=0)
+    weights = weights_of(two)
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=0)
         assert not torch.equal(weight, before[name]), name
