@@ -17,6 +17,7 @@ import torch
 from processes import free_port, launch
 from safetensors.torch import load_file
 from tiny import save_tiny_model
+from tolerance import show_parity
 from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
@@ -100,7 +101,7 @@ def test_the_gradient_is_the_specifications(
         loss = loss + truth(double, *batch).loss / len(first["rollouts"])
     loss.backward()
     assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
-    learnt = 0
+    learnt = []  # pairs of gradients that are not rounding alone
     for name, parameter in whole.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -108,8 +109,11 @@ def test_the_gradient_is_the_specifications(
         ours = (parameter.detach().float() - after) / trl_clusters.LR
         largest = float(parameter.grad.abs().max())
         assert float((ours - parameter.grad).abs().max()) <= 1e-5 * max(1e-2, largest), name
-        learnt += largest > 1e-4
-    assert learnt >= 10
+        if largest > 1e-4:
+            learnt.append((ours, parameter.grad))
+    assert len(learnt) >= 10
+    values = first["loss"], loss.detach()
+    show_parity(f"GRAOTrainer, {kind}, {model}", *values, *zip(*learnt, strict=True))
 
 
 def with_adapter(double: torch.nn.Module, saved: dict[str, torch.Tensor]) -> torch.nn.Module:

@@ -61,6 +61,13 @@ def check_weighed(found: dict[str, Any], most: float) -> None:
     assert max(found["bounded"]) > 0 and min(found["bounded"]) < 1
 
 
+def check_gradients(found: dict[str, Any], name: str) -> None:
+    """Each step's gradient is the specification's; its error is printed for `pytest -s`."""
+    worst = max(found["gradient"])
+    print(f"\nparity of GRAOTrainer with vLLM, {name}: gradient {worst:.1e}")
+    assert worst < 1e-5
+
+
 def check_arrived(found: dict[str, Any], most: float) -> None:
     """vLLM has the last weights, and they are far from the first."""
     assert found["greedy"] < most
@@ -76,7 +83,7 @@ def test_an_engine_in_the_process_that_trains(model: Path, tmp_path: Path):
     plain, regex, lora, refused = facts(tmp_path, model, "plain", "regex", "lora", "refused")
     check_weighed(plain, ROUNDED)
     for found in (plain, regex):
-        assert max(found["gradient"]) < 1e-5
+        check_gradients(found, "in the process that trains")
         assert (found["length"], found["share"]) == (64, 0.05)
         assert found["model"] == "LlamaForCausalLM"
     for found in (plain, regex, lora):
@@ -118,7 +125,7 @@ def test_a_server(port: int, model: Path, tmp_path: Path):
     assert "NCCL weight-transfer engine, which needs a CUDA device" in without_nccl["error"]
     check_weighed(plain, SAME)
     for found in (plain, regex):
-        assert max(found["gradient"]) < 1e-5
+        check_gradients(found, "a server")
     for found in (plain, regex, lora):
         check_arrived(found, SAME)
     assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
