@@ -26,7 +26,9 @@ class Callback:
     def on_train_begin(self, policy: LoadedPolicy, config: GRAOConfig) -> None:
         """Called before the first step.
 
-        policy: has `model`, `tokenizer` and `sampler`, and greedily completes prompts by `answer`.
+        policy: has `model`, `tokenizer` and `sampler`, and greedily completes prompts by `answer`,
+            in this hook and later ones, with the weights that it has then. Call its `sync`, in all
+            processes, before you sample from `sampler` directly.
         """
 
     def on_step_end(self, step: int, metrics: dict[str, float]) -> bool | None:

@@ -241,7 +241,7 @@ class _Run:
         first_step = self.progress.begin(checkpoint, total_steps=self.total_steps)
         objective = self.config.objective_options
         if self.samples:
-            self.loaded.sampler.sync(self.loaded.policy)
+            self.loaded.sync()
         self.max_tokens = self.config.max_tokens_per_microbatch or token_budget(
             self.loaded.policy,
             self.optimizer,
@@ -323,6 +323,7 @@ class _Run:
                 max_tokens=self.max_tokens,
                 beginning=self.loaded.beginning,
             )
+        self.loaded.changed()
         self.draws.done(step)
         self.progress.done = step + 1
         metrics |= {"epoch": self.draws.epochs(step + 1)}
@@ -332,7 +333,7 @@ class _Run:
         """Give the sampler the weights of a finished step, which is not lost if this fails."""
         self.ahead.settle()
         started = time.perf_counter()
-        self.loaded.sampler.sync(self.loaded.policy)
+        self.loaded.sync()
         metrics["time/sync"] = time.perf_counter() - started
         self.ahead.begin(step)
 
@@ -340,9 +341,6 @@ class _Run:
         """Evaluate on the held-out prompts, if any; step 0 is before training."""
         if self.held_out is None:
             return None
-        if not self.samples:  # no step has given the sampler its weights
-            with self.world.at_once():
-                self.loaded.sampler.sync(self.loaded.policy)
         result = self.held_out.begin() if step == 0 else self.held_out.evaluate()
         if not log:
             return result

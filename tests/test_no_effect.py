@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_trainer import CONFIG, ROWS, letters, lines, run
 
+from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
 from grao_fast.data.examples import Example
@@ -116,3 +117,47 @@ def test_a_sampler_gets_weights_when_it_answers(
     assert sampler.calls == ["sync", *["sync", "sample"] * 2]
     rows = [json for json in lines(tmp_path) if "loss" in json]
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
+
+
+class Asks(Callback):
+    """Answers a prompt at the start and after every step, and notes whether with the weights."""
+
+    def __init__(self, sampler: Keeps) -> None:
+        self.sampler, self.up_to_date = sampler, []
+
+    def on_train_begin(self, policy: Any, config: GRAOConfig) -> None:
+        self.policy = policy
+        self.on_step_end(0, {})
+
+    def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
+        self.policy.answer([[3]], max_new_tokens=2, seed=0)
+        now = head_of(self.policy.policy)
+        self.up_to_date.append(torch.equal(self.sampler.weight, now))
+
+
+class Keeps(Counted):
+    """Keeps the weights of the latest `sync`."""
+
+    def sync(self, policy: Any) -> None:
+        super().sync(policy)
+        self.weight = head_of(policy)
+
+
+def head_of(policy: Any) -> torch.Tensor:
+    return policy.causal_lm.get_output_embeddings().weight.detach().clone()
+
+
+def test_a_callback_samples_with_the_weights_of_the_moment(
+    tiny_model: Path, tmp_path: Path, unchecked: None
+) -> None:
+    """Also where training samples nothing, and after a checkpoint has been loaded."""
+    asks = Asks(Keeps())
+    config, options = SFT.replace(lr_scheduler_type="constant"), {"eval_dataset": ROWS[:2]}
+    options |= {"sampler": asks.sampler, "callbacks": [asks]}
+    run(tiny_model, tmp_path, config=config.replace(max_steps=2), **options)
+    assert asks.up_to_date == [True] * 3
+    asks = Asks(Keeps())
+    options |= {"sampler": asks.sampler, "callbacks": [asks], "resume_from_checkpoint": True}
+    run(tiny_model, tmp_path, config=config, **options)
+    assert asks.up_to_date == [True] * 2
+    assert asks.sampler.calls == ["sync", *["sync", "sample"] * 2, "sample"]  # the evaluation

@@ -206,7 +206,7 @@ class _Check:
     ) -> list[Finding]:
         """The findings on samples, rewards and an update."""
         loaded, config, sampling = self.loaded, self.config, self.config.sampling
-        loaded.sampler.sync(loaded.policy)
+        loaded.sync()
         rows = self._rows(facts)
         groups, findings = self._groups(facts, rows)
         metric = self.inputs.metric

@@ -43,9 +43,10 @@ class Sampler(Protocol):
     context_length: int | None
 
     def sync(self, policy: Policy) -> None:
-        """Take over the policy's weights; called before the first sample and after every update.
+        """Take over the policy's weights. Every process must call it.
 
-        Every process must call it.
+        It is called before anything is sampled with weights that an update, or a checkpoint, has
+        changed: after every update where training samples, else before evaluations and answers.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from grao_fast.sampling.model_sampler import ModelSampler
 from grao_fast.sampling.seeds import prompt_seeds
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LoadedPolicy:
     """A policy with its tokenizer, its sampler, and what it began as.
 
@@ -41,6 +41,7 @@ class LoadedPolicy:
     sampler: Sampler
     beginning: Beginning | None = None
     base_digest: str | None = None
+    _stale: bool = field(default=True, init=False, repr=False)  # the sampler's weights
 
     @property
     def model(self) -> nn.Module:
@@ -100,6 +101,19 @@ class LoadedPolicy:
     def _ending_ids(self) -> frozenset[int]:
         return ending_ids(self.tokenizer, self.eos_token_ids)
 
+    def changed(self) -> None:
+        """Note that the policy's weights are no longer the sampler's."""
+        self._stale = True
+
+    def sync(self) -> None:
+        """Give the sampler the policy's weights unless it has them. Every process must call it.
+
+        `answer` and `complete` do so themselves; only what uses `sampler` directly needs it.
+        """
+        if self._stale:
+            self.sampler.sync(self.policy)
+            self._stale = False
+
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
         """A context in which the sampler needs no other process: all must enter it together."""
@@ -109,7 +123,7 @@ class LoadedPolicy:
             yield
 
     def answer(self, prompts: list[list[int]], *, max_new_tokens: int, seed: int) -> list[str]:
-        """The greedy completion of every prompt, as text. Every process must call it."""
+        """The policy's greedy completion of every prompt, as text. Every process must call it."""
         texts = self.complete(
             prompts, num_generations=1, temperature=0.0, max_new_tokens=max_new_tokens, seed=seed
         )
@@ -124,10 +138,12 @@ class LoadedPolicy:
         max_new_tokens: int,
         seed: int,
     ) -> list[list[str]]:
-        """Completions of every prompt, as texts. Every process must call it.
+        """Completions of every prompt by the policy as it is now, as texts.
 
-        What is sampled for a prompt depends on `seed` and its place, not on the other prompts.
+        Every process must call it. What is sampled for a prompt depends on `seed` and its place,
+        not on the other prompts.
         """
+        self.sync()
         seeds = prompt_seeds(seed, len(prompts))
 
         def complete_own(places: Sequence[int]) -> list[list[str]]:

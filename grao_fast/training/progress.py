@@ -75,6 +75,7 @@ class Progress:
         """Load the checkpoint that the run resumes from, if any; returns the steps it has done."""
         if checkpoint is not None:
             self._resume(checkpoint, total_steps)
+            self.loaded.changed()
         self.frozen = digest_frozen(self.loaded.model)
         assert self.done is not None
         return self.done
