@@ -17,23 +17,22 @@ from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-# Options that work as in GRPOTrainer; tests/test_trl*.py and
-# tests/test_vllm_real_trl.py run each, on a CPU.
+# Options that work as in GRPOTrainer; tests/test_trl*.py and tests/test_vllm_real_trl.py set each
+# in runs on CPUs, where others stand in for the hub and for NCCL.
 WORKS = frozenset({
     "model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations",
-    "ds3_gather_for_generation",
-    "num_generations_eval", "max_completion_length", "shuffle_dataset", "pad_to_multiple_of",
-    "generation_batch_size", "steps_per_generation", "temperature", "top_p", "top_k", "min_p",
-    "generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation",
-    "beta", "num_iterations", "epsilon", "epsilon_high", "reward_weights", "sync_ref_model",
-    "ref_model_mixup_alpha", "ref_model_sync_steps", "log_completions",
-    "num_completions_to_print", "log_unique_prompts", "model", "reward_funcs", "args",
-    "train_dataset", "eval_dataset", "processing_class", "reward_processing_classes",
-    "callbacks", "optimizers", "peft_config", "rollout_func", "tools", "environment_factory",
-    "max_tool_calling_iterations", "mask_truncated_completions", "log_completions_hub_repo",
-    "quantization_config", "use_transformers_continuous_batching", "use_transformers_paged",
-    "transformers_continuous_batching_config", "use_vllm", "vllm_mode",
-    "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_base_url",
+    "ds3_gather_for_generation", "num_generations_eval", "max_completion_length",
+    "shuffle_dataset", "pad_to_multiple_of", "generation_batch_size", "steps_per_generation",
+    "temperature", "top_p", "top_k", "min_p", "generation_kwargs", "chat_template_kwargs",
+    "repetition_penalty", "cache_implementation", "beta", "num_iterations", "epsilon",
+    "epsilon_high", "reward_weights", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps", "log_completions", "num_completions_to_print", "log_unique_prompts",
+    "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class",
+    "reward_processing_classes", "callbacks", "optimizers", "peft_config", "rollout_func",
+    "tools", "environment_factory", "max_tool_calling_iterations", "mask_truncated_completions",
+    "log_completions_hub_repo", "quantization_config", "use_transformers_continuous_batching",
+    "use_transformers_paged", "transformers_continuous_batching_config", "use_vllm",
+    "vllm_mode", "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_base_url",
     "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
     "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
     "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
