@@ -516,6 +516,10 @@ def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
     # One process had nothing to learn from in one of the micro-batches, and kept step.
     assert not all(first["learnt"] + second["learnt"])
     assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    message = "a row, `reference` must end in an assistant turn, got role 'user'"
+    assert second["failure"] == ("UserError", f"rank 1 of 2: {message}")
+    kind, said = first["failure"]  # and did not wait
+    assert kind == "PeerFailed" and said.endswith(message)
     assert any(bool(whole.any()) for _, whole in first["sharded"])
     sharded = worst_error(*zip(*first["sharded"], strict=True))
     print(f"\nGRAOTrainer, FSDP2 beside the whole model: gradient {sharded:.1e}")

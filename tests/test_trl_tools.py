@@ -176,7 +176,9 @@ def test_an_environments_reward_needs_one_for_the_reference(
 ):
     speak(monkeypatch, called("put", amount=6))
     args = config(tmp_path, max_completion_length=400)
-    with pytest.raises(ValueError, match=r"Purse scores what .* in the column `reference_reward`"):
+    with pytest.raises(
+        ValueError, match=r"Purse needs `environments`, which .* `reference_reward`"
+    ):
         run(tool_model, args, rows("seven"), reward_funcs=[length], environment_factory=Purse)
     data = rows(turns("put", amount=6), reference_reward=60.0)
     trainer = run(tool_model, args, data, reward_funcs=[length], environment_factory=Purse)
@@ -200,8 +202,8 @@ def test_rewards_without_an_environment_score_references(
     speak(monkeypatch, called("put", amount=6))
     seen = []
 
-    def watched(completions: list, **columns: Any) -> list[float]:
-        seen.append("environments" in columns)
+    def watched(completions: list, environments: list | None = None, **_: Any) -> list[float]:
+        seen.append(environments is not None)
         return length(completions)
 
     data = rows("seven").remove_columns("prompt").add_column("reference_reward", [None, 2.5, None])

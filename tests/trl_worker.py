@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trl_runs import Keeper, config, prompts, run, token_ids
 
+from grao_fast.distributed.world import PeerFailed
+
 
 def sharded_and_whole(trainer: Keeper) -> list[tuple[Tensor, Tensor]]:
     """Gradients of the rollouts with a model sharded over both processes, and with a whole one.
@@ -40,6 +42,19 @@ def sharded_and_whole(trainer: Keeper) -> list[tuple[Tensor, Tensor]]:
     return [(mine, both / 2) for mine, both in zip(sharded, gradients, strict=True)]
 
 
+def failure(trainer: Keeper) -> tuple[str, str]:
+    """The kind and message of the error of a rollout whose second process has a wrong reference."""
+    rows = [dict(row) for row in trainer.rollouts[0][0]]
+    if dist.get_rank() == 1:
+        for row in rows:
+            row["reference"] = [{"role": "user", "content": "count"}]
+    try:
+        trainer._generate_and_score_completions(rows)
+    except (PeerFailed, ValueError) as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
 def main() -> None:
     model_folder, folder = map(Path, sys.argv[1:])
     args = config(folder, steps_per_generation=1, ddp_backend="gloo")
@@ -53,6 +68,7 @@ def main() -> None:
         "gradients": trainer.gradients[0],
         "learnt": [bool(batch["terms_B23"].any()) for _, batch in trainer.rollouts],
         "loss": trainer.state.log_history[0].get("loss"),
+        "failure": failure(trainer),
         "sharded": sharded_and_whole(trainer),
     }
     torch.save(saved, folder / f"rank-{dist.get_rank()}.pt")

@@ -12,21 +12,18 @@ a reference.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from inspect import signature
 from itertools import compress
 from math import isnan, nan
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.data.fields import Messages, read_prompt, read_reference
+from grao_fast.integrations.trl.rewards import given_reward
 from grao_fast.integrations.trl.turns import Tools, TurnEncoder
-from grao_fast.kernels.checks import check_number
 from grao_fast.system.visible import visible_errors
-
-REWARD_COLUMN = "reference_reward"
 
 
 class References(NamedTuple):
@@ -95,34 +92,9 @@ def read_references(
         token_ids=[each.token_ids for each in turns],
         learned=[each.learned for each in turns],
         rewards=[
-            _given_reward(row) if there else nan for row, there in zip(rows, present, strict=True)
+            given_reward(row, "a row") if there else nan
+            for row, there in zip(rows, present, strict=True)
         ],
-    )
-
-
-def _given_reward(row: Mapping[str, Any]) -> float:
-    value = row.get(REWARD_COLUMN)
-    if value is None:
-        return nan
-    check_number(f"`{REWARD_COLUMN}`", value)
-    return float(value)
-
-
-def names_of_environments(rewards: Sequence[Any], names: Sequence[str]) -> list[str]:
-    """The names of the reward functions that take `environments`, which references have not."""
-    return [
-        name
-        for reward, name in zip(rewards, names, strict=True)
-        if not isinstance(reward, nn.Module) and "environments" in signature(reward).parameters
-    ]
-
-
-def unscored(names: Sequence[str]) -> str:
-    """The error of a reference that these reward functions cannot score."""
-    return (
-        f"{', '.join(names)} scores what happened in an environment, and a reference has been in "
-        f"none: give it a reward in the column `{REWARD_COLUMN}`, on the scale of the samples' "
-        "weighted sum of rewards"
     )
 
 

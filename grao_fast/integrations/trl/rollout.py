@@ -7,6 +7,8 @@ last; B rows of this process, S rows of all processes, F reward functions; the r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +18,24 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
+from grao_fast.distributed.world import World
 from grao_fast.integrations.trl.head import embedding_rows_of
 from grao_fast.integrations.trl.references import (
-    REWARD_COLUMN,
     References,
     attach,
     carriers,
     in_order,
     most_carriers,
-    names_of_environments,
     read_references,
     ride,
     to_score,
-    unscored,
+)
+from grao_fast.integrations.trl.rewards import (
+    REWARD_COLUMN,
+    equal_to_rounding,
+    names_needing,
+    refuse_unscored,
+    totals,
 )
 from grao_fast.integrations.trl.rows import shuffle_groups
 from grao_fast.integrations.trl.turns import Tools, TurnEncoder
@@ -47,6 +54,7 @@ class RolloutTrainer(GRPOTrainer):
     def _begin_rollouts(self, objective: dict[str, Any]) -> None:
         """Set what rollouts need. objective: options of `advantages_and_terms`."""
         self._objective = objective
+        self._world = World(self.accelerator.process_index, self.accelerator.num_processes)
         self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
         self._has_scored = False
@@ -71,10 +79,12 @@ class RolloutTrainer(GRPOTrainer):
             self._get_tool_suffix_ids,
             self._parse,
         )
-        self._of_environments = names_of_environments(self.reward_funcs, self.reward_func_names)
+        # What samples have and references have not; a batch adds the fields of rollout_func.
+        self._of_samples = ["environments"] if self.environment_factories is not None else []
         columns = self.train_dataset.column_names  # None for some streams
-        if self._of_environments and columns is not None and REWARD_COLUMN not in columns:
-            raise UserError(unscored(self._of_environments))
+        needing = names_needing(self._of_samples, self.reward_funcs, self.reward_func_names)
+        if needing and columns is not None and REWARD_COLUMN not in columns:
+            refuse_unscored(needing, "the references of train_dataset")
 
     @property
     def _group_size(self) -> int:
@@ -115,16 +125,16 @@ class RolloutTrainer(GRPOTrainer):
         if self.tools and isinstance(inputs[0].get("prompt"), str):
             raise UserError("tools are called in messages, and `prompt` is text: give messages")
         G, B, process = self._group_size, len(inputs), self.accelerator.process_index
+        rows = [dict(row) for row in inputs]  # TRL adds the fields of rollout_func to `inputs`
         output = super()._generate_and_score_completions(inputs)
-        riding = carriers(process, B, G)
-        rows, prompts = ([column[b] for b in riding] for column in self._samples[:2])
-        references = read_references(
-            rows, prompts, [self._tools_of(b) for b in riding], self._turns
-        )
-        reference_rewards_N = self._score_references(rows, references, B, G)
-        samples_NG = self._total(self._sample_rewards_SF).view(-1, G)
-        rewards_NK = torch.cat([samples_NG, reference_rewards_N[:, None]], dim=1)
+        self._samples = (rows, *self._samples[1:])
+        of_samples = [*self._of_samples, *sorted(inputs[0].keys() - rows[0].keys())]
+        references = self._world.together(lambda: self._read_references(of_samples))
+        reference_rewards_N = self._score_references(references, of_samples, B)
+        samples_S, size_S = totals(self._sample_rewards_SF, self.reward_weights)
+        rewards_NK = torch.cat([samples_S.view(-1, G), reference_rewards_N[:, None]], dim=1)
         check_finite_rewards("rewards", rewards_NK)
+        rewards_NK = equal_to_rounding(rewards_NK, size_S.view(-1, G).amax(1))
         self._has_scored |= not bool(rewards_NK.isnan().all())
         if not self._has_scored:
             raise UserError(
@@ -139,10 +149,8 @@ class RolloutTrainer(GRPOTrainer):
         self, output: dict[str, Any], references: References, terms_B23: Tensor
     ) -> dict[str, Any]:
         """TRL's generation batch with what `rows.lay_out` reads."""
-        B, riding = (
-            len(terms_B23),
-            carriers(self.accelerator.process_index, len(terms_B23), self._group_size),
-        )
+        B = len(terms_B23)
+        riding = carriers(self.accelerator.process_index, B, self._group_size)
         ids_B = attach(references.token_ids, riding, B)
         lengths_B = torch.tensor([len(ids) for ids in ids_B])
         lengths_B2 = torch.stack([output["completion_mask"].sum(1).cpu(), lengths_B], dim=1)
@@ -164,34 +172,62 @@ class RolloutTrainer(GRPOTrainer):
         del output["advantages"]  # GRPO's
         return output
 
-    def _score_references(
-        self, rows: list[dict[str, Any]], references: References, B: int, G: int
-    ) -> Tensor:
-        """rewards_N of the references of all processes; this one scores those of `rows`."""
-        if self._of_environments and any(references.to_score):
-            raise UserError(unscored(self._of_environments))
-        processes = self.accelerator.num_processes
-        known_2C = torch.zeros(2, most_carriers(B, G), dtype=torch.float64)
-        known_2C[:, : len(rows)] = torch.tensor([references.to_score, references.rewards])
-        known_2PC = self.accelerator.gather(known_2C.T.to(self.accelerator.device))
-        scored_PC, given_PC = known_2PC.cpu().view(processes, -1, 2).unbind(2)
+    def _read_references(self, of_samples: list[str]) -> References:
+        """The references of this process's groups; UserError if no reward can score one.
+
+        of_samples: names of fields that references lack.
+        """
+        rows, prompts, *_ = self._samples
+        riding = carriers(self.accelerator.process_index, len(rows), self._group_size)
+        references = read_references(
+            [rows[b] for b in riding],
+            [prompts[b] for b in riding],
+            [self._tools_of(b) for b in riding],
+            self._turns,
+        )
+        needing = names_needing(of_samples, self.reward_funcs, self.reward_func_names)
+        if needing and any(references.to_score):
+            refuse_unscored(needing, "references")
+        return references
+
+    def _score_references(self, references: References, of_samples: list[str], B: int) -> Tensor:
+        """rewards_N of the references of all processes; this one scores its own."""
+        G, processes = self._group_size, self.accelerator.num_processes
+        scored_PC, given_PC = self._gather_known(references, most_carriers(B, G))
         most = int(scored_PC.sum(1).max())
         rewards_PR = torch.zeros(processes, 0, dtype=torch.float64)
         if most:
-            scored = to_score(rows, references, self._samples, most)
-            environments, self.environments = self.environments, None  # references have none
-            rewards_PR = self._total(super()._calculate_rewards(*scored)).view(processes, most)
-            self.environments = environments
+            riding = carriers(self.accelerator.process_index, B, G)
+            rows = [self._samples[0][b] for b in riding]
+            with self._without_environments(), _missing(of_samples):
+                rewards_RF = super()._calculate_rewards(
+                    *to_score(rows, references, self._samples, most)
+                )
+            rewards_PR = totals(rewards_RF, self.reward_weights)[0].view(processes, most)
             # Rewards may log to the completions table and metrics, which are of samples alone.
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
-        return in_order(scored_PC.bool(), rewards_PR, B, G, given_PC)
+        return in_order(scored_PC, rewards_PR, B, G, given_PC)
 
-    def _total(self, rewards_SF: Tensor) -> Tensor:
-        """(S,) float64 on the CPU, weighted as TRL does; NaN where every function gave None."""
-        rewards_SF = rewards_SF.double().cpu()
-        total_S = (rewards_SF * self.reward_weights.double()).nansum(1)
-        return total_S.where(~rewards_SF.isnan().all(1), torch.nan)
+    def _gather_known(self, references: References, most: int) -> tuple[Tensor, Tensor]:
+        """scored_PC and given_PC: which references are to be scored, and the others' rewards."""
+        # In float32, as the rewards of samples, and since some devices have no float64.
+        known_C2 = torch.zeros(most, 2, dtype=torch.float32)
+        known_C2[: len(references.rewards)] = torch.tensor(
+            [references.to_score, references.rewards], dtype=torch.float32
+        ).T
+        known_PC2 = self.accelerator.gather(known_C2.to(self.accelerator.device))
+        scored_PC, given_PC = known_PC2.cpu().view(-1, most, 2).unbind(2)
+        return scored_PC.bool(), given_PC.double()
+
+    @contextmanager
+    def _without_environments(self) -> Iterator[None]:
+        """Call rewards as for references, which have been in no environment."""
+        environments, self.environments = self.environments, None
+        try:
+            yield
+        finally:
+            self.environments = environments
 
     def _log_rollout(self, rewards_NK: Tensor, advantages_NK: Tensor) -> None:
         of_weights = {k: v for k, v in self._objective.items() if k != "statistics"}
@@ -209,3 +245,14 @@ class RolloutTrainer(GRPOTrainer):
         for name, value in metrics.items():
             if not value.isnan():
                 self._metrics[mode][name].append(float(value))
+
+
+@contextmanager
+def _missing(of_samples: list[str]) -> Iterator[None]:
+    """Say what to do where a reward function looks for a field that only samples have."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args and error.args[0] in of_samples:
+            refuse_unscored({error.args[0]: ["a reward function"]}, "references")
+        raise
