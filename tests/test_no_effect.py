@@ -161,3 +161,15 @@ def test_a_callback_samples_with_the_weights_of_the_moment(
     run(tiny_model, tmp_path, config=config, **options)
     assert asks.up_to_date == [True] * 2
     assert asks.sampler.calls == ["sync", *["sync", "sample"] * 2, "sample"]  # the evaluation
+
+
+@pytest.mark.parametrize("begins", ["with", "without"])
+def test_a_reward_that_only_evaluates_may_come_and_go(
+    begins: str, tiny_model: Path, tmp_path: Path, unchecked: None
+) -> None:
+    """A run that scores nothing in training is resumed without its evaluations, or with some."""
+    scored, unscored = {"eval_dataset": ROWS[:2]}, {"reward": None}
+    first, then = (scored, unscored) if begins == "with" else (unscored, scored)
+    run(tiny_model, tmp_path, config=SFT.replace(max_steps=2), **first)
+    result = run(tiny_model, tmp_path, config=SFT, resume_from_checkpoint=True, **then)
+    assert result.steps == 3 and (result.after is None) == (begins == "with")

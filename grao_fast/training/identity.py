@@ -169,12 +169,13 @@ def check_same_run(
             f"checkpoint {str(path)!r} was written on another dataset (digest "
             f"{state['run']['data']}, now {run.data}); resume with the dataset of that run"
         )
-    if state["run"]["reward"] != run.reward:
-        both = (", ".join(names) or "none" for names in (state["run"]["reward"], run.reward))
-        raise _other(path, "the reward", *both)
     objectives = [split_objective(each)[0] for each in (_objective(state), config.objective)]
     if objectives[0] != objectives[1]:
         raise _other(path, "the objective", *objectives)
+    scores = config.objective_options.formula.needs_samples  # else the reward only evaluates
+    if scores and state["run"]["reward"] != run.reward:
+        both = (", ".join(names) or "none" for names in (state["run"]["reward"], run.reward))
+        raise _other(path, "the reward", *both)
     if config.max_steps > 0:
         check_steps(path, state["step"], config.max_steps)
     now = json.loads(json.dumps(config.to_dict()))
