@@ -188,15 +188,14 @@ class _Run:
         callbacks: Sequence[Callback],
     ) -> None:
         self.loaded, self.config = loaded, config
-        samples = config.objective_options.formula.needs_samples
-        self.samples = samples and config.sampler == "policy"  # in training
+        self.samples = config.sampling.samples_drawn
         self.world = loaded.policy.world
         self.output, self.callbacks = output, callbacks
         self.prompts = prompts = loaded.encode(inputs.examples, config.sampling)
         eval_prompts: Sequence[Encoded] = []
         if inputs.eval_examples:
             eval_prompts = loaded.encode(inputs.eval_examples, config.sampling, trained=False)
-        hold_frequencies_of(loaded.causal_lm, prompts, eval_prompts, config.max_new_tokens)
+        hold_frequencies_of(loaded.causal_lm, prompts, eval_prompts, config.sampling)
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(

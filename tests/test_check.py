@@ -33,7 +33,6 @@ from grao_fast.cli.commands import build_parser, main
 from grao_fast.data.encoder import TokenIds
 from grao_fast.data.encoding import Limits, encode_examples
 from grao_fast.data.examples import Example
-from grao_fast.objectives.grao import GRAO
 from grao_fast.training.rollout import Rollout
 
 NAN = math.nan
@@ -394,7 +393,7 @@ def facts_of_rows(references: list[int], **facts: Any) -> RowFacts:
     ],
 )
 def test_references(references: list[int], facts: Any, verdict: str, value: str) -> None:
-    finding = on_references(facts_of_rows(references, **facts), CONFIG.sampling, GRAO())
+    finding = on_references(facts_of_rows(references, **facts), CONFIG.sampling)
     assert finding.verdict == verdict
     assert value in finding.value
 
@@ -461,6 +460,9 @@ def loaded_with(context: int | None, rows: int) -> Any:
         ("abcd", "a", 10, {"max_new_tokens": 8, "max_prompt_length": 3}, "dropped"),
         ("", "a", 10, {"max_new_tokens": 8}, "blank"),
         ("ab:", "c", None, {"max_new_tokens": 8}, "unknown"),
+        ("ab", "cdefghi", 10, {"objective": "sft", "num_generations": 8}, "fits"),
+        ("ab", "cdefghij", 10, {"objective": "sft", "num_generations": 8}, "beyond"),
+        ("abcdefghij", "c", 10, {"objective": "sft", "num_generations": 8}, "no room"),
     ],
 )
 def test_rows_fit_as_training_finds(
@@ -477,6 +479,7 @@ def test_rows_fit_as_training_finds(
         sampling.max_prompt_length,
         sampling.max_reference_length,
         loaded.embedding_rows,
+        sampling.samples_drawn,
     )
     if expected == "fits":
         (encoded,) = encode_examples([example], loaded.tokenizer, limits, eos_token_ids=[1])

@@ -13,9 +13,10 @@ from test_trainer import CONFIG, ROWS, letters, lines, run
 from grao_fast.callbacks import Callback
 from grao_fast.config import GRAOConfig
 from grao_fast.data.encoding import Encoded
-from grao_fast.data.examples import Example
+from grao_fast.data.examples import Example, load_examples
 from grao_fast.objectives import OBJECTIVES, make_objective
 from grao_fast.sampling import Completion
+from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
 from grao_fast.training.metrics import group_metrics
 from grao_fast.training.rollout import advantages_of
@@ -173,3 +174,38 @@ def test_a_reward_that_only_evaluates_may_come_and_go(
     run(tiny_model, tmp_path, config=SFT.replace(max_steps=2), **first)
     result = run(tiny_model, tmp_path, config=SFT, resume_from_checkpoint=True, **then)
     assert result.steps == 3 and (result.after is None) == (begins == "with")
+
+
+def encoded(config: GRAOConfig, folder: Path, row: dict[str, Any], **options: Any) -> Any:
+    """A row for a tiny model, whose context has 512 tokens."""
+    loaded = load_policy(folder, config=config)
+    examples = load_examples([row], stored=config.sampler == "dataset")
+    return loaded.encode(examples, config.sampling, **options)
+
+
+def test_max_new_tokens_takes_no_room_where_nothing_is_sampled(
+    tiny_model: Path, unchecked: None
+) -> None:
+    """The default is beyond the context; an answer to a held-out prompt still needs that room."""
+    config = GRAOConfig(objective="sft", device="cpu")
+    (row,) = encoded(config, tiny_model, {"prompt": "a" * 500, "reference": "b" * 11})
+    assert (len(row.prompt_ids), len(row.reference_ids)) == (500, 12)
+    for prompt, reference, message in (
+        (500, 12, "do not fit .*: set max_reference_length=12 to cut"),
+        (512, 1, "leaves no room for an answer .*: set max_prompt_length=511 to drop"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoded(config, tiny_model, {"prompt": "a" * prompt, "reference": "b" * reference})
+    with pytest.raises(UserError, match="max_new_tokens=2048 leaves no room for a prompt"):
+        encoded(config, tiny_model, {"prompt": "a", "reference": "b"}, trained=False)
+
+
+def test_stored_completions_need_the_room_that_they_take(tiny_model: Path, unchecked: None) -> None:
+    config = GRAOConfig(sampler="dataset", device="cpu")
+    row = {"prompt": "a" * 500, "reference": "b", "rewards": [1.0], "reference_reward": 0.0}
+    (fits,) = encoded(config, tiny_model, row | {"completions": ["c" * 11]})
+    assert len(fits.completions[0].token_ids) == 12
+    with pytest.raises(
+        UserError, match=r"stored completion of 13 .* max_prompt_length=499 to drop"
+    ):
+        encoded(config, tiny_model, row | {"completions": ["c" * 12]})

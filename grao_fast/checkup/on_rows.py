@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 from grao_fast.checkup.findings import Finding, judged, percent, share
@@ -41,7 +42,7 @@ _EXCEPTIONS = {
 
 def on_rows(facts: RowFacts, sampling: SamplingOptions, formula: Objective) -> list[Finding]:
     """Return what the rows of the training set say."""
-    references = [on_references(facts, sampling, formula)] if formula.uses_references else []
+    references = [on_references(facts, sampling)] if formula.uses_references else []
     return [on_prompts(facts, sampling), *references, *on_template(facts)]
 
 
@@ -50,7 +51,7 @@ def on_held_out(facts: RowFacts, sampling: SamplingOptions) -> Finding:
     if facts.refused:
         value = f"{_refusal(facts)}: {_numbers(list(facts.refused))}"
         return Finding("data", "held-out prompts", "failure", value, _REFUSED)
-    return on_prompts(facts, sampling, name="held-out prompts")
+    return on_prompts(facts, replace(sampling, samples_drawn=True), name="held-out prompts")
 
 
 def on_prompts(facts: RowFacts, sampling: SamplingOptions, name: str = "prompts") -> Finding:
@@ -59,8 +60,7 @@ def on_prompts(facts: RowFacts, sampling: SamplingOptions, name: str = "prompts"
     value = _of_rows(facts, f"{_lengths(lengths)} tokens")
     if facts.context is not None:
         value += f"; the context holds {facts.context:,}"
-    new = sampling.max_new_tokens
-    for fit, what, remedy in _misfits(facts.context, new):
+    for fit, what, remedy in _misfits(facts, sampling):
         misfits = facts.that(fit)
         if misfits:
             value += f"; {what}: {_numbers([row.number for row in misfits])}"
@@ -75,9 +75,15 @@ def on_prompts(facts: RowFacts, sampling: SamplingOptions, name: str = "prompts"
     )
 
 
-def _misfits(context: int | None, new: int) -> list[tuple[Fit, str, str]]:
-    room = (context or 0) - new
-    to_drop = f", or set max_prompt_length={room} to drop them" if room > 0 else ""
+def _misfits(facts: RowFacts, sampling: SamplingOptions) -> list[tuple[Fit, str, str]]:
+    context, new = facts.context or 0, sampling.max_new_tokens
+    if sampling.samples_drawn:
+        to_drop = f", or set max_prompt_length={context - new} to drop them"
+        no_room = f"no room for max_new_tokens={new}"
+        make_room = "lower max_new_tokens" + (to_drop if context > new else "")
+    else:
+        no_room, make_room = "no room for an answer", f"set max_prompt_length={context - 1}"
+        new = context - max((len(row.ids.prompt) for row in facts.that("beyond")), default=0)
     return [
         ("blank", "without a token", "remove these rows"),
         (
@@ -87,8 +93,8 @@ def _misfits(context: int | None, new: int) -> list[tuple[Fit, str, str]]:
         ),
         (
             "no room",
-            f"no room for max_new_tokens={new}",
-            f"lower max_new_tokens{to_drop}: training would not start",
+            no_room,
+            f"{make_room}: training would not start",
         ),
         (
             "beyond",
@@ -98,7 +104,7 @@ def _misfits(context: int | None, new: int) -> list[tuple[Fit, str, str]]:
     ]
 
 
-def on_references(facts: RowFacts, sampling: SamplingOptions, formula: Objective) -> Finding:
+def on_references(facts: RowFacts, sampling: SamplingOptions) -> Finding:
     """Judge how many rows have a reference, and how long references are."""
     rows = [row for row in facts.rows if row.fit not in ("refused", "dropped")]
     lengths = [len(row.ids.reference) for row in rows if row.ids.reference]
@@ -106,7 +112,7 @@ def on_references(facts: RowFacts, sampling: SamplingOptions, formula: Objective
     absent = share(len(rows) - len(lengths), len(rows))
     kept = {row.number for row in rows}
     cut = share(len(kept.intersection(facts.cut)), len(rows))
-    most = sampling.max_new_tokens if formula.needs_samples else math.inf
+    most = sampling.max_new_tokens if sampling.samples_drawn else math.inf
     longer = share(sum(n > most for n in lengths), len(rows))
     worst = [
         judged(

@@ -21,8 +21,9 @@ READ = 1000  # rows that are tokenised, at most
 _LONGEST = 100  # of these, the ones with the most bytes; the others are drawn at random
 
 # Whether a row fits the model: its prompt is longer than max_prompt_length ("dropped"), has no
-# tokens ("blank"), or leaves no room for max_new_tokens ("no room"); its reference leaves the
-# context ("beyond"); one of its tokens has no embedding ("unknown").
+# tokens ("blank"), or leaves no room for max_new_tokens, or for an answer where nothing is sampled
+# ("no room"); its reference leaves the context ("beyond"); one of its tokens has no embedding
+# ("unknown").
 Fit = Literal["fits", "refused", "dropped", "blank", "no room", "beyond", "unknown"]
 
 
@@ -156,7 +157,8 @@ def fit_of(
         return "dropped"
     if prompt == 0:
         return "blank"
-    if context is not None and prompt + sampling.max_new_tokens > context:
+    room = sampling.max_new_tokens if sampling.samples_drawn or not trained else 1
+    if context is not None and prompt + room > context:
         return "no room"
     return "beyond" if context is not None and prompt + reference > context else "fits"
 

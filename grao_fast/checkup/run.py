@@ -196,18 +196,23 @@ class _Check:
             findings.append(on_held_out(held_out, sampling))
         if not facts.that("fits"):
             return findings
-        rows = [row.encoded for row in facts.that("fits")]
+        rows = self._rows(facts)
         asked = [] if held_out is None else [row.encoded for row in held_out.that("fits")]
-        hold_frequencies_of(self.loaded.causal_lm, rows, asked, config.max_new_tokens)
-        return [*findings, *self._sampled(facts, held_out, batch, max(0, steps - steps_done))]
+        hold_frequencies_of(self.loaded.causal_lm, rows, asked, sampling)
+        steps = max(0, steps - steps_done)
+        return [*findings, *self._sampled(facts, rows, held_out, batch, steps)]
 
     def _sampled(
-        self, facts: RowFacts, held_out: RowFacts | None, batch: int, steps: int
+        self,
+        facts: RowFacts,
+        rows: Sequence[Encoded],
+        held_out: RowFacts | None,
+        batch: int,
+        steps: int,
     ) -> list[Finding]:
         """The findings on samples, rewards and an update."""
         loaded, config, sampling = self.loaded, self.config, self.config.sampling
         loaded.sync()
-        rows = self._rows(facts)
         groups, findings = self._groups(facts, rows)
         metric = self.inputs.metric
         if metric is not None and held_out is not None and held_out.that("fits"):

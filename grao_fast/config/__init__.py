@@ -342,7 +342,11 @@ class GRAOConfig:
     @property
     def sampling(self) -> SamplingOptions:
         """The view of how many completions are sampled, and how long."""
-        return SamplingOptions(**same_named(self, SamplingOptions))
+        samples = self.objective_options.formula.needs_samples
+        return SamplingOptions(
+            **same_named(self, SamplingOptions),
+            samples_drawn=samples and self.sampler == "policy",
+        )
 
     @property
     def optimisation(self) -> OptimisationOptions:

@@ -45,7 +45,10 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`."""
+    """`GRAOConfig.sampling`: samples of a prompt, and lengths; see `GRAOConfig`.
+
+    samples_drawn: whether training samples; False with stored completions, or references alone.
+    """
 
     num_generations: int
     num_generations_eval: int | None
@@ -53,6 +56,7 @@ class SamplingOptions:
     max_new_tokens: int
     max_prompt_length: int | None
     max_reference_length: int | None
+    samples_drawn: bool
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,12 @@ class Encoded:
 class Limits:
     """What the tokens of an example must fit.
 
-    max_new_tokens: tokens sampled after a prompt.
+    max_new_tokens: the most tokens of a completion, sampled or stored.
     context_length: tokens that the model can hold, prompt and continuation; None: no limit.
     max_prompt_length: longer prompts are dropped, with a warning; None: none is dropped.
     max_reference_length: longer references are cut; None: none is cut.
     embedding_rows: the size of the model's embedding, which no token id may reach; None: any may.
+    samples_drawn: whether completions are sampled, for which every prompt must leave room.
     """
 
     max_new_tokens: int
@@ -56,6 +57,12 @@ class Limits:
     max_prompt_length: int | None = None
     max_reference_length: int | None = None
     embedding_rows: int | None = None
+    samples_drawn: bool = True
+
+    @property
+    def room(self) -> int:
+        """Tokens that must fit behind every prompt: those of a sample, or at least one."""
+        return self.max_new_tokens if self.samples_drawn else 1
 
 
 class Lengths(NamedTuple):
@@ -137,7 +144,7 @@ class Encoding:
         trained: bool = True,
     ) -> None:
         context, new = limits.context_length, limits.max_new_tokens
-        if context is not None and new >= context:
+        if limits.samples_drawn and context is not None and new >= context:
             raise UserError(
                 f"max_new_tokens={new} leaves no room for a prompt in the model's context of "
                 f"{context} tokens: lower it"
@@ -176,6 +183,9 @@ class Encoding:
             return encoded
         examples = [each.example for each in found.values()]
         completions = self._stored.encode(examples, [number_of(e, 0) for e in examples])
+        for example, of_it, each in zip(examples, completions, found.values(), strict=True):
+            longest = max((len(completion.token_ids) for completion in of_it), default=0)
+            _check_stored_fits(number_of(example, 0), len(each.prompt_ids), longest, self.limits)
         whole = dict(zip(found, completions, strict=True))
         return [
             replace(each, completions=whole[n]) if each is not None and n in whole else each
@@ -245,16 +255,36 @@ def _check_fits(number: int, prompt: int, reference: int, limits: Limits) -> Non
     """Raise UserError if a prompt and a reference of so many tokens do not fit the model."""
     if prompt == 0:
         raise UserError(f"example {number}: the prompt has no tokens")
-    context, new = limits.context_length, limits.max_new_tokens
-    if context is not None and prompt + new > context:
+    context, room = limits.context_length, limits.room
+    if context is None:
+        return
+    if prompt + room > context and limits.samples_drawn:
         raise UserError(
-            f"example {number}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit "
+            f"example {number}: a prompt of {prompt} tokens and max_new_tokens={room} do not fit "
             f"the model's context of {context}: lower max_new_tokens, or set "
-            f"max_prompt_length={context - new} to drop such prompts"
+            f"max_prompt_length={context - room} to drop such prompts"
         )
-    if context is not None and prompt + reference > context:
+    if prompt + room > context:
+        raise UserError(
+            f"example {number}: a prompt of {prompt} tokens leaves no room for an answer in the "
+            f"model's context of {context}: set max_prompt_length={context - room} to drop such "
+            "prompts"
+        )
+    if prompt + reference > context:
+        most = room if limits.samples_drawn else context - prompt
         raise UserError(
             f"example {number}: a prompt of {prompt} tokens and a reference of {reference} do not "
-            f"fit the model's context of {context}: set max_reference_length={new} to cut "
+            f"fit the model's context of {context}: set max_reference_length={most} to cut "
             "references"
+        )
+
+
+def _check_stored_fits(number: int, prompt: int, completion: int, limits: Limits) -> None:
+    """Raise UserError if a prompt and its longest stored completion do not fit the model."""
+    context = limits.context_length
+    if context is not None and prompt + completion > context:
+        raise UserError(
+            f"example {number}: a prompt of {prompt} tokens and a stored completion of "
+            f"{completion} do not fit the model's context of {context}: leave the completion out, "
+            f"or set max_prompt_length={max(1, context - completion)} to drop such prompts"
         )

@@ -132,8 +132,7 @@ class Prompts(DrawnPrompts):
         if limits.max_prompt_length is not None:
             beyond |= sizes.prompt + headers > limits.max_prompt_length
         if limits.context_length is not None:
-            room = limits.context_length - limits.max_new_tokens
-            beyond |= sizes.prompt + headers > room
+            beyond |= sizes.prompt + headers > limits.context_length - limits.room
             beyond |= sizes.whole + headers > limits.context_length
         return beyond
 

@@ -168,7 +168,7 @@ class StreamedPrompts(DrawnPrompts):
                 "dataset does not tell: set max_prompt_length and max_reference_length, or pass "
                 "a dataset with a length"
             )
-        prompt = limits.context_length - limits.max_new_tokens
+        prompt = limits.context_length - limits.room
         return Lengths(prompt, limits.context_length, limits.context_length)
 
     def state(self, place: int) -> dict[str, Any] | None:

@@ -157,7 +157,7 @@ def _answer(
 ) -> tuple[list[Example], Answers]:
     """The examples that fit the model, and its answers."""
     encoded = loaded.encode(examples, sampling, trained=False)
-    hold_frequencies_of(loaded.causal_lm, (), encoded, sampling.max_new_tokens)
+    hold_frequencies_of(loaded.causal_lm, (), encoded, sampling)
     answers = answers_of(loaded, encoded, sampling, seed=seed)
     return [item.scored for item in encoded], answers
 

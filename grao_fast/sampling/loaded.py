@@ -83,6 +83,7 @@ class LoadedPolicy:
             max_prompt_length=sampling.max_prompt_length,
             max_reference_length=sampling.max_reference_length,
             embedding_rows=self.embedding_rows,
+            samples_drawn=sampling.samples_drawn or not trained,
         )
         ends = self.eos_token_ids
         if trained:

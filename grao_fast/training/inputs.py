@@ -166,7 +166,7 @@ _OF_SAMPLER = ("use_vllm", "generation_batch_size", "cache_implementation")
 
 def _check_sampling(config: GRAOConfig, sampler: Sampler | None) -> None:
     """Raise UserError for a sampler, or an option of one, in a run that samples nothing."""
-    if config.objective_options.formula.needs_samples and config.sampler == "policy":
+    if config.sampling.samples_drawn:
         return
     given = {option: getattr(config, option) for option in _OF_SAMPLER}
     changed = [o for o, value in given.items() if value != getattr(GRAOConfig, o)]

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from grao_fast.config import SamplingOptions
 from grao_fast.data.prompts import lengths_of
 from grao_fast.system.visible import get_logger
 
@@ -56,19 +57,22 @@ def hold_frequencies_of(
     model: nn.Module,
     prompts: Sequence[Encoded],
     held_out: Sequence[Encoded],
-    max_new_tokens: int,
+    sampling: SamplingOptions,
 ) -> None:
     """`hold_frequencies` of the longest context of a run, or of an evaluation without prompts.
 
-    It is the longest prompt with its completion or reference; held-out: with its completion. If the
-    model depends on it, all prompts are encoded once to find it.
+    It is the longest prompt with its completion, sampled or stored, or with its reference; of those
+    held out, with its completion. If the model depends on it, all prompts are encoded once to find
+    it.
     """
     release_frequencies(model)
     if not any(_rope_types(module) for module in model.modules()):
         return
     trained, asked = lengths_of(prompts, exact=True), lengths_of(held_out)
-    longest = max(trained.prompt, asked.prompt) + max_new_tokens
-    hold_frequencies(model, max(longest, trained.together))
+    new = sampling.max_new_tokens
+    completion = new if sampling.samples_drawn else trained.completion
+    answer = asked.prompt + new if held_out else 0
+    hold_frequencies(model, max(trained.prompt + completion, trained.together, answer))
 
 
 def release_frequencies(model: nn.Module) -> None:

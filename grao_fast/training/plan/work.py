@@ -124,7 +124,7 @@ class Workload:
             workspace=(config.workspace_mib or _WORKSPACE_MIB) * _MIB,
             max_tokens=config.max_tokens_per_microbatch,
             decoded=config.generation_batch_size,
-            samples_drawn=objective.formula.needs_samples and config.sampler == "policy",
+            samples_drawn=config.sampling.samples_drawn,
             vllm=config.vllm_mode if config.use_vllm else "",
             engine_share=config.vllm_gpu_memory_utilization,
         )
