@@ -85,22 +85,14 @@ def test_the_gradient_is_the_specifications(
             source, tmp_path, lora=lora, ds3_gather_for_generation=gathers
         ),
     )
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
-    assert first["kind"] == ("FSDP" if kind == "fsdp2" else "DEEPSPEED")
+    ranks = saved_by(tmp_path)
     double = double_of(source)
-    total = sum(parameter.numel() for parameter in double.parameters())
-    assert (first["held"] <= 0.7 * total) == (kind != "zero2")
-
+    assert_divided(ranks[0], kind, double)
     saved = load_file(tmp_path / "saved" / f"{'adapter_model' if lora else 'model'}.safetensors")
     whole = with_adapter(double, saved) if lora else double
-    tokenizer, loss = AutoTokenizer.from_pretrained(source), torch.zeros((), dtype=torch.float64)
-    for (rows_0, pairs_0), (rows_1, pairs_1) in zip(
-        first["rollouts"], second["rollouts"], strict=True
-    ):
-        batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
-        loss = loss + truth(double, *batch).loss / len(first["rollouts"])
+    loss = specified_loss(double, source, ranks)
     loss.backward()
-    assert first["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
+    assert ranks[0]["loss"] == pytest.approx(float(loss.detach()), abs=1e-4)
     learnt = []  # pairs of gradients that are not rounding alone
     for name, parameter in whole.named_parameters():
         if not parameter.requires_grad:
@@ -112,8 +104,59 @@ def test_the_gradient_is_the_specifications(
         if largest > 1e-4:
             learnt.append((ours, parameter.grad))
     assert len(learnt) >= 10
-    values = first["loss"], loss.detach()
+    values = ranks[0]["loss"], loss.detach()
     show_parity(f"GRAOTrainer, {kind}, {model}", *values, *zip(*learnt, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_log_probs_leave_the_model_in_float32(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Ratios and the KL penalty are differences of log-probs, which bfloat16 would round.
+
+    The policy of the KL term is still the policy itself, and adds nothing to the gradient.
+    """
+    options = {"bf16": True, "beta": 1e-3}
+    in_two(kind, tmp_path, lambda: trl_clusters.one_step(tiny_model, tmp_path, **options))
+    ranks, double = saved_by(tmp_path), double_of(tiny_model)
+    assert_divided(ranks[0], kind, double)
+    for rank in ranks:
+        assert rank["third"].dtype == torch.float32 and rank["third"] == torch.tensor(1 / 3)
+        for scores_BC in rank["scores"]:
+            assert scores_BC.dtype == torch.float32
+            assert (scores_BC != scores_BC.bfloat16()).all()
+    specified_loss(double, tiny_model, ranks).backward()
+    saved = weights_of(tmp_path)
+    ours, expected = [], []
+    for name, parameter in double.named_parameters():
+        ours.append(((parameter.detach() - saved[name]) / trl_clusters.LR).flatten())
+        expected.append(parameter.grad.flatten())
+    apart = (torch.cat(ours) - torch.cat(expected)).norm()
+    assert apart <= 0.03 * torch.cat(expected).norm()
+
+
+def saved_by(folder: Path) -> list[dict[str, Any]]:
+    """What each process saved in `one_step`."""
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+def assert_divided(run: dict[str, Any], kind: str, model: torch.nn.Module) -> None:
+    """accelerate took the kind, and a process holds about half the weights, or with ZeRO-2 all."""
+    assert run["kind"] == {"fsdp2": "FSDP", "ddp": "MULTI_CPU"}.get(kind, "DEEPSPEED")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert (run["held"] <= 0.7 * total) == (kind in ("zero3", "fsdp2"))
+
+
+def specified_loss(
+    double: torch.nn.Module, source: Path, ranks: list[dict[str, Any]]
+) -> torch.Tensor:
+    """The specification's loss of what the processes sampled."""
+    tokenizer, loss = AutoTokenizer.from_pretrained(source), torch.zeros((), dtype=torch.float64)
+    rollouts = [rank["rollouts"] for rank in ranks]
+    for (rows_0, pairs_0), (rows_1, pairs_1) in zip(*rollouts, strict=True):
+        batch = with_rewards(tokenizer, rows_0 + rows_1, pairs_0 + pairs_1, G=2)
+        loss = loss + truth(double, *batch).loss / len(rollouts[0])
+    return loss
 
 
 def with_adapter(double: torch.nn.Module, saved: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -147,10 +190,11 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_ends_alike(folder: Path, alone: Path) -> None:
-    """The norms of its gradients, and the weights at its end, are those of one process."""
-    norms, expected = (json.loads((each / "norms-0.json").read_text()) for each in (folder, alone))
-    assert norms == pytest.approx(expected, rel=1e-4)
+def assert_ends_alike(folder: Path, alone: Path, kind: str, model: Path) -> None:
+    """It was divided; the norms of its gradients and its last weights are those of one process."""
+    run, expected = (json.loads((each / "run-0.json").read_text()) for each in (folder, alone))
+    assert_divided(run, kind, double_of(model))
+    assert run["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     weights = weights_of(folder)
     for name, whole in weights_of(alone).items():
         torch.testing.assert_close(weights[name], whole, atol=1e-5, rtol=0)
@@ -162,10 +206,11 @@ def test_a_run_is_one_processs_and_resumes(
 ) -> None:
     """Two steps, with a KL penalty, clipping and recomputation; the second once more, resumed."""
     in_two(kind, tmp_path, lambda: trl_clusters.some_steps(tiny_model, tmp_path))
-    assert_ends_alike(tmp_path, alone)
-    (tmp_path / "saved" / "model.safetensors").unlink()
+    assert_ends_alike(tmp_path, alone, kind, tiny_model)
+    for written in ("saved/model.safetensors", "run-0.json"):
+        (tmp_path / written).unlink()
     in_two(kind, tmp_path, lambda: trl_clusters.some_steps(tiny_model, tmp_path, resume=True))
-    assert_ends_alike(tmp_path, alone)
+    assert_ends_alike(tmp_path, alone, kind, tiny_model)
 
 
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs a checkout")
@@ -179,7 +224,7 @@ def test_the_examples_for_accelerate_start_it(
     command += [trl_clusters.__file__, "steps", str(tiny_model), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert_ends_alike(tmp_path, alone)
+    assert_ends_alike(tmp_path, alone, name, tiny_model)
 
 
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs a checkout")
@@ -192,6 +237,7 @@ def test_the_example_for_transformers_trainer(
     one, two = tmp_path / "one", tmp_path / "two"
     expected = in_one(one, lambda: trl_clusters.supervised_step(tiny_model, one))
     in_two(kind, two, lambda: trl_clusters.supervised_step(tiny_model, two))
+    assert_divided(json.loads((two / "run-0.json").read_text()), kind, double_of(tiny_model))
     before = load_file(tiny_model / "model.safetensors")
     weights = weights_of(two)
     for name, weight in expected.items():

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, training_args
 from trl_runs import Keeper, config, prompts, reward, token_ids
 
+from grao_fast.integrations.trl.head import scores_of
+from grao_fast.models.objective import HeadInputs, run_at_head
 from grao_fast.models.sharding import local
 
 LR = 100.0  # so large that rounding of the weights does not hide the gradient
@@ -63,10 +66,12 @@ def arguments(folder: Path, make: Callable[..., Any] = config, **options: Any) -
     """Options of a run in this process, sharded if the environment asks for it.
 
     With a configuration for FSDP, accelerate 1.15 takes DDP on CPUs without a word. Told that these
-    processes have GPUs, it shards, by the same code; the device stays the CPU.
+    processes have GPUs, it shards, by the same code; the device stays the CPU. Transformers is told
+    so too, since it has no bfloat16 on CPUs under DeepSpeed.
     """
     on_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
-    args = make(folder, use_cpu=not on_deepspeed, ddp_backend="gloo", **options)
+    with patch.object(training_args, "is_torch_bf16_gpu_available", return_value=True):
+        args = make(folder, use_cpu=not on_deepspeed, ddp_backend="gloo", **options)
     if "ACCELERATE_USE_FSDP" in os.environ:
         PartialState().distributed_type = DistributedType.MULTI_GPU
     return args
@@ -90,11 +95,34 @@ def one_step(model_folder: Path, folder: Path, *, lora: bool = False, **options:
     trainer.save_model(str(folder / "saved"))
     saved = {
         "rollouts": [(rows, token_ids(batch)) for rows, batch in trainer.rollouts],
-        "kind": trainer.accelerator.distributed_type.value,
-        "held": held(trainer.model),
         "loss": trainer.state.log_history[0]["loss"],
     }
+    saved |= division(trainer) | outputs(trainer)
     torch.save(saved, folder / f"rank-{dist.get_rank()}.pt")
+
+
+def outputs(trainer: Keeper) -> dict[str, Any]:
+    """What leaves the wrapped model: 1/3, and log-probs, also of the policy of a KL term."""
+    ids_BL = torch.arange(8).view(2, 4)
+    mask_BL, row_T = torch.ones_like(ids_BL), torch.arange(2)
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    policies = [each for each in (trainer.model_wrapped, trainer.ref_model) if each is not None]
+    with trainer.accelerator.autocast(), torch.no_grad():
+        return {
+            "third": run_at_head(policies[0], inputs, row_T, third_of),
+            "scores": [scores_of(each, ids_BL, mask_BL, 3, trainer._logits) for each in policies],
+        }
+
+
+def third_of(head: HeadInputs) -> torch.Tensor:
+    """1/3 in float32, which bfloat16 rounds."""
+    return torch.full((), 1 / 3, device=head.hidden_TD.device)
+
+
+def division(trainer: Any) -> dict[str, Any]:
+    """How accelerate divides a model over the processes, and what this one has of it."""
+    kind = trainer.accelerator.distributed_type.value
+    return {"kind": kind, "held": held(trainer.model)}
 
 
 def held(model: torch.nn.Module) -> int:
@@ -146,7 +174,12 @@ def some_steps(model_folder: Path, folder: Path, *, resume: bool = False) -> Non
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resume else None)
     trainer.save_model(str(folder / "saved"))
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    (folder / f"norms-{args.process_index}.json").write_text(json.dumps(norms))
+    write_run(folder, trainer, norms=norms)
+
+
+def write_run(folder: Path, trainer: Any, **found: Any) -> None:
+    run = json.dumps(division(trainer) | found)
+    (folder / f"run-{trainer.args.process_index}.json").write_text(run)
 
 
 def supervised_step(model_folder: Path, folder: Path) -> None:
@@ -177,6 +210,7 @@ def supervised_step(model_folder: Path, folder: Path) -> None:
     )
     trainer.train()
     trainer.save_model(str(folder / "saved"))
+    write_run(folder, trainer)
 
 
 def main() -> None:

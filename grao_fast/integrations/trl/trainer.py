@@ -10,10 +10,12 @@ Suffixes: as in `rows.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl.trainer.grpo_config import GRPOConfig
 
 from grao_fast.integrations.trl.config import GRAOTrainerConfig, objective_options
@@ -127,6 +129,18 @@ class GRAOTrainer(RolloutTrainer):
         for each in (self.model, self.ref_model):
             if each is not None:
                 answer_objectives(causal_lm_of(self.accelerator.unwrap_model(each)))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create Transformers' accelerator, under which FSDP2 casts no output of a model.
+
+        With bf16, accelerate has it cast outputs to bfloat16. Here they are the loss and log-probs,
+        whose differences are ratios and KL terms.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """-J of a micro-batch of B rows, which count as B / G prompts, plus TRL's KL term."""
