@@ -118,6 +118,16 @@ class Watched(FakeVLLM):
         return found
 
 
+_EARLIER: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def earlier_threads() -> None:
+    """Remember the threads of tests before, such as those of rewards that hang for ever."""
+    _EARLIER.clear()
+    _EARLIER.update(threading.enumerate())
+
+
 @pytest.fixture
 def fake(tiny_model) -> Watched:
     return Watched(tiny_model)
@@ -160,10 +170,11 @@ def logged(output: Path, name: str) -> list[float]:
 
 
 def no_thread_samples() -> bool:
-    """Whether all threads that sample end within seconds."""
-    deadline = time.monotonic() + 5
+    """Whether all threads that this test has started, and that sample, end within half a minute."""
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if not any("_work_off" in thread.name for thread in threading.enumerate()):
+        started = set(threading.enumerate()) - _EARLIER
+        if not any("_work_off" in thread.name for thread in started):
             return True
         time.sleep(0.01)
     return False
