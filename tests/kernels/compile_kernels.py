@@ -65,6 +65,7 @@ def rows(
     entropy_weight: bool = False,
     ratio: str = "clipped",
     shaping: str | None = None,
+    kl_times_ratio: bool = False,
 ):
     shape = triton_rows.launch_shape(V, target.warp_size)
     types = {
@@ -88,7 +89,7 @@ def rows(
         "HAS_TOP1": forms,
         "RATIO": RATIOS[ratio].number if forms else 0,
         "SHAPING": 0 if shaping is None else SHAPINGS[shaping].number,
-        "KL_TIMES_RATIO": forms and ratio == "truncated",
+        "KL_TIMES_RATIO": kl_times_ratio,
         "WRITE_GRADIENT": write_gradient,
         "ROW_FITS": shape.row_fits,
         "BLOCK": shape.block,
@@ -200,6 +201,8 @@ def compile_for(name: str) -> dict[str, dict]:
         form = "transformed" if transformed else "plain"  # as `grao_fast.train` runs them
         compiled = rows(target, gradient, 49152, transformed, True, True)
         results[f"{name} trained-rows {gradient} {form}"] = facts(compiled)
+    compiled = rows(target, "bf16", 49152, True, True, True, True, kl_times_ratio=True)
+    results[f"{name} rho-kl-rows bf16"] = facts(compiled)
     for ratio, shaping in (("truncated", None), *product(["clipped"], SHAPINGS)):
         options = {"forms": True, "ratio": ratio, "shaping": shaping}
         compiled = rows(target, "bf16", 49152, True, True, True, **options)

@@ -49,6 +49,7 @@ def test_every_kernel_is_there(compiled: dict[str, dict]) -> None:
         "entropies",
         "entropy-rows",
         "off-policy-rows",
+        "rho-kl-rows",
         "truncated-rows",
         "dft-rows",
         "chord-rows",
@@ -81,16 +82,16 @@ def test_registers_leave_room_for_programs(compiled: dict[str, dict]) -> None:
 def test_forms_cost_no_register_and_one_load(compiled: dict[str, dict], target: str) -> None:
     """A form is chosen when the kernel is compiled: of another form, nothing is in its code.
 
-    A truncated ratio reads what a clipped one reads, and a shaping reads one more number a row:
-    which rows are shaped. Rows without a form read none of these numbers.
+    A truncated ratio, and a KL multiplied by the ratio, read what a clipped ratio reads. A shaping
+    reads one more number a row: which rows are shaped. Rows without a form read none of these.
     """
     clipped = compiled[f"{target} off-policy-rows bf16 True"]
-    for kernel in ("truncated-rows", "dft-rows", "chord-rows", "luffy-rows"):
+    for kernel in ("rho-kl-rows", "truncated-rows", "dft-rows", "chord-rows", "luffy-rows"):
         facts = compiled[f"{target} {kernel} bf16"]
         assert facts["registers"] <= clipped["registers"], kernel
         more = Counter(facts["accesses"])
         more.subtract(clipped["accesses"])
-        expected = {} if kernel == "truncated-rows" else {"ld32": 1}
+        expected = {} if kernel in ("rho-kl-rows", "truncated-rows") else {"ld32": 1}
         assert {width: n for width, n in more.items() if n} == expected, kernel
     plain = Counter(compiled[f"{target} trained-rows bf16 transformed"]["accesses"])
     assert sum(plain.values()) < sum(clipped["accesses"].values()) - 3

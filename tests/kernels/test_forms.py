@@ -25,11 +25,12 @@ from grao_fast.kernels.rows.forms import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = [(ratio, None) for ratio in RATIOS] + list(product(RATIOS, SHAPINGS))
+IS_MULTIPLIED = pytest.mark.parametrize("multiplied", [False, True], ids=["kl", "rho_kl"])
 LOW, HIGH, CAP = 0.8, 1.2, 2.0
 
 
-def form_rows(ratio: str, shaping: str | None, logprob_R: Tensor) -> FormRows:
-    """Ratios on both sides of the bounds, which multiply the KL too where they are truncated."""
+def form_rows(ratio: str, shaping: str | None, multiplied: bool, logprob_R: Tensor) -> FormRows:
+    """Ratios on both sides of the bounds. multiplied: the KL too is multiplied by them."""
     constants_PR = logprob_R + torch.tensor([[0.1], [-0.3], [0.6]]).to(logprob_R)
     constants_PR[0, ::3] = logprob_R[::3] - 0.9
     constants_PR[0, ::5] = math.nan
@@ -37,8 +38,7 @@ def form_rows(ratio: str, shaping: str | None, logprob_R: Tensor) -> FormRows:
         shaped_R = (torch.arange(len(logprob_R)) % 2 == 0).to(logprob_R)
         constants_PR = torch.cat([constants_PR, shaped_R[None]])
     kl_coef_R = torch.linspace(-0.1, 0.2, len(logprob_R)).to(logprob_R)
-    multiplies = ratio == "truncated"
-    return FormRows(ratio, shaping, constants_PR.detach(), kl_coef_R, LOW, HIGH, CAP, multiplies)
+    return FormRows(ratio, shaping, constants_PR.detach(), kl_coef_R, LOW, HIGH, CAP, multiplied)
 
 
 def specified(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> Tensor:
@@ -55,11 +55,12 @@ def specified(weight_R: Tensor, logprob_R: Tensor, rows: FormRows) -> Tensor:
     return weight_R * value_R - rows.kl_coef_R * kl_R
 
 
+@IS_MULTIPLIED
 @pytest.mark.parametrize("ratio, shaping", FORMS)
-def test_value_and_coefficient_are_those_of_the_specification(ratio, shaping) -> None:
+def test_value_and_coefficient_are_those_of_the_specification(ratio, shaping, multiplied) -> None:
     logprob_R = torch.linspace(-5, -0.01, 60, dtype=torch.float64).requires_grad_()
     weight_R = torch.linspace(-1, 2, 60, dtype=torch.float64)
-    rows = form_rows(ratio, shaping, logprob_R)
+    rows = form_rows(ratio, shaping, multiplied, logprob_R)
     expected_R = specified(weight_R, logprob_R, rows)
     value_R, kl_R = row_value(weight_R, logprob_R, rows)
     torch.testing.assert_close(weight_R * value_R - rows.kl_coef_R * kl_R, expected_R)
@@ -112,14 +113,17 @@ def test_gradcheck_of_each_form(name: str) -> None:
     assert torch.autograd.gradcheck(Potential.apply, (logprob_R, name, old_R, weight_R))
 
 
+@IS_MULTIPLIED
 @pytest.mark.parametrize("ratio, shaping", FORMS)
-def test_row_functions_apply_each_form(ratio, shaping, backend: str, device: str) -> None:
+def test_row_functions_apply_each_form(
+    ratio, shaping, multiplied, backend: str, device: str
+) -> None:
     """dlogits is proportional to the coefficient, which the kernel computes by itself."""
     R, V = 12, 64
     logits_RV = 3 * torch.randn(R, V, generator=torch.Generator().manual_seed(0))
     target_R, weight_R = torch.arange(R), torch.linspace(-1, 2, R)
     logprob_R = logits_RV.log_softmax(1)[target_R, target_R]
-    rows = form_rows(ratio, shaping, logprob_R)
+    rows = form_rows(ratio, shaping, multiplied, logprob_R)
     expected_RV = row_coefficient(weight_R, logprob_R, rows)[:, None] * logits_RV.softmax(1)
     rows = rows._replace(
         constants_PR=rows.constants_PR.to(device), kl_coef_R=rows.kl_coef_R.to(device)
@@ -148,7 +152,9 @@ def inputs_of(dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in (PROBLEM.hidden_TD, PROBLEM.head_VD, BIAS)]
 
 
-def given_for(ratio: str, shaping: str | None) -> tuple[OffPolicy, Shaping | None]:
+def given_for(
+    ratio: str, shaping: str | None, multiplied: bool = True
+) -> tuple[OffPolicy, Shaping | None]:
     logprob_T = reference.token_logprobs(
         PROBLEM.hidden_TD, PROBLEM.head_VD, TARGET, bias_V=BIAS
     ).float()
@@ -161,7 +167,7 @@ def given_for(ratio: str, shaping: str | None) -> tuple[OffPolicy, Shaping | Non
         clip=(0.2, 0.3),
         sampler_cap=1.2,
         ratio=ratio,
-        kl_times_ratio=ratio == "truncated",
+        kl_times_ratio=multiplied,
     )
     return off_policy, None if shaping is None else Shaping(shaping, SHAPED)
 
@@ -229,10 +235,17 @@ def ours(hidden_TD, head_VD, bias_V, off_policy, shaping, backend, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("ratio, shaping", [("truncated", None), *product(["truncated"], SHAPINGS)])
-def test_matches_specification(ratio, shaping, dtype, backend, device) -> None:
+@pytest.mark.parametrize(
+    "ratio, shaping, multiplied",
+    [
+        ("clipped", None, True),
+        ("truncated", None, False),
+        *product(["truncated"], SHAPINGS, [True]),
+    ],
+)
+def test_matches_specification(ratio, shaping, multiplied, dtype, backend, device) -> None:
     """Ratios, shaped rows and dead ones together; from the same operands in `dtype`."""
-    off_policy, shape = given_for(ratio, shaping)
+    off_policy, shape = given_for(ratio, shaping, multiplied)
     options = {"off_policy": off_policy, "shaping": shape}
     truth = results(
         lambda *args, **kw: formula(*(x.double() for x in args), **kw), dtype, "cpu", **options
