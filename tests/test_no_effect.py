@@ -51,17 +51,21 @@ def test_dead_groups_are_not_looked_for_where_there_are_none(option: dict[str, A
 
 
 def test_bounds_need_a_second_update() -> None:
-    """Also where they are those that an objective has anyway: they are given."""
-    for name, options in {
-        "low": {"objective": "gspo(low=0.1)"},
-        "high": {"objective": "gspo(high=4e-4)"},
-        "epsilon": {"epsilon": 0.2},
-        "epsilon_high": {"objective": "dapo", "epsilon_high": 0.3},
+    """Unless they are those that the objective has anyway, as where a file writes defaults out."""
+    for named, options in {
+        "low=0.1 has": {"objective": "gspo(low=0.1)"},
+        "high=0.5 has": {"objective": "gspo(low=3e-4, high=0.5)"},
+        "epsilon=0.3 has": {"epsilon": 0.3},
+        "epsilon=0.2 has": {"objective": "dapo", "epsilon": 0.2},  # whose upper bound is 0.28
+        "epsilon=0.2 and epsilon_high=0.3 have": {"epsilon": 0.2, "epsilon_high": 0.3},
     }.items():
-        with pytest.raises(UserError, match=f"{name}=.* has no effect with num_iterations=1"):
+        with pytest.raises(UserError, match=f"^{named} no effect with num_iterations=1, where"):
             GRAOConfig(**options)
         GRAOConfig(**options, num_iterations=2)
-    GRAOConfig(objective="gspo")
+    GRAOConfig(epsilon=0.2)
+    GRAOConfig(epsilon=0.2, epsilon_high=0.2)
+    GRAOConfig(objective="dapo", epsilon=0.2, epsilon_high=0.28)
+    GRAOConfig(objective="gspo(low=3e-4, high=4e-4)")
 
 
 def test_a_reward_and_its_options_need_something_to_score(tiny_model: Path, tmp_path: Path) -> None:

@@ -261,7 +261,6 @@ def test_token_ids_are_taken_as_they_are(tiny_model: Path, tmp_path: Path, unche
 
 def test_what_has_no_effect_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     for options in (
-        {"use_vllm": True},
         {"dynamic_sampling": 2},
         {"curriculum": True},
         {"async_rollouts": 1},
@@ -276,6 +275,8 @@ def test_what_has_no_effect_is_refused(caplog: pytest.LogCaptureFixture) -> None
         config = STORED.replace(**options)
         return read_inputs(data, reward, config=config, eval_dataset=None, metric=None).config
 
+    with pytest.raises(UserError, match="use_vllm=True has no effect where nothing is sampled"):
+        read(rows(), use_vllm=True)
     assert read(rows(), num_generations=4).vllm_importance_sampling_clip_max is None
     with pytest.raises(UserError, match="num_generations=3 has no effect on stored completions"):
         read(rows(), num_generations=3)
@@ -323,6 +324,9 @@ def test_memory_is_measured_for_the_longest_that_is_stored(
     assert shape == GroupShape(12, (41, 41, 41, 41, 13), stored=True)
     refused = _too_large(shape, 2.0**20, 0)
     assert "Store fewer or shorter completions" in refused and "num_generations" not in refused
+    refused = _too_large(GroupShape(12, (13,)), 2.0**20, 0)  # references alone
+    assert "12 tokens of prompt and 1 sequence of up to 13, needs" in refused
+    assert "Lower max_prompt_length or max_reference_length" in refused
 
 
 def test_check_reads_stored_groups(tiny_model: Path, unchecked: None) -> None:

@@ -93,6 +93,18 @@ def test_training_keeps_the_server_at_the_policys_weights(fake, url, tiny_model,
     assert result.metrics["grad_norm"] > 0
 
 
+def test_a_run_of_stored_completions_is_evaluated_by_the_server(fake, url, tiny_model, tmp_path):
+    columns = {"completions": ["ab", "b"], "rewards": [1.0, 0.0], "reference_reward": 0.5}
+    options = {"config": config(url, sampler="dataset", num_generations=8)}
+    options |= {"dataset": [row | columns for row in ROWS], "reward": rarely_equal}
+    result = run(tiny_model, tmp_path, **options, eval_dataset=ROWS[:3])
+    assert (
+        len(fake.paths("/collective_rpc")) == 3
+    )  # twice before the first answers, once at the end
+    theirs = fake.model.state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in result.model.state_dict().items())
+
+
 STALE = {
     "everything": lambda name: True,
     "the head": lambda name: name == "lm_head.weight",

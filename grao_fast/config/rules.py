@@ -116,8 +116,9 @@ _OF_SAMPLES = (
 # Options that replace groups from which nothing is learned, or let their prompts rest.
 _OF_DEAD_GROUPS = ("dynamic_sampling", "curriculum")
 
-# Options of samples that training draws itself.
-_OF_DRAWN_SAMPLES = ("use_vllm", "async_rollouts", "dynamic_sampling", "curriculum")
+# Options of samples that training draws itself; those of evaluations' samples are checked with the
+# eval_dataset.
+_OF_DRAWN_SAMPLES = ("async_rollouts", "dynamic_sampling", "curriculum")
 
 
 def check_effect(config: Any) -> None:
@@ -211,20 +212,29 @@ def _check_samples(config: Any, name: str) -> None:
 
 
 def _check_bounds(config: Any, own: Mapping[str, Any]) -> None:
-    """Bounds of a ratio need an objective that clips it, and updates in which it is not 1."""
+    """Bounds of a ratio need an objective that clips it, and updates in which it is not 1.
+
+    An objective's own bounds may be given where they have no effect.
+    """
     formula = config.objective_options.formula
-    names = ("epsilon", "epsilon_high")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in ("epsilon", "epsilon_high")}
+    given = {name: value for name, value in given.items() if value is not None}
     if given and (formula.clip is None or formula.two_passes):
         raise UserError(
             f"epsilon and epsilon_high have no effect with objective={config.objective!r}, which "
             "clips no ratio of tokens: leave them out"
         )
-    given |= {name: value for name, value in own.items() if name in formula.clip_options}
-    for name, value in given.items() if config.num_iterations == 1 else ():
+    if config.objective_options.clip == formula.clip:
+        given = {}
+    for name in formula.clip_options:
+        if name in own and own[name] != getattr(type(formula), name):
+            given[name] = own[name]
+    if given and config.num_iterations == 1:
+        named = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        have, them = ("has", "it") if len(given) == 1 else ("have", "them")
         raise UserError(
-            f"{name}={value!r} has no effect with num_iterations=1, where every ratio is 1: set "
-            "num_iterations above 1, or leave it out"
+            f"{named} {have} no effect with num_iterations=1, where every ratio is 1: set "
+            f"num_iterations above 1, or leave {them} out"
         )
 
 
