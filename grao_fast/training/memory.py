@@ -141,12 +141,17 @@ def most_that_fit(peak: Callable[[int], float], budget: float, most: int) -> int
 
 
 def _too_large(shape: GroupShape, needed: float, budget: float) -> str:
-    remedy = "Lower max_new_tokens, num_generations,"
-    if shape.stored:
+    *samples, _ = shape.sequences
+    if not samples:
+        remedy = "Lower"
+    elif shape.stored:
         remedy = "Store fewer or shorter completions, lower"
+    else:
+        remedy = "Lower max_new_tokens, num_generations,"
+    sequences = f"{len(shape.sequences)} sequences" if samples else "1 sequence"
     needs = f"needs {needed / _MIB:.0f} MiB" if needed < float("inf") else "needs more than all"
     return (
-        f"the largest group, {shape.prompt} tokens of prompt and {len(shape.sequences)} sequences "
+        f"the largest group, {shape.prompt} tokens of prompt and {sequences} "
         f"of up to {max(shape.sequences)}, {needs} besides parameters, gradients and AdamW's "
         f"moments, and {budget / _MIB:.0f} MiB are there for it (memory_budget_mib). {remedy} "
         "max_prompt_length or max_reference_length, keep gradient_checkpointing and share_prefix "
