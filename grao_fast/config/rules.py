@@ -200,14 +200,14 @@ def _check_samples(config: Any, name: str) -> None:
         if value and value != default:  # 0 asks for nothing
             raise UserError(
                 f"{option}={value!r} has no effect with objective={name!r}, which samples "
-                f"nothing in training: leave it out, or at {default!r}"
+                f"nothing in training: leave it out, or set it to the default, {default!r}"
             )
     for option in _OF_DEAD_GROUPS if not formula.has_dead_groups else ():
         if getattr(config, option):
             raise UserError(
                 f"{option}={getattr(config, option)!r} has no effect with objective="
-                f"{config.objective!r}, which learns from groups of equal rewards too: leave it "
-                "out, or take an objective that does not, such as grpo"
+                f"{config.objective!r}, which learns from all groups of equal rewards too: leave "
+                "it out, or take an objective that does not, such as grpo"
             )
 
 

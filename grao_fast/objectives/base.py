@@ -83,8 +83,10 @@ class Objective(ABC):
         K is 1.
     needs_references: whether a prompt without a reference has no use.
     uses_references: whether a reference may have a coefficient.
-    has_dead_groups: whether nothing is learned from a group whose rewards are all equal, and that
-        has a reference where `needs_references`.
+    has_dead_groups: whether nothing is learned from some groups whose rewards are all equal, and
+        that have a reference where `needs_references`. Of most objectives these are all such
+        groups; of HPT those above its gate, of RFT those below its threshold, and of REINFORCE
+        those at the mean of the step.
     ratio: the form of a sample's token that has an old log-prob: "clipped" as in PPO, "truncated"
         for a constant weight as in CISPO; see `grao_fast.kernels.OffPolicy`.
     clip: the ratio's bounds (low, high) where the user sets none; None: tokens have no ratio that
