@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,21 @@ def test_an_environments_reward_needs_one_for_the_reference(
     ):
         run(tool_model, args, rows("seven"), reward_funcs=[length], environment_factory=Purse)
     data = rows(turns("put", amount=6), reference_reward=60.0)
+    later = Dataset.from_list([*data.to_list(), data[0] | {"reference_reward": None}])
+    held = {"held": data.remove_columns("reference_reward")}
+    for train, evaluation, where in (
+        (later, None, "the reference of train_dataset, row 3, a reward"),
+        (data, held, "the references of eval_dataset['held'] a reward"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"samples alone have: give {where}")):
+            run(
+                tool_model,
+                args,
+                train,
+                eval_dataset=evaluation,
+                reward_funcs=[length],
+                environment_factory=Purse,
+            )
     trainer = run(tool_model, args, data, reward_funcs=[length], environment_factory=Purse)
     groups, learned = batch_of(trainer)
     assert "3 and 4? You have 1." in trainer._tokenizer.decode(groups[0][0])
@@ -214,15 +230,18 @@ def test_rewards_without_an_environment_score_references(
     assert mean == pytest.approx((5 + 2.5 + 5) / 3)
 
 
-def test_what_no_sample_could_be_is_refused(
-    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    speak(monkeypatch, called("add", a=3, b=4))
+def test_what_no_sample_could_be_is_refused(tool_model: Path, tmp_path: Path):
     args = config(tmp_path, max_completion_length=400)
 
     def refused(data: Dataset | None, match: str, **options: Any) -> None:
-        with pytest.raises(ValueError, match=match):
-            run(tool_model, args, data, reward_funcs=length, **options)
+        """Before training, in training data and in data for evaluation."""
+        at = "" if data is None else "train_dataset, row 0.*"
+        with pytest.raises(ValueError, match=at + match):
+            GRAOTrainer(str(tool_model), length, args, data, **options)
+        if data is not None:
+            options |= {"eval_dataset": data}
+            with pytest.raises(ValueError, match="eval_dataset, row 0.*" + match):
+                GRAOTrainer(str(tool_model), length, args, rows("seven"), **options)
 
     answered = [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
     asked = rows([*answered, {"role": "assistant", "content": "yes"}])
@@ -232,6 +251,8 @@ def test_what_no_sample_could_be_is_refused(
     refused(rows(nameless), "tool's result, '7', without `name`", tools=[add])
     text = Dataset.from_list([{"prompt": "3 and 4?", "reference": "7"}] * 3)
     refused(text, "`prompt` is text: give messages", tools=[add])
+    with pytest.raises(ValueError, match=r"a row: tools are called in messages"):
+        run(tool_model, args, text.to_iterable_dataset(), reward_funcs=length, tools=[add])
     refused(None, "gives prompts and no references: pass a dataset", environment_factory=Purse)
     wrong = rows("seven", reference_reward="good")
     refused(wrong, "`reference_reward` must be a number, got 'good'", tools=[add])

@@ -1,14 +1,16 @@
-"""GRAOTrainer's checks of datasets, made before TRL loads a model."""
+"""GRAOTrainer's checks of datasets, made before training, as far as rows can be read by then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
+from grao_fast.integrations.trl.rewards import REWARD_COLUMN, given_reward, refuse_unscored
+from grao_fast.integrations.trl.turns import check_turns
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger, visible_errors
 
@@ -30,14 +32,55 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, *, environment: bool =
             f"a dataset with {', '.join(REFERENCE_COLUMNS[:-1])} or {REFERENCE_COLUMNS[-1]}"
         )
     _check("train_dataset", train_dataset, needs_references=True, needs_prompts=not environment)
-    several = isinstance(eval_dataset, Mapping)
-    named = (
-        {f"eval_dataset[{name!r}]": each for name, each in eval_dataset.items()}
-        if several
-        else {"eval_dataset": eval_dataset}
-    )
-    for name, dataset in named.items():
+    for name, dataset in _of_evaluation(eval_dataset).items():
         _check(name, dataset, needs_references=False, needs_prompts=not environment)
+
+
+@visible_errors()
+def check_rows_for_rewards(
+    train_dataset: Any, eval_dataset: Any, needing: Mapping[str, Sequence[str]], *, tools: bool
+) -> None:
+    """Refuse references that no reward could score, and text that would have to call tools.
+
+    needing: as in `refuse_unscored`.
+    """
+    for name, dataset in {"train_dataset": train_dataset, **_of_evaluation(eval_dataset)}.items():
+        if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.column_names is None:
+            continue
+        columns = dataset.column_names
+        column = reference_column(columns)
+        if needing and column is not None and REWARD_COLUMN not in columns:
+            refuse_unscored(needing, f"the references of {name}")
+        if not isinstance(dataset, Dataset):
+            continue
+        if tools and len(dataset):  # a column's rows are all text, or all messages
+            check_is_messages(dataset[0].get("prompt"), f"{name}, row 0")
+        if needing and column is not None:
+            _check_given(name, dataset, column, needing)
+
+
+def check_is_messages(prompt: Any, where: str) -> None:
+    """Raise UserError for a prompt that is text, where the model has tools."""
+    if isinstance(prompt, str):
+        raise UserError(
+            f"{where}: tools are called in messages, and `prompt` is text: give messages"
+        )
+
+
+def _check_given(
+    name: str, dataset: Dataset, column: str, needing: Mapping[str, Sequence[str]]
+) -> None:
+    read = [each for each in ("prompt", column, REWARD_COLUMN) if each in dataset.column_names]
+    for n, row in enumerate(dataset.select_columns(read)):
+        if row[REWARD_COLUMN] is None and read_row(row, f"{name}, row {n}")[1] is not None:
+            refuse_unscored(needing, f"the reference of {name}, row {n},")
+
+
+def _of_evaluation(dataset: Any) -> dict[str, Any]:
+    """Datasets for evaluation, one or several, by their names in messages."""
+    if isinstance(dataset, Mapping):
+        return {f"eval_dataset[{name!r}]": each for name, each in dataset.items()}
+    return {"eval_dataset": dataset}
 
 
 def _check(name: str, dataset: Any, *, needs_references: bool, needs_prompts: bool) -> None:
@@ -62,21 +105,28 @@ def _check(name: str, dataset: Any, *, needs_references: bool, needs_prompts: bo
         )
     if column is None:
         logger.warning("%s has no reference answers: it evaluates samples alone", name)
-        return
-    if not isinstance(dataset, Dataset):
+    read = [each for each in ("prompt", column, column and REWARD_COLUMN) if each in columns]
+    if not isinstance(dataset, Dataset) or not read:
         return
     if len(dataset) == 0:
         raise UserError(f"{name} has no rows")
-    read = [each for each in ("prompt", column) if each in columns]
     rows = enumerate(dataset.select_columns(read))
-    absent = sum(read_row(row, f"{name}, row {n}")[1] is None for n, row in rows)
+    absent = sum(not _has_reference(row, f"{name}, row {n}") for n, row in rows)
     if absent == len(dataset) and needs_references:
         raise UserError(f"every row of {name} has a blank reference in `{column}`")
-    if absent:
+    if absent and column is not None:
         logger.warning(
             "%d of %d rows of %s have a blank reference in `%s`: they count as having none",
             absent, len(dataset), name, column,
         )  # fmt: skip
+
+
+def _has_reference(row: Mapping[str, Any], where: str) -> bool:
+    """Whether a row has a reference; UserError if it cannot be trained on."""
+    _, reference = read_row(row, where)
+    check_turns(reference, f"{where}, `{reference_column(row)}`")
+    given_reward(row, where)
+    return reference is not None
 
 
 def _columns_of(dataset: Any) -> list[str] | None:

@@ -19,6 +19,7 @@ from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
 from grao_fast.distributed.world import World
+from grao_fast.integrations.trl.datasets import check_is_messages, check_rows_for_rewards
 from grao_fast.integrations.trl.head import embedding_rows_of
 from grao_fast.integrations.trl.references import (
     References,
@@ -31,7 +32,6 @@ from grao_fast.integrations.trl.references import (
     to_score,
 )
 from grao_fast.integrations.trl.rewards import (
-    REWARD_COLUMN,
     equal_to_rounding,
     names_needing,
     refuse_unscored,
@@ -81,10 +81,12 @@ class RolloutTrainer(GRPOTrainer):
         )
         # What samples have and references have not; a batch adds the fields of rollout_func.
         self._of_samples = ["environments"] if self.environment_factories is not None else []
-        columns = self.train_dataset.column_names  # None for some streams
-        needing = names_needing(self._of_samples, self.reward_funcs, self.reward_func_names)
-        if needing and columns is not None and REWARD_COLUMN not in columns:
-            refuse_unscored(needing, "the references of train_dataset")
+        check_rows_for_rewards(
+            self.train_dataset,
+            self.eval_dataset,
+            names_needing(self._of_samples, self.reward_funcs, self.reward_func_names),
+            tools=bool(self.tools),
+        )
 
     @property
     def _group_size(self) -> int:
@@ -122,8 +124,9 @@ class RolloutTrainer(GRPOTrainer):
         return self._env_tools[self._batch_environments[b]]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.tools and isinstance(inputs[0].get("prompt"), str):
-            raise UserError("tools are called in messages, and `prompt` is text: give messages")
+        if self.tools:  # of a stream, or of other data for evaluation, no row has been seen yet
+            prompt = inputs[0].get("prompt")
+            self._world.together(lambda: check_is_messages(prompt, "a row"))
         G, B, process = self._group_size, len(inputs), self.accelerator.process_index
         rows = [dict(row) for row in inputs]  # TRL adds the fields of rollout_func to `inputs`
         output = super()._generate_and_score_completions(inputs)

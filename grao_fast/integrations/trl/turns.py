@@ -114,7 +114,14 @@ class TurnEncoder:
         return Turns(ids, learned, said)
 
 
-def _spoken(reference: str | Messages | None) -> list[int]:
+def check_turns(reference: str | Messages | None, where: str) -> None:
+    """Raise UserError for a reference whose turns cannot be told apart. where: its name."""
+    _spoken(reference, where)
+    if isinstance(reference, list):
+        _results(reference, where)
+
+
+def _spoken(reference: str | Messages | None, where: str = "a reference") -> list[int]:
     """The places of the assistant's turns; UserError if there is more than tools' results beside.
 
     One place, 0, for a reference that is text or absent.
@@ -126,14 +133,14 @@ def _spoken(reference: str | Messages | None) -> list[int]:
     between = [roles[a + 1 : b] for a, b in pairwise(places)]
     if places[0] != 0 or not all(each and {*each} == {"tool"} for each in between):
         raise UserError(
-            f"a reference has turns of {', '.join(roles)}: it must begin with the assistant's turn "
+            f"{where} has turns of {', '.join(roles)}: it must begin with the assistant's turn "
             "and have tools' results, and nothing else, between two of them; what comes before "
             "the turns to be learned belongs into `prompt`"
         )
     return places
 
 
-def _results(reference: Messages) -> list[Messages]:
+def _results(reference: Messages, where: str = "a reference") -> list[Messages]:
     """The tools' results behind each of the assistant's turns but the last, with their names."""
     found: list[Messages] = []
     for turn in reference[:-1]:
@@ -145,8 +152,8 @@ def _results(reference: Messages) -> list[Messages]:
         name = turn.get("name") or called
         if name is None:
             raise UserError(
-                f"a reference has a tool's result, {turn['content']!r}, without `name`, and its "
-                "turn has no call for it: give the tool's name"
+                f"{where} has a tool's result, {turn['content']!r}, without `name`, and its turn "
+                "has no call for it: give the tool's name"
             )
         found[-1].append({"role": "tool", "name": name, "content": turn["content"]})
     return found
