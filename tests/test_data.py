@@ -185,6 +185,18 @@ def test_a_dataset_without_references_can_be_refused() -> None:
     assert load_examples(ROWS, require_references=True) == EXAMPLES
 
 
+def test_a_reference_that_ends_in_a_blank_turn_is_absent() -> None:
+    call = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    result = {"role": "tool", "content": "7"}
+    for last, there in ((assistant(" "), False), (call, True), (assistant("7"), True)):
+        rows = [{"prompt": [user("a")], "reference": [call, result, last]}]
+        reference = load_examples(rows)[0].reference
+        assert reference == ([call, result, last] if there else None)
+    bare = [{"prompt": [user("a")], "reference": [call, result, {"role": "assistant"}]}]
+    with pytest.raises(ValueError, match=r"message 2: `content` must be text"):
+        load_examples(bare)
+
+
 def test_half_a_surrogate_pair_is_named() -> None:
     for row in ({"prompt": "a\ud83d", "reference": "b"}, {"prompt": "a", "k": [{"x": "b\udc00"}]}):
         with pytest.raises(ValueError, match=r"row 1, `(prompt|k)`: character 1 is '.ud"):

@@ -19,6 +19,7 @@ from trl.chat_template_utils import qwen2_5_chat_template
 from trl_runs import Keeper, assert_same, config, double_of, run, token_ids, truth
 
 from grao_fast.integrations.trl import GRAOTrainer
+from grao_fast.integrations.trl.references import read_row
 
 ANSWER = "seven, since three and four are seven"  # longer than what samples say, so learned
 SAID = ["it is 7", "it is 12 or so", "no"]
@@ -144,6 +145,26 @@ def test_samples_and_references_read_results_and_do_not_learn_them(
     assert_same(trainer.gradients[0], double)
     assert trainer.state.log_history[0]["reference/advantage"] > 1
     assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_call_has_its_own_arguments(as_text: bool):
+    """In Arrow, each call has the arguments of the other tool too, as null."""
+    given = [{"a": 3, "b": 4}, {"amount": 6, "limit": None} if as_text else {"amount": 6}]
+    references = [turns("add", **given[0]), turns("put", **given[1])]
+    if as_text:
+        for reference in references:
+            function = reference[0]["tool_calls"][0]["function"]
+            function["arguments"] = json.dumps(function["arguments"])
+    prompt = [{"role": "user", "content": "3 and 4?"}]
+    data = Dataset.from_list([{"prompt": prompt, "reference": each} for each in references])
+    for row, expected in zip(data, given, strict=True):
+        _, reference = read_row(row, "a row")
+        assert reference[0]["tool_calls"][0]["function"]["arguments"] == expected
+    wrong = turns()
+    wrong[0]["tool_calls"][0]["function"]["arguments"] = "a=3"
+    with pytest.raises(ValueError, match=r"a row, `reference`: `arguments` .* got 'a=3'"):
+        read_row({"prompt": prompt, "reference": wrong}, "a row")
 
 
 class Purse:

@@ -68,7 +68,8 @@ def read_reference(
 ) -> str | Messages | None:
     """Read a reference: text, or messages if it is more than the text of one answer.
 
-    Returns None for a blank reference. Messages that repeat the prompt are left out; the others are
+    Returns None for a blank reference, and for one whose last turn is blank: without content, tool
+    calls or reasoning. Messages that repeat the prompt are left out; the others are
     the turns that follow it, with tool calls and reasoning, and end in an assistant's turn.
     """
     if value is None or isinstance(value, str):
@@ -76,6 +77,8 @@ def read_reference(
     turns = _without_prompt(read_messages(value, where), prompt)
     if turns[-1]["role"] != "assistant":
         raise UserError(f"{where} must end in an assistant turn, got role {turns[-1]['role']!r}")
+    if not (turns[-1].get("content", "").strip() or beside_text(turns[-1])):
+        return None
     more = (
         "several turns" if len(turns) > 1 else next(map("`{}`".format, beside_text(turns[0])), "")
     )
@@ -85,8 +88,8 @@ def read_reference(
             "messages too"
         )
     if more or (turns[0].keys() - {"role", "content"} and not isinstance(prompt, str)):
-        return turns if more or turns[0]["content"].strip() else None
-    return read_reference(turns[0]["content"], where)
+        return turns
+    return turns[0]["content"]
 
 
 def beside_text(message: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ a reference.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import compress
 from math import isnan, nan
 from typing import Any, NamedTuple
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.data.fields import Messages, read_prompt, read_reference
+from grao_fast.data.rows import without_padding
 from grao_fast.integrations.trl.rewards import given_reward
 from grao_fast.integrations.trl.turns import Tools, TurnEncoder
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import visible_errors
 
 
@@ -63,10 +67,39 @@ def read_row(
 
     Only an environment makes up for a prompt.
     """
+    row = without_padding(dict(row))
     column = reference_column(row)
     prompt = read_prompt(row["prompt"], f"{where}, `prompt`") if "prompt" in row else None
     value = None if column is None else row[column]
-    return prompt, read_reference(value, f"{where}, `{column}`", prompt)
+    reference = read_reference(value, f"{where}, `{column}`", prompt)
+    if isinstance(reference, list):
+        reference = [_with_arguments(turn, f"{where}, `{column}`") for turn in reference]
+    return prompt, reference
+
+
+def _with_arguments(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """A turn whose calls have their arguments as dicts, as samples' have; JSON text is read."""
+    calls = []
+    for call in turn.get("tool_calls") or []:
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            function = {**function, "arguments": _from_json(arguments, where)}
+            call = {**call, "function": function} if call.get("function") else function
+        calls.append(call)
+    return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _from_json(arguments: str, where: str) -> dict[str, Any]:
+    read = None
+    with suppress(json.JSONDecodeError):
+        read = json.loads(arguments)
+    if not isinstance(read, dict):
+        raise UserError(
+            f"{where}: `arguments` of a tool call must be a dict, or one as JSON text, "
+            f"got {arguments!r}"
+        )
+    return read
 
 
 @visible_errors()
