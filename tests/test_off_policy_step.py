@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import assert_as_published
 from test_trainer import CONFIG, StopAt, lines, run, same_bits, step_groups
-from tolerance import gradients_of, show_parity
+from tolerance import gradients_of
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
@@ -95,8 +96,9 @@ def test_references_that_lose_are_treated_as_specified(tiny_model, reference_adv
     expected = truth(double, rollout, config, reference_advantage=reference_advantage)
     expected.loss.backward()
     values = total, expected.loss.detach()
-    name = f"a step of grao_fast.train, {reference_advantage}"
-    show_parity(name, *values, gradients_of(policy.model), gradients_of(double))
+    gradients = gradients_of(policy.model), gradients_of(double)
+    way = 'grao_fast.train, a step of it with reference_advantage="floor"'
+    assert_as_published(way, *values, *gradients, kind=reference_advantage)
     assert abs(total - float(expected.loss.detach())) < 1e-5
     assert_same_gradients(policy.model, double)
     weight_N = reference.sequence_weights(expected.advantages_NK, reference_advantage="signed")[

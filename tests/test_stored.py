@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from processes import launch
+from published import assert_as_published
 from test_off_policy_step import assert_same_gradients, double_of, sampler_logprobs, truth
 from test_trainer import CONFIG, StopAt, letters, lines, run, same_bits
 from tiny import write_jsonl
-from tolerance import gradients_of, show_parity
+from tolerance import gradients_of
 
 from grao_fast.checkup.run import check
 from grao_fast.cli.commands import main
@@ -125,7 +126,8 @@ def test_gradients_are_those_of_the_formula_with_stored_logprobs(tiny_model: Pat
     expected = truth(double, padded, config, sampler_logprob_T=known_T, sampler_cap=3.0)
     expected.loss.backward()
     gradients = gradients_of(loaded.policy.model), gradients_of(double)
-    show_parity("stored completions", total, expected.loss.detach(), *gradients)
+    way = 'offline, sampler="dataset", off-policy weights from stored log-probs'
+    assert_as_published(way, total, expected.loss.detach(), *gradients)
     assert abs(total - float(expected.loss.detach())) < 1e-5
     assert_same_gradients(loaded.policy.model, double)
     plain = double_of(tiny_model)

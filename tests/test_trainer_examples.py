@@ -12,9 +12,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from published import assert_as_published
 from safetensors.torch import load_file
 from tiny import save_tiny_model, write_jsonl
-from tolerance import gradients_of, show_parity, worst_error
+from tolerance import gradients_of, worst_error
 from transformers import AutoModelForCausalLM
 
 from grao_fast.kernels import reference
@@ -80,7 +81,7 @@ def test_stored_samples_in_plain_pytorch(
     loss, gradients = specified(model)
     assert of_plain[0] == pytest.approx(loss, abs=2e-6)
     total, own = first_step(example("plain"), model, step)
-    show_parity("stored samples in plain PyTorch", total, loss, own, gradients)
+    assert_as_published("plain PyTorch, from stored samples", total, loss, own, gradients)
     assert worst_error(own, gradients) < 1e-5
 
 
@@ -158,11 +159,19 @@ def test_sft_by_transformers_trainer(tmp_path: Path, example) -> None:
     truth = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch["labels"][:, 1:].flatten()
     )
+    # Transformers passes None, a tensor, or an int; a step that fails leaves the head as it was
+    assert trainer.compute_loss(policy, dict(batch), num_items_in_batch=8).item() == pytest.approx(
+        truth.item() * 4 / 8, rel=1e-6
+    )
+    with pytest.raises(RuntimeError):
+        trainer.compute_loss(policy, batch | {"attention_mask": torch.ones(2, 9)})
+    assert policy(batch["input_ids"]).logits.ndim == 3
     losses = trainer.compute_loss(policy, dict(batch)), truth
     for each in losses:
         each.backward()
     gradients = gradients_of(policy), gradients_of(double)
-    show_parity("SFT in Transformers' Trainer", *(each.detach() for each in losses), *gradients)
+    way = "Transformers' Trainer, SFT (against cross-entropy in float64)"
+    assert_as_published(way, *(each.detach() for each in losses), *gradients)
     assert losses[0].item() == pytest.approx(truth.item(), rel=1e-6)
     assert worst_error(*gradients) < 1e-5
 

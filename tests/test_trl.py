@@ -23,7 +23,8 @@ from transformers import (
 
 pytest.importorskip("trl")
 
-from tolerance import gradients_of, show_parity, worst_error
+from published import assert_as_published
+from tolerance import gradients_of, worst_error
 from trl_runs import (
     assert_same,
     config,
@@ -81,7 +82,8 @@ def test_the_gradient_is_the_specifications(
     assert_same(gradients, double)
     if per_generation <= accumulated:  # off policy, ratios stand where log-probs do
         mean = sum(logged(trainer, "loss")) / steps
-        show_parity("GRAOTrainer", mean, loss.detach(), gradients, gradients_of(double))
+        errors = mean, loss.detach(), gradients, gradients_of(double)
+        assert_as_published("TRL, GRAOTrainer", *errors)
         assert mean == pytest.approx(float(loss.detach()), abs=1e-4)
 
 
@@ -509,7 +511,7 @@ def test_two_processes_share_groups(tiny_model: Path, tmp_path: Path):
         loss = loss + truth(double, *batch).loss / len(first["rollouts"])
     loss.backward()
     of_two = first["loss"], loss.detach(), first["gradients"], gradients_of(double)
-    show_parity("GRAOTrainer in two processes", *of_two)
+    assert_as_published("the same in two processes, DDP", *of_two)
     assert_same(first["gradients"], double)
     for mine, other in zip(first["gradients"], second["gradients"], strict=True):
         assert torch.equal(mine, other)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from processes import free_port, launch
+from published import assert_as_published
 from safetensors.torch import load_file
 from tiny import save_tiny_model
-from tolerance import show_parity
 from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
@@ -105,7 +105,10 @@ def test_the_gradient_is_the_specifications(
             learnt.append((ours, parameter.grad))
     assert len(learnt) >= 10
     values = ranks[0]["loss"], loss.detach()
-    show_parity(f"GRAOTrainer, {kind}, {model}", *values, *zip(*learnt, strict=True))
+    way = "the same of a LoRA adapter alone"
+    if not lora:
+        way = "the same under DeepSpeed, ZeRO-2 and ZeRO-3, or accelerate's FSDP2"
+    assert_as_published(way, *values, *zip(*learnt, strict=True), kind=f"{kind}, {model}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,16 +45,3 @@ def gradients_of(model: torch.nn.Module) -> list[Tensor]:
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None for gradient in gradients)
     return gradients
-
-
-def show_parity(
-    name: str,
-    value: float | Tensor,
-    true_value: float | Tensor,
-    gradients: Iterable[Tensor],
-    true_gradients: Iterable[Tensor],
-) -> None:
-    """Print, for `pytest -s`, how far a loss and its gradients are from the float64 truth."""
-    of_value = abs(float(value) / float(true_value) - 1)
-    of_gradient = worst_error(gradients, true_gradients)
-    print(f"\nparity of {name}: value {of_value:.1e}, gradient {of_gradient:.1e}")

@@ -13,7 +13,7 @@ from grao_fast.kernels import linear_weighted_cross_entropy
 class OnePassTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = torch.nn.functional.pad(inputs.pop("labels").cpu(), (0, 1), value=-100)[:, 1:]
-        weights = (labels != -100).float() / (num_items_in_batch or (labels != -100).sum()).cpu()
+        weights = (labels != -100).float() / int(num_items_in_batch or (labels != -100).sum())
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
 
         def loss_of(hidden_BLD):  # in place of logits, where DDP, FSDP and ZeRO-3 have the weights
@@ -21,8 +21,10 @@ class OnePassTrainer(Trainer):
             return linear_weighted_cross_entropy(*rows).loss
 
         head.forward = loss_of
-        loss = model(**inputs, use_cache=False).logits
-        del head.forward
+        try:
+            loss = model(**inputs, use_cache=False).logits
+        finally:
+            del head.forward
         if num_items_in_batch is not None:  # in all processes, whose gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -36,12 +38,10 @@ def main(path: str, rows: str, output: str) -> None:
         answer = [*tokenizer(row["reference"])["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
-    data = load_dataset("json", data_files=rows, split="train")
-    arguments = TrainingArguments(output, max_steps=20, learning_rate=1e-4, report_to="none")
     OnePassTrainer(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        arguments,
-        train_dataset=data.map(encode, remove_columns=data.column_names),
+        TrainingArguments(output, max_steps=20, learning_rate=1e-4, report_to="none"),
+        train_dataset=load_dataset("json", data_files=rows, split="train").map(encode),
         data_collator=Collator(tokenizer),
     ).train()
 
