@@ -75,8 +75,8 @@ def curves(
             rows,
             settings,
             kept[name],
-            sampling="shared" if name == "shared" else "own",
-            replayed=kept["ours"].samples if name == "replayed" else None,
+            sampling=name if name in ("shared", "replayed") else "own",
+            known=kept["ours"].samples if name == "replayed" else (),
         )
         for step, ours, own in zip(
             kept[name].steps, kept["ours"].texts, kept[name].texts, strict=True

@@ -12,7 +12,7 @@ from grao_fast.rewards.named import texts_of
 from grao_fast.training.state import DataStream
 
 GRPO, GRAO_IN_TRL, OURS = "grpo", "grao_trainer", "ours"
-Sampling = Literal["own", "shared", "both"]
+Sampling = Literal["own", "shared", "replayed", "replaced"]
 Samples = list[tuple[list[int], list[int]]]  # ids of prompt and completion
 LABELS = {
     GRPO: "TRL GRPOTrainer, no references",
@@ -38,6 +38,10 @@ class Settings:
 def order_of(rows: Sequence[Any], settings: Settings) -> DataStream:
     """The order in which `grao_fast.train` draws the rows."""
     return DataStream(len(rows), settings.prompts, settings.seed)
+
+
+def tokens_of(samples: Samples) -> int:
+    return sum(len(completion) for _, completion in samples)
 
 
 def right_and_brief(

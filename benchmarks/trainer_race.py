@@ -3,9 +3,10 @@
     python benchmarks/trainer_race.py MODEL [--rounds 5]  # -> benchmarks/results/trainers-cpu.json
 
 MODEL is a folder. Each samples in its own way, on the clock, and all then score and learn from what
-`grao_fast.train` has sampled, so that they have the same sequences; the learning rate is 0, so that
-they keep the same weights. The first two steps are not timed; in the first, losses and the norms of
-gradients are compared with those of the formulas. While one takes a step, the others wait.
+`grao_fast.train` samples, so that they have the same sequences; the learning rate is 0, so that
+they keep the same weights. TRL is handed these samples, which are drawn before the race. The first
+step is not timed: in it, the norm of each side's gradient, and the losses of the two that have
+references, are compared with those of the formulas. While one takes a step, the others wait.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,12 +35,14 @@ from problems import problems
 from step_race import give_back, trl_absence
 from step_sides import naive_gradient
 from torch import Tensor
+from trainer_ours import samples_of
 from trainer_problem import (
     GRAO_IN_TRL,
     GRPO,
     LABELS,
     OURS,
     Run,
+    Samples,
     Settings,
     order_of,
     right_and_brief,
@@ -51,8 +55,9 @@ from grao_fast.kernels import group_advantages, sequence_weights
 
 RESULTS = Path(__file__).parent / "results" / "trainers-cpu.json"
 ROWS = 64
-WARM_UP = 2
+WARM_UP = 1
 PHASES = ("sample", "score", "update")
+TOKENS = ("own_tokens", "learned_tokens")
 _FORGET = Path("/proc/self/clear_refs")
 
 Figures = dict[str, float]
@@ -76,13 +81,20 @@ class _Turns(Run):
     def end(self, step: int, figures: Figures) -> None:
         if self.start_mib is not None:
             figures["peak_mib"] = _resident_mib("VmHWM") - self.start_mib
-        self.link.send((figures, list(self.said), self.sampled))
+        self.link.send((figures, list(self.said)))
 
 
-def _work(link: Connection, side: str, model_folder: Path, rows: list, settings: Settings) -> None:
+def _work(
+    link: Connection,
+    side: str,
+    model_folder: Path,
+    rows: list,
+    settings: Settings,
+    known: list[Samples],
+) -> None:
     if side != OURS:  # before memory is read for the first time
         import trl.trainer.grpo_trainer  # noqa: F401
-    train(side, model_folder, rows, settings, _Turns(link), sampling="both")
+    train(side, model_folder, rows, settings, _Turns(link), sampling="replaced", known=known)
 
 
 def race(
@@ -94,12 +106,13 @@ def race(
         AssertionError: the first step is not that of the formulas.
     """
     context = multiprocessing.get_context("spawn")
+    known = samples_of(model_folder, rows, settings)
     links: dict[str, Connection] = {}
     processes = []
     for side in sides:
         here, there = context.Pipe()
         process = context.Process(
-            target=_work, args=(there, side, model_folder, rows, settings), daemon=True
+            target=_work, args=(there, side, model_folder, rows, settings, known), daemon=True
         )
         process.start()
         there.close()  # or the death of the process would not be seen
@@ -109,17 +122,16 @@ def race(
     for turn in range(settings.steps):
         start = turn % len(sides)
         said: dict[str, list[str]] = {}
-        sampled = {}
         for side in (*sides[start:], *sides[:start]):
             links[side].send(None)
-            figures, said[side], sampled[side] = links[side].recv()
+            figures, said[side] = links[side].recv()
             steps[side].append(figures)
             print(turn, side, figures, flush=True)
         check_texts(said, settings.prompts)
-        if turn == 0 and GRPO in sides:
+        if turn == 0:
             tokenizer = AutoTokenizer.from_pretrained(model_folder)
             own = [rows[i] for i in order_of(rows, settings).batch(0)]
-            rollout = rollout_of(sampled[GRPO], own, tokenizer, settings.samples)
+            rollout = rollout_of(known[0], own, tokenizer, settings.samples)
             first = {side: figures[0] for side, figures in steps.items()}
             check_first_step(first, rollout, model_folder)
     for process in processes:
@@ -145,7 +157,7 @@ def check_first_step(
     """Check that the steps of all sides are the formulas'.
 
     Norms of gradients agree to 1e-4, as in process_race.py; the losses of GRAO's sides to 1e-5 (the
-    loss that GRPOTrainer logs is 0 by construction).
+    loss that GRPOTrainer logs is 0 by construction, and is not compared).
     """
     truth = dict.fromkeys(
         (OURS, GRAO_IN_TRL), formula(model_folder, rollout, grao_weights(rollout))
@@ -161,7 +173,7 @@ def check_first_step(
 
 
 def rollout_of(
-    sampled: Sequence[tuple[list[int], list[int]]],
+    sampled: Samples,
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
     samples: int,
@@ -210,22 +222,33 @@ def formula(
 
 
 def result_of(
-    steps: Mapping[str, list[Figures]], settings: Settings, load: float | None
+    steps: Mapping[str, list[Figures]], settings: Settings, *, load: float | None, minutes: float
 ) -> dict[str, Any]:
-    """The file of results: a row a side."""
+    """The file of results: a row a side.
+
+    over: what its step takes over that of another side in the same round.
+    """
     rows = []
     for side, own in steps.items():
         timed = own[WARM_UP:]
         peaks = [figures["peak_mib"] for figures in timed if "peak_mib" in figures]
         row = {"variant": side, "label": LABELS[side]} | quartiles([f["step"] for f in timed])
-        row |= {phase: statistics.median(f[phase] for f in timed) for phase in PHASES}
-        row["trained_tokens"] = statistics.median(f["sampled_tokens"] for f in timed)
-        rows.append(row | {"peak_mib": max(peaks, default=None)})
+        row |= {name: statistics.median(f[name] for f in timed) for name in (*PHASES, *TOKENS)}
+        row["peak_mib"] = max(peaks, default=None)
+        row["over"] = {
+            other: quartiles(
+                [f["step"] / g["step"] for f, g in zip(timed, theirs[WARM_UP:], strict=True)]
+            )
+            for other, theirs in steps.items()
+            if other != side
+        }
+        rows.append(row | {"each_round": timed})
     absent = trl_absence()
     return {
         "command": "python benchmarks/trainer_race.py MODEL",
         "date": datetime.date.today().isoformat(),
         "machine": machine_facts("cpu") | {"load": load},
+        "minutes": minutes,
         "settings": asdict(settings),
         "absent": {} if absent is None else {LABELS[GRPO]: absent, LABELS[GRAO_IN_TRL]: absent},
         "rows": rows,
@@ -238,11 +261,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    load = load_average()
+    load, started = load_average(), time.monotonic()
     settings = Settings(steps=WARM_UP + arguments.rounds, learning_rate=0.0)
     sides = [OURS] if trl_absence() else [GRPO, GRAO_IN_TRL, OURS]
     steps = race(sides, arguments.model, problems(ROWS, seed=settings.seed), settings)
-    result = result_of(steps, settings, load)
+    minutes = (time.monotonic() - started) / 60
+    result = result_of(steps, settings, load=load, minutes=minutes)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
 """One run by three trainers: TRL's GRPOTrainer, GRAOTrainer inside TRL, and `grao_fast.train`.
 
-All get the same model, prompts in the same order, references, reward and settings. TRL's two may
-also be handed the sampler of `grao_fast.train`, with its seeds, through their `rollout_func`: with
-equal weights, all three then sample the same tokens.
+All get the same model, prompts in the same order, references, reward and settings. Through its
+`rollout_func`, TRL may be handed the samples of `grao_fast.train`, or its sampler and seeds: with
+equal weights, it then samples the same tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trainer_ours import sample, train_ours
 from trainer_problem import (
     GRPO,
     OURS,
@@ -23,16 +24,14 @@ from trainer_problem import (
     Sampling,
     Settings,
     order_of,
+    tokens_of,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import grao_fast
-from grao_fast.callbacks import Callback
 from grao_fast.sampling.cache import kept_by
 from grao_fast.sampling.choose import choose_sampler
 from grao_fast.sampling.model_sampler import Decoding
-from grao_fast.sampling.seeds import prompt_seeds
-from grao_fast.training.state import step_seed
 
 
 def train(
@@ -43,98 +42,27 @@ def train(
     run: Run,
     *,
     sampling: Sampling = "own",
-    replayed: Sequence[Samples] | None = None,
+    known: Sequence[Samples] = (),
 ) -> None:
     """Train by one side.
 
-    sampling: of TRL: as it samples by itself; by the sampler and seeds of ours ("shared"); or both,
-        where its own samples are dropped, and the time of ours does not count.
-    replayed: `Run.sampled` of every step of ours, which TRL takes in place of samples.
+    sampling: of TRL: as it samples by itself ("own"); by the sampler and seeds of ours ("shared");
+        it takes those known, without sampling ("replayed"); or it samples by itself, and takes
+        those known in their place ("replaced").
+    known: `Run.sampled` of every step of ours, or what `samples_of` returns.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     with tempfile.TemporaryDirectory() as folder:
         if side == OURS:
-            _train_ours(model, tokenizer, rows, settings, run, folder)
+            train_ours(model, tokenizer, rows, settings, run, folder)
         else:
-            _train_trl(side, model, tokenizer, rows, settings, run, folder, sampling, replayed)
-
-
-# grao_fast.train
-
-
-def _train_ours(model, tokenizer, rows, settings: Settings, run: Run, folder: str) -> None:
-    config = grao_fast.GRAOConfig(
-        prompts_per_step=settings.prompts,
-        num_generations=settings.samples,
-        max_new_tokens=settings.new_tokens,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        max_steps=settings.steps,
-        max_tokens_per_microbatch=1,  # one group
-        gradient_checkpointing=False,
-        seed=settings.seed,
-        device="cpu",
-        bf16=False,
-        save_steps=0,
-        log_completions_steps=0,
-        disable_tqdm=True,
-    )
-    callback = _OurSteps(run, settings)
-    grao_fast.train(
-        model,
-        rows,
-        run.reward(),
-        config=config,
-        tokenizer=tokenizer,
-        callbacks=[callback],
-        output_dir=folder,
-    )
-
-
-class _OurSteps(Callback):
-    """Clocks whole steps, and the phases by the run's own metrics."""
-
-    def __init__(self, run: Run, settings: Settings) -> None:
-        self.run, self.settings = run, settings
-
-    def _begin(self, step: int) -> None:
-        self.run.begin(step)
-        self.started = time.perf_counter()
-
-    def on_train_begin(self, policy: Any, config: Any) -> None:
-        sample = policy.sampler.sample
-
-        def keeping(prompts: list[list[int]], **options: Any) -> Any:
-            groups = sample(prompts, **options)
-            self.run.sampled = [
-                (prompt, each.token_ids)
-                for prompt, group in zip(prompts, groups, strict=True)
-                for each in group
-            ]
-            return groups
-
-        policy.sampler.sample = keeping
-        self._begin(0)
-
-    def on_step_end(self, step: int, metrics: dict[str, float]) -> None:
-        took = time.perf_counter() - self.started
-        completions = self.settings.prompts * self.settings.samples
-        figures = {
-            "step": took,
-            "sample": metrics["time/sample"],
-            "score": metrics["time/reward"],
-            "update": took - metrics["time/sample"] - metrics["time/reward"],
-            "sampled_tokens": round(metrics["completions/mean_length"] * completions),
-        }
-        names = ("loss", "grad_norm", "reward", "reference/logprob")
-        self.run.end(step - 1, figures | {name: metrics[name] for name in names})
-        if step < self.settings.steps:
-            self._begin(step)
-
-
-# TRL
+            rollout_func: Any = None
+            if sampling == "shared":
+                rollout_func = functools.partial(_sample_as_ours, settings)
+            elif sampling != "own":
+                rollout_func = Replay(settings, known, sampling)
+            _train_trl(side, model, tokenizer, rows, settings, run, folder, rollout_func)
 
 
 def _train_trl(
@@ -145,8 +73,7 @@ def _train_trl(
     settings: Settings,
     run: Run,
     folder: str,
-    sampling: Sampling,
-    replayed: Sequence[Samples] | None,
+    rollout_func: Any,
 ) -> None:
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
@@ -162,16 +89,16 @@ def _train_trl(
         def _generate(self, prompts: list) -> tuple:
             started = time.perf_counter()
             generated = super()._generate(prompts)
-            clock.uncounted = shared.uncounted
-            clock.sample = time.perf_counter() - started - clock.uncounted
+            clock.sample = time.perf_counter() - started
             run.sampled = list(zip(*generated[:2], strict=True))
+            replaced = isinstance(rollout_func, Replay) and rollout_func.own
+            clock.own_tokens = tokens_of(replaced or run.sampled)
             return generated
 
         def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
             started = time.perf_counter()
             batch = super()._generate_and_score_completions(inputs)
-            took = time.perf_counter() - started
-            clock.score = took - clock.sample - clock.uncounted
+            clock.score = time.perf_counter() - started - clock.sample
             return batch
 
     arguments = GRPOConfig(
@@ -197,10 +124,6 @@ def _train_trl(
         disable_tqdm=True,
     )
     clock = _TRLSteps(run)
-    shared = SharedSampling(settings, also_own=sampling == "both")
-    rollout_func: Any = None if sampling == "own" else shared
-    if replayed is not None:
-        rollout_func = functools.partial(_replay, replayed)
     stream = order_of(rows, settings)
     trainer = Clocked(
         model,
@@ -220,19 +143,20 @@ class _TRLSteps(TrainerCallback):
     """Clocks whole steps; what is logged after a step completes its figures.
 
     sample, score: seconds of the rollout.
-    uncounted: seconds of the step that are not its own.
+    own_tokens: of its own samples.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.sample = self.score = self.uncounted = self.took = 0.0
+        self.sample = self.score = self.took = 0.0
+        self.own_tokens = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         self.run.begin(state.global_step)
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        self.took = time.perf_counter() - self.started - self.uncounted
+        self.took = time.perf_counter() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **unused: Any) -> None:
         if "loss" not in logs:  # the summary at the end
@@ -242,57 +166,46 @@ class _TRLSteps(TrainerCallback):
             "sample": self.sample,
             "score": self.score,
             "update": self.took - self.sample - self.score,
-            "sampled_tokens": sum(len(completion) for _, completion in self.run.sampled),
+            "own_tokens": self.own_tokens,
+            "learned_tokens": tokens_of(self.run.sampled),
         }
         names = ("loss", "grad_norm", "reward", "reference/logprob")
         figures |= {name: float(logs[name]) for name in names if name in logs}
         self.run.end(state.global_step - 1, figures)
 
 
-def _replay(steps: Sequence[Samples], prompts: list[Any], trainer: Any) -> dict[str, Any]:
-    """A `rollout_func` that returns samples of another run, of the same prompts."""
-    prompt_ids, completion_ids = zip(*steps[trainer.state.global_step], strict=True)
-    assert list(prompt_ids) == trainer._tokenize_prompts(prompts)[0]
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+class Replay:
+    """A `rollout_func` that returns samples of another run, of the same prompts.
 
-
-class SharedSampling:
-    """A `rollout_func` that samples what `grao_fast.train` does.
-
-    also_own: sample as TRL does without it before that, and drop these samples.
-    uncounted: seconds of the shared sampling where it comes second.
+    own: what TRL has sampled itself in the step, if sampling is "replaced".
     """
 
-    def __init__(self, settings: Settings, *, also_own: bool) -> None:
-        self.settings, self.also_own = settings, also_own
-        self.uncounted = 0.0
+    def __init__(self, settings: Settings, known: Sequence[Samples], sampling: Sampling) -> None:
+        self.settings, self.known, self.sampling = settings, known, sampling
+        self.own: Samples = []
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        G = self.settings.samples
+        prompt_ids, completion_ids = zip(*self.known[trainer.state.global_step], strict=True)
         ids = trainer._tokenize_prompts(prompts)[0]
-        if self.also_own:
-            trainer._generate_single_turn(ids, None, {}, G)
-        started = time.perf_counter()
-        completions = self._sample(ids[::G], trainer, trainer.state.global_step)
-        if self.also_own:
-            self.uncounted = time.perf_counter() - started
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+        assert list(prompt_ids) == ids
+        if self.sampling == "replaced":
+            own_ids, _ = trainer._generate_single_turn(ids, None, {}, self.settings.samples)
+            self.own = list(zip(ids, own_ids, strict=True))
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
-    def _sample(self, ids: list[list[int]], trainer: Any, step: int) -> list[list[int]]:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        decoding = Decoding(
-            eos_token_ids=frozenset(trainer.eos_token_ids),
-            pad_token_id=trainer._tokenizer.pad_token_id,
-            batch_size=grao_fast.GRAOConfig().generation_batch_size,
-        )
-        sampler = choose_sampler(model, kept_by(model, None), decoding, static_cache=False)
-        model.eval()
-        groups = sampler.sample(
-            ids,
-            num_generations=self.settings.samples,
-            max_new_tokens=self.settings.new_tokens,
-            temperature=self.settings.temperature,
-            seeds=prompt_seeds(step_seed(self.settings.seed, step), len(ids)),
-        )
-        model.train()
-        return [each.token_ids for group in groups for each in group]
+
+def _sample_as_ours(settings: Settings, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """A `rollout_func` that samples what `grao_fast.train` does."""
+    ids = trainer._tokenize_prompts(prompts)[0]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    decoding = Decoding(
+        eos_token_ids=frozenset(trainer.eos_token_ids),
+        pad_token_id=trainer._tokenizer.pad_token_id,
+        batch_size=grao_fast.GRAOConfig().generation_batch_size,
+    )
+    sampler = choose_sampler(model, kept_by(model, None), decoding, static_cache=False)
+    model.eval()
+    groups = sample(sampler, ids[:: settings.samples], settings, trainer.state.global_step)
+    model.train()
+    completions = [each.token_ids for group in groups for each in group]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}

@@ -32,29 +32,51 @@ _STYLES = {
 
 
 def trainers_table(name: str, result: Result) -> str:
-    """Return a row a trainer: seconds of a step and of its phases, and peak memory."""
-    heads = ["trainer", "seconds a step (quartiles)", "sampling", "scoring", "update"]
-    heads += ["samples' tokens", "peak memory, MiB"]
+    """Return a row a trainer: seconds of a step and of its phases, tokens, and peak memory."""
+    heads = ["trainer", "seconds a step (quartiles)", "over `grao_fast.train` (quartiles)"]
+    heads += ["sampling", "scoring", "update", "tokens it sampled", "sampled tokens learned from"]
+    heads += ["peak memory, MiB"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in result["rows"]:
         cells = [
             row["label"],
-            f"{number(row['median'])} ({number(row['q1'])} to {number(row['q3'])})",
+            _spread(row),
+            _spread(row["over"].get("ours")),
             number(row["sample"]),
             f"{row['score']:.3f}",
             number(row["update"]),
-            f"{row['trained_tokens']:.0f}",
-            "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            *(_whole(row[name]) for name in ("own_tokens", "learned_tokens", "peak_mib")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     s = result["settings"]
     note = (
         f"{s['prompts']} prompts with {s['samples']} samples of at most {s['new_tokens']} tokens, "
         f"float32, a micro-batch a group. Medians of {result['rows'][0]['rounds']} rounds, in "
-        "which all took turns, each in a process of its own; memory is the most that one held, "
-        "with weights, gradients and AdamW's moments, beyond what it had after importing."
+        "which all took turns, each in a process of its own. Ratios are of steps of one round; "
+        f"medians of phases need not add up to that of steps.{_beside_grpo(result)} Memory is the "
+        "most that a process held, with weights, gradients and AdamW's moments, beyond what it had "
+        "after importing."
     )
+    if result["minutes"] is not None:
+        note += f" The whole took {number(result['minutes'])} minutes."
     return "\n".join([*lines, "", f"{note} {facts_text(result)}{absent_text(result)}"])
+
+
+def _spread(figures: dict[str, float] | None) -> str:
+    if figures is None:
+        return "-"
+    return f"{number(figures['median'])} ({number(figures['q1'])} to {number(figures['q3'])})"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _beside_grpo(result: Result) -> str:
+    over = next((row["over"] for row in result["rows"] if row["variant"] == "grao_trainer"), {})
+    if "grpo" not in over:
+        return ""
+    return f" A step of GRAOTrainer over one of GRPOTrainer is {_spread(over['grpo'])}."
 
 
 def curves_table(name: str, result: Result) -> str:

@@ -11,7 +11,6 @@ import pytest
 import table
 import token_plots
 import torch
-import trainer_tables
 from batches import REFERENCE_ADVANTAGE, make_batch
 
 from grao_fast.kernels import linear_grao_loss, linear_weighted_cross_entropy
@@ -310,55 +309,3 @@ def test_times_of_tiny_inputs_are_not_kept(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="tiny inputs: run the benchmarks without --quick"):
         table.keep(run, "here")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_trainers_stand_below_each_other(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    of_row = {
-        "variant": "ours",
-        "label": "ours",
-        "rounds": 5,
-        "median": 9.5,
-        "q1": 9.0,
-        "q3": 10.04,
-    }
-    of_row |= {"sample": 4.0, "score": 0.0021, "update": 5.5, "trained_tokens": 744.0}
-    settings = {"prompts": 2, "samples": 8, "new_tokens": 48}
-    facts = {
-        "command": "c",
-        "date": "2026-01-02",
-        "machine": {"device": "A", "threads": 2, "load": 1},
-    }
-    result = facts | {"settings": settings, "absent": {}, "rows": [of_row | {"peak_mib": 3284.4}]}
-    (tmp_path / "trainers-here.json").write_text(json.dumps(result))
-    text = filled("trainers-here")
-    assert "| ours | 9.50 (9.00 to 10.0) | 4.00 | 0.002 | 5.50 | 744 | 3284 |" in text
-    assert "2 prompts with 8 samples of at most 48 tokens" in text
-
-
-def test_curves_say_how_far_they_are_apart(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-
-    def run(shift: float, same: list[int]) -> list[dict[str, float]]:
-        step = {"reward": 0.5 + shift, "loss": 1.0, "reference/logprob": -1.0 - 2 * shift}
-        return [step | {"same": count} for count in same]
-
-    runs = {
-        "ours": run(0.0, [4] * 10),
-        "replayed": run(1e-6, [4] * 10),
-        "shared": run(0.25, [4, 4] + [3] * 8),
-        "own": run(0.5, [0] * 10),
-    }
-    facts = {
-        "command": "c",
-        "date": "2026-01-02",
-        "machine": {"device": "A", "threads": 2, "load": 1},
-    }
-    result = facts | {"settings": {"prompts": 2, "samples": 2}, "runs": runs}
-    (tmp_path / "trainer_curves-here.json").write_text(json.dumps(result))
-    text = filled("trainer_curves-here")
-    assert "| reward of the samples | 1.0e-06 | 2.5e-01 | 0.500 | 0.500 | 0.750 | 1.000 |" in text
-    assert "| log p(reference) | 2.0e-06 | 5.0e-01 | -1.000 |" in text
-    assert "the first 2 steps have the same samples, and 32 of 40 are the same in all" in text
-    (path,) = trainer_tables.draw_curves("trainer_curves-here", result, tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")

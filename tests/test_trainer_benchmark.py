@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("trl")
 
 from trainer_curves import METRICS, curves
+from trainer_ours import samples_of
 from trainer_problem import GRAO_IN_TRL, GRPO, OURS, Run, Settings, order_of, right_and_brief
 from trainer_race import check_first_step, check_texts, result_of, rollout_of
-from trainer_sides import train
+from trainer_sides import Replay, train
 from transformers import AutoTokenizer
 
 # By this seed no sample holds <pad>, which TRL does not decode.
@@ -42,10 +43,11 @@ class _Kept(Run):
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path) -> dict[str, list[SimpleNamespace]]:
-    kept = {}
+    kept, known = {}, samples_of(tiny_model, ROWS, SETTINGS)
     for side in (GRPO, GRAO_IN_TRL, OURS):
         kept[side] = _Kept()
-        train(side, tiny_model, ROWS, SETTINGS, kept[side], sampling="both")
+        train(side, tiny_model, ROWS, SETTINGS, kept[side], sampling="replaced", known=known)
+    assert [step.sampled for step in kept[OURS].steps] == known
     return {side: own.steps for side, own in kept.items()}
 
 
@@ -84,13 +86,32 @@ def test_every_round_has_the_same_texts(runs) -> None:
 
 
 def test_results_are_of_the_rounds_after_the_warm_up(runs) -> None:
+    factors = {GRPO: 3.0, GRAO_IN_TRL: 1.5, OURS: 1.0}
     steps = {
-        side: [own[0].figures | {"step": 100.0}] * 2 + [own[1].figures | {"step": 2.0}] * 3
+        side: [own[1].figures | {"step": factors[side] * took} for took in (100.0, 1.0, 2.0, 4.0)]
         for side, own in runs.items()
     }
-    for row in result_of(steps, SETTINGS, 0.5)["rows"]:
-        assert row["rounds"] == 3 and row["median"] == 2.0
-        assert row["trained_tokens"] <= SETTINGS.prompts * SETTINGS.samples * SETTINGS.new_tokens
+    result = result_of(steps, SETTINGS, load=0.5, minutes=2.0)
+    for row in result["rows"]:
+        factor = factors[row["variant"]]
+        assert row["rounds"] == 3 and row["median"] == 2.0 * factor
+        assert [each["step"] / factor for each in row["each_round"]] == [1.0, 2.0, 4.0]
+        for other, over in row["over"].items():
+            assert over["q1"] == over["median"] == over["q3"] == factor / factors[other]
+    assert len({row["learned_tokens"] for row in result["rows"]}) == 1
+
+
+def test_trl_draws_its_own_samples_and_learns_from_those_known() -> None:
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=1),
+        _tokenize_prompts=lambda prompts: ([[5], [5]], None),
+        _generate_single_turn=lambda *arguments: ([[1], [2, 3]], None),
+    )
+    known = [[], [([5], [7, 7, 7]), ([5], [8])]]
+    for sampling, own in (("replaced", [([5], [1]), ([5], [2, 3])]), ("replayed", [])):
+        replay = Replay(SETTINGS, known, sampling)
+        assert replay(["p", "p"], trainer)["completion_ids"] == ([7, 7, 7], [8])
+        assert replay.own == own
 
 
 def test_curves_lie_over_each_other(tiny_model: Path) -> None:
