@@ -261,6 +261,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2, of which there are quartiles")
     load, started = load_average(), time.monotonic()
     settings = Settings(steps=WARM_UP + arguments.rounds, learning_rate=0.0)
     sides = [OURS] if trl_absence() else [GRPO, GRAO_IN_TRL, OURS]
