@@ -142,7 +142,11 @@ def train(
         config, identity = inputs.config, RunIdentity.of(inputs.examples, inputs.reward)
         if checkpoint is not None:
             state = read_state(checkpoint)
-            world.together(lambda: check_same_run(checkpoint, state, identity, config=config))
+            world.together(
+                lambda: check_same_run(
+                    checkpoint, state, identity, config=config, scores=inputs.scores
+                )
+            )
         if not isinstance(model, nn.Module):
             tokenizer = world.together(lambda: tokenizer_for(model, tokenizer, inputs))
         set_seed(config.seed)  # for an adapter's first weights

@@ -175,15 +175,22 @@ def test_a_callback_samples_with_the_weights_of_the_moment(
     assert asks.sampler.calls == ["sync", *["sync", "sample"] * 2, "sample"]  # the evaluation
 
 
-@pytest.mark.parametrize("begins", ["with", "without"])
+@pytest.mark.parametrize(
+    ("begins", "stored"), [("with", False), ("without", False), ("with", True)]
+)
 def test_a_reward_that_only_evaluates_may_come_and_go(
-    begins: str, tiny_model: Path, tmp_path: Path, unchecked: None
+    begins: str, stored: bool, tiny_model: Path, tmp_path: Path, unchecked: None
 ) -> None:
     """A run that scores nothing in training is resumed without its evaluations, or with some."""
+    columns = {"completions": ["ab", "b"], "rewards": [1.0, 0.0], "reference_reward": 0.5}
+    config = SFT.replace(objective="grao", sampler="dataset") if stored else SFT
+    options = {"dataset": [row | columns for row in ROWS]} if stored else {}
     scored, unscored = {"eval_dataset": ROWS[:2]}, {"reward": None}
     first, then = (scored, unscored) if begins == "with" else (unscored, scored)
-    run(tiny_model, tmp_path, config=SFT.replace(max_steps=2), **first)
-    result = run(tiny_model, tmp_path, config=SFT, resume_from_checkpoint=True, **then)
+    run(tiny_model, tmp_path, config=config.replace(max_steps=2), **first, **options)
+    result = run(
+        tiny_model, tmp_path, config=config, resume_from_checkpoint=True, **then, **options
+    )
     assert result.steps == 3 and (result.after is None) == (begins == "with")
 
 

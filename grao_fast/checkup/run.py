@@ -149,7 +149,7 @@ def _resume(
     try:
         state = read_state(checkpoint)
         run = RunIdentity.of(inputs.examples, inputs.reward)
-        check_same_run(checkpoint, state, run, config=config)
+        check_same_run(checkpoint, state, run, config=config, scores=inputs.scores)
         resume_policy(loaded, PolicyIdentity.of(loaded), checkpoint, state)
     except UserError as error:
         return 0, [Finding("run", "checkpoint", "failure", one_line(error))]

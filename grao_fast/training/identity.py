@@ -151,9 +151,11 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_run(
-    path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig
+    path: Path, state: Mapping[str, Any], run: RunIdentity, *, config: GRAOConfig, scores: bool
 ) -> None:
     """Refuse a checkpoint of other data, another reward or objective; log which options changed.
+
+    scores: whether the reward scores anything in training; else it may be another one, or none.
 
     Raises:
         CheckpointError: it is of another format; or it names what differs, and both sides.
@@ -172,7 +174,6 @@ def check_same_run(
     objectives = [split_objective(each)[0] for each in (_objective(state), config.objective)]
     if objectives[0] != objectives[1]:
         raise _other(path, "the objective", *objectives)
-    scores = config.objective_options.formula.needs_samples  # else the reward only evaluates
     if scores and state["run"]["reward"] != run.reward:
         both = (", ".join(names) or "none" for names in (state["run"]["reward"], run.reward))
         raise _other(path, "the reward", *both)

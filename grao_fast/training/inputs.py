@@ -46,6 +46,7 @@ class Inputs:
     eval_examples: held out; None without an eval_dataset.
     reward: None where nothing is scored.
     metric: scores held-out completions; None: the reward alone does.
+    scores: whether the reward scores anything in training; elsewhere it only evaluates.
     """
 
     config: GRAOConfig
@@ -53,6 +54,7 @@ class Inputs:
     eval_examples: list[Example] | None
     reward: Reward | None
     metric: Reward | None
+    scores: bool
 
     @property
     def sets(self) -> list[Sequence[Example]]:
@@ -101,9 +103,10 @@ def read_inputs(
     examples = open_dataset(
         dataset, split="train", require_references=formula.uses_references, stored=stored
     )
+    scores = formula.needs_samples
     if stored:
         assert isinstance(examples, Examples), "a streaming dataset is refused"
-        config = _of_stored(examples, config, reward is not None, evaluates)
+        config, scores = _of_stored(examples, config, reward is not None, evaluates)
     inputs = Inputs(
         config=config,
         examples=examples,
@@ -114,6 +117,7 @@ def read_inputs(
         if reward is None
         else resolve_reward(reward, weights=config.reward_weights, timeout=timeout),
         metric=None if metric is None else resolve_reward(metric, timeout=longest(timeout)),
+        scores=scores,
     )
     if isinstance(inputs.examples, StreamedExamples):
         _check_stream(config.max_steps, curriculum=config.curriculum)
@@ -195,8 +199,10 @@ def sampled_by(
 
 def _of_stored(
     examples: Examples, config: GRAOConfig, has_reward: bool, evaluates: bool
-) -> GRAOConfig:
+) -> tuple[GRAOConfig, bool]:
     """The configuration with the options that follow from stored completions, all of them read.
+
+    Returns with it whether a completion or a reference has no stored reward, but needs one.
 
     Raises UserError for what has no reward, or for options and rewards that have no effect.
     """
@@ -243,7 +249,7 @@ def _of_stored(
             "importance weight: completions count as the policy's own",
             config.objective,
         )
-    return config.replace(**changes)
+    return config.replace(**changes), bool(unscored)
 
 
 def _check_stream(max_steps: int, *, curriculum: bool) -> None:
