@@ -66,6 +66,10 @@ def test_a_reference_has_no_field_of_rollout_func(tiny_model: Path, tmp_path: Pa
     )
     assert seen == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], None]
     assert trainer.state.log_history[0]["reference/reward"] == 9.0
+    data = prompts(LIVE).add_column("reference_reward", [2.5] * 5 + [None])
+    args = config(tmp_path, shuffle_dataset=False)  # whose first batch lacks the last row
+    with pytest.raises(ValueError, match="give the reference of train_dataset, row 5, a reward"):
+        run(tiny_model, args, data, reward_funcs=named, rollout_func=rollout)
     data = prompts(LIVE).add_column("reference_reward", [2.5] * 6)
     trainer = run(tiny_model, config(tmp_path), data, reward_funcs=named, rollout_func=rollout)
     assert trainer.state.log_history[0]["reference/reward"] == 2.5

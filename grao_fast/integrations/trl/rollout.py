@@ -191,6 +191,8 @@ class RolloutTrainer(GRPOTrainer):
         needing = names_needing(of_samples, self.reward_funcs, self.reward_func_names)
         if needing and any(references.to_score):
             refuse_unscored(needing, "references")
+        if needing and not self._has_scored:  # the first batch shows the fields of rollout_func
+            check_rows_for_rewards(self.train_dataset, self.eval_dataset, needing, tools=False)
         return references
 
     def _score_references(self, references: References, of_samples: list[str], B: int) -> Tensor:

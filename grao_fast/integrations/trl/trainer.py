@@ -41,8 +41,8 @@ class GRAOTrainer(RolloutTrainer):
     that end in the assistant's turn; blank counts as absent, and is not scored. It gets an
     end-of-sequence token and is never cut. A pairwise reward compares it with itself, and should
     find a tie. Data for evaluation may have no references. Results of tools in a reference are read
-    and not learned. It has been in no environment: where a reward takes `environments`, the column
-    `reference_reward` holds the references' rewards.
+    and not learned. It has been in no environment: where a reward needs `environments`, or a field
+    of `rollout_func`, the column `reference_reward` holds the references' rewards.
 
     If a step holds whole generation batches (`steps_per_generation` divides
     `gradient_accumulation_steps`), its gradient is GRAO's up to rounding. If a generation batch is
