@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.loading import load_policy
-from grao_fast.training.rollout import to_groups
+from grao_fast.training.coefficients import to_groups
 from grao_fast.training.step import micro_batch_loss
 
 if TYPE_CHECKING:

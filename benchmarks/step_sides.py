@@ -87,7 +87,7 @@ class Ours:
     def gradient(self, rollout: Rollout) -> tuple[float, list[Tensor]]:
         """Return the loss and its gradient in every parameter."""
         from grao_fast.data.packing import split_by_tokens
-        from grao_fast.training.rollout import to_groups
+        from grao_fast.training.coefficients import to_groups
         from grao_fast.training.step import micro_batch_loss
 
         groups = to_groups(rollout, self.config.objective_options)

@@ -13,7 +13,8 @@ import torch
 from grao_fast.config import ReferenceAdvantage
 from grao_fast.kernels import sequence_weights
 from grao_fast.sampling import Completion
-from grao_fast.training.diagnosis import DETECTORS, FIRST, LATEST, Diagnosis
+from grao_fast.training.diagnosis import DETECTORS, Diagnosis
+from grao_fast.training.history import FIRST, LATEST
 from grao_fast.training.metrics import diversity, group_metrics
 
 STEPS = 60

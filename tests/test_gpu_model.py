@@ -15,7 +15,8 @@ from grao_fast.config import GRAOConfig
 from grao_fast.config.views import AttentionBackend
 from grao_fast.models.policy import Policy
 from grao_fast.sampling.loading import load_policy
-from grao_fast.training.rollout import Rollout, to_groups
+from grao_fast.training.coefficients import to_groups
+from grao_fast.training.rollout import Rollout
 from grao_fast.training.step import micro_batch_loss
 
 pytestmark = [

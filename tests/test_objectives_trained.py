@@ -20,7 +20,8 @@ from grao_fast.objectives import OBJECTIVES
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
-from grao_fast.training.rollout import Rollout, to_groups
+from grao_fast.training.coefficients import to_groups
+from grao_fast.training.rollout import Rollout
 from grao_fast.training.step import micro_batch_loss
 
 NAMES = [name for name in CASES if name in OBJECTIVES]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from grao_fast.data.packing import split_by_tokens
 from grao_fast.kernels import reference
 from grao_fast.sampling.loading import load_policy
-from grao_fast.training.rollout import to_groups
+from grao_fast.training.coefficients import to_groups
 from grao_fast.training.step import micro_batch_loss, reference_logprobs, update
 
 OFF_POLICY = CONFIG.replace(temperature=0.8)

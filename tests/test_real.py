@@ -23,7 +23,8 @@ from grao_fast.data.examples import load_examples
 from grao_fast.data.packing import Group
 from grao_fast.rewards import resolve_reward
 from grao_fast.sampling.loading import load_policy
-from grao_fast.training.rollout import sample_and_score, to_groups
+from grao_fast.training.coefficients import to_groups
+from grao_fast.training.rollout import sample_and_score
 from grao_fast.training.state import DataStream
 from grao_fast.training.step import micro_batch_loss
 

@@ -26,10 +26,10 @@ from grao_fast.data.packing import split_by_tokens
 from grao_fast.sampling import Completion
 from grao_fast.sampling.loading import load_policy
 from grao_fast.system.errors import UserError
+from grao_fast.training.coefficients import to_groups
 from grao_fast.training.group_shape import GroupShape
 from grao_fast.training.inputs import read_inputs
 from grao_fast.training.memory import _too_large
-from grao_fast.training.rollout import to_groups
 from grao_fast.training.step import micro_batch_loss
 from grao_fast.training.stored import stored_rollout
 

@@ -17,7 +17,8 @@ from grao_fast.kernels import reference
 from grao_fast.rewards import resolve_reward
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.sampling.loading import load_policy
-from grao_fast.training.rollout import Rollout, sample_and_score, to_groups
+from grao_fast.training.coefficients import to_groups
+from grao_fast.training.rollout import Rollout, sample_and_score
 from grao_fast.training.step import micro_batch_loss
 
 CONFIG = GRAOConfig(

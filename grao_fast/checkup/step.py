@@ -17,10 +17,11 @@ from grao_fast.data.encoding import Encoded
 from grao_fast.models.sharding import device_memory, local
 from grao_fast.sampling.loaded import LoadedPolicy
 from grao_fast.system.errors import UserError, one_line
+from grao_fast.training.coefficients import to_groups
 from grao_fast.training.flops import ModelCost, group_work
 from grao_fast.training.group_shape import GroupShape
 from grao_fast.training.memory import micro_batch
-from grao_fast.training.rollout import Rollout, advantages_of, to_groups
+from grao_fast.training.rollout import Rollout, advantages_of
 from grao_fast.training.step import update
 
 _TIMED = 4  # prompts of the update that is timed, on each process

@@ -18,7 +18,8 @@ from grao_fast.kernels import PolicyLoss
 from grao_fast.objectives import Objective
 from grao_fast.rewards.measured import join_metrics
 from grao_fast.sampling import Completion
-from grao_fast.training.rollout import Rollout, groups_of
+from grao_fast.training.coefficients import groups_of
+from grao_fast.training.rollout import Rollout
 
 
 def group_metrics(

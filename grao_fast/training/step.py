@@ -22,10 +22,11 @@ from grao_fast.models.beginning import Beginning
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import reshard, synchronise_gradients, whole
+from grao_fast.training.coefficients import to_groups
 from grao_fast.training.flops import ModelCost, update_flops
 from grao_fast.training.loss import clipped_ratios, policy_loss
 from grao_fast.training.metrics import LossMetrics, defined
-from grao_fast.training.rollout import Rollout, to_groups
+from grao_fast.training.rollout import Rollout
 
 
 class StepLoss(NamedTuple):
