@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from published import assert_as_published
 from safetensors.torch import load_file
 from tiny import save_tiny_model, write_jsonl
 from tolerance import gradients_of, worst_error
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cohere2Config, GraniteConfig, PhiConfig
 
 from grao_fast.kernels import reference
 from grao_fast.objectives import WeightedTokens
@@ -35,6 +36,18 @@ SAMPLES = [
     }
     for a, b in [(1, 2), (2, 3), (3, 9), (4, 4)]
 ]
+
+TINY = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 
 
 @pytest.fixture
@@ -174,6 +187,51 @@ def test_sft_by_transformers_trainer(tmp_path: Path, example) -> None:
     assert_as_published(way, *(each.detach() for each in losses), *gradients)
     assert losses[0].item() == pytest.approx(truth.item(), rel=1e-6)
     assert worst_error(*gradients) < 1e-5
+
+
+def test_sft_by_transformers_trainer_with_a_bias_and_several_processes(
+    tmp_path: Path, example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's bias counts; the loss is multiplied where Transformers counts over processes."""
+    config = PhiConfig(**TINY, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(policy.lm_head.bias)
+    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, 6, 7, 8]])
+    trainer = one_pass(example, policy, tmp_path)
+    truth = policy(ids, labels=labels).loss.item()
+    assert loss_of(trainer, ids, labels) == pytest.approx(truth, rel=1e-5)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    for averages, times in ((True, 2), (False, 1)):
+        trainer.args.average_tokens_across_devices = averages
+        loss = loss_of(trainer, ids, labels, num_items_in_batch=torch.tensor(6))
+        assert loss == pytest.approx(truth * 3 / 6 * times, rel=1e-5)
+        assert loss_of(trainer, ids, labels) == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GraniteConfig(logits_scaling=3.0, **TINY), Cohere2Config(logit_scale=0.3, **TINY)],
+    ids=lambda config: config.model_type,
+)
+def test_sft_by_transformers_trainer_refuses_a_model_that_changes_logits(
+    tmp_path: Path, example, config
+) -> None:
+    policy = AutoModelForCausalLM.from_config(config)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(AssertionError, match="would scale or cap the loss"):
+        loss_of(one_pass(example, policy, tmp_path), ids, ids)
+
+
+def one_pass(example, policy: torch.nn.Module, folder: Path) -> Any:
+    module = example("huggingface")
+    args = module.TrainingArguments(str(folder), report_to="none", use_cpu=True)
+    return module.OnePassTrainer(policy, args)
+
+
+def loss_of(trainer: Any, ids: torch.Tensor, labels: torch.Tensor, **options: Any) -> float:
+    inputs = {"input_ids": ids, "labels": labels}
+    return trainer.compute_loss(trainer.model, inputs, **options).item()
 
 
 @pytest.mark.slow

@@ -43,9 +43,9 @@ class LogitTransform:
 def check_head(causal_lm: PreTrainedModel) -> None:
     """Raise UserError unless the head is a plain Linear layer, as the loss assumes."""
     head = causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if own_class(head) is not nn.Linear:
         raise UserError(
-            f"the head of {own_class(causal_lm).__name__} is a {type(head).__name__}, "
+            f"the head of {own_class(causal_lm).__name__} is a {own_class(head).__name__}, "
             "where a plain Linear is needed; leave lm_head out of target_modules and "
             "modules_to_save, and load it unquantised"
         )
