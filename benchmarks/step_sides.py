@@ -214,8 +214,10 @@ class TRL:
         trainer.current_gradient_accumulation_steps = len(parts)
         loss = 0.0
         for part in parts:
-            alone = trainer.accelerator.no_sync(trainer.model)
-            with nullcontext() if part is parts[-1] else alone:
+            last = part is parts[-1]
+            # Of all accelerators of the process: another run that was broken off may have left it.
+            trainer.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else trainer.accelerator.no_sync(trainer.model):
                 with trainer.compute_loss_context_manager():
                     value = trainer.compute_loss(trainer.model, part)
                 trainer.accelerator.backward(value)
