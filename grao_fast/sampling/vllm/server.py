@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import as_completed, wait
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from grao_fast.system.visible import get_logger
 logger = get_logger(__name__)
 
 _REQUESTS_AT_ONCE = 64
+_TO_END = 5.0  # seconds for requests in flight to end when one of them has failed
 
 
 class VLLMServerSampler:
@@ -227,8 +228,9 @@ class VLLMServerSampler:
                 for answer in as_completed(asked):
                     yield asked[answer], answer.result()
             finally:
-                for answer in asked:
-                    answer.cancel()
+                # A request may reach the server after an abort that has ended another: while it is
+                # waited for here, the run aborts once more.
+                wait([answer for answer in asked if not answer.cancel()], timeout=_TO_END)
 
     def _complete(self, prompt: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
         model = self.model if self._hand_over is None else self._hand_over.model
