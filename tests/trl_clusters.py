@@ -110,7 +110,10 @@ def outputs(trainer: Keeper) -> dict[str, Any]:
     with trainer.accelerator.autocast(), torch.no_grad():
         return {
             "third": run_at_head(policies[0], inputs, row_T, third_of),
-            "scores": [scores_of(each, ids_BL, mask_BL, 3, trainer._logits) for each in policies],
+            "scores": [
+                scores_of(each, ids_BL, mask_BL, 3, trainer._logits, share_prefix=False)
+                for each in policies
+            ],
         }
 
 

@@ -21,6 +21,9 @@ class GRAOTrainerConfig(GRPOConfig):
     Args:
         grao_beta, grao_lam: weights of imitation and of the alignment regulariser.
         statistics, reference_advantage: as in `grao_fast.kernels.linear_grao_loss`.
+        share_prefix: compute each prompt once for its sequences in a micro-batch, in one row
+            without padding; False: once for each of them. None: once where the model allows it and
+            its attention is Transformers' default.
     """
 
     loss_type: str = field(
@@ -37,20 +40,24 @@ class GRAOTrainerConfig(GRPOConfig):
         default="floor",
         metadata={"help": f"Sign of references' weights: {', '.join(REFERENCE_ADVANTAGES)}."},
     )
+    share_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "Compute a prompt once for its samples; unset: where the model can."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.grao_beta, self.grao_lam, self.statistics, self.reference_advantage)
+        _check({name: getattr(self, name) for name in _OWN})
 
 
-_OWN = ("grao_beta", "grao_lam", "statistics", "reference_advantage")
+_OWN = ("grao_beta", "grao_lam", "statistics", "reference_advantage", "share_prefix")
 _DEFAULTS = {each.name: each.default for each in fields(GRAOTrainerConfig) if each.name in _OWN}
 
 
-def objective_options(args: GRPOConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of `grao_fast.kernels.advantage.advantages_and_terms`.
+def own_options(args: GRPOConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `GRAOTrainerConfig`, from `args` or else from the trainer's keywords.
 
-    given: GRAO's options among the trainer's keywords, None where left out. They are for a plain
+    given: GRAO's options among the keywords, None where left out. They are for a plain
         `GRPOConfig`; UserError if there is one beside a `GRAOTrainerConfig`.
     """
     stated = {name: value for name, value in given.items() if value is not None}
@@ -62,20 +69,27 @@ def objective_options(args: GRPOConfig, given: dict[str, Any]) -> dict[str, Any]
                 f"which has {name}={getattr(args, name)!r}: set it there alone"
             )
         stated = {name: getattr(args, name) for name in _OWN}
-    beta, lam, statistics, reference_advantage = (
-        stated.get(name, _DEFAULTS[name]) for name in _OWN
-    )
-    _check(beta, lam, statistics, reference_advantage)
+    options = _DEFAULTS | stated
+    _check(options)
+    return options
+
+
+def objective_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `grao_fast.kernels.advantage.advantages_and_terms`."""
     return {
-        "statistics": statistics,
-        "reference_advantage": reference_advantage,
-        "beta": beta,
-        "lam": lam,
+        "statistics": options["statistics"],
+        "reference_advantage": options["reference_advantage"],
+        "beta": options["grao_beta"],
+        "lam": options["grao_lam"],
     }
 
 
-def _check(beta: float, lam: float, statistics: str, reference_advantage: str) -> None:
-    check_number("grao_beta", beta)
-    check_number("grao_lam", lam)
-    check_choice("statistics", statistics, STATISTICS)
-    check_choice("reference_advantage", reference_advantage, REFERENCE_ADVANTAGES)
+def _check(options: dict[str, Any]) -> None:
+    check_number("grao_beta", options["grao_beta"])
+    check_number("grao_lam", options["grao_lam"])
+    check_choice("statistics", options["statistics"], STATISTICS)
+    check_choice("reference_advantage", options["reference_advantage"], REFERENCE_ADVANTAGES)
+    if options["share_prefix"] not in (None, True, False):
+        raise UserError(
+            f"share_prefix must be True, False or None, got {options['share_prefix']!r}"
+        )

@@ -20,7 +20,7 @@ from trl.trainer.utils import pad, split_tensor_dict
 from grao_fast.data.encoder import Encoder
 from grao_fast.distributed.world import World
 from grao_fast.integrations.trl.datasets import check_is_messages, check_rows_for_rewards
-from grao_fast.integrations.trl.head import embedding_rows_of
+from grao_fast.integrations.trl.policy import embedding_rows_of
 from grao_fast.integrations.trl.references import (
     References,
     attach,
@@ -151,7 +151,7 @@ class RolloutTrainer(GRPOTrainer):
     def _with_references(
         self, output: dict[str, Any], references: References, terms_B23: Tensor
     ) -> dict[str, Any]:
-        """TRL's generation batch with what `rows.lay_out` reads."""
+        """TRL's generation batch with what `rows.rows_of` reads."""
         B = len(terms_B23)
         riding = carriers(self.accelerator.process_index, B, self._group_size)
         ids_B = attach(references.token_ids, riding, B)

@@ -37,14 +37,13 @@ class Rows:
     token_T: Tensor
 
     @property
-    def row_T(self) -> Tensor:
-        """Places in the flattened (S, L) rows whose hidden states predict the tokens."""
-        L = self.input_ids_SL.shape[1]
-        return self.sequence_T * L + self.prompt_columns - 1 + self.token_T
+    def column_T(self) -> Tensor:
+        """The column of each token that enters the loss."""
+        return self.prompt_columns + self.token_T
 
     @property
     def target_T(self) -> Tensor:
-        return self.input_ids_SL[self.sequence_T, self.prompt_columns + self.token_T]
+        return self.input_ids_SL[self.sequence_T, self.column_T]
 
     @property
     def is_sample_T(self) -> Tensor:
@@ -67,15 +66,6 @@ class Rows:
         return sums_2S[0] / sums_2S[1]
 
 
-def model_inputs(input_ids_SL: Tensor, attention_mask_SL: Tensor) -> dict[str, Tensor]:
-    """Arguments of forward, with positions from each prompt's first token as in `generate`."""
-    return {
-        "input_ids": input_ids_SL,
-        "attention_mask": attention_mask_SL,
-        "position_ids": (attention_mask_SL.cumsum(1) - 1).clamp(min=0),
-    }
-
-
 def shuffle_groups(batch: Mapping[str, Any], G: int) -> dict[str, Any]:
     """A generation batch of whole groups of G rows, the groups in random order."""
     B = len(batch["prompt_ids"])
@@ -86,7 +76,7 @@ def shuffle_groups(batch: Mapping[str, Any], G: int) -> dict[str, Any]:
     }
 
 
-def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool) -> Rows:
+def rows_of(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool) -> Rows:
     """The sequences of a micro-batch that enter the objective or, with `all_samples`, the KL.
 
     batch: TRL's prompt_ids, prompt_mask and completion_ids; and reference_ids (B, C'), and on the
@@ -134,7 +124,7 @@ def lay_out(batch: Mapping[str, Tensor], *, pad_token_id: int, all_samples: bool
 def row_terms(rows: Rows, batch: Mapping[str, Tensor], *, num_prompts: float) -> Tensor:
     """terms_3T: the coefficient of each token's log-prob in each of the objective's terms.
 
-    batch: as in `lay_out`; importance_sampling_ratio (B, C) or (B, 1), if TRL gives one, is a
+    batch: as in `rows_of`; importance_sampling_ratio (B, C) or (B, 1), if TRL gives one, is a
         factor of the samples' tokens.
     """
     kind_S = (torch.arange(len(rows.source_S)) >= rows.samples).long()

@@ -10,6 +10,7 @@ Suffixes: as in `rows.py`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl.trainer.grpo_config import GRPOConfig
 
-from grao_fast.integrations.trl.config import GRAOTrainerConfig, objective_options
+from grao_fast.integrations.trl.config import GRAOTrainerConfig, objective_of, own_options
 from grao_fast.integrations.trl.datasets import check_datasets
-from grao_fast.integrations.trl.head import logit_transform_of, loss_of, scores_of
+from grao_fast.integrations.trl.head import loss_of, scores_of
+from grao_fast.integrations.trl.layout import lay_out
 from grao_fast.integrations.trl.options import check_kl_policy, check_options
+from grao_fast.integrations.trl.policy import policy_of
 from grao_fast.integrations.trl.rollout import RolloutTrainer
-from grao_fast.integrations.trl.rows import Rows, lay_out, model_inputs, row_terms
+from grao_fast.integrations.trl.rows import Rows, row_terms, rows_of
 from grao_fast.kernels import OffPolicy, PolicyLoss, Shaping
 from grao_fast.kernels.advantage import tapered_rows
+from grao_fast.models.attention import attending
 from grao_fast.models.objective import answer_objectives, run_at_head
 from grao_fast.models.policy import causal_lm_of
 from grao_fast.system.errors import UserError
@@ -53,8 +57,8 @@ class GRAOTrainer(RolloutTrainer):
         model, reward_funcs, args, train_dataset, options: as for GRPOTrainer. `args` is a
             `GRAOTrainerConfig` or a plain `GRPOConfig`. Its `beta` is a KL penalty on samples, its
             `epsilon` clips the ratios of off-policy samples; references have neither.
-        grao_beta, grao_lam, statistics, reference_advantage: as in `GRAOTrainerConfig`, for a plain
-            `GRPOConfig`; None: its defaults.
+        grao_beta, grao_lam, statistics, reference_advantage, share_prefix: as in
+            `GRAOTrainerConfig`, for a plain `GRPOConfig`; None: its defaults.
 
     Metrics, besides TRL's of the samples: `objective/exploration`, `/imitation` and `/alignment`,
     `reference/reward`, `/advantage`, `/frac_negative`, `/logprob` and `/logprob_gap` (to the
@@ -82,6 +86,7 @@ class GRAOTrainer(RolloutTrainer):
         grao_lam: float | None = None,
         statistics: str | None = None,
         reference_advantage: str | None = None,
+        share_prefix: bool | None = None,
         **options: Any,
     ) -> None:
         if args is None:
@@ -92,8 +97,9 @@ class GRAOTrainer(RolloutTrainer):
             "grao_lam": grao_lam,
             "statistics": statistics,
             "reference_advantage": reference_advantage,
+            "share_prefix": share_prefix,
         }
-        objective = objective_options(args, given)
+        own = own_options(args, given)
         check_options(args, options)
         check_kl_policy(model, args, options)
         environment = options.get("environment_factory") is not None
@@ -114,17 +120,24 @@ class GRAOTrainer(RolloutTrainer):
                 "a model in 4 bits does not train on a CPU: bitsandbytes packs its weights for "
                 "sampling, and passes no gradient through them from then on; use load_in_8bit=True"
             )
-        self._begin_rollouts(objective)
-        transform = logit_transform_of(
+        self._begin_rollouts(objective_of(own))
+        # Restores the model's own attention: after the backward pass, which recomputes layers, or,
+        # where a loss was called outside of a step, before the next loss, step or rollout.
+        self._until_backward = ExitStack()
+        self._policy = policy_of(
             self.model,
             self._tokenizer,
+            self._world,
+            self.accelerator.device,
+            share_prefix=own["share_prefix"],
             autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
-            compare=self.accelerator.is_main_process,  # others may not have weights yet
+            recompute=self.args.gradient_checkpointing
+            or getattr(self._fsdp_plugin, "activation_checkpointing", False),
         )
         self._logits = {
             "temperature": self.temperature,
-            "logit_scale": transform.logit_scale,
-            "softcap": transform.softcap,
+            "logit_scale": self._policy.transform.logit_scale,
+            "softcap": self._policy.transform.softcap,
         }
         for each in (self.model, self.ref_model):
             if each is not None:
@@ -137,15 +150,40 @@ class GRAOTrainer(RolloutTrainer):
         whose differences are ratios and KL terms.
         """
         super().create_accelerator_and_postprocess()
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        policy = getattr(plugin, "mixed_precision_policy", None)
+        policy = getattr(self._fsdp_plugin, "mixed_precision_policy", None)
         if isinstance(policy, MixedPrecisionPolicy):
-            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+            self._fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+    @property
+    def _fsdp_plugin(self) -> Any:
+        """accelerate's options of FSDP; None without FSDP."""
+        return self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """TRL's step; the attention of its loss stays until the backward pass is over."""
+        with self._until_backward:
+            return super().training_step(*arguments, **named)
+
+    def prediction_step(self, *arguments: Any, **named: Any) -> tuple:
+        """TRL's step of evaluation."""
+        with self._until_backward:
+            return super().prediction_step(*arguments, **named)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._until_backward.close()
+        return super()._generate_and_score_completions(inputs)
+
+    def _attending(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Run `model`, which may be the reference policy, with the attention of this policy."""
+        if self._policy.attention is None:
+            return nullcontext()
+        causal_lm = causal_lm_of(self.accelerator.unwrap_model(model))
+        return attending(causal_lm, self._policy.attention)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """-J of a micro-batch of B rows, which count as B / G prompts, plus TRL's KL term."""
         B, training = inputs["prompt_ids"].shape[0], self.model.training
-        rows = lay_out(
+        rows = rows_of(
             inputs, pad_token_id=self._tokenizer.pad_token_id, all_samples=self.beta != 0.0
         )
         terms_3T = row_terms(rows, inputs, num_prompts=B / self._group_size)
@@ -167,11 +205,19 @@ class GRAOTrainer(RolloutTrainer):
         shaping = None
         if self._objective["reference_advantage"] == "tapered":
             shaping = Shaping("dft", tapered_rows(terms_3T, ~rows.is_sample_T))
+        layout = lay_out(
+            rows.input_ids_SL,
+            rows.attention_mask_SL,
+            rows.prompt_columns,
+            share_prefix=self._policy.share_prefix,
+        )
+        self._until_backward.close()
+        self._until_backward.enter_context(self._attending(model))
         with self.accelerator.autocast():
             result = run_at_head(
                 model,
-                model_inputs(rows.input_ids_SL, rows.attention_mask_SL),
-                rows.row_T.to(rows.input_ids_SL.device),
+                layout.inputs,
+                layout.before(rows.sequence_T, rows.column_T),
                 loss_of(rows, terms_3T, self._logits, off_policy, shaping),
             )
         self._log_loss(rows, terms_3T.sum(0), old_T, result)
@@ -220,6 +266,15 @@ class GRAOTrainer(RolloutTrainer):
         logprobs = []
         size = batch_size or len(input_ids)
         for ids_BL, mask_BL in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            with self.accelerator.autocast():
-                logprobs.append(scores_of(model, ids_BL, mask_BL, logits_to_keep, self._logits))
+            with self.accelerator.autocast(), self._attending(model):
+                logprobs.append(
+                    scores_of(
+                        model,
+                        ids_BL,
+                        mask_BL,
+                        logits_to_keep,
+                        self._logits,
+                        share_prefix=self._policy.share_prefix,
+                    )
+                )
         return torch.cat(logprobs), None, None
