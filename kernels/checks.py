@@ -41,9 +41,9 @@ def check_number(name: str, value: object, *, above: float | None = None) -> Non
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def check_hidden(hidden_TD: Tensor) -> None:

@@ -172,7 +172,7 @@ def test_a_loss_outside_of_steps_is_in_nobodys_way(tiny_model: Path, tmp_path: P
 
 
 def test_the_option_is_checked(tiny_model: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="share_prefix must be True, False or None, got 'no'"):
+    with pytest.raises(ValueError, match="share_prefix must be one of True, False, None; got 'no'"):
         config(tmp_path, GRAOTrainerConfig, share_prefix="no")
     args = config(tmp_path, GRAOTrainerConfig)
     with pytest.raises(ValueError, match="share_prefix=True is a keyword of GRAOTrainer, and args"):

@@ -89,7 +89,4 @@ def _check(options: dict[str, Any]) -> None:
     check_number("grao_lam", options["grao_lam"])
     check_choice("statistics", options["statistics"], STATISTICS)
     check_choice("reference_advantage", options["reference_advantage"], REFERENCE_ADVANTAGES)
-    if options["share_prefix"] not in (None, True, False):
-        raise UserError(
-            f"share_prefix must be True, False or None, got {options['share_prefix']!r}"
-        )
+    check_choice("share_prefix", options["share_prefix"], (True, False, None))
