@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.chat_template_utils import parse_response
-from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
-from grao_fast.distributed.world import World
 from grao_fast.integrations.trl.datasets import check_is_messages, check_rows_for_rewards
+from grao_fast.integrations.trl.joint import JointTrainer
 from grao_fast.integrations.trl.policy import embedding_rows_of
 from grao_fast.integrations.trl.references import (
     References,
@@ -48,13 +47,12 @@ from grao_fast.training.metrics import group_metrics
 logger = get_logger(__name__)
 
 
-class RolloutTrainer(GRPOTrainer):
+class RolloutTrainer(JointTrainer):
     """TRL's GRPOTrainer with references in its generation batches, and no loss for them yet."""
 
     def _begin_rollouts(self, objective: dict[str, Any]) -> None:
         """Set what rollouts need. objective: options of `advantages_and_terms`."""
         self._objective = objective
-        self._world = World(self.accelerator.process_index, self.accelerator.num_processes)
         self._samples: tuple[list, ...] = ()
         self._sample_rewards_SF: Tensor | None = None
         self._has_scored = False
