@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
 import trl_clusters
+import trl_tools
 from trl_runs import double_of, truth, with_rewards
 
 pytestmark = pytest.mark.slow
@@ -214,6 +215,33 @@ def test_a_run_is_one_processs_and_resumes(
         (tmp_path / written).unlink()
     in_two(kind, tmp_path, lambda: trl_clusters.some_steps(tiny_model, tmp_path, resume=True))
     assert_ends_alike(tmp_path, alone, kind, tiny_model)
+
+
+@pytest.mark.parametrize("kind", ["ddp", *KINDS])
+def test_processes_sample_turns_behind_tools_in_step(tmp_path: Path, kind: str) -> None:
+    """One has turns to sample while the other has none; the gradient is the specification's."""
+    model = trl_tools.save_tool_model(tmp_path / "model")
+    in_two(kind, tmp_path, lambda: trl_tools.one_step(model, tmp_path))
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    double, loss = double_of(model), 0.0
+    assert_divided(ranks[0], kind, double)
+    for rollout in range(2):
+        batches = [rank["batches"][rollout] for rank in ranks]
+        groups, learned = trl_tools.groups_of(batches)
+        samples, references = ([rank["scored"][2 * rollout + n] for rank in ranks] for n in (0, 1))
+        # of 3 rows each, the first process's first and last begin a group, and the other's second
+        rewards = [*samples[0], *samples[1]], [*references[0][:2], references[1][0]]
+        samples_N2, references_N1 = (torch.tensor(each).double().view(3, -1) for each in rewards)
+        rewards_NK = torch.cat([samples_N2, references_N1], dim=1)
+        loss = loss + truth(double, groups, rewards_NK, learned=learned).loss / 2
+    loss.backward()
+    # of the samples of 2 rollouts in 2 processes, 0, 1 and 2 calls each, or none
+    assert ranks[0]["calls"] == pytest.approx((3 + 6) / 12)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, parameter in double.named_parameters():
+        ours = (parameter.detach() - saved[name].double()) / trl_clusters.LR
+        largest = float(parameter.grad.abs().max())
+        assert float((ours - parameter.grad).abs().max()) <= 1e-5 * max(1e-2, largest), name
 
 
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs a checkout")

@@ -10,65 +10,22 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
 
-from tiny import character_tokenizer
-from trl.chat_template_utils import qwen2_5_chat_template
-from trl_runs import Keeper, assert_same, config, double_of, run, token_ids, truth
+from trl_runs import assert_same, config, double_of, run, truth
+from trl_tools import ANSWER, add, called, groups_of, length, rows, save_tool_model, turns
 
 from grao_fast.integrations.trl import GRAOTrainer
 from grao_fast.integrations.trl.references import read_row
 
-ANSWER = "seven, since three and four are seven"  # longer than what samples say, so learned
 SAID = ["it is 7", "it is 12 or so", "no"]
-
-
-def add(a: int, b: int) -> int:
-    """Adds two numbers.
-
-    Args:
-        a: The one number.
-        b: The other number.
-    """
-    return a + b
 
 
 @pytest.fixture(scope="module")
 def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama under Qwen 2.5's chat template, and a tokenizer of characters."""
-    folder = tmp_path_factory.mktemp("tools")
-    tokenizer = character_tokenizer(
-        "<|im_start|>", "<|im_end|>", chat_template=qwen2_5_chat_template
-    )
-    tokenizer.add_tokens(list("<>{}[]()_'\"&#\\;$"))
-    tokenizer.eos_token = "<|im_end|>"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "max_position_embeddings": 2048}
-    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def called(name: str, **arguments: int) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def rows(reference: list[dict] | str, **columns: Any) -> Dataset:
-    asked = {"prompt": [{"role": "user", "content": "3 and 4?"}], "reference": reference}
-    return Dataset.from_list([asked | columns] * 3)
-
-
-def turns(name: str = "add", **arguments: int) -> list[dict]:
-    """A reference that calls a tool, reads its result, and answers."""
-    return [
-        {"role": "assistant", "tool_calls": [called(name, **arguments)]},
-        {"role": "tool", "content": "7"},
-        {"role": "assistant", "content": ANSWER},
-    ]
+    return save_tool_model(tmp_path_factory.mktemp("tools"))
 
 
 def speak(monkeypatch: pytest.MonkeyPatch, call: dict[str, Any]) -> None:
@@ -86,24 +43,6 @@ def speak(monkeypatch: pytest.MonkeyPatch, call: dict[str, Any]) -> None:
     monkeypatch.setattr(GRAOTrainer, "_generate_single_turn", turn)
 
 
-def length(completions: list, **_: Any) -> list[float]:
-    return [float(len(completion[-1]["content"])) for completion in completions]
-
-
-def batch_of(trainer: Keeper) -> tuple[list, list]:
-    """Groups of the first rollout, with the references as trained, and what is learned of each."""
-    _, batch = trainer.rollouts[0]
-    groups, learned = [], []
-    pairs = token_ids(batch)
-    for b in range(0, len(pairs), 2):
-        size = int(batch["lengths_B2"][b, 1])
-        said = [pairs[b][1], pairs[b + 1][1]]
-        groups.append((pairs[b][0], [*said, batch["reference_ids"][b][:size].tolist()]))
-        masks = [batch["tool_mask"][b + k][: len(ids)].tolist() for k, ids in enumerate(said)]
-        learned.append([*masks, batch["reference_mask"][b][:size].tolist()])
-    return groups, learned
-
-
 def test_samples_and_references_read_results_and_do_not_learn_them(
     tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -117,7 +56,7 @@ def test_samples_and_references_read_results_and_do_not_learn_them(
     args = config(tmp_path, max_completion_length=400, max_tool_calling_iterations=2)
     data = rows(turns(a=3, b=4))
     trainer = run(tool_model, args, data, reward_funcs=watched, tools=[add])
-    groups, learned = batch_of(trainer)
+    groups, learned = groups_of([trainer.rollouts[0][1]])
 
     tokenizer = AutoTokenizer.from_pretrained(tool_model)
     whole = tokenizer.apply_chat_template(
@@ -219,7 +158,7 @@ def test_an_environments_reward_needs_one_for_the_reference(
                 environment_factory=Purse,
             )
     trainer = run(tool_model, args, data, reward_funcs=[length], environment_factory=Purse)
-    groups, learned = batch_of(trainer)
+    groups, learned = groups_of([trainer.rollouts[0][1]])
     assert "3 and 4? You have 1." in trainer._tokenizer.decode(groups[0][0])
     assert {0, 1} == {*learned[0][1]} == {*learned[0][2]}
     said = [SAID[0], SAID[0] + " again", SAID[2], SAID[1] + " again", SAID[1], SAID[2] + " again"]

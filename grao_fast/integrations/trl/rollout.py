@@ -18,7 +18,7 @@ from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
 from grao_fast.integrations.trl.datasets import check_is_messages, check_rows_for_rewards
-from grao_fast.integrations.trl.joint import JointTrainer
+from grao_fast.integrations.trl.in_step import InStepTrainer
 from grao_fast.integrations.trl.policy import embedding_rows_of
 from grao_fast.integrations.trl.references import (
     References,
@@ -47,7 +47,7 @@ from grao_fast.training.metrics import group_metrics
 logger = get_logger(__name__)
 
 
-class RolloutTrainer(JointTrainer):
+class RolloutTrainer(InStepTrainer):
     """TRL's GRPOTrainer with references in its generation batches, and no loss for them yet."""
 
     def _begin_rollouts(self, objective: dict[str, Any]) -> None:
