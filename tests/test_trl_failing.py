@@ -87,9 +87,10 @@ def fail(
     way: Callable[[Act, Path], dict[str, Any]] = by_function,
     ranks: tuple[int, ...] = (1,),
     data: Any = None,
+    steps: int = 4,
     stays: float = 0.0,
 ) -> list[Ended]:
-    """Train in two processes, some of which act at the third call; returns how they ended.
+    """Train and evaluate in two processes, some of which act at the third call; returns their ends.
 
     stays: seconds for which these are there after their run.
     """
@@ -108,13 +109,14 @@ def fail(
         length = 400 if data else 6  # for calls of tools
         args = config(
             folder,
-            max_steps=4,
+            max_steps=steps,
             gradient_accumulation_steps=1,
             max_completion_length=length,
             ddp_backend="gloo",
         )
         try:
-            run(model, args, data or prompts(["live"] * 12), **options)
+            trainer = run(model, args, data or prompts(["live"] * 12), **options)
+            trainer.evaluate(prompts(["live"] * 4))
         finally:
             time.sleep(stays if rank in ranks else 0.0)
         torch.distributed.destroy_process_group()
@@ -160,6 +162,13 @@ def test_an_error_anywhere_ends_both(
     error = RuntimeError("broken") if way is by_rollout else ValueError("broken")
     ended = fail(tiny_model, tmp_path, raises(error), way=way, ranks=(rank,))
     assert_shown_by(rank, ended, f"{type(error).__name__}: rank {rank} of 2: broken\n")
+
+
+@pytest.mark.slow
+def test_an_error_in_an_evaluation_after_training(tiny_model: Path, tmp_path: Path) -> None:
+    ended = fail(tiny_model, tmp_path, raises(ValueError("broken")), steps=1)
+    assert_shown_by(1, ended, "ValueError: rank 1 of 2: broken\n")
+    assert "in evaluate\n" in ended[1].stderr
 
 
 class Fragile(Purse):
