@@ -87,6 +87,7 @@ def test_trl_example(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     trainer = execute(EXAMPLES["trl"], **execute(ast.unparse(reward)))["trainer"]
     assert trainer.state.global_step == 6  # two rows, three epochs
     assert "objective/imitation" in trainer.state.log_history[0]
+    monkeypatch.setattr("grao_fast.integrations.trl.GRAOTrainer.train", lambda self: None)
     assert execute(EXAMPLES["trl_config"])["trainer"].args.grao_lam == 0.3
 
 
