@@ -146,6 +146,7 @@ def saved_by(folder: Path) -> list[dict[str, Any]]:
 
 def assert_divided(run: dict[str, Any], kind: str, model: torch.nn.Module) -> None:
     """accelerate took the kind, and a process holds about half the weights, or with ZeRO-2 all."""
+    assert run["shares"]
     assert run["kind"] == {"fsdp2": "FSDP", "ddp": "MULTI_CPU"}.get(kind, "DEEPSPEED")
     total = sum(parameter.numel() for parameter in model.parameters())
     assert (run["held"] <= 0.7 * total) == (kind in ("zero3", "fsdp2"))

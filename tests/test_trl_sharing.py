@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import HYBRIDS, SIZES
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,7 +18,8 @@ pytest.importorskip("trl")
 from trl_runs import CHECKPOINTING, assert_same, config, double_of, kept, prompts, run, truth
 
 from grao_fast.distributed.world import World
-from grao_fast.integrations.trl import GRAOTrainerConfig, trainer
+from grao_fast.integrations.trl import GRAOTrainerConfig, head, trainer
+from grao_fast.integrations.trl.datasets import check_have_tokens
 from grao_fast.integrations.trl.layout import Layout, lay_out
 from grao_fast.integrations.trl.policy import policy_of
 from grao_fast.models.policy import Policy
@@ -27,7 +29,7 @@ CAUSE = "each prompt is computed for each of its samples"
 
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Layout]]:
-    """For each loss, the tokens of its sequences with their prompts, and its pass."""
+    """For each pass of a loss or for log-probs, the tokens of its sequences, and its layout."""
     found = []
 
     def keep(ids_SL: Any, mask_SL: Any, columns: int, *, share_prefix: bool) -> Layout:
@@ -36,16 +38,17 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Layout]]:
         )
         return found[-1][1]
 
-    monkeypatch.setattr(trainer, "lay_out", keep)
+    for module in (trainer, head):
+        monkeypatch.setattr(module, "lay_out", keep)
     return found
 
 
 def test_a_packed_pass_has_every_token_at_its_position_and_equal_prompts_once():
-    """Prompts that are the start of others, of padding alone, and sequences without tokens."""
+    """Prompts that are the end of others or have one token, and sequences without tokens."""
     torch.manual_seed(0)
     prompt_SP = torch.randint(2, 9, (7, 5))
     prompt_SP[1] = prompt_SP[4] = prompt_SP[0]
-    start_S, length_S = torch.tensor([2, 2, 0, 3, 2, 5, 1]), torch.tensor([3, 4, 1, 2, 0, 2, 0])
+    start_S, length_S = torch.tensor([2, 2, 0, 3, 2, 4, 1]), torch.tensor([3, 4, 1, 2, 0, 2, 0])
     prompt_SP[6] = prompt_SP[2].roll(1)
     prompt_SP[3, 3:] = prompt_SP[0, 2:4]
     mask_SL = torch.cat(
@@ -57,8 +60,8 @@ def test_a_packed_pass_has_every_token_at_its_position_and_equal_prompts_once():
     position_SL = mask_SL.long().cumsum(1) - 1
     assert torch.equal(ids_T[layout.place_SL][mask_SL], ids_SL[mask_SL])
     assert torch.equal(position_T[layout.place_SL][mask_SL], position_SL[mask_SL])
-    # 3 of 7 prompts are equal. The prompt of padding has one token, as has the last sequence, which
-    # is empty and alone behind its prompt.
+    # 3 of 7 prompts are equal. The last sequence is empty and alone behind its prompt: it gets a
+    # token that nothing reads.
     assert len(layout.inputs["segments"]) == 5
     assert len(ids_T) == (3 + 5 + 2 + 1 + 4) + int(length_S.sum()) + 1
     assert layout.inputs["segments"][0].suffix_lengths == (3, 4)
@@ -66,6 +69,8 @@ def test_a_packed_pass_has_every_token_at_its_position_and_equal_prompts_once():
     assert (layout.place_SL[0, 2:5] == layout.place_SL[4, 2:5]).all()
     row_T = layout.before(torch.tensor([0, 1, 1]), torch.tensor([5, 5, 6]))
     assert row_T.tolist() == [2, 2, 6]
+    empty = lay_out(ids_SL[:, :5], mask_SL[:, :5].long(), 5, share_prefix=True)
+    assert empty.inputs["segments"][0].suffix_lengths == (1,)
 
 
 def test_both_layouts_learn_alike(tiny_model: Path, tmp_path: Path, layouts: list):
@@ -122,17 +127,40 @@ def test_a_model_that_cannot_share_repeats_prompts_and_says_why(
     model = hybrid(tiny_model, tmp_path / "model")
     with caplog.at_level(logging.WARNING, "grao_fast"):
         done = run(model, config(tmp_path), prompts(["live"] * 6))
-    assert f"{CAUSE}: Lfm2ForCausalLM: " in caplog.text
+    assert f"{CAUSE}: Lfm2ForCausalLM carries a state" in caplog.text
     assert all("segments" not in layout.inputs for _, layout in layouts)
     double = double_of(model)
     truth(double, *kept(done)[0]).loss.backward()
     assert_same(done.gradients[0], double)
     caplog.clear()
-    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM: .*set share_prefix=False"):
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM carries .*set share_prefix=False"):
         run(model, config(tmp_path), prompts(["live"] * 6), share_prefix=True)
     with caplog.at_level(logging.WARNING, "grao_fast"):
         run(model, config(tmp_path), prompts(["live"] * 6), share_prefix=False)
     assert CAUSE not in caplog.text
+
+
+def policy(
+    model: Any, tokenizer: Any, share_prefix: bool | None, dtype: torch.dtype | None = None
+) -> Policy:
+    return policy_of(
+        model,
+        tokenizer,
+        World(),
+        share_prefix=share_prefix,
+        autocast_dtype=dtype,
+        recompute=False,
+    )
+
+
+@pytest.mark.parametrize("family", ["Lfm2", "FalconH1"])
+def test_a_state_is_found_in_bfloat16_too(tiny_model: Path, family: str):
+    """Where the rounding of a pass hides what leaks through it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes = SIZES | HYBRIDS[family] | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**sizes))
+    assert not policy(model, tokenizer, None, torch.bfloat16).share_prefix
 
 
 def test_an_attention_of_ones_own_is_left_to_its_user(
@@ -142,22 +170,17 @@ def test_an_attention_of_ones_own_is_left_to_its_user(
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.set_attn_implementation("own_sdpa")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with caplog.at_level(logging.WARNING, "grao_fast"):
+        assert not policy(model, tokenizer, None).share_prefix
+    assert f"{CAUSE}: the attention is 'own_sdpa'; set share_prefix=False to keep it" in caplog.text
+    assert policy(model, tokenizer, True).attention == "grao_parts"
 
-    def found(share_prefix: bool | None) -> Policy:
-        return policy_of(
-            model,
-            tokenizer,
-            World(),
-            torch.device("cpu"),
-            share_prefix=share_prefix,
-            autocast_dtype=None,
-            recompute=False,
-        )
 
-    with caplog.at_level(logging.INFO, "grao_fast"):
-        assert not found(None).share_prefix
-    assert f"{CAUSE}, by the attention 'own_sdpa'; share_prefix=True" in caplog.text
-    assert found(True).attention == "grao_parts"
+def test_a_prompt_without_tokens_is_refused():
+    mask_BP = torch.tensor([[0, 1], [0, 0], [1, 1]])
+    with pytest.raises(ValueError, match="row 1 of the batch: the prompt has no tokens"):
+        check_have_tokens(mask_BP)
+    check_have_tokens(mask_BP[::2])
 
 
 def test_a_loss_outside_of_steps_is_in_nobodys_way(tiny_model: Path, tmp_path: Path):

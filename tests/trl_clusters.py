@@ -123,9 +123,12 @@ def third_of(head: HeadInputs) -> torch.Tensor:
 
 
 def division(trainer: Any) -> dict[str, Any]:
-    """How accelerate divides a model over the processes, and what this one has of it."""
+    """How accelerate divides a model over the processes, and what this one has of it.
+
+    shares: whether this process computes prompts once.
+    """
     kind = trainer.accelerator.distributed_type.value
-    return {"kind": kind, "held": held(trainer.model)}
+    return {"kind": kind, "held": held(trainer.model), "shares": trainer._policy.share_prefix}
 
 
 def held(model: torch.nn.Module) -> int:

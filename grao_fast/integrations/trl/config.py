@@ -23,7 +23,7 @@ class GRAOTrainerConfig(GRPOConfig):
         statistics, reference_advantage: as in `grao_fast.kernels.linear_grao_loss`.
         share_prefix: compute each prompt once for its sequences in a micro-batch, in one row
             without padding; False: once for each of them. None: once where the model allows it and
-            its attention is Transformers' default.
+            its attention is "sdpa" or "eager".
     """
 
     loss_type: str = field(

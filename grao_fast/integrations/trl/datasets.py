@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
 from grao_fast.data.columns import REFERENCE_COLUMNS
 from grao_fast.integrations.trl.references import read_row, reference_column
@@ -64,6 +65,15 @@ def check_is_messages(prompt: Any, where: str) -> None:
     if isinstance(prompt, str):
         raise UserError(
             f"{where}: tools are called in messages, and `prompt` is text: give messages"
+        )
+
+
+def check_have_tokens(prompt_mask_BP: Tensor) -> None:
+    """Raise UserError for a prompt without tokens, which nothing predicts a completion from."""
+    without = (~prompt_mask_BP.bool().any(1)).nonzero()[:, 0].tolist()
+    if without:
+        raise UserError(
+            f"row {without[0]} of the batch: the prompt has no tokens; leave the row out"
         )
 
 

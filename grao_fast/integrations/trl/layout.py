@@ -62,18 +62,19 @@ def _packed(input_ids_SL: Tensor, attention_mask_SL: Tensor, position_SL: Tensor
     place_SL = torch.zeros_like(mask_SL, dtype=torch.int64)
     start = 0
     for sequences in _of_equal_prompts(input_ids_SL[:, :P].cpu(), mask_SL[:, :P]):
-        first, prompt = sequences[0], max(1, int(mask_SL[sequences[0], :P].sum()))
+        first, prompt = sequences[0], int(mask_SL[sequences[0], :P].sum())
         taken.append(first * L + torch.arange(P - prompt, P))
         place_SL[sequences, P - prompt : P] = start + torch.arange(prompt)
         stop = start + prompt
-        # An attention needs a continuation, and here none may have one.
-        present = [s for s in sequences if length_S[s]] or [first]
+        present = [s for s in sequences if length_S[s]]
         for s in present:
-            length = max(1, length_S[s])
-            taken.append(s * L + torch.arange(P, P + length))
-            place_SL[s, P : P + length] = stop + torch.arange(length)
-            stop += length
-        lengths = tuple(max(1, length_S[s]) for s in present)
+            taken.append(s * L + torch.arange(P, P + length_S[s]))
+            place_SL[s, P : P + length_S[s]] = stop + torch.arange(length_S[s])
+            stop += length_S[s]
+        if not present:  # an attention needs a continuation: the prompt's last token again
+            taken.append(torch.tensor([first * L + P - 1]))
+            stop += 1
+        lengths = tuple(length_S[s] for s in present) or (1,)
         segments.append(Segment(start, prompt, lengths))
         start = stop
     taken_T = to_device(torch.cat(taken), input_ids_SL.device)

@@ -16,13 +16,15 @@ from grao_fast.models.head import LogitTransform, check_head
 from grao_fast.models.parity import check_parity
 from grao_fast.models.policy import Policy, causal_lm_of
 from grao_fast.models.sharding import whole_shape
+from grao_fast.sampling.cache import kept_by
+from grao_fast.sampling.choose import check_sharing
 from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
 
-# Where a model was given another attention, prompts are shared only if asked for.
-_DEFAULT_ATTENTIONS = ("sdpa", "eager")
+# With another attention, prompts are shared only if the option says so.
+_REPLACED = ("sdpa", "eager")
 
 
 def embedding_rows_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -40,7 +42,6 @@ def policy_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
-    device: torch.device,
     *,
     share_prefix: bool | None,
     autocast_dtype: torch.dtype | None,
@@ -52,60 +53,68 @@ def policy_of(
     every process does, since each has a part of it.
 
     Args:
-        device: of the run. FSDP moves the model there only later.
         share_prefix: None: where the check finds that the model allows it, and its attention is
-            Transformers' default.
-        recompute: whether the backward pass recomputes layers.
+            "sdpa" or "eager".
+        recompute: whether the backward pass will recompute layers.
 
     Raises:
         UserError: the model's logits differ.
     """
     causal_lm = causal_lm_of(model)
     check_head(causal_lm)
-    policy = Policy(
+    split = is_partitioned(model)
+    repeating = Policy(
         model=model,
         causal_lm=causal_lm,
         transform=LogitTransform.from_config(causal_lm.config.get_text_config()),
         autocast_dtype=autocast_dtype,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # For the device of the weights. FSDP moves them only later: what is checked is what runs.
+    attention = choose_attention(
+        causal_lm,
+        repeating.device,
+        backend="auto",
+        share_prefix=True,
+        recompute=recompute or repeating.recomputes,
+        dtype=autocast_dtype or causal_lm.dtype,
+    )
+    sharing = replace(repeating, share_prefix=True, attention=attention)
 
-    def sharing_on(device: torch.device) -> Policy:
-        attention = choose_attention(
-            causal_lm,
-            device,
-            backend="auto",
-            share_prefix=True,
-            recompute=recompute,
-            dtype=autocast_dtype or causal_lm.dtype,
-        )
-        return replace(policy, share_prefix=True, attention=attention)
+    def why_not() -> str | None:
+        try:
+            check_sharing(causal_lm, kept_by(causal_lm, autocast_dtype))
+            check_parity(sharing, gradient=not split)
+        except UserError as error:
+            if share_prefix:
+                raise
+            return str(error)
+        return None
 
-    split = is_partitioned(model)
-
-    def shares() -> bool:
-        with gathering(model) if split else nullcontext():
-            if share_prefix or (share_prefix is None and _has_default_attention(causal_lm)):
-                try:
-                    check_parity(sharing_on(policy.device), gradient=not split)
-                    return True
-                except UserError as error:
-                    if share_prefix:
-                        raise
-                    logger.warning("each prompt is computed for each of its samples: %s", error)
-            check_parity(policy, gradient=False)  # its layers run as they are
-            return False
-
-    shared = world.each(shares)[0] if split else world.main(shares)
-    return sharing_on(device) if shared else policy
+    with gathering(model) if split else nullcontext():
+        run = world.each if split else lambda check: [world.main(check)]
+        if share_prefix or (share_prefix is None and _is_free(causal_lm, world)):
+            reasons = [why for why in run(why_not) if why is not None]
+            if not reasons:
+                return sharing
+            _warn(reasons[0], world)
+        run(lambda: check_parity(repeating, gradient=False))  # its layers run as they are
+    return repeating
 
 
-def _has_default_attention(causal_lm: PreTrainedModel) -> bool:
+def _is_free(causal_lm: PreTrainedModel, world: World) -> bool:
+    """Whether the model's attention may be replaced, as far as nobody has said."""
     attention = causal_lm.config._attn_implementation
-    if attention not in _DEFAULT_ATTENTIONS:
-        logger.info(
-            "each prompt is computed for each of its samples, by the attention %r; "
-            "share_prefix=True computes it once, by another one",
-            attention,
-        )
-    return attention in _DEFAULT_ATTENTIONS
+    if attention in _REPLACED:
+        return True
+    _warn(
+        f"the attention is {attention!r}; set share_prefix=False to keep it, or True to take "
+        "another one",
+        world,
+    )
+    return False
+
+
+def _warn(why: str, world: World) -> None:
+    if world.is_main:
+        logger.warning("each prompt is computed for each of its samples: %s", why)

@@ -17,7 +17,11 @@ from trl.chat_template_utils import parse_response
 from trl.trainer.utils import pad, split_tensor_dict
 
 from grao_fast.data.encoder import Encoder
-from grao_fast.integrations.trl.datasets import check_is_messages, check_rows_for_rewards
+from grao_fast.integrations.trl.datasets import (
+    check_have_tokens,
+    check_is_messages,
+    check_rows_for_rewards,
+)
 from grao_fast.integrations.trl.in_step import InStepTrainer
 from grao_fast.integrations.trl.policy import embedding_rows_of
 from grao_fast.integrations.trl.references import (
@@ -130,7 +134,9 @@ class RolloutTrainer(InStepTrainer):
         output = super()._generate_and_score_completions(inputs)
         self._samples = (rows, *self._samples[1:])
         of_samples = [*self._of_samples, *sorted(inputs[0].keys() - rows[0].keys())]
-        references = self._world.together(lambda: self._read_references(of_samples))
+        references = self._world.together(
+            lambda: self._read_references(of_samples, output["prompt_mask"])
+        )
         reference_rewards_N = self._score_references(references, of_samples, B)
         samples_S, size_S = totals(self._sample_rewards_SF, self.reward_weights)
         rewards_NK = torch.cat([samples_S.view(-1, G), reference_rewards_N[:, None]], dim=1)
@@ -173,11 +179,15 @@ class RolloutTrainer(InStepTrainer):
         del output["advantages"]  # GRPO's
         return output
 
-    def _read_references(self, of_samples: list[str]) -> References:
-        """The references of this process's groups; UserError if no reward can score one.
+    def _read_references(self, of_samples: list[str], prompt_mask_BP: Tensor) -> References:
+        """The references of this process's groups.
 
         of_samples: names of fields that references lack.
+
+        Raises:
+            UserError: a prompt has no tokens, or no reward can score a reference.
         """
+        check_have_tokens(prompt_mask_BP)
         rows, prompts, *_ = self._samples
         riding = carriers(self.accelerator.process_index, len(rows), self._group_size)
         references = read_references(

@@ -128,7 +128,6 @@ class GRAOTrainer(RolloutTrainer):
             self.model,
             self._tokenizer,
             self._world,
-            self.accelerator.device,
             share_prefix=own["share_prefix"],
             autocast_dtype=torch.bfloat16 if self.args.bf16 else None,
             recompute=self.args.gradient_checkpointing
