@@ -96,6 +96,7 @@ def one_step(model_folder: Path, folder: Path, *, lora: bool = False, **options:
     saved = {
         "rollouts": [(rows, token_ids(batch)) for rows, batch in trainer.rollouts],
         "loss": trainer.state.log_history[0]["loss"],
+        "shares": trainer._policy.share_prefix,
     }
     saved |= division(trainer) | outputs(trainer)
     torch.save(saved, folder / f"rank-{dist.get_rank()}.pt")
@@ -123,12 +124,9 @@ def third_of(head: HeadInputs) -> torch.Tensor:
 
 
 def division(trainer: Any) -> dict[str, Any]:
-    """How accelerate divides a model over the processes, and what this one has of it.
-
-    shares: whether this process computes prompts once.
-    """
+    """How accelerate divides a model over the processes, and what this one has of it."""
     kind = trainer.accelerator.distributed_type.value
-    return {"kind": kind, "held": held(trainer.model), "shares": trainer._policy.share_prefix}
+    return {"kind": kind, "held": held(trainer.model)}
 
 
 def held(model: torch.nn.Module) -> int:
