@@ -59,7 +59,10 @@ class GRAOAgentLoop(SingleTurnAgentLoop):
             raise ValueError("GRAO needs verl's V1 trainer: set trainer.use_v1=True")
         reference = columns.get("reference") or (columns.get("extra_info") or {}).get("reference")
         if not reference or columns["session_id"] != self.rollout_config.n - 1:
-            return await super().run(sampling_params, priority=priority, **columns)
+            # verl's decorator of `run` hides from type checkers that it is implemented.
+            return await super().run(  # pyright: ignore[reportAbstractUsage]
+                sampling_params, priority=priority, **columns
+            )
         messages = list(columns["raw_prompt"])
         prompt_ids = await self.ct_build_initial_tokens(messages)
         (encoded,) = self._encoder.encode([messages], [reference])
