@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from processes import Ended, launch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -96,7 +95,6 @@ def fail(
     """
 
     def body(rank: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of earlier tests
         calls = []
 
         def timed() -> None:

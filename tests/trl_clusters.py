@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
@@ -69,6 +70,7 @@ def arguments(folder: Path, make: Callable[..., Any] = config, **options: Any) -
     processes have GPUs, it shards, by the same code; the device stays the CPU. Transformers is told
     so too, since it has no bfloat16 on CPUs under DeepSpeed.
     """
+    GradientState._reset_state()  # an error in an earlier test leaves optimisers that do not step
     on_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
     with patch.object(training_args, "is_torch_bf16_gpu_available", return_value=True):
         args = make(folder, use_cpu=not on_deepspeed, ddp_backend="gloo", **options)
