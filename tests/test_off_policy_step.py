@@ -244,6 +244,17 @@ def test_updates_after_the_first_hold_the_ratios_of_samples(tiny_model):
         assert float((ours.detach() - theirs).abs().max()) <= 1e-4 * distance + rounding, name
 
 
+def test_gspo_clips_ratios_of_sequences(tiny_model):
+    """After a step of some length; a step of no length leaves all ratios 1."""
+    config = OFF_POLICY.replace(objective="gspo", max_grad_norm=0.0)
+    loaded, rollout, _ = step_groups(tiny_model, config)
+    bounded = config.replace(objective="gspo(low=0.2, high=0.3)", num_iterations=2)
+    runs = ((config, 0.0), (bounded, 0.0), (bounded, 0.5))
+    first, still, moved = (one_update(loaded, rollout, each, lr=lr) for each, lr in runs)
+    assert "clip_ratio/region_mean" not in first and still["clip_ratio/region_mean"] == 0
+    assert 0 < moved["clip_ratio/region_mean"] < 1
+
+
 def test_one_iteration_knows_no_clip(tiny_model):
     loaded, rollout, _ = step_groups(tiny_model, OFF_POLICY)
     assert "clip_ratio/region_mean" not in one_update(loaded, rollout, OFF_POLICY, lr=0.1)

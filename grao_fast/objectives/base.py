@@ -68,10 +68,13 @@ class SecondPass(NamedTuple):
 
     terms_CT: float32. The gradient of -sum_ct terms_ct logp_t is that of the loss.
     values_C: the terms of the objective: the loss of the micro-batch is -sum(values_C).
+    clipped_S: float32, 1 for each sequence that counts whose ratio `clip_options` hold, 0 for each
+        other one that counts; None: they bound no ratios of sequences, or there are none.
     """
 
     terms_CT: Tensor
     values_C: Tensor
+    clipped_S: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -70,4 +70,7 @@ class GSPO(Objective):
         slope_S = torch.where(held_S == ratio_S, ratio_S, 0.0)
         terms_R = terms_R * slope_S[live.sequence_R]
         values_1 = (weight_S * held_S).sum()[None]
-        return SecondPass(live.spread(terms_R[None], terms_CT.shape[1]), values_1)
+        clipped_S = None
+        if rows.old_logprob_T is not None:
+            clipped_S = (held_S != ratio_S)[live.sequence_R.unique()].float()
+        return SecondPass(live.spread(terms_R[None], terms_CT.shape[1]), values_1, clipped_S)

@@ -33,8 +33,11 @@ def policy_loss(
     old_logprob_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
     workspace_mib: int | None = None,
-) -> PolicyLoss:
+) -> tuple[PolicyLoss, Tensor | None]:
     """The loss of a micro-batch, its terms and entropies; adds the head's gradient to its `grad`.
+
+    Beside it, for each ratio to `old_logprob_T`, of a token or a sequence, 1 where its bounds hold
+    it, and 0 where not; NaN where a token has none. None: there are no bounds, or no ratios.
 
     The gradient is that of the objective. Where this takes two passes, `loss` is only the root of
     the backward pass; the objective's own value is the sum of `terms_C`, as everywhere.
@@ -44,11 +47,11 @@ def policy_loss(
         ref_logprob_T: under the policy that training began with; None: not asked for.
         workspace_mib: memory for logits; None: the device's default.
     """
-    formula, terms_CT, values_C = objective.formula, batch.terms_CT, None
+    formula, terms_CT, values_C, clipped = objective.formula, batch.terms_CT, None, None
     options = logit_options(policy, head, objective, workspace_mib)
     if formula.two_passes:
         known = old_logprob_T, ref_logprob_T
-        terms_CT, values_C = _second_pass(head, batch, objective, known, options)
+        terms_CT, values_C, clipped = _second_pass(head, batch, objective, known, options)
         old_logprob_T = None  # ratios are in the coefficients
     has_cap = objective.sampler_cap is not None
     has_kl = ref_logprob_T is not None and batch.kl_coef_T is not None
@@ -71,7 +74,10 @@ def policy_loss(
         head_grad_VD=policy.head_grad(),
         **options,
     )
-    return found if values_C is None else found._replace(terms_C=values_C)
+    if old_logprob_T is not None and objective.clip is not None:
+        weight_T, known = terms_CT.sum(0), (found.logprob_T, old_logprob_T)
+        clipped = clipped_ratios(weight_T, *known, objective.clip, ratio=formula.ratio)
+    return (found if values_C is None else found._replace(terms_C=values_C)), clipped
 
 
 def _shaping(batch: MicroBatch, objective: ObjectiveOptions) -> Shaping | None:
@@ -131,7 +137,8 @@ def clipped_ratios(
 ) -> Tensor:
     """(T,) 1 where the bounds hold the ratio, 0 where not, NaN where there is none."""
     low, high = clip
-    weight_T, rho_T = weight_T.to(logprob_T.device), (logprob_T - old_T).exp()
+    weight_T, old_T = (each.to(logprob_T.device) for each in (weight_T, old_T))
+    rho_T = (logprob_T - old_T).exp()
     above_T, below_T = rho_T > 1 + high, rho_T < 1 - low
     if ratio == "clipped":  # against the sign of the weight
         above_T, below_T = above_T & (weight_T > 0), below_T & (weight_T < 0)

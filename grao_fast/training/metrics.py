@@ -176,12 +176,12 @@ class LossMetrics:
         self,
         batch: MicroBatch,
         loss: PolicyLoss,
-        clipped_T: Tensor | None = None,
+        clipped: Tensor | None = None,
         router: Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
-        clipped_T: 1 where the ratio is clipped, 0 where not, NaN where there is none.
+        clipped: for each ratio, 1 where it is clipped, 0 where not; NaN is left out.
         router: the router's part of the loss.
         """
         self.terms += loss.terms_C.float().cpu()
@@ -193,8 +193,8 @@ class LossMetrics:
         self.logp_diff.add(gap_T.abs())
         if self.sampler_cap is not None:
             self.importance.add(gap_T.exp().clamp(max=self.sampler_cap))
-        if clipped_T is not None:
-            self.clipped.add(clipped_T)
+        if clipped is not None:
+            self.clipped.add(clipped.cpu())
         self._add_sequences(batch, logprob_T)
         assert loss.entropy_T is not None, "policy_loss asks for it"
         self.entropy.add(loss.entropy_T.cpu()[batch.is_sample_T])

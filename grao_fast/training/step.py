@@ -24,16 +24,20 @@ from grao_fast.models.policy import Policy
 from grao_fast.models.sharding import reshard, synchronise_gradients, whole
 from grao_fast.training.coefficients import to_groups
 from grao_fast.training.flops import ModelCost, update_flops
-from grao_fast.training.loss import clipped_ratios, policy_loss
+from grao_fast.training.loss import policy_loss
 from grao_fast.training.metrics import LossMetrics, defined
 from grao_fast.training.rollout import Rollout
 
 
 class StepLoss(NamedTuple):
-    """`loss`, the root of the backward pass, is the objective's plus the router's, if any."""
+    """`loss`, the root of the backward pass, is the objective's plus the router's, if any.
+
+    clipped: as from `policy_loss`.
+    """
 
     loss: Tensor
     policy: PolicyLoss
+    clipped: Tensor | None
     router: Tensor | None = None
 
 
@@ -60,7 +64,7 @@ def micro_batch_loss(
 
     def loss(head: HeadInputs) -> StepLoss:
         router_loss = policy.router_loss(head, batch)
-        found = policy_loss(
+        found, clipped = policy_loss(
             policy,
             head,
             batch,
@@ -70,9 +74,9 @@ def micro_batch_loss(
             workspace_mib=workspace_mib,
         )
         if router_loss is None or batch.is_idle:
-            return StepLoss(found.loss, found)
+            return StepLoss(found.loss, found, clipped)
         router_loss = router_loss / num_prompts
-        return StepLoss(found.loss + router_loss, found, router_loss.detach())
+        return StepLoss(found.loss + router_loss, found, clipped, router_loss.detach())
 
     return policy.at_head(batch, loss)
 
@@ -165,8 +169,8 @@ def update(
         **_work(policy, groups, parts, objective, updates=len(passes)),
         "time/update": updated - started,
     }
-    if len(passes) > 1 and objective.clip is not None:
-        clipped = [each.clipped.value for each in passes[1:]]
+    clipped = [each.clipped.value for each in passes[1:] if each.clipped.count]
+    if clipped:
         metrics["clip_ratio/region_mean"] = sum(clipped) / len(clipped)
     return defined(metrics, objective.formula)
 
@@ -258,17 +262,7 @@ def _backward(
         if part.batch.is_idle:
             continue
         part.logprob_T = loss.policy.logprob_T.cpu()
-        clipped_T = None
-        if part.old_logprob_T is not None and objective.clip is not None:
-            weight_T = part.batch.terms_CT.sum(0)
-            clipped_T = clipped_ratios(
-                weight_T,
-                part.logprob_T,
-                part.old_logprob_T,
-                objective.clip,
-                ratio=objective.formula.ratio,
-            )
-        metrics.add(part.batch, loss.policy, clipped_T, loss.router)
+        metrics.add(part.batch, loss.policy, loss.clipped, loss.router)
     return metrics
 
 

@@ -204,7 +204,7 @@ def _two_passes(
         old_logprob_T=old_T,
         ref_logprob_T=ref_T if objective.needs_initial else None,
     )
-    terms_CT, values_C = objective.second_pass(terms_CT, rows)
+    terms_CT, values_C, _ = objective.second_pass(terms_CT, rows)
     assert terms_CT.dtype == torch.float32 and terms_CT[:, dead_T].eq(0).all()
     assert values_C.shape == (len(objective.terms),)
     loss = linear_policy_loss(*args, terms_CT, backend=backend).loss
@@ -301,6 +301,18 @@ def test_sequence_ratios_are_clipped_on_both_sides() -> None:
         assert moved_T[rows_T].any() and not moved_T[rows_T].all()
 
 
+def test_gspo_counts_the_sequences_that_its_bounds_hold() -> None:
+    """Those above them with a positive weight, and those below them with a negative one."""
+    sequence_T = torch.arange(5).repeat_interleave(2)
+    gap_T = torch.tensor([1.0, 0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0, 1.0])
+    terms_1T = torch.tensor([[1.0, -1.0, -1.0, 1.0, 0.0]]).repeat_interleave(2, dim=1)
+    rows = Rows(sequence_T, 5, gap_T - 3, torch.zeros(10), torch.full((10,), -3.0), None)
+    narrow, wide = GSPO(low=0.3, high=0.3), GSPO(low=0.4, high=0.7)
+    assert narrow.second_pass(terms_1T, rows).clipped_S.tolist() == [1, 0, 1, 0]
+    assert wide.second_pass(terms_1T, rows).clipped_S.tolist() == [0, 0, 0, 0]
+    assert wide.second_pass(terms_1T, rows._replace(old_logprob_T=None)).clipped_S is None
+
+
 def test_best_and_worst() -> None:
     advantages_NK = DPO().advantages(REWARDS_NK)
     expected_NK = torch.tensor(
@@ -345,7 +357,7 @@ def test_second_pass_of_no_rows(name: str) -> None:
     objective = CASES[name].objective
     rubbish_T = torch.full((3,), NAN)
     rows = Rows(torch.full((3,), -1), K, rubbish_T, rubbish_T, rubbish_T, rubbish_T)
-    terms_CT, values_C = objective.second_pass(torch.ones(len(objective.terms), 3), rows)
+    terms_CT, values_C, _ = objective.second_pass(torch.ones(len(objective.terms), 3), rows)
     assert terms_CT.eq(0).all() and values_C.eq(0).all()
 
 
