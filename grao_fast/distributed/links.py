@@ -30,7 +30,7 @@ _GRACE = 10.0  # seconds in which a process may end by itself
 _BYE = b"bye"
 _TOKEN = 16  # bytes
 _KILLED = "died without an error of its own, as a process does that is killed for lack of memory"
-_SILENT = "is suspended or cut off: no heartbeat (heartbeat_timeout) for"
+_SILENT = "is suspended or cut off: no heartbeat"
 
 
 class Ending(NamedTuple):
@@ -62,10 +62,13 @@ class Links:
 
     Args:
         heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
+        option: the user's name for it, in messages.
     """
 
-    def __init__(self, world: World, *, heartbeat_timeout: float) -> None:
-        self._world, self._heartbeat_timeout = world, heartbeat_timeout
+    def __init__(
+        self, world: World, *, heartbeat_timeout: float, option: str = "heartbeat_timeout"
+    ) -> None:
+        self._world, self._heartbeat_timeout, self._option = world, heartbeat_timeout, option
         self._settling, self._sending = threading.Lock(), threading.Lock()
         self._known, self._left = threading.Event(), threading.Event()
         self.ending: Ending | None = None
@@ -121,7 +124,8 @@ class Links:
                     del heard[connection]
             for connection, last in heard.items():
                 if now - last > self._heartbeat_timeout:
-                    self._settle(self._death(connection, f"{_SILENT} {now - last:.0f} s"))
+                    silence = f"{_SILENT} ({self._option}) for {now - last:.0f} s"
+                    self._settle(self._death(connection, silence))
         self._known.set()  # nothing more is to come
         if not self._left.wait(_GRACE) and self.ending is not None:
             if self.ending.told_by == self._world.rank:

@@ -71,7 +71,8 @@ class JointTrainer(GRPOTrainer):
             return
         self._is_joint = True
         try:
-            links = Links(self._world, heartbeat_timeout=self.args.ddp_timeout)
+            timeout = self.args.ddp_timeout
+            links = Links(self._world, heartbeat_timeout=timeout, option="ddp_timeout")
             with links, _own_exits(), end_together(self._world, links):
                 yield
         finally:
