@@ -40,12 +40,22 @@ class LogitTransform:
         return cls(float(scale or 1.0), first(_CAPS))
 
 
-def check_head(causal_lm: PreTrainedModel) -> None:
-    """Raise UserError unless the head is a plain Linear layer, as the loss assumes."""
+def check_head(causal_lm: PreTrainedModel, *, copies: bool = False) -> None:
+    """Raise UserError unless the head is a plain Linear layer, as the loss assumes.
+
+    copies: whether it may also be one of which PEFT trains a copy, by `modules_to_save`.
+    """
     head = causal_lm.get_output_embeddings()
-    if own_class(head) is not nn.Linear:
+    layers = head_layers(head) if copies and head is not None else [head]
+    if any(own_class(layer) is not nn.Linear for layer in layers):
+        names = "target_modules" if copies else "target_modules and modules_to_save"
         raise UserError(
             f"the head of {own_class(causal_lm).__name__} is a {own_class(head).__name__}, "
-            "where a plain Linear is needed; leave lm_head out of target_modules and "
-            "modules_to_save, and load it unquantised"
+            f"where a plain Linear is needed; leave lm_head out of {names}, and load it unquantised"
         )
+
+
+def head_layers(head: nn.Module) -> list[nn.Module]:
+    """The layers of which a head runs one: the model's own and PEFT's copies of it, if any."""
+    copies = getattr(head, "modules_to_save", None)
+    return [head] if copies is None else [head.original_module, *copies.values()]

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from grao_fast.models.head import head_layers
 
 R = TypeVar("R")
 
@@ -55,17 +57,19 @@ def run_at_head(
         head = causal_lm.get_output_embeddings()
         assert head is not None, "see check_head"
 
-        def forward(hidden_BLD: Tensor) -> R:
+        def forward(layer: nn.Module, hidden_BLD: Tensor) -> R:
             return function(
                 HeadInputs(
                     hidden_TD=hidden_BLD.flatten(0, 1).index_select(0, row_T),
-                    head_VD=head.weight,
-                    bias_V=head.bias,
+                    head_VD=layer.weight,
+                    bias_V=layer.bias,
                     router_logits=getattr(output, "router_logits", None),
                 )
             )
 
-        with _forward_of(head, forward):
+        with ExitStack() as replaced:
+            for layer in head_layers(head):
+                replaced.enter_context(_forward_of(layer, functools.partial(forward, layer)))
             return head(output.last_hidden_state)
 
     return model(**inputs, objective=objective)

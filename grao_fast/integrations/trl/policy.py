@@ -61,7 +61,7 @@ def policy_of(
         UserError: the model's logits differ.
     """
     causal_lm = causal_lm_of(model)
-    check_head(causal_lm)
+    check_head(causal_lm, copies=True)
     split = is_partitioned(model)
     repeating = Policy(
         model=model,
