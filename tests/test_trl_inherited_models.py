@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import SIZES, family_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("trl")
@@ -60,6 +60,12 @@ def test_a_copy_of_the_head_is_what_learns(llama: Path, tmp_path: Path):
     assert all(".default." in each for each in gradients)
     first, second = (entry["kl"] for entry in trainer.state.log_history[:2])
     assert first == pytest.approx(0.0, abs=1e-6) and second > 1e-6
+
+
+def test_virtual_tokens_are_refused(llama: Path, tmp_path: Path):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
+        make(OfGRAO, llama, tmp_path, letters, texts(), peft_config=tuning)
 
 
 def saved_family(name: str, llama: Path, folder: Path) -> Path:
