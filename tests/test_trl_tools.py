@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 pytest.importorskip("trl")
 
 from trl_runs import assert_same, config, double_of, run, truth
-from trl_tools import ANSWER, add, called, groups_of, length, rows, save_tool_model, turns
+from trl_tools import ANSWER, Purse, add, called, groups_of, length, rows, save_tool_model, turns
 
 from grao_fast.integrations.trl import GRAOTrainer
 from grao_fast.integrations.trl.references import read_row
@@ -99,31 +99,12 @@ def test_a_call_has_its_own_arguments(as_text: bool):
     data = Dataset.from_list([{"prompt": prompt, "reference": each} for each in references])
     for row, expected in zip(data, given, strict=True):
         _, reference = read_row(row, "a row")
+        assert isinstance(reference, list)
         assert reference[0]["tool_calls"][0]["function"]["arguments"] == expected
     wrong = turns()
     wrong[0]["tool_calls"][0]["function"]["arguments"] = "a=3"
     with pytest.raises(ValueError, match=r"a row, `reference`: `arguments` .* got 'a=3'"):
         read_row({"prompt": prompt, "reference": wrong}, "a row")
-
-
-class Purse:
-    """An environment: money is put into it."""
-
-    def reset(self, **row: Any) -> str:
-        self.money = 1
-        return " You have 1."
-
-    def put(self, amount: int) -> int:
-        """Puts money into the purse.
-
-        Args:
-            amount: How much.
-        """
-        self.money += amount
-        return self.money
-
-    def get_reward(self) -> float:
-        return float(self.money)
 
 
 class Silent(Purse):

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from published import assert_errors_as_published
 from real_vllm import BIN, RealServer, environment, save_model, save_plugin
+from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.vllm,
@@ -31,20 +33,32 @@ ROUNDED = 0.03
 SAME = 1e-5  # the servers of the tests compute in float32
 FAR = 0.3
 WORKER = Path(__file__).with_name("trl_vllm_worker.py")
+TOOLS = Path(__file__).with_name("trl_vllm_tools_worker.py")
+SHARDED = Path(__file__).with_name("trl_vllm_clusters_worker.py")
+
+
+def needs_trl() -> None:
+    """Skip a test unless vLLM's Python has what it takes."""
+    imports = subprocess.run([BIN / "python", "-c", "import grao_fast, trl"], capture_output=True)
+    if imports.returncode:
+        pytest.skip(f"grao-fast and trl are not both installed for {BIN / 'python'}")
 
 
 def facts(
-    folder: Path, model: Path, *parts: str, port: int | None = None, processes: int = 1
+    folder: Path,
+    model: Path,
+    *parts: str,
+    port: int | None = None,
+    processes: int = 1,
+    worker: Path = WORKER,
 ) -> list[dict[str, Any]]:
     """What the worker measured in each part, or with several processes, in each process."""
     command = [str(BIN / "python")]
     if processes > 1:
         command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
-    imports = subprocess.run([BIN / "python", "-c", "import grao_fast, trl"], capture_output=True)
-    if imports.returncode:
-        pytest.skip(f"grao-fast and trl are not both installed for {BIN / 'python'}")
+    needs_trl()
     done = subprocess.run(
-        [*command, WORKER, model, folder, *parts, *(["--port", str(port)] if port else [])],
+        [*command, worker, model, folder, *parts, *(["--port", str(port)] if port else [])],
         cwd=folder,
         # compiling the model takes longer than all else
         env=environment(TORCH_COMPILE_DISABLE="1", VLLM_HOST_IP="127.0.0.1"),
@@ -68,6 +82,14 @@ def check_gradients(found: dict[str, Any], kind: str) -> None:
     way = "GRAOTrainer with a real vLLM, by its importance weights"
     eps = torch.finfo(torch.float32).eps
     assert_errors_as_published(way, gradient=max(found["gradient"]), eps=eps, kind=kind)
+
+
+def check_tools(found: dict[str, Any], most: float | None) -> None:
+    """Tools were called, by the model's own words, and gradients are the specification's."""
+    assert sum(found["calls"]) >= 2 and found["failures"] == [0.0, 0.0]
+    if most is not None:
+        assert max(found["weights"]) < most
+    check_gradients(found, "with tools")
 
 
 def check_arrived(found: dict[str, Any], most: float) -> None:
@@ -105,14 +127,14 @@ def test_an_engine_shared_by_two_processes(model: Path, tmp_path: Path):
     assert both[0]["completions"] != both[1]["completions"]
 
 
-@pytest.fixture
-def port(model: Path, tmp_path: Path) -> Iterator[int]:
-    """Of vLLM's server, which takes weights over TCP."""
-    plugin = tmp_path / "plugin"
+@contextmanager
+def serving(model: Path, folder: Path, *options: str) -> Iterator[int]:
+    """The port of vLLM's server, which takes weights over TCP."""
+    plugin = folder / "plugin"
     plugin.mkdir()
     transfer = ("--weight-transfer-config", '{"backend": "tcp"}')
     server = RealServer(
-        model, tmp_path / "log", *transfer, plugin=save_plugin(plugin, "tcp_transfer")
+        model, folder / "log", *transfer, *options, plugin=save_plugin(plugin, "tcp_transfer")
     )
     try:
         yield server.start().port
@@ -120,10 +142,11 @@ def port(model: Path, tmp_path: Path) -> Iterator[int]:
         server.stop()
 
 
-def test_a_server(port: int, model: Path, tmp_path: Path):
+def test_a_server(model: Path, tmp_path: Path):
     """By host and port, then by its address; TRL's own client refuses a CPU."""
     parts = ("without_nccl", "plain", "regex", "lora")
-    without_nccl, plain, regex, lora = facts(tmp_path, model, *parts, port=port)
+    with serving(model, tmp_path) as port:
+        without_nccl, plain, regex, lora = facts(tmp_path, model, *parts, port=port)
     assert "NCCL weight-transfer engine, which needs a CUDA device" in without_nccl["error"]
     check_weighed(plain, SAME)
     for found in (plain, regex):
@@ -132,3 +155,49 @@ def test_a_server(port: int, model: Path, tmp_path: Path):
         check_arrived(found, SAME)
     assert all(re.fullmatch("[a-f]{3}", text) for text in regex["texts"])
     assert max(lora["ratio"]) < SAME and not lora["merged"]
+
+
+@pytest.fixture(scope="module")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by vLLM's Python, since TRL, whose chat template it has, may be installed there alone.
+
+    Heads have 32 dimensions, the fewest that vLLM's CPU attention takes.
+    """
+    needs_trl()
+    folder = tmp_path_factory.mktemp("tools")
+    save = f"import trl_tools; trl_tools.save_tool_model(trl_tools.Path({str(folder)!r}), width=64)"
+    subprocess.run([BIN / "python", "-c", save], cwd=WORKER.parent, env=environment(), check=True)
+    return folder
+
+
+def test_turns_of_a_form(tool_model: Path, tmp_path: Path):
+    """With tools, with an environment, and with each mode of importance weights."""
+    parts = ("tools", "environment", "modes")
+    tools, environment, modes = facts(tmp_path, tool_model, *parts, worker=TOOLS)
+    check_tools(tools, ROUNDED)
+    check_tools(environment, None)
+    for mode, found in modes.items():
+        assert max(found["weights"]) < ROUNDED, mode
+        assert 0 < found["bounded"][0] < 1, mode
+        check_gradients(found, mode)
+
+
+def test_engines_beside_sharded_weights(tool_model: Path, tmp_path: Path):
+    """FSDP2 in two processes, each with an engine of its own, whose weights it gathers."""
+    both = facts(tmp_path, tool_model, "fsdp2", processes=2, worker=SHARDED)
+    total = sum(weight.numel() for weight in load_file(tool_model / "model.safetensors").values())
+    for found in both:
+        check_arrived(found, ROUNDED)
+        assert found["kind"] == "FSDP" and found["held"] < 0.7 * total
+        assert found["gradient"] < 1e-5 and max(found["weights"]) < ROUNDED
+        assert min(found["calls"]) >= 2
+    assert both[0]["calls"] != both[1]["calls"]
+
+
+def test_tools_of_two_processes_with_one_server(tool_model: Path, tmp_path: Path):
+    """Which sample other numbers of turns behind tools' results, each for its own prompts."""
+    with serving(tool_model, tmp_path, "--max-model-len", "2048") as port:
+        both = facts(tmp_path, tool_model, "tools", port=port, processes=2, worker=TOOLS)
+    for found in both:
+        check_tools(found, SAME)
+    assert both[0]["calls"] != both[1]["calls"]

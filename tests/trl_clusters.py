@@ -32,8 +32,11 @@ LORA = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
 SAMPLES = {"first": ["one", "two three"], "second": ["t", "no one"], "third": ["5", "six 6 six"]}
 
 
-def zero(stage: int, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` sets for DeepSpeed; every weight is split, the smallest too."""
+def zero(stage: int, folder: Path, *, offload: bool = False) -> dict[str, str]:
+    """What `accelerate launch` sets for DeepSpeed; every weight is split, the smallest too.
+
+    offload: whether the optimiser works in the host's memory, by DeepSpeed's own AdamW for CPUs.
+    """
     settings = {
         "zero_optimization": {
             "stage": stage,
@@ -45,6 +48,8 @@ def zero(stage: int, folder: Path) -> dict[str, str]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(settings))
     return {
@@ -180,7 +185,9 @@ def some_steps(model_folder: Path, folder: Path, *, resume: bool = False) -> Non
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resume else None)
     trainer.save_model(str(folder / "saved"))
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    write_run(folder, trainer, norms=norms)
+    engine = trainer.model_wrapped
+    optimiser = getattr(engine, "basic_optimizer", trainer.optimizer.optimizer)
+    write_run(folder, trainer, norms=norms, optimiser=type(optimiser).__name__)
 
 
 def write_run(folder: Path, trainer: Any, **found: Any) -> None:

@@ -46,6 +46,26 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+class Purse:
+    """An environment: money is put into it."""
+
+    def reset(self, **row: Any) -> str:
+        self.money = 1
+        return " You have 1."
+
+    def put(self, amount: int) -> int:
+        """Puts money into the purse.
+
+        Args:
+            amount: How much.
+        """
+        self.money += amount
+        return self.money
+
+    def get_reward(self) -> float:
+        return float(self.money)
+
+
 def called(name: str, **arguments: int) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -139,7 +159,8 @@ def groups_of(batches: list[dict[str, Tensor]]) -> tuple[list, list]:
     for batch in batches:
         for b, (prompt, ids) in enumerate(token_ids(batch)):
             sequences.append((prompt, ids))
-            masks.append(batch["tool_mask"][b][: len(ids)].tolist())
+            mask_BC = batch.get("tool_mask", batch["completion_mask"])
+            masks.append(mask_BC[b][: len(ids)].tolist())
             size = int(batch["lengths_B2"][b, 1])
             each = (batch[name][b][:size].tolist() for name in ("reference_ids", "reference_mask"))
             references.append(tuple(each))

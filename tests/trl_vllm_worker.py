@@ -70,12 +70,21 @@ def mass_of(double: torch.nn.Module, prompt: list[int], ids: list[int]) -> Tenso
 
 def ratio_gap(args: GRPOConfig, batch: dict[str, Tensor], double: torch.nn.Module) -> float:
     """The largest difference between TRL's importance weights and those of the policy given."""
-    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
     gaps = []
     for ratio_C, pair in zip(batch["importance_sampling_ratio"], token_ids(batch), strict=True):
-        expected_C = mass_of(double, *pair).clamp(low, high)
+        expected_C = bounded(args, mass_of(double, *pair))
         gaps.append(float((ratio_C[: len(expected_C)] - expected_C).abs().max()))
     return max(gaps)
+
+
+def bounded(args: GRPOConfig, mass_C: Tensor) -> Tensor:
+    """The importance weights of a sample's tokens, or of the sample, by the mode of `args`."""
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    of, way = args.vllm_importance_sampling_mode.split("_")
+    ratio_C = mass_C if of == "token" else mass_C.prod().view(1)
+    if way == "truncate":
+        return ratio_C.clamp(low, high)
+    return ratio_C.where((ratio_C >= low) & (ratio_C <= high), 0.0)
 
 
 def weighed(trainer: Keeper, model: Path) -> dict[str, list[float]]:
@@ -118,14 +127,20 @@ def gradient_gap(trainer: Keeper, step: int, double: torch.nn.Module) -> float:
     )
 
 
-def arrived(trainer: Keeper, model: Path) -> dict[str, float]:
-    """How far log-probs of greedy sampling by vLLM are from the policy's and the first one's."""
+def arrived(
+    trainer: Keeper, model: Path, policy: torch.nn.Module | None = None
+) -> dict[str, float]:
+    """How far log-probs of greedy sampling by vLLM are from the policy's and the first one's.
+
+    policy: in float64; None: a copy of the trainer's.
+    """
     backend = trainer.vllm_generation
     backend.sync_weights()
     backend.temperature, backend.top_k, backend.structured_outputs_regex = 0.0, 0, None
     prompt = token_ids(trainer.rollouts[0][1])[0][0]
     _, (ids,), (logprobs,), _ = backend.generate([prompt], None, 1)
-    policy = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).double()
+    if policy is None:
+        policy = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).double()
     gaps = {}
     for name, each in {"greedy": policy, "stale_greedy": double_of(model)}.items():
         with torch.no_grad():
@@ -251,21 +266,20 @@ def send_over_tcp() -> None:
     vllm_generation.VLLMClient = Client
 
 
-def main() -> None:
+def main(parts: dict[str, Callable]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--port", type=int)
     given = parser.parse_args()
     tcp_transfer.keep_weights_in_place()
     send_over_tcp()
     for part in given.parts:
-        facts = PARTS[part](given.model, given.folder / part, given.port)
+        facts = parts[part](given.model, given.folder / part, given.port)
         rank = os.environ.get("RANK", "0")
         (given.folder / f"{part}-{rank}.json").write_text(json.dumps(facts))
 
 
-PARTS = {each.__name__: each for each in (plain, regex, lora, two, refused, without_nccl)}
 if __name__ == "__main__":
-    main()
+    main({each.__name__: each for each in (plain, regex, lora, two, refused, without_nccl)})
