@@ -21,6 +21,9 @@ import test_trl_tools
 from test_trl_tools import Purse, called, rows, speak, turns
 from trl_runs import config, prompts, reward, run
 
+from grao_fast.distributed import links
+from grao_fast.system.errors import UserError
+
 Act = Callable[[], Any]
 tool_model = test_trl_tools.tool_model  # a fixture
 SOON = 30.0  # seconds in which all processes have to end
@@ -160,6 +163,21 @@ def test_an_error_anywhere_ends_both(
     error = RuntimeError("broken") if way is by_rollout else ValueError("broken")
     ended = fail(tiny_model, tmp_path, raises(error), way=way, ranks=(rank,))
     assert_shown_by(rank, ended, f"{type(error).__name__}: rank {rank} of 2: broken\n")
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_be_connected_train_as_trls(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(world: Any) -> dict:
+        return world.together(raises(UserError("no way")) if world.is_main else dict)
+
+    monkeypatch.setattr(links, "_connect", refuse)
+    (tmp_path / "failed-1").touch()
+    ended = fail(tiny_model, tmp_path, lambda: None)
+    assert [each.status for each in ended] == [0, 0], [each.stderr[-2000:] for each in ended]
+    told = "if one process fails, the others may wait for it: rank 0 of 2: no way"
+    assert [told in each.stderr for each in ended] == [True, False]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from grao_fast.distributed.world import World
 from grao_fast.system import interruption
+from grao_fast.system.errors import UserError
 from grao_fast.system.visible import get_logger
 
 logger = get_logger(__name__)
@@ -106,11 +107,13 @@ class Links:
             return self.ending
 
     def _run(self) -> None:
-        looked = time.monotonic()
+        now = looked = beat = time.monotonic()
         heard = dict.fromkeys(self._connections, looked)
         while self.ending is None and heard:
-            self._send(b"")
-            ready = wait(list(heard), timeout=_BEAT)
+            if now >= beat:
+                self._send(b"")
+                beat = now + _BEAT
+            ready = wait(list(heard), timeout=max(0.0, beat - time.monotonic()))
             if self._left.is_set():
                 return
             now = time.monotonic()
@@ -168,20 +171,24 @@ def resume() -> str:
 
 
 def _connect(world: World) -> dict[Connection, int]:
-    """The connections of this process, and the ranks at their other ends."""
-    host = os.environ.get("MASTER_ADDR", socket.gethostname())
+    """The connections of this process, and the ranks at their other ends.
+
+    Raises:
+        UserError: rank 0 cannot be reached.
+    """
     servers: list[socket.socket] = []
 
-    def listen() -> tuple[int, bytes]:
+    def listen() -> tuple[str, int, bytes]:
+        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         server = socket.create_server(
             ("", 0), family=family, backlog=world.size, dualstack_ipv6=both
         )
         servers.append(server)
-        return server.getsockname()[1], os.urandom(_TOKEN)
+        return host, server.getsockname()[1], os.urandom(_TOKEN)
 
-    port, token = world.main(listen)
+    host, port, token = world.main(listen)
 
     def join() -> dict[Connection, int]:
         if world.is_main:
@@ -191,7 +198,16 @@ def _connect(world: World) -> dict[Connection, int]:
         link.send_bytes(token + str(world.rank).encode())
         return {link: 0}
 
-    return world.together(join)
+    def joined() -> dict[Connection, int]:
+        try:
+            return join()
+        except OSError as error:
+            raise UserError(
+                f"not all processes reach rank 0 at {host}:{port} ({error}): set MASTER_ADDR to a "
+                "name of its machine that all have, and let them connect to its ports"
+            ) from error
+
+    return world.together(joined)
 
 
 def _accept(server: socket.socket, token: bytes, number: int) -> dict[Connection, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+import torch.distributed as dist
 
 from grao_fast.distributed.links import Ending, Links, resume
 from grao_fast.distributed.world import PeerFailed, World
@@ -14,6 +17,7 @@ from grao_fast.system.errors import one_line
 
 _TO_LEARN = 5.0  # seconds in which the reason of a failed exchange becomes known
 _TO_SHOW = 1.5  # seconds that others wait for the process that shows the error
+_OF_GLOO = re.compile(r"timed out waiting \d+ ?ms for \w+ operation")  # a plain RuntimeError
 
 
 class ProcessDied(RuntimeError):
@@ -63,13 +67,21 @@ def _end(world: World, links: Links, error: BaseException) -> NoReturn:
         raise PeerFailed(ending.rank, ending.message) from error
     if ending.died:
         raise ProcessDied(ending.message) from None
-    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+    if _is_timeout(error):
         raise SlowProcess(
             f"{world.name} waited longer than ddp_timeout for the others: one of them hangs, or "
             f"takes much longer than the others for its share{_behind(world)}"
         ) from error
     world.put_name(error, _behind(world))
     raise error
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """Whether an exchange of torch.distributed took too long: of gloo, or another backend's."""
+    message = str(error).lower()
+    if isinstance(error, dist.DistError):
+        return "timed out" in message or "timeout" in message
+    return isinstance(error, RuntimeError) and _OF_GLOO.search(message) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

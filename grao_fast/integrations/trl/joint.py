@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from grao_fast.distributed.links import Links
 from grao_fast.distributed.watch import end_together
 from grao_fast.distributed.world import PeerFailed, World
+from grao_fast.system.errors import UserError
+from grao_fast.system.visible import get_logger
+
+logger = get_logger(__name__)
 
 
 class JointTrainer(GRPOTrainer):
@@ -65,18 +69,34 @@ class JointTrainer(GRPOTrainer):
 
     @contextmanager
     def _jointly(self) -> Iterator[None]:
-        """A context that all processes enter, and that ends in all by an error in one."""
+        """A context that all processes enter, and that ends in all by an error in one.
+
+        Where they cannot be connected, it is TRL's own.
+        """
         if self._is_joint or self._world.size == 1:
             yield
             return
         self._is_joint = True
         try:
-            timeout = self.args.ddp_timeout
-            links = Links(self._world, heartbeat_timeout=timeout, option="ddp_timeout")
-            with links, _own_exits(), end_together(self._world, links):
+            with ExitStack() as stack:
+                if links := self._links(stack):
+                    stack.enter_context(_own_exits())
+                    stack.enter_context(end_together(self._world, links))
                 yield
         finally:
             self._is_joint = False
+            del self._world  # it keeps errors, and with them what their frames hold
+
+    def _links(self, stack: ExitStack) -> Links | None:
+        """The processes' connections, entered in `stack`; None: some cannot be made."""
+        timeout = self.args.ddp_timeout
+        links = Links(self._world, heartbeat_timeout=timeout, option="ddp_timeout")
+        try:
+            return stack.enter_context(links)
+        except (UserError, PeerFailed) as error:
+            if self._world.is_main:
+                logger.warning("if one process fails, the others may wait for it: %s", error)
+            return None
 
 
 @contextmanager
