@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from trl_runs import assert_same, config, double_of, run, truth
 from trl_tools import ANSWER, Purse, add, called, groups_of, length, rows, save_tool_model, turns
 
 from grao_fast.integrations.trl import GRAOTrainer
+from grao_fast.integrations.trl.in_step import InStepTrainer
 from grao_fast.integrations.trl.references import read_row
 
 SAID = ["it is 7", "it is 12 or so", "no"]
@@ -197,3 +199,34 @@ def test_what_no_sample_could_be_is_refused(tool_model: Path, tmp_path: Path):
     refused(None, "gives prompts and no references: pass a dataset", environment_factory=Purse)
     wrong = rows("seven", reference_reward="good")
     refused(wrong, "`reference_reward` must be a number, got 'good'", tools=[add])
+
+
+@pytest.mark.parametrize(
+    ("expected", "of_run"),
+    [
+        (False, {}),
+        (True, {"sharded": True}),
+        (False, {"sharded": True, "processes": 1}),
+        (False, {"sharded": True, "vllm": "colocate"}),
+        (True, {"sharded": True, "vllm": "colocate", "sleeps": True}),
+        (False, {"vllm": "colocate", "sleeps": True}),
+        (True, {"vllm": "colocate", "engine_of": 2}),
+        (True, {"vllm": "server"}),
+    ],
+    ids=str,
+)
+def test_processes_sample_turns_together_where_one_waits_for_others(
+    expected: bool, of_run: dict[str, Any]
+):
+    """vLLM samples for one process alone, unless it serves several or is given weights anew."""
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=of_run.get("processes", 2)),
+        _dist=SimpleNamespace(is_zero3=False, is_fsdp=of_run.get("sharded", False)),
+        use_vllm="vllm" in of_run,
+        vllm_mode=of_run.get("vllm"),
+        args=SimpleNamespace(
+            vllm_tensor_parallel_size=of_run.get("engine_of", 1),
+            vllm_enable_sleep_mode=of_run.get("sleeps", False),
+        ),
+    )
+    assert InStepTrainer._samples_together.fget(trainer) == expected

@@ -28,9 +28,12 @@ class InStepTrainer(JointTrainer):
         """Whether no process can sample a turn alone."""
         if self.accelerator.num_processes == 1:
             return False
-        if self.use_vllm:
-            return self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
-        return self._dist.is_zero3 or self._dist.is_fsdp
+        sharded = self._dist.is_zero3 or self._dist.is_fsdp
+        if not self.use_vllm:
+            return sharded
+        # An engine that sleeps between turns is given the weights again at each, gathered by all.
+        given = sharded and self.args.vllm_enable_sleep_mode
+        return given or self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
 
     def _tool_call_loop(
         self, prompts: list, prompt_ids: list[TokenIds], *others: Any
@@ -42,7 +45,9 @@ class InStepTrainer(JointTrainer):
         try:
             found = super()._tool_call_loop(prompts, prompt_ids, *others)
             while number := self._prompts_of_turn(0):
-                super()._generate_single_turn(prompt_ids[:1] * number, None, {}, 1)
+                self._in_step = False  # this turn has all of its prompts
+                self._generate_single_turn(prompt_ids[:1] * number, None, {}, 1)
+                self._in_step = True
         finally:
             self._in_step = False
         return found
