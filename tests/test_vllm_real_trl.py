@@ -182,13 +182,22 @@ def test_turns_of_a_form(tool_model: Path, tmp_path: Path):
         check_gradients(found, mode)
 
 
-def test_engines_beside_sharded_weights(tool_model: Path, tmp_path: Path):
-    """FSDP2 in two processes, each with an engine of its own, whose weights it gathers."""
-    both = facts(tmp_path, tool_model, "fsdp2", processes=2, worker=SHARDED)
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
+def test_engines_beside_sharded_weights(
+    tool_model: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In two processes, each with an engine of its own, to which TRL gathers the weights."""
+    if kind != "fsdp2":
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        found = subprocess.run([BIN / "python", "-c", "import deepspeed"], capture_output=True)
+        if found.returncode:
+            pytest.skip(f"deepspeed is not installed for {BIN / 'python'}")
+    both = facts(tmp_path, tool_model, kind, processes=2, worker=SHARDED)
     total = sum(weight.numel() for weight in load_file(tool_model / "model.safetensors").values())
     for found in both:
         check_arrived(found, ROUNDED)
-        assert found["kind"] == "FSDP" and found["held"] < 0.7 * total
+        assert found["kind"] == ("FSDP" if kind == "fsdp2" else "DEEPSPEED")
+        assert (found["held"] < 0.7 * total) == (kind != "zero2")
         assert found["gradient"] < 1e-5 and max(found["weights"]) < ROUNDED
         assert min(found["calls"]) >= 2
     assert both[0]["calls"] != both[1]["calls"]

@@ -5,12 +5,14 @@ Run as trl_vllm_worker.py is, in two processes; samples call tools as in trl_vll
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trl_clusters
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_runs import Keeper, double_of
 from trl_tools import add, rows, said, turns
@@ -25,7 +27,7 @@ from trl_vllm_tools_worker import (
     weight_gaps,
     weights,
 )
-from trl_vllm_worker import COLOCATED, arrived, main
+from trl_vllm_worker import COLOCATED, arrived_of, main
 
 LR = 4.0  # so large that rounding of the weights does not hide the gradient
 FORM = f"({ADD}|{WORDS})"
@@ -34,6 +36,7 @@ FORM = f"({ADD}|{WORDS})"
 def sharded(kind: str, model: Path, folder: Path, port: int | None) -> dict[str, Any]:
     """A step of plain SGD, read off the weights that it saved."""
     folder.mkdir(exist_ok=True)
+    double = double_of(model)  # from now on, ZeRO-3 splits what is loaded
     stage = kind.removeprefix("zero")
     os.environ |= trl_clusters.FSDP2 if kind == "fsdp2" else trl_clusters.zero(int(stage), folder)
     args = trl_clusters.arguments(
@@ -60,7 +63,8 @@ def sharded(kind: str, model: Path, folder: Path, port: int | None) -> dict[str,
     trainer.train()
     trainer.save_model(str(folder / "saved"))
     trainer.accelerator.wait_for_everyone()
-    double, after = double_of(model), double_of(folder / "saved")
+    after = copy.deepcopy(double)
+    after.load_state_dict(load_file(folder / "saved" / "model.safetensors"))
     samples, references = watched.scored
     (_, batch), rewards_NK = trainer.rollouts[0], rewards_of(samples, said(references), [0.0] * 6)
     specify(double, batch, rewards_NK)
@@ -69,7 +73,7 @@ def sharded(kind: str, model: Path, folder: Path, port: int | None) -> dict[str,
         "weights": weight_gaps(trainer, [double], FORM),
         "gradient": gradient_gap([(a - b).detach() / LR for a, b in pairs], double),
     }
-    facts |= trl_clusters.division(trainer) | arrived(trainer, model, after)
+    facts |= trl_clusters.division(trainer) | arrived_of(trainer, after, double)
     return facts | calls([samples], trainer)
 
 

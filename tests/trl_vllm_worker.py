@@ -127,22 +127,22 @@ def gradient_gap(trainer: Keeper, step: int, double: torch.nn.Module) -> float:
     )
 
 
-def arrived(
-    trainer: Keeper, model: Path, policy: torch.nn.Module | None = None
-) -> dict[str, float]:
-    """How far log-probs of greedy sampling by vLLM are from the policy's and the first one's.
+def arrived(trainer: Keeper, model: Path) -> dict[str, float]:
+    policy = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).double()
+    return arrived_of(trainer, policy, double_of(model))
 
-    policy: in float64; None: a copy of the trainer's.
-    """
+
+def arrived_of(
+    trainer: Keeper, policy: torch.nn.Module, first: torch.nn.Module
+) -> dict[str, float]:
+    """How far log-probs of greedy sampling by vLLM are from the policy's and the first one's."""
     backend = trainer.vllm_generation
     backend.sync_weights()
     backend.temperature, backend.top_k, backend.structured_outputs_regex = 0.0, 0, None
     prompt = token_ids(trainer.rollouts[0][1])[0][0]
     _, (ids,), (logprobs,), _ = backend.generate([prompt], None, 1)
-    if policy is None:
-        policy = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).double()
     gaps = {}
-    for name, each in {"greedy": policy, "stale_greedy": double_of(model)}.items():
+    for name, each in {"greedy": policy, "stale_greedy": first}.items():
         with torch.no_grad():
             logits_LV = each(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         expected_L = logits_LV.log_softmax(1)[torch.arange(len(ids)), torch.tensor(ids)]
