@@ -19,6 +19,7 @@ from grao_fast.kernels import (
     linear_logprobs,
     linear_policy_loss,
 )
+from grao_fast.kernels.devices import to_device
 from grao_fast.models.objective import HeadInputs
 from grao_fast.models.policy import Policy
 from grao_fast.objectives import Rows, SecondPass
@@ -137,7 +138,7 @@ def clipped_ratios(
 ) -> Tensor:
     """(T,) 1 where the bounds hold the ratio, 0 where not, NaN where there is none."""
     low, high = clip
-    weight_T, old_T = (each.to(logprob_T.device) for each in (weight_T, old_T))
+    weight_T, old_T = (to_device(each, logprob_T.device) for each in (weight_T, old_T))
     rho_T = (logprob_T - old_T).exp()
     above_T, below_T = rho_T > 1 + high, rho_T < 1 - low
     if ratio == "clipped":  # against the sign of the weight

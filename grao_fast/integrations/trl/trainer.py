@@ -263,17 +263,12 @@ class GRAOTrainer(RolloutTrainer):
         TRL calls this for old policies, and for the reference policy of its KL term.
         """
         logprobs = []
-        size = batch_size or len(input_ids)
-        for ids_BL, mask_BL in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            with self.accelerator.autocast(), self._attending(model):
-                logprobs.append(
-                    scores_of(
-                        model,
-                        ids_BL,
-                        mask_BL,
-                        logits_to_keep,
-                        self._logits,
-                        share_prefix=self._policy.share_prefix,
-                    )
-                )
+        share_prefix, size = self._policy.share_prefix, batch_size or len(input_ids)
+        batches = zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        with self._attending(model):
+            for ids_BL, mask_BL in batches:
+                ids = ids_BL, mask_BL, logits_to_keep
+                with self.accelerator.autocast():
+                    found = scores_of(model, *ids, self._logits, share_prefix=share_prefix)
+                logprobs.append(found)
         return torch.cat(logprobs), None, None
